@@ -1,0 +1,58 @@
+"""Shared fixtures: a tiny set of real JPEG clips, and the rule for tests that need a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() or os.environ.get("REQUIRE_GPU"):
+        return  # REQUIRE_GPU=1: without a GPU the tests fail, so that a skip cannot hide
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU (REQUIRE_GPU=1 makes this a failure)"))
+
+
+def smooth_image(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    """A random image without pixel noise, so that JPEG and resize tolerances mean something."""
+    coarse = rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder with train.txt (20 clips) and test.txt (9 clips): 3..24 frames, several sizes, all seven labels."""
+    root = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 20), ("test", 9)):
+        rows = []
+        for i in range(count):
+            folder = root / f"{name} clips" / f"{i:03d}"
+            folder.mkdir(parents=True)
+            num_frames = int(rng.integers(3, 25))
+            height, width = (int(x) for x in rng.integers(60, 130, 2))
+            for frame in range(num_frames):
+                smooth_image(rng, height, width).save(folder / f"{frame + 1}.jpg", quality=92)
+            rows.append(f"{name} clips/{i:03d} {num_frames} {i % 7}")
+        (root / f"{name}.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def run_python(*args: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user would."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "WANDB_MODE": "offline", **env},
+    )

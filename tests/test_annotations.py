@@ -1,0 +1,75 @@
+import re
+
+import pytest
+
+from dfer.annotations import read_annotations
+from dfer.index import build_index, natural_key
+
+
+def write(tmp_path, text: bytes):
+    path = tmp_path / "list.txt"
+    path.write_bytes(text)
+    return path
+
+
+def test_reads_the_common_form(tmp_path):
+    path = write(tmp_path, b"\xef\xbb\xbf# a comment\r\na b/c d 12 0\r\n\r\n/abs/e 3 6\r\n")
+    first, second = read_annotations(path)
+    assert (first.name, first.path, first.num_frames, first.label) == ("a b/c d", tmp_path / "a b/c d", 12, 0)
+    assert first.source == f"{path}:2"
+    assert str(second.path) == "/abs/e" and second.label == 6
+    assert read_annotations(path, tmp_path / "root")[0].path == tmp_path / "root" / "a b/c d"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "empty"),
+        (b"# only a comment\n", "empty"),
+        (b"a 3 1\nb 3\n", r":2: expected 'path num_frames label'"),
+        (b"a 3 1\nb 3 7\n", r":2: label 7 is not in 0\.\.6"),
+        (b"a 3 -1\n", r":1: label -1"),
+        (b"a 0 1\n", r":1: num_frames is 0"),
+        (b"a three 1\n", r":1: num_frames and label must be whole numbers"),
+        (b"a 3 1\n\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_damage_is_named_by_file_and_row(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_annotations(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_list(tmp_path):
+    with pytest.raises(ValueError, match="no such annotation list"):
+        read_annotations(tmp_path / "none.txt")
+
+
+def test_index_counts_frames_on_disk_in_natural_order(tmp_path):
+    folder = tmp_path / "v"
+    folder.mkdir()
+    for i in range(1, 12):
+        (folder / f"{i}.JPG").touch()
+    (folder / "Thumbs.db").touch()
+    index = build_index(read_annotations(write(tmp_path, b"v 16 3\n")))  # the list is wrong: 11 on disk
+    assert index.num_frames.tolist() == [11] and index.labels.tolist() == [3] and index.num_miscounted() == 1
+    assert [index.frame_path(0, i) for i in (1, 8, 9)] == [str(folder / f"{i}.JPG") for i in (2, 9, 10)]
+
+
+def test_natural_key_orders_mixed_names():
+    names = ["b1", "a10", "a2", "a", "10", "9"]
+    assert sorted(names, key=natural_key) == ["9", "10", "a", "a2", "a10", "b1"]
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for row, message in (
+        (b"ok 1 0\ngone 3 1\n", r"list.txt:2: no such frame folder"),
+        (b"empty 3 1\n", r":1: no .* frames"),
+    ):
+        (tmp_path / "ok").mkdir(exist_ok=True)
+        (tmp_path / "ok" / "1.jpg").touch()
+        with pytest.raises(ValueError, match=message) as error:
+            build_index(read_annotations(write(tmp_path, row)))
+        assert re.search("gone|empty", str(error.value))

@@ -1,0 +1,40 @@
+# Two commands matter: `make train` and `make test`. Everything else follows from requirements.txt.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: train test test-slow test-gpu bench lint
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.installed data/faces/test.txt
+	$(RUN) train.py $(ARGS)
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed
+	$(RUN) -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.installed
+	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu $(ARGS)
+
+bench: $(VENV)/.installed data/faces/test.txt
+	$(RUN) benchmarks/loader_speed.py $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# The stamp is written last: an installation that was cut off is done again.
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ..." if not (3, 11) <= v <= (3, 13) else 0)'
+	@echo "installing requirements.txt into $(VENV)/ (8 GB, a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# The test list is the last thing that make_faces.py writes.
+data/faces/test.txt: scripts/make_faces.py | $(VENV)/.installed
+	$(RUN) scripts/make_faces.py --out data/faces
+	@touch $@

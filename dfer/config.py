@@ -1,0 +1,256 @@
+"""Configuration: frozen dataclasses, presets in Python, overrides on the command line. A field has one reader."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from dfer.sampling import Augmentation
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train_list: Path = Path("data/faces/train.txt")
+    """Annotation list to train on: rows of `path num_frames label`."""
+    val_list: Path = Path("data/faces/test.txt")
+    """Annotation list to evaluate on."""
+    root: Path | None = None
+    """Where relative paths in the lists start; the list's own folder if not given."""
+    size: int = 112
+    """Height and width of a clip in pixels."""
+    num_segments: int = 16
+    """Segments that a video is cut into."""
+    frames_per_segment: int = 1
+    """Consecutive frames from each segment: 16 x 1 is the field's default, 8 x 2 is Former-DFER's."""
+    batch_size: int = 16
+    """Clips per process and step."""
+    num_threads: int = 0
+    """Decoder threads per process; 0 = the cores there are, shared among the processes of this machine."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: Literal["dfernet", "mean-pool"] = "dfernet"
+    """The full model, or the baseline: the same backbone with its frames mean-pooled."""
+    backbone: str = "resnet18"
+    """Any timm model with feature levels."""
+    weights: str | None = None
+    """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file."""
+    dim: int = 256
+    """Width D of the pyramid."""
+    readout: Literal["none", "labels", "value", "both"] = "both"
+    """What the CRF writes back into the features."""
+    iterations: int = 3
+    """Mean-field iterations of the CRF."""
+    dropout: float = 0.2
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate, after warm-up; cosine to zero from there."""
+    weight_decay: float = 0.05
+    epochs: int = 60
+    steps_per_epoch: int = 0
+    """Cut epochs short after this many optimizer steps; 0 = whole epochs."""
+    warmup_epochs: float = 3.0
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0 = no clipping."""
+    accumulate: int = 1
+    """Batches per optimizer step."""
+    label_smoothing: float = 0.1
+    aux_weight: float = 0.2
+    """Weight of the loss on the CRF's marginals."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 = none."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str | None = None
+    """The run's folder under log_dir; preset and time of day if not given."""
+    log_dir: Path = Path("logs")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision; auto = bf16 on a GPU, off on a CPU (many CPUs only emulate bf16, ten times slower)."""
+    compile: bool = False
+    """torch.compile the model."""
+    channels_last: bool = True
+    sync_bn: bool = False
+    """Batch statistics over all GPUs."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases; auto = online where there is a key, else offline."""
+    log_every: int = 20
+    """Optimizer steps between two rows of training metrics."""
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: tyro.conf.Suppress[str] = "faces"
+    seed: int = 0
+    resume: bool = False
+    """Continue the run --run.name from its last checkpoint, with the same configuration."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+
+
+def _faces(gpu: bool) -> Config:
+    """The embedded data set: `python train.py`. On a CPU smaller input and T, so that 2 cores take about 8 minutes."""
+    if gpu:
+        return Config("faces", optim=OptimConfig(epochs=30, warmup_epochs=2.0))
+    return Config(
+        "faces",
+        data=DataConfig(size=48, num_segments=8, batch_size=16),
+        optim=OptimConfig(epochs=5, warmup_epochs=0.5),
+    )
+
+
+def _dfew(gpu: bool) -> Config:
+    """DFEW fold 1, 112 px, T=16: `torchrun --nproc_per_node=4 train.py dfew --data.root DIR`."""
+    lists = DataConfig(train_list=Path("lists/dfew/set_1_train.txt"), val_list=Path("lists/dfew/set_1_test.txt"))
+    return Config(
+        "dfew", data=dataclasses.replace(lists, batch_size=32), optim=OptimConfig(epochs=100, warmup_epochs=5.0)
+    )
+
+
+def _ferv39k(gpu: bool) -> Config:
+    """FERV39k, all scenes, 112 px, T=16: `torchrun --nproc_per_node=4 train.py ferv39k --data.root DIR`."""
+    lists = DataConfig(train_list=Path("lists/ferv39k/train_All.txt"), val_list=Path("lists/ferv39k/test_All.txt"))
+    return Config("ferv39k", data=dataclasses.replace(lists, batch_size=32), optim=OptimConfig(warmup_epochs=5.0))
+
+
+def _debug(gpu: bool) -> Config:
+    """A whole run in seconds, to see that everything works: a few steps on the embedded data set."""
+    return Config(
+        "debug",
+        data=DataConfig(size=32, num_segments=4, batch_size=8),
+        model=ModelConfig(dim=64),
+        optim=OptimConfig(epochs=2, steps_per_epoch=4, warmup_epochs=0.5),
+        run=RunConfig(wandb="off", log_every=2),
+    )
+
+
+PRESETS = {"faces": _faces, "dfew": _dfew, "ferv39k": _ferv39k, "debug": _debug}
+
+
+def parse_config(args: list[str]) -> Config:
+    """Build the configuration from command-line words: an optional preset, then overrides.
+
+    Raises:
+        ValueError: in one line, for an unknown preset or key, a value of the wrong type, or one out of range.
+    """
+    preset = args[0] if args and not args[0].startswith("-") else "faces"
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+    rest = args[1:] if args and args[0] == preset else args
+    default = PRESETS[preset](torch.cuda.is_available())
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            config = tyro.cli(
+                Config,
+                prog=f"train.py {{{','.join(PRESETS)}}}",
+                description="Train and validate. Presets: "
+                + " ".join(f"{name}: {fn.__doc__}" for name, fn in PRESETS.items()),
+                args=rest,
+                default=default,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise ValueError(_first_sentence(captured.getvalue())) from None
+    validate(config)
+    return config
+
+
+def _first_sentence(panel: str) -> str:
+    """tyro explains an error in a drawn panel, several lines high: keep what is wrong and what may be meant."""
+    words = re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel)
+    words = re.split(r"For full helptext|Argument helptext", words)[0]
+    return re.sub(r"\s+", " ", words.replace("Perhaps you meant:", "- perhaps you meant")).strip()
+
+
+def validate(config: Config) -> None:
+    """Check the ranges that types do not express.
+
+    Raises:
+        ValueError: one line with the flag, its value and what is allowed.
+    """
+    data, model, optim, run = config.data, config.model, config.optim, config.run
+    checks = [
+        ("--seed", config.seed, 0, 2**63 - 1),
+        ("--data.size", data.size, 32, 1024),
+        ("--data.num-segments", data.num_segments, 1, 1024),
+        ("--data.frames-per-segment", data.frames_per_segment, 1, 64),
+        ("--data.batch-size", data.batch_size, 1, 65536),
+        ("--data.num-threads", data.num_threads, 0, 1024),
+        ("--data.augmentation.min-crop-area", data.augmentation.min_crop_area, 0.01, 1.0),
+        ("--data.augmentation.max-crop-ratio", data.augmentation.max_crop_ratio, 1.0, 4.0),
+        ("--data.augmentation.flip", data.augmentation.flip, 0.0, 1.0),
+        ("--data.augmentation.colour", data.augmentation.colour, 0.0, 0.99),
+        ("--model.dim", model.dim, 8, 4096),
+        ("--model.iterations", model.iterations, 0, 100),
+        ("--model.dropout", model.dropout, 0.0, 0.99),
+        ("--optim.lr", optim.lr, 1e-12, 1e3),
+        ("--optim.weight-decay", optim.weight_decay, 0.0, 1e3),
+        ("--optim.epochs", optim.epochs, 1, 100_000),
+        ("--optim.steps-per-epoch", optim.steps_per_epoch, 0, 10**9),
+        ("--optim.warmup-epochs", optim.warmup_epochs, 0.0, 100_000.0),
+        ("--optim.clip-norm", optim.clip_norm, 0.0, 1e9),
+        ("--optim.accumulate", optim.accumulate, 1, 100_000),
+        ("--optim.label-smoothing", optim.label_smoothing, 0.0, 0.99),
+        ("--optim.aux-weight", optim.aux_weight, 0.0, 1e3),
+        ("--optim.ema", optim.ema, 0.0, 0.999999),
+        ("--run.log-every", run.log_every, 1, 10**9),
+    ]
+    for flag, value, low, high in checks:
+        if not math.isfinite(value) or not low <= value <= high:
+            raise ValueError(f"{flag} {value}: must be between {low} and {high}")
+    if model.dim % 4:
+        raise ValueError(f"--model.dim {model.dim}: must be a multiple of 4, the attention heads")
+    if config.resume and run.name is None:
+        raise ValueError("--resume: say which run with --run.name NAME (a folder under --run.log-dir)")
+    if run.name is not None and (run.name in ("", ".", "..") or Path(run.name).name != run.name):
+        raise ValueError(f"--run.name {run.name!r}: must be a plain folder name")
+
+
+def config_from_json(text: str, source: Path) -> Config:
+    """The configuration that `to_json` wrote; `source` is named in messages.
+
+    Raises:
+        ValueError: in one line, if it is no such configuration.
+    """
+    try:
+        return _build(Config, json.loads(text))
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{source}: not a run's configuration ({error})") from None
+
+
+def _build(cls: type, saved: dict) -> object:
+    nested = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
+    nested["augmentation"] = Augmentation
+    paths = {"train_list", "val_list", "root", "log_dir"}
+    values = {
+        key: _build(nested[key], value)
+        if key in nested
+        else Path(value)
+        if key in paths and value is not None
+        else value
+        for key, value in saved.items()
+    }
+    return cls(**values)

@@ -1,0 +1,268 @@
+"""What a run tells: the terminal, `logs/<run>/log.txt` and `metrics.jsonl` (the record), Weights & Biases (a view)."""
+
+import csv
+import json
+import math
+import netrc
+import os
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from dfer.annotations import EMOTIONS
+from dfer.config import Config
+from dfer.index import ClipIndex
+from dfer.metrics import ConfusionMatrix
+
+
+def open_run_dir(config: Config) -> Path:
+    """Create the run's folder (rank 0 only), or check that it may be continued.
+
+    Raises:
+        ValueError: in one line, if it cannot be written, holds another run, or is to be continued but differs.
+    """
+    name = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = config.run.log_dir / name
+    saved = run_dir / "config.json"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if config.resume:
+            if not (run_dir / "last.pt").is_file():
+                raise ValueError(f"--resume: {run_dir} holds no checkpoint last.pt to continue from")
+            differing = _differences(json.loads(saved.read_text()), json.loads(config.to_json()))
+            if differing:
+                raise ValueError(f"--resume: not the configuration of {run_dir}: {'; '.join(differing)}")
+        elif any(run_dir.iterdir()):
+            raise ValueError(f"{run_dir}: holds a run already; continue it with --resume or choose another --run.name")
+        else:
+            saved.write_text(config.to_json() + "\n")
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--run.log-dir: cannot use {run_dir} ({error})") from None
+    return run_dir
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    lines = []
+    for key in sorted(saved.keys() | now.keys()):
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and key != "resume":
+            lines.append(f"--{prefix}{key} was {old}, is {new}".replace("_", "-"))
+    return lines
+
+
+class Logger:
+    """One per process; only rank 0's (the one with a run_dir) says or writes anything."""
+
+    def __init__(self, run_dir: Path | None, config: Config, total_steps: int, start_step: int = 0):
+        self.run_dir, self._config = run_dir, config
+        self._console = Console(highlight=False, quiet=run_dir is None)
+        self._pending: tuple[int, dict[str, float], list[str], Tensor] | None = None
+        self._total_steps, self._start_step, self._started = total_steps, start_step, time.perf_counter()
+        self._wandb = None
+        self._progress = None
+        if run_dir is None:
+            return
+        if start_step:
+            _cut_back(run_dir / "metrics.jsonl", start_step)
+        self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self._rows = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._wandb = self._open_wandb()
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
+            self._progress.start()
+
+    def _open_wandb(self) -> Any:
+        """Start W&B, or go on without: it must never prompt, block or stop a run."""
+        mode = self._config.run.wandb
+        if mode == "off":
+            return None
+        if mode == "auto":
+            mode = "online" if _has_wandb_key() else "offline"
+        import wandb  # its import costs a second, which a run without it need not pay
+
+        id_file = self.run_dir / "wandb-id.txt"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        options = {
+            "project": "dfer",
+            "name": self.run_dir.name,
+            "id": id_file.read_text(),
+            "dir": self.run_dir,
+            "config": json.loads(self._config.to_json()),
+            "resume": "allow",
+        }
+        # Bounded delays at both ends; no terminal capture, no git or machine details beyond what the run logs itself.
+        settings = wandb.Settings(init_timeout=30, finish_timeout=60, console="off", silent=True, disable_git=True)
+        for attempt in dict.fromkeys((mode, "offline")):
+            try:
+                run = wandb.init(mode=attempt, settings=settings, **options)
+                run.define_metric("*", step_metric="step")
+                return run
+            except Exception as error:  # network, key, disk: all of them mean "not this way"
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                self.say(f"W&B {attempt}: {reason[0]}")
+        return None
+
+    def say(self, line: str) -> None:
+        """One line to the terminal and to log.txt."""
+        if self.run_dir is not None:
+            self._console.print(line, markup=False, soft_wrap=True)
+            self._text.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """One row of metrics.jsonl, which W&B gets too."""
+        if self.run_dir is None:
+            return
+        self._rows.write(json.dumps({"step": step, **values}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
+
+    def train_row(self, step: int, epoch: int, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
+        """A row with values that still lie on the GPU. They are copied without waiting and written one row later."""
+        self.flush()
+        if self.run_dir is None:
+            return
+        stacked = torch.stack([t.detach().float() for t in tensors.values()])
+        if stacked.is_cuda:
+            host = torch.empty(stacked.shape, pin_memory=True)
+            host.copy_(stacked, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending = (step, {"epoch": epoch, **values}, list(tensors), host)
+            self._event = event
+        else:
+            self._event = None
+            self._pending = (step, {"epoch": epoch, **values}, list(tensors), stacked)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the row that waits for its GPU values."""
+        if self._pending is None:
+            return
+        step, values, names, host = self._pending
+        self._pending = None
+        if self._event is not None:
+            self._event.synchronize()  # recorded a whole row ago: done long since
+        values |= dict(zip(names, host.tolist(), strict=True))
+        self.row(step, values)
+        line = (
+            f"epoch {values['epoch']}  step {step}/{self._total_steps}  loss {values['train/loss']:.3f}  "
+            f"{values['throughput/total_clips_per_s']:.1f} clips/s  "
+            f"data wait {100 * values['throughput/data_wait_share']:.0f} %"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, description=line)
+            self._text.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        else:
+            done = step - self._start_step
+            left = (time.perf_counter() - self._started) / done * (self._total_steps - step)
+            self.say(f"{line}  {int(left) // 60}:{int(left) % 60:02d} left")
+
+    def step_done(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def result(self, confusion: ConfusionMatrix, throughput: dict[str, float], run_dir: Path, best: dict) -> None:
+        """The last thing printed: WAR, UAR, recall per class, clips/s, where everything lies."""
+        if self.run_dir is None:
+            return
+        self.close_progress()
+        print_result(f"{run_dir.name}: last epoch", confusion)
+        self.say(f"best epoch (picked on this list): WAR {best['WAR']:.2f}, UAR {best['UAR']:.2f}")
+        self.say(
+            f"training: {throughput['total_clips_per_s']:.1f} clips/s "
+            f"({throughput['compute_clips_per_s']:.1f} without the {100 * throughput['data_wait_share']:.1f} % "
+            f"waiting for data)"
+        )
+        self.say(f"everything lies in {run_dir}/: metrics.jsonl predictions.csv config.json log.txt last.pt best_*.pt")
+        if self._wandb is not None:
+            import wandb
+
+            labels, predictions = np.nonzero(confusion.counts.cpu().numpy())
+            repeats = confusion.counts.cpu().numpy()[labels, predictions]
+            plot = wandb.plot.confusion_matrix(
+                y_true=np.repeat(labels, repeats).tolist(),
+                preds=np.repeat(predictions, repeats).tolist(),
+                class_names=list(EMOTIONS),
+            )
+            self._wandb.log({"val/confusion_matrix": plot})
+            self._wandb.summary.update({"best/WAR": best["WAR"], "best/UAR": best["UAR"]})
+
+    def close_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        """Stop the terminal's progress and close the files; W&B gets at most a minute."""
+        if self.run_dir is None:
+            return
+        self.close_progress()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._text.close()
+        self._rows.close()
+
+
+def print_result(title: str, confusion: ConfusionMatrix) -> None:
+    """A small table: WAR, UAR, recall and clips per class."""
+    table = Table(title=title, title_justify="left", show_header=True)
+    for column in ("WAR", "UAR", *EMOTIONS):
+        table.add_column(column, justify="right", no_wrap=True)
+    recalls = ["-" if math.isnan(r) else f"{r:.1f}" for r in confusion.per_class_recall().tolist()]
+    table.add_row(f"{confusion.war():.2f}", f"{confusion.uar():.2f}", *recalls)
+    counts = [str(n) for n in confusion.counts.sum(1).tolist()]
+    table.add_row("clips", str(confusion.total()), *counts, style="dim")
+    Console(highlight=False).print(table)
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(re.search(r"wandb|coreweave", host) for host in hosts)
+
+
+def _cut_back(rows: Path, step: int) -> None:
+    """Drop the rows after the checkpoint that a run continues from: they will be written again."""
+    if rows.exists():
+        kept = [line for line in rows.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        partial = rows.with_name(rows.name + ".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, rows)
+
+
+def write_predictions(
+    path: Path, index: ClipIndex, ids: Sequence[int], probabilities: Sequence[Sequence[float]]
+) -> None:
+    """Write `clip,label,prediction,p_<emotion> ...` rows, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clip", "label", "prediction", *(f"p_{e}" for e in EMOTIONS)])
+        for video, p in zip(ids, probabilities, strict=True):
+            record = index.records[video]
+            writer.writerow([record.name, record.label, int(np.argmax(p)), *(f"{x:.6f}" for x in p)])
+    os.replace(partial, path)

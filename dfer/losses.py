@@ -1,0 +1,25 @@
+"""The training loss: cross-entropy of the head plus the auxiliary loss on the CRF's marginals."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+def classification_loss(
+    logits: Float[Tensor, "B K"],
+    marginals: Float[Tensor, "B K"] | None,
+    labels: Int64[Tensor, " B"],
+    valid: Bool[Tensor, " B"],
+    label_smoothing: float,
+    aux_weight: float,
+) -> Float[Tensor, ""]:
+    """Mean over the valid clips of CE(head) + aux_weight * -log marginal of the label; float32.
+
+    `marginals` are log-probabilities. A batch without a valid clip has loss 0.
+    """
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="none")
+    if marginals is not None and aux_weight:
+        loss = loss + aux_weight * F.nll_loss(marginals.float(), labels, reduction="none")
+    # where, not a product: 0 * nan is nan, and padding must not be able to harm.
+    return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)

@@ -1,0 +1,94 @@
+"""WAR and UAR from one confusion matrix; throughput with the wait for data as its own number."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+class ConfusionMatrix:
+    """Counts (label, prediction) pairs in int64, so sums over batches and ranks are exact in any order."""
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
+        self.counts: Int64[Tensor, "K K"] = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, predictions: Int64[Tensor, " B"], labels: Int64[Tensor, " B"], valid: Bool[Tensor, " B"]) -> None:
+        """Count the valid clips. Does not wait for the GPU."""
+        k = len(self.counts)
+        self.counts.view(-1).scatter_add_(0, labels * k + predictions, valid.long())
+
+    def all_reduce(self) -> None:
+        """Sum over all ranks."""
+        if dist.is_initialized():
+            dist.all_reduce(self.counts)
+
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    def war(self) -> float:
+        """Weighted average recall, that is accuracy, in percent."""
+        return 100 * int(self.counts.trace()) / max(self.total(), 1)
+
+    def per_class_recall(self) -> Float[Tensor, " K"]:
+        """Recall of each class in percent; nan for a class without clips."""
+        counts = self.counts.double().cpu()
+        return 100 * counts.diag() / counts.sum(1)
+
+    def uar(self) -> float:
+        """Unweighted average recall in percent: the mean over the classes that have clips."""
+        return float(self.per_class_recall().nanmean())
+
+
+class Snapshot(NamedTuple):
+    num_clips: int
+    wait_s: float
+    total_s: float
+
+
+BEGINNING = Snapshot(0, 0.0, 0.0)
+
+
+class Throughput:
+    """Clips per second, with and without the time spent waiting for the loader. The clock runs inside `timed` loops."""
+
+    def __init__(self):
+        self.num_clips, self.wait_s = 0, 0.0
+        self._total_s, self._running_since = 0.0, None
+
+    def timed(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Pass batches through, clocking how long each one was waited for."""
+        self._running_since = time.perf_counter()
+        try:
+            iterator = iter(batches)
+            while True:
+                asked = time.perf_counter()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                finally:
+                    self.wait_s += time.perf_counter() - asked
+                yield batch
+        finally:
+            self._total_s += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    def snapshot(self) -> Snapshot:
+        running_s = time.perf_counter() - self._running_since if self._running_since is not None else 0.0
+        return Snapshot(self.num_clips, self.wait_s, self._total_s + running_s)
+
+    def read(self, since: Snapshot = BEGINNING) -> dict[str, float]:
+        """The rates since a snapshot, or since the beginning."""
+        num_clips, wait_s, total_s = (now - then for now, then in zip(self.snapshot(), since, strict=True))
+        total_s = max(total_s, 1e-9)
+        return {
+            "total_clips_per_s": num_clips / total_s,
+            "compute_clips_per_s": num_clips / max(total_s - wait_s, 1e-9),
+            "data_wait_share": wait_s / total_s,
+        }

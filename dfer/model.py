@@ -1,0 +1,202 @@
+"""DFERNet: backbone -> two-level pyramid -> CRF -> top-down fusion -> temporal block -> head."""
+
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import huggingface_hub
+import timm
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dfer.crf import MeanFieldCRF
+
+
+class Prediction(NamedTuple):
+    logits: Float[Tensor, "B K"]
+    marginals: Float[Tensor, "B K"] | None  # log-probabilities of the CRF's pooled marginals; None without a CRF
+    diagnostics: dict[str, Tensor]  # scalars of the CRF, on the device, without gradient
+
+
+class FrameBackbone(nn.Module):
+    """A timm network as a feature extractor: the last two levels (C4 at stride 16, C5 at stride 32)."""
+
+    def __init__(self, name: str, weights: str | None = None):
+        """`weights`: None = random, "timm" = timm's pretrained ones (downloaded once), else a file of weights.
+
+        Raises:
+            ValueError: if timm has no such model, or the weights cannot be had or do not fit.
+        """
+        super().__init__()
+        if not timm.is_model(name):
+            close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+            raise ValueError(f"--model.backbone {name}: timm has no such model" + (f" (has {close})" if close else ""))
+        kwargs = {}
+        if weights == "timm":
+            _check_weights_within_reach(name)
+            kwargs["pretrained"] = True
+        elif weights is not None:
+            if not Path(weights).is_file():
+                raise ValueError(f"--model.weights {weights}: no such file (or 'timm' for timm's pretrained weights)")
+            kwargs.update(pretrained=True, pretrained_cfg_overlay={"file": weights})
+        try:
+            levels = timm.create_model(name, features_only=True, out_indices=(-2, -1), **kwargs)
+        except Exception as error:  # hub, safetensors and torch each raise their own kinds
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"--model.backbone {name} with weights {weights}: {reason[0] if reason else type(error).__name__}"
+            ) from None
+        self.net = levels
+        self.channels: list[int] = levels.feature_info.channels()
+        self.strides: list[int] = levels.feature_info.reduction()
+
+    def forward(self, frames: Float[Tensor, "F 3 H W"]) -> list[Float[Tensor, "F C h w"]]:
+        return self.net(frames)
+
+
+def _check_weights_within_reach(name: str) -> None:
+    """Say at once that the machine is offline: the hub's client retries for half a minute first."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, f), str) for f in files):
+        return
+    if "https" in urllib.request.getproxies():
+        return
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        raise ValueError(
+            f"--model.weights timm: {host} cannot be reached to download {config.hf_hub_id}; "
+            "give a file with --model.weights FILE, or leave it out for random weights"
+        ) from None
+
+
+class FeaturePyramid(nn.Module):
+    """1x1 laterals: both levels to one width D."""
+
+    def __init__(self, channels: list[int], dim: int):
+        super().__init__()
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, dim, 1, bias=False), nn.BatchNorm2d(dim)) for c in channels
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return [lateral(f) for lateral, f in zip(self.laterals, features, strict=True)]
+
+
+class TopDownFusion(nn.Module):
+    """F4 = GELU(BN(conv3x3(P4 + up(P5)))): the coarse level's context reaches the fine one."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+
+    def forward(self, fine: Float[Tensor, "F D h w"], coarse: Float[Tensor, "F D h2 w2"]) -> Float[Tensor, "F D h w"]:
+        return F.gelu(self.norm(self.conv(fine + upsample_aligned(coarse, fine.shape[-2:]))))
+
+
+def upsample_aligned(
+    coarse: Float[Tensor, "F D h2 w2"], size: tuple[int, int] | torch.Size
+) -> Float[Tensor, "F D h w"]:
+    """Double the resolution without shifting phase: coarse cell k lies on fine cell 2k exactly.
+
+    Strided convolutions with padding k//2 put cell k of stride s on pixel s*k, so 4 -> 7 is bilinear with
+    align_corners (0, .5, 1, ...); an even fine size has one more cell beyond the last coarse one: it repeats the edge.
+    """
+    height, width = 2 * coarse.shape[-2] - 1, 2 * coarse.shape[-1] - 1
+    fine = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
+    pad_bottom, pad_right = size[0] - height, size[1] - width
+    return F.pad(fine, (0, pad_right, 0, pad_bottom), mode="replicate") if pad_bottom or pad_right else fine
+
+
+class TemporalBlock(nn.Module):
+    """Frames see each other: depthwise convolution (motion), attention (order), MLP; pre-norm residuals."""
+
+    def __init__(self, dim: int, num_frames: int, num_heads: int = 4):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(num_frames, dim) * 0.02)
+        self.conv_norm, self.conv = nn.LayerNorm(dim), nn.Conv1d(dim, dim, 3, padding=1, groups=dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.num_heads = num_heads
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        x = x + self.position
+        x = x + self.conv(self.conv_norm(x).transpose(1, 2)).transpose(1, 2)
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+class DFERNet(nn.Module):
+    """The full model. Everything after the backbone works clip by clip: frames of two clips never mix.
+
+    Args:
+        num_frames: T, frames of a clip.
+        dim: D, width of the pyramid.
+        readout: what the CRF writes back into the features: nothing, its label beliefs, the value path, or both.
+        iterations: mean-field iterations.
+    """
+
+    def __init__(
+        self,
+        num_frames: int,
+        *,
+        num_classes: int = 7,
+        backbone: str = "resnet18",
+        weights: str | None = None,
+        dim: int = 256,
+        readout: Literal["none", "labels", "value", "both"] = "both",
+        iterations: int = 3,
+        dropout: float = 0.2,
+    ):
+        super().__init__()
+        self.backbone = FrameBackbone(backbone, weights)
+        self.pyramid = FeaturePyramid(self.backbone.channels, dim)
+        self.crf = MeanFieldCRF(
+            dim, num_classes, strides=tuple(self.backbone.strides), readout=readout, iterations=iterations
+        )
+        self.fusion = TopDownFusion(dim)
+        self.temporal = nn.ModuleList(TemporalBlock(dim, num_frames) for _ in range(2))
+        self.head = nn.Sequential(nn.LayerNorm(2 * dim), nn.Dropout(dropout), nn.Linear(2 * dim, num_classes))
+
+    def forward(self, clips: Float[Tensor, "B T 3 H W"]) -> Prediction:
+        batch = clips.shape[0]
+        levels = self.pyramid(self.backbone(clips.flatten(0, 1)))
+        levels, crf = self.crf([level.unflatten(0, (batch, -1)) for level in levels])  # (B, T, D, h, w)
+        fine, coarse = (level.flatten(0, 1) for level in levels)
+        fine = self.fusion(fine, coarse)
+        pooled = [
+            temporal(level.mean((2, 3)).unflatten(0, (batch, -1))).mean(1)  # (B, D)
+            for temporal, level in zip(self.temporal, (fine, coarse), strict=True)
+        ]
+        return Prediction(self.head(torch.cat(pooled, 1)), crf.pooled, crf.diagnostics)
+
+
+class MeanPoolNet(nn.Module):
+    """The baseline: the same backbone, mean-pooled over space and time. It cannot see the order of frames."""
+
+    def __init__(
+        self,
+        num_classes: int = 7,
+        *,
+        backbone: str = "resnet18",
+        weights: str | None = None,
+        dropout: float = 0.2,
+    ):
+        super().__init__()
+        self.backbone = FrameBackbone(backbone, weights)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.backbone.channels[-1], num_classes))
+
+    def forward(self, clips: Float[Tensor, "B T 3 H W"]) -> Prediction:
+        features = self.backbone(clips.flatten(0, 1))[-1].mean((2, 3))  # (B*T, C)
+        return Prediction(self.head(features.unflatten(0, (clips.shape[0], -1)).mean(1)), None, {})

@@ -1,0 +1,69 @@
+"""Evaluate a checkpoint on a list: `python scripts/evaluate.py CHECKPOINT [--list LIST] [--root DIR] [--out FILE.csv]`.
+
+Works under torchrun too; every clip counts exactly once whatever the number of processes.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dfer import distributed
+from dfer.annotations import read_annotations
+from dfer.checkpoint import load_checkpoint
+from dfer.config import RunConfig, config_from_json
+from dfer.index import build_index
+from dfer.logger import print_result, write_predictions
+from dfer.optim import build_ema
+from train import amp_dtype, build_loader, build_model, evaluate, one_line_errors
+
+
+def main(args: argparse.Namespace) -> None:
+    state = load_checkpoint(args.checkpoint)
+    config = config_from_json(state["config"], source=args.checkpoint)
+    data = dataclasses.replace(
+        config.data,
+        val_list=args.list or config.data.val_list,
+        root=args.root or (None if args.list else config.data.root),
+        batch_size=args.batch_size or config.data.batch_size,
+    )
+    run = dataclasses.replace(config.run, device=args.device, amp=args.amp or config.run.amp)
+    # The weights are in the checkpoint: nothing is to be downloaded or looked for.
+    config = dataclasses.replace(config, data=data, run=run, model=dataclasses.replace(config.model, weights=None))
+    index = build_index(read_annotations(data.val_list, data.root))
+    world = distributed.setup(config.run.device)
+    loader = build_loader(config, index, "eval", world)
+    model = build_model(config.model, loader.sampler.clip_length)
+    if state["ema"] is not None:
+        ema = build_ema(model, config.optim.ema)
+        ema.load_state_dict(state["ema"])
+        model = ema.module
+    else:
+        model.load_state_dict(state["model"])
+    model.to(world.device)
+    result = evaluate(model, loader, world, amp_dtype(config, world), config.run.channels_last)
+    if not world.is_main:
+        return
+    print_result(f"{args.checkpoint} on {data.val_list}", result.confusion)
+    if args.out:
+        write_predictions(args.out, index, result.ids, result.probabilities)
+    if args.json:
+        numbers = {"WAR": result.confusion.war(), "UAR": result.confusion.uar(), "clips": result.confusion.total()}
+        print(json.dumps(numbers | {"confusion": result.confusion.counts.tolist()}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="last.pt, best_WAR.pt or best_UAR.pt of a run")
+    parser.add_argument("--list", type=Path, help="annotation list; the run's validation list if not given")
+    parser.add_argument("--root", type=Path, help="where relative paths in the list start")
+    parser.add_argument("--batch-size", type=int, help="clips per process; the run's if not given")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=RunConfig.device)
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="the run's if not given")
+    parser.add_argument("--out", type=Path, help="write predictions.csv here")
+    parser.add_argument("--json", action="store_true", help="print the numbers as one line of JSON at the end")
+    arguments = parser.parse_args()
+    sys.exit(one_line_errors("evaluate.py", lambda: main(arguments)))

@@ -1,0 +1,113 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dfer.losses import classification_loss
+from dfer.metrics import ConfusionMatrix, Throughput
+from dfer.optim import build_ema, build_optimizer, lr_at, param_groups
+
+
+@pytest.mark.parametrize("num_clips", [1, 7, 500])
+def test_war_and_uar_equal_a_loop_over_samples(num_clips):
+    rng = np.random.default_rng(num_clips)
+    labels = rng.choice(7, num_clips, p=[0.3, 0.3, 0.2, 0.1, 0.05, 0.0, 0.05])  # class 5 never occurs ...
+    predictions = rng.integers(0, 7, num_clips)  # ... but is predicted
+    valid = rng.random(num_clips) < 0.9
+    valid[0] = True
+    confusion = ConfusionMatrix(7)
+    for part in np.array_split(np.arange(num_clips), 3):
+        confusion.update(*(torch.from_numpy(x[part]) for x in (predictions, labels, valid)))
+
+    right, seen = [0] * 7, [0] * 7
+    for label, prediction, counts in zip(labels, predictions, valid, strict=True):
+        if counts:
+            seen[label] += 1
+            right[label] += label == prediction
+    recalls = [100 * r / s for r, s in zip(right, seen, strict=True) if s]
+    assert confusion.total() == sum(seen)
+    assert confusion.war() == pytest.approx(100 * sum(right) / sum(seen), abs=1e-12)
+    assert confusion.uar() == pytest.approx(sum(recalls) / len(recalls), abs=1e-12)
+    assert math.isnan(confusion.per_class_recall()[5])
+
+
+def test_loss_ignores_padding_even_if_it_is_nan():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 7, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 5])
+    marginals = F.log_softmax(torch.randn(6, 7), 1)
+    valid = torch.tensor([True, True, False, True, False, True])
+    with torch.no_grad():
+        logits[2] = torch.nan
+    loss = classification_loss(logits, marginals, labels, valid, label_smoothing=0.1, aux_weight=0.3)
+    want = sum(
+        F.cross_entropy(logits[i], labels[i], label_smoothing=0.1) - 0.3 * marginals[i, labels[i]] for i in (0, 1, 3, 5)
+    )
+    torch.testing.assert_close(loss, want / 4)
+    loss.backward()
+    assert logits.grad[[0, 1, 3, 5]].isfinite().all() and not logits.grad[4].any()
+    nothing = classification_loss(logits, None, labels, torch.zeros(6, dtype=torch.bool), 0.0, 0.3)
+    assert nothing == 0
+
+
+def test_throughput_separates_waiting_from_computing():
+    throughput = Throughput()
+
+    def slow_batches():
+        import time
+
+        for _ in range(3):
+            time.sleep(0.02)
+            yield 5
+
+    for batch in throughput.timed(slow_batches()):
+        throughput.num_clips += batch
+    rates = throughput.read()
+    assert throughput.num_clips == 15 and throughput.wait_s >= 0.06
+    assert rates["compute_clips_per_s"] > rates["total_clips_per_s"] > 0
+    assert 0.5 < rates["data_wait_share"] <= 1
+    assert throughput.read(since=throughput.snapshot())["total_clips_per_s"] == 0  # the clock stands still outside
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [lr_at(step, 100, 10, 0.5) for step in range(100)]
+    assert rates[0] == pytest.approx(0.05) and rates[9] == rates[10] == 0.5 == max(rates)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and 0 < rates[-1] < 0.001
+    assert lr_at(100, 100, 10, 0.5) == pytest.approx(0) and lr_at(0, 10, 0, 0.5) == 0.5
+
+
+class WithExemption(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(2, 2))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"scale"}
+
+
+def test_weight_decay_spares_biases_norms_and_what_modules_name():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), WithExemption())
+    decayed, spared = param_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and [p is model[0].weight for p in decayed["params"]] == [True]
+    assert spared["weight_decay"] == 0 and len(spared["params"]) == 4
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimizers_descend_and_ema_follows(name):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer, ema = build_optimizer(model, name, lr=0.05, weight_decay=0.0), build_ema(model, 0.5)
+    x, y = torch.randn(64, 4), torch.randn(64, 1)
+    losses = []
+    for _ in range(60):
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(model)
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0] and build_ema(model, 0.0) is None
+    assert not torch.equal(ema.module.weight, model.weight)
+    torch.testing.assert_close(ema.module.weight, model.weight, atol=0.05, rtol=0)

@@ -1,0 +1,202 @@
+"""Whole runs of train.py, as a user starts them, on tiny clips."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+from dfer.checkpoint import load_checkpoint, save_checkpoint
+from tests.conftest import run_python
+
+TINY = (
+    "debug --data.size 32 --data.num-segments 2 --data.batch-size 4 --model.dim 16 --optim.epochs 2 "
+    "--optim.steps-per-epoch 2 --run.log-every 1 --run.device cpu"
+).split()
+
+
+def tiny_run(clips, log_dir, name, *extra, expect=0):
+    lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
+    done = run_python("train.py", *TINY, *lists, "--run.log-dir", str(log_dir), "--run.name", name, *extra)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return {r["step"]: float(r["train/loss"]).hex() for r in rows(run_dir) if "train/loss" in r}
+
+
+@pytest.fixture(scope="module")
+def finished(clips, tmp_path_factory):
+    """A finished run: (its folder, what it printed)."""
+    log_dir = tmp_path_factory.mktemp("logs")
+    done = tiny_run(clips, log_dir, "a", "--run.wandb", "offline")
+    return log_dir / "a", done.stdout
+
+
+def test_a_run_leaves_its_records(finished, clips):
+    run_dir, printed = finished
+    names = {p.name for p in run_dir.iterdir()}
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "predictions.csv",
+        "log.txt",
+        "last.pt",
+        "best_WAR.pt",
+        "best_UAR.pt",
+    } <= names
+    assert not [n for n in names if n.endswith(".partial")]
+    assert "WAR" in printed and "UAR" in printed and "clips/s" in printed and str(run_dir) in printed
+
+    train = [r for r in rows(run_dir) if "train/loss" in r]
+    assert [r["step"] for r in train] == [1, 2, 3, 4]
+    for row in train:
+        assert math.isfinite(row["train/loss"]) and row["throughput/total_clips_per_s"] > 0
+        assert 0 <= row["throughput/data_wait_share"] <= 1 and "crf/coupling" in row
+    last = [r for r in rows(run_dir) if "val/WAR" in r][-1]
+
+    with open(run_dir / "predictions.csv", newline="") as file:
+        predictions = list(csv.DictReader(file))
+    listed = [line.rsplit(maxsplit=2) for line in (clips / "test.txt").read_text().splitlines()]
+    assert [(p["clip"], p["label"]) for p in predictions] == [(name, label) for name, _, label in listed]
+    right = sum(p["label"] == p["prediction"] for p in predictions)
+    assert last["val/WAR"] == pytest.approx(100 * right / len(listed))
+    for p in predictions:
+        assert sum(float(v) for k, v in p.items() if k.startswith("p_")) == pytest.approx(1, abs=1e-5)
+
+
+def test_wandb_recorded_the_run_offline(finished):
+    run_dir, _ = finished
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+
+
+def test_the_same_seed_gives_the_same_bits(finished, clips, tmp_path):
+    tiny_run(clips, tmp_path, "b")
+    assert losses(tmp_path / "b") == losses(finished[0])
+    tiny_run(clips, tmp_path, "c", "--seed", "1", "--optim.epochs", "1")
+    assert losses(tmp_path / "c")[1] != losses(finished[0])[1]
+
+
+def test_resume_equals_never_having_stopped(finished, clips, tmp_path):
+    run_dir, _ = finished
+    # the epoch-1 state of the same two-epoch schedule: run both epochs, put the first one's checkpoint back
+    stopped = run_python(
+        "-c",
+        "import sys, train, dfer.config as c\n"
+        "save = train.save_checkpoint\n"
+        "def stop_after_first(path, state):\n"
+        "    save(path, state)\n"
+        "    if path.name == 'last.pt': sys.exit(9)\n"
+        "train.save_checkpoint = stop_after_first\n"
+        "train.main(c.parse_config(sys.argv[1:]))",
+        *TINY, "--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt",
+        "--run.log-dir", str(tmp_path), "--run.name", "d", "--optim.ema", "0.0",
+    )  # fmt: skip
+    assert stopped.returncode == 9, stopped.stderr
+    with open(tmp_path / "d" / "metrics.jsonl", "a") as file:  # a row from after the checkpoint
+        file.write(json.dumps({"step": 3, "train/loss": 0.0}) + "\n")
+    tiny_run(clips, tmp_path, "d", "--resume")
+    assert losses(tmp_path / "d") == losses(run_dir)
+    assert [r["step"] for r in rows(tmp_path / "d")] == [r["step"] for r in rows(run_dir)]
+    a, b = (load_checkpoint(d / "last.pt") for d in (run_dir, tmp_path / "d"))
+    assert a["best"] == b["best"] and a["epoch"] == b["epoch"] == 2
+    for name, weights in a["model"].items():
+        assert torch.equal(weights, b["model"][name]), name
+
+    refused = tiny_run(clips, tmp_path, "d", "--resume", "--optim.lr", "0.5", expect=2)
+    assert "--optim.lr was" in refused.stderr
+    refused = tiny_run(clips, tmp_path, "d", expect=2)
+    assert "holds a run already" in refused.stderr
+
+
+def test_evaluate_repeats_the_last_epoch(finished, clips, tmp_path):
+    run_dir, _ = finished
+    done = run_python("scripts/evaluate.py", str(run_dir / "last.pt"), "--batch-size", "3", "--device", "cpu",
+                      "--out", str(tmp_path / "p.csv"), "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout.splitlines()[-1])
+    last = [r for r in rows(run_dir) if "val/WAR" in r][-1]
+    assert (numbers["WAR"], numbers["UAR"], numbers["clips"]) == (last["val/WAR"], last["val/UAR"], 9)
+    assert (tmp_path / "p.csv").read_text().count("\n") == 10
+
+
+def test_options_run(clips, tmp_path):
+    options = ("--optim.ema", "0.5", "--optim.accumulate", "2", "--optim.optimizer", "sgd", "--run.amp", "bf16")
+    tiny_run(clips, tmp_path, "options", *options, "--data.frames-per-segment", "2", "--run.no-channels-last")
+    tiny_run(clips, tmp_path, "baseline", "--model.name", "mean-pool", "--optim.epochs", "1")
+    done = run_python("scripts/evaluate.py", str(tmp_path / "options" / "last.pt"), "--json")
+    last = [r for r in rows(tmp_path / "options") if "val/WAR" in r][-1]
+    assert json.loads(done.stdout.splitlines()[-1])["WAR"] == last["val/WAR"]  # the averaged weights are evaluated
+
+
+@pytest.mark.parametrize(
+    ("case", "args", "message"),
+    [
+        ("missing list", ("--data.train-list", "nowhere.txt"), "nowhere.txt: no such annotation list"),
+        ("empty list", ("--data.train-list", "{tmp}/empty.txt"), "empty.txt: the annotation list is empty"),
+        ("label 7", ("--data.val-list", "{tmp}/label7.txt"), "label7.txt:1: label 7"),
+        ("folder gone", ("--data.val-list", "{tmp}/gone.txt"), "gone.txt:1: no such frame folder"),
+        ("broken JPEG", ("--data.train-list", "{tmp}/broken.txt"), "bad frame"),
+        ("batch 0", ("--data.batch-size", "0"), "--data.batch-size 0"),
+        ("batch too large", ("--data.batch-size", "64"), "do not fill one step"),
+        ("T 0", ("--data.num-segments", "0"), "--data.num-segments 0"),
+        ("lr nan", ("--optim.lr", "nan"), "--optim.lr nan"),
+        ("unknown key", ("--optim.learning-rate", "1"), "--optim.learning-rate"),
+        ("no write permission", ("--run.log-dir", "/proc/logs"), "--run.log-dir"),
+        ("no GPU", ("--run.amp", "fp16"), "--run.amp fp16"),
+        ("no such backbone", ("--model.backbone", "resnet19"), "resnet19"),
+        ("no such run", ("--resume", "--run.name", "never"), "never holds no checkpoint"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(clips, tmp_path, case, args, message):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "label7.txt").write_text(f"{clips}/test clips/000 3 7\n")
+    (tmp_path / "gone.txt").write_text("gone 3 1\n")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "1.jpg").write_bytes(b"not a jpeg")
+    (tmp_path / "broken.txt").write_text("broken 1 1\n" * 8)
+    lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
+    name = () if "--run.name" in args else ("--run.name", "x")
+    log_dir = ("--run.log-dir", str(tmp_path / "logs"))
+    filled = [a.replace("{tmp}", str(tmp_path)) for a in args]
+    done = run_python("train.py", *TINY, *lists, *log_dir, *name, *filled, timeout=60)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("train.py: ") and message in line
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"model": {}, "config": "1"})
+
+    def full_disk(*args):
+        raise RuntimeError("enforce fail at inline_container.cc: no space")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(ValueError, match="cannot write the checkpoint"):
+        save_checkpoint(path, {"model": {}, "config": "2"})
+    assert load_checkpoint(path)["config"] == "1" and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, "payload", {"weights": 1}])
+def test_bad_checkpoints_are_one_line(tmp_path, content, capsys):
+    path = tmp_path / "x.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(Payload() if content == "payload" else content, path)
+    with pytest.raises(ValueError, match=r"x\.pt: (damaged|not a checkpoint)"):
+        load_checkpoint(path)
+    assert "executed" not in capsys.readouterr().out

@@ -46,10 +46,9 @@ class FrameBackbone(nn.Module):
         try:
             levels = timm.create_model(name, features_only=True, out_indices=(-2, -1), **kwargs)
         except Exception as error:  # hub, safetensors and torch each raise their own kinds
-            reason = str(error).strip().splitlines()
-            raise ValueError(
-                f"--model.backbone {name} with weights {weights}: {reason[0] if reason else type(error).__name__}"
-            ) from None
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = f"--model.weights {weights}: cannot be loaded into" if weights else "--model.backbone"
+            raise ValueError(f"{what} {name} ({reason})") from None
         self.net = levels
         self.channels: list[int] = levels.feature_info.channels()
         self.strides: list[int] = levels.feature_info.reduction()

@@ -10,10 +10,10 @@ import torch
 from dfer.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import run_python
 
-TINY = (
-    "debug --data.size 32 --data.num-segments 2 --data.batch-size 4 --model.dim 16 --optim.epochs 2 "
-    "--optim.steps-per-epoch 2 --run.log-every 1 --run.device cpu"
-).split()
+TINY = [
+    "debug", "--data.size", "32", "--data.num-segments", "2", "--data.batch-size", "4", "--model.dim", "16",
+    "--optim.epochs", "2", "--optim.steps-per-epoch", "2", "--run.log-every", "1", "--run.device", "cpu",
+]  # fmt: skip
 
 
 def tiny_run(clips, log_dir, name, *extra, expect=0):

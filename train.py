@@ -285,9 +285,9 @@ def amp_dtype(config: Config, world: World) -> torch.dtype | None:
     gpu = world.device.type == "cuda"
     if config.run.amp == "fp16" and not gpu:
         raise ValueError("--run.amp fp16: needs a GPU; on a CPU use bf16 or off")
-    return {"auto": torch.bfloat16 if gpu else None, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        config.run.amp
-    ]
+    native = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    auto = torch.bfloat16 if native else None
+    return {"auto": auto, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.run.amp]
 
 
 def one_line_errors(program: str, work: Callable[[], None]) -> int:

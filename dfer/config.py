@@ -82,7 +82,7 @@ class RunConfig:
     log_dir: Path = Path("logs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Mixed precision; auto = bf16 on a GPU, off on a CPU (many CPUs only emulate bf16, ten times slower)."""
+    """Mixed precision; auto = bf16 where the hardware computes it: GPUs and some CPUs (others are slower with it)."""
     compile: bool = False
     """torch.compile the model."""
     channels_last: bool = True
@@ -116,7 +116,7 @@ def _faces(gpu: bool) -> Config:
     return Config(
         "faces",
         data=DataConfig(size=48, num_segments=8, batch_size=16),
-        optim=OptimConfig(epochs=5, warmup_epochs=0.5),
+        optim=OptimConfig(epochs=10, warmup_epochs=1.0),
     )
 
 

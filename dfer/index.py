@@ -65,7 +65,7 @@ def _scan_folder(record: VideoRecord) -> list[str]:
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key that reads digits as numbers: DFEW's 16-frame folders are 1.jpg .. 16.jpg, not zero-padded."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _root_hint(path: Path) -> str:

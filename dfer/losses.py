@@ -19,7 +19,7 @@ def classification_loss(
     `marginals` are log-probabilities. A batch without a valid clip has loss 0.
     """
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="none")
-    if marginals is not None and aux_weight:
+    if marginals is not None:  # at weight 0 too: distributed training wants a gradient for every parameter
         loss = loss + aux_weight * F.nll_loss(marginals.float(), labels, reduction="none")
     # where, not a product: 0 * nan is nan, and padding must not be able to harm.
     return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)

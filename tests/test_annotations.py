@@ -58,8 +58,8 @@ def test_index_counts_frames_on_disk_in_natural_order(tmp_path):
 
 
 def test_natural_key_orders_mixed_names():
-    names = ["b1", "a10", "a2", "a", "10", "9"]
-    assert sorted(names, key=natural_key) == ["9", "10", "a", "a2", "a10", "b1"]
+    names = ["b1", "a10", "a2", "a", "10", "1²", "9"]
+    assert sorted(names, key=natural_key) == ["1²", "9", "10", "a", "a2", "a10", "b1"]
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):

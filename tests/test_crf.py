@@ -191,6 +191,36 @@ def test_an_attracting_pair_oscillates_without_the_damping():
     assert damped.residual.item() < 0.01 and (damped.energies.diff(dim=1) <= 1e-12).all()
 
 
+def test_gradients_equal_finite_differences():
+    """Through the kernels too: degrees and sigmas are part of the function."""
+    problem = Problem(0, 3.0)
+    damping = torch.tensor([0.3], dtype=torch.float64)
+
+    def marginals(unary, embedding, sigmas, compatibility):
+        appearance, _ = appearance_kernel(embedding, problem.time, problem.cells, sigmas[0], problem.valid)
+        frames, cells, _ = smoothness_kernel(problem.time, problem.cells, sigmas[1], problem.valid)
+        kernels = Kernels(appearance, frames, cells)
+        return meanfield(unary, kernels, compatibility, problem.valid_tokens, 2, damping).marginals
+
+    inputs = (problem.unary, problem.embedding, problem.sigmas, problem.compatibility)
+    assert torch.autograd.gradcheck(marginals, [x.requires_grad_() for x in inputs], fast_mode=True)
+
+
+@torch.no_grad()
+def test_damping_is_a_clips_own():
+    crf, inputs = moved_layer(), levels()
+    crf.coupling_logit.data += 10
+    crf.log_sigma_appearance.data -= 3  # hardly any neighbours: large 1/degree
+    for level in inputs:
+        level[1] = level[1, :1, :, :1, :1]  # but here all tokens look alike
+    together = crf(inputs)
+    for i in range(2):
+        alone = crf([level[i : i + 1] for level in inputs])
+        torch.testing.assert_close(alone[1].pooled[0], together[1].pooled[i], atol=1e-6, rtol=1e-6)
+    damping = [crf([level[i : i + 1] for level in inputs])[1].diagnostics["crf/damping"].item() for i in range(2)]
+    assert max(damping) > 0 and damping[0] != damping[1]
+
+
 def levels(batch: int = 2, num_frames: int = 4, dim: int = 16, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, num_frames, dim, *size, generator=generator) for size in ((3, 4), (2, 2))]

@@ -1,5 +1,7 @@
 """The loader against a stupid oracle: Pillow decodes, NumPy slices, resizes by loops over output rows and colours."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dfer.sampling import ClipSampler, shard
 SIZE, T = 40, 6
 
 
+@functools.cache
 def resize_weights(source: int, target: int) -> np.ndarray:
     """Antialiased linear interpolation: a triangle as wide as an output pixel, but never narrower than an input one."""
     scale = source / target
@@ -35,7 +38,7 @@ def oracle_clip(index, plan, video: int) -> np.ndarray:
         stop = np.round((np.float32(plan.box[video, :2]) + np.float32(plan.box[video, 2:])) * size).astype(int)
         crop = image[start[0] : stop[0], start[1] : stop[1]].astype(np.float64)
         rows, columns = (resize_weights(n, SIZE) for n in crop.shape[:2])
-        pixels = np.round(np.einsum("iy,jx,yxc->ijc", rows, columns, crop))
+        pixels = np.round(np.einsum("iy,jx,yxc->ijc", rows, columns, crop, optimize=True))
         if plan.mirror[video]:
             pixels = pixels[:, ::-1]
         colour = plan.colour[video].astype(np.float64)

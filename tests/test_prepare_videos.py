@@ -1,0 +1,510 @@
+"""Videos to frames: each frame once, in order, upright, in true colours, and no bad video passed over in silence."""
+
+import contextlib
+import io
+import os
+import struct
+import sys
+import wave
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from dfer.annotations import EMOTIONS, read_annotations
+from dfer.index import build_index
+from scripts import prepare_videos as pv
+from tests.conftest import ROOT, run_python
+
+REAL = ROOT.parent / "shared" / "videos"
+FAST = {"preset": "ultrafast", "crf": "10", "bf": "2", "g": "5"}  # with B-frames, which come out of order from the file
+STEP = 8  # grey levels between one frame of a counter and the next
+
+
+def write_video(
+    path: Path,
+    frames: int | Sequence[np.ndarray],
+    codec: str = "libx264",
+    pts_ms: Sequence[int] | None = None,
+    audio_s: float = 0,
+    faststart: bool = False,
+) -> Path:
+    """A video of the given (H, W, 3) frames, or of a counter: frame i is grey at 16 + STEP * i."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(frames, int):
+        frames = [np.full((48, 64, 3), 16 + STEP * i, np.uint8) for i in range(frames)]
+    with av.open(str(path), "w", container_options={"movflags": "faststart"} if faststart else {}) as container:
+        video = container.add_stream(codec, rate=25, options=FAST if codec == "libx264" else {})
+        video.height, video.width = frames[0].shape[:2]
+        video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        if audio_s:
+            audio = container.add_stream("pcm_s16le", rate=8000)
+        for i, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.time_base, frame.pts = Fraction(1, 1000), 40 * i if pts_ms is None else pts_ms[i]
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        for tenth in range(round(10 * audio_s)):  # the muxer sorts them in between the frames
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+            sound.sample_rate, sound.pts = 8000, 800 * tenth
+            container.mux(audio.encode(sound))
+    return path
+
+
+def remux(path: Path, *sources: Path, title: str = "") -> None:
+    """One file with the video streams of all sources."""
+    with av.open(str(path), "w") as container, contextlib.ExitStack() as stack:
+        container.metadata["title"] = title
+        inputs = [stack.enter_context(av.open(str(source))) for source in sources]
+        streams = [container.add_stream_from_template(source.streams.video[0]) for source in inputs]
+        for source, stream in zip(inputs, streams, strict=True):
+            for packet in source.demux(video=0):
+                packet.stream = stream
+                if packet.size:
+                    container.mux(packet)
+
+
+def noise(count: int) -> list[np.ndarray]:
+    """Frames that compress badly, so that a cut file loses many of them."""
+    return list(np.random.default_rng(0).integers(0, 256, (count, 96, 96, 3), dtype=np.uint8))
+
+
+def counter(folder: Path) -> list[int]:
+    """What a folder of a counter's frames counts."""
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == [f"{number:05d}.jpg" for number in range(1, len(files) + 1)]
+    return [round((np.asarray(Image.open(file)).mean() - 16) / STEP) for file in files]
+
+
+def tables(quality: int) -> dict[int, list[int]]:
+    """JPEG's quantization at a quality."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=quality)
+    return Image.open(file).quantization
+
+
+def prepare(*arguments: object) -> int:
+    return pv.main([*map(str, arguments), "--workers", "1"])
+
+
+def rows(out: Path) -> list[str]:
+    return (out / "list.txt").read_text(encoding="utf-8").splitlines()
+
+
+def assert_refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """Exit code 2 and one line, which is returned."""
+    with pytest.raises(SystemExit) as stop:
+        prepare(*arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("ten") / "ten.mp4", 10)
+
+
+def test_every_frame_comes_out_once_and_in_order(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(ten, "--out", tmp_path / "o u t", "--label", "anger") == 0
+    assert rows(tmp_path / "o u t") == ["frames/ten 10 3"]
+    assert counter(tmp_path / "o u t" / "frames" / "ten") == list(range(10))
+    with Image.open(tmp_path / "o u t" / "frames" / "ten" / "00001.jpg") as image:
+        assert image.size == (64, 48)
+        assert image.quantization == tables(92)
+        assert image.layer[0][1:3] == (2, 2)  # 4:2:0
+    captured = capsys.readouterr()
+    assert not captured.err
+    *_, hint, summary = captured.out.splitlines()
+    assert f"train.py --data.train-list '{tmp_path}/o u t/list.txt'" in hint
+    assert summary == f"1 of 1 videos, 1 clips, 10 frames: {tmp_path}/o u t/list.txt"
+    prepare(ten, "--out", tmp_path, "--label", "3", "--quality", "50")
+    with Image.open(tmp_path / "frames" / "ten" / "00001.jpg") as image:
+        assert image.quantization == tables(50)
+
+
+def test_classes_are_folders(ten: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for name in (
+        "Happy/10.mp4", "Happy/2.mp4", "happiness/deep/er/x.MP4", "SAD/a.mp4", "Sadness/a.mp4", "neutral/a.mp4",
+        "Anger/a.mp4", "Angry/a.mp4", "surprise/a.mp4", "Disgust/a.mp4", "fear/a.mp4", "other/Fear/a.mp4", "loose.mp4",
+        "Happy/._2.mp4", "Happy/notes.txt", "Happy/2.jpg",
+    ):  # fmt: skip
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).symlink_to(ten)
+    (source / "Angry linked").symlink_to(source / "Anger")  # no class, but to be looked into
+    assert prepare(source, "--out", tmp_path / "out", "--label", 6) == 0
+    labels = {row.split()[0].removeprefix("frames/"): int(row.split()[-1]) for row in rows(tmp_path / "out")}
+    assert labels == {
+        "Happy/2": 0, "Happy/10": 0, "happiness/deep/er/x": 0, "SAD/a": 1, "Sadness/a": 1, "neutral/a": 2,
+        "Anger/a": 3, "Angry/a": 3, "surprise/a": 4, "Disgust/a": 5, "fear/a": 6, "other/Fear/a": 6, "loose": 6,
+        "Angry": 6,
+    }  # fmt: skip
+    names = list(labels)
+    assert names.index("Happy/2") + 1 == names.index("Happy/10")
+
+
+def test_label_words_cover_all_emotions() -> None:
+    for label, emotion in enumerate(EMOTIONS):
+        assert pv.parse_label(emotion) == pv.parse_label(emotion.upper()) == pv.parse_label(str(label)) == label
+    for word in ("7", "-1", "", "²", "joy", "0.5"):
+        with pytest.raises(ValueError, match=r"is no label: 0\.\.6 or Happy"):
+            pv.parse_label(word)
+
+
+def test_list_of_videos(ten: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub dir").mkdir()
+    for name in ("sub dir/a b, c.mp4", "#1.mp4", "d.mp4", "e"):
+        (tmp_path / name).symlink_to(ten)
+    text = f"# comment\r\n\r\nsub dir/a b, c.mp4 , Sad\r\n  ./#1.mp4\t3 \r\nd.mp4,fear\r\ne happy\r\n{ten} 5"
+    (tmp_path / "videos.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert prepare(tmp_path / "videos.csv", "--out", tmp_path / "out", "--label", 2) == 0
+    *found, outside = rows(tmp_path / "out")
+    assert found == ["frames/sub dir/a b, c 10 1", "frames/#1 10 3", "frames/d 10 6", "frames/e 10 0"]
+    assert outside.endswith("/ten 10 5")
+    assert "/_" not in outside  # as from ../
+    assert build_index(read_annotations(tmp_path / "out" / "list.txt")).num_frames.tolist() == [10] * 5
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "clip_length", "lengths"),
+    [(10, 4, [4, 4, 2]), (9, 4, [4, 4]), (8, 4, [4, 4]), (8, 5, [5, 3]), (7, 5, [5]), (3, 8, [3]), (2, 1, [1, 1])],
+)
+def test_clips_of_n_frames(num_frames: int, clip_length: int, lengths: list[int], tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", num_frames)
+    assert prepare(video, "--out", tmp_path, "--label", 0, "--clip-length", clip_length) == 0
+    names = [f"frames/v_c{number:03d}" for number in range(1, len(lengths) + 1)]
+    assert rows(tmp_path) == [f"{name} {length} 0" for name, length in zip(names, lengths, strict=True)]
+    assert sorted(f"frames/{path.name}" for path in (tmp_path / "frames").iterdir()) == names
+    assert [level for name in names for level in counter(tmp_path / name)] == list(range(sum(lengths)))
+
+
+def test_list_is_readable_whatever_the_videos_are_called(ten: Path, tmp_path: Path) -> None:
+    names = ["a.mp4", "A.avi", "a.mov", "a_2.mp4", "a/b.mp4", "new\nline.mp4", "u\u2028 .mp4", "é ü.mp4", "...mp4"]
+    source = tmp_path / "in"
+    (source / "a").mkdir(parents=True)
+    for name in names:
+        (source / name).symlink_to(ten)
+    (tmp_path / "list.txt").write_text("".join(f"in/{name} 0\n" for name in ("a.mp4", "...mp4", "a.mp4", "A.avi")))
+    assert prepare(source, "--out", tmp_path / "out", "--label", 0) == 0
+    index = build_index(read_annotations(tmp_path / "out" / "list.txt"))
+    folders = {str(record.path).casefold() for record in index.records}  # a disk may ignore case
+    assert len(folders) == len(names) - 1  # ...mp4 has a leading dot
+    assert index.num_frames.tolist() == [10] * len(index)
+    assert all(record.path.is_relative_to(tmp_path / "out" / "frames") for record in index.records)
+    assert prepare(tmp_path / "list.txt", "--out", tmp_path / "out2") == 0
+    assert rows(tmp_path / "out2") == [
+        "frames/in/a 10 0",
+        "frames/in/mp4 10 0",
+        "frames/in/a_2 10 0",
+        "frames/in/A_3 10 0",
+    ]
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "kr", "kb", "pixels"),
+    [
+        (1, 0.2126, 0.0722, "yuv420p"),  # BT.709
+        (5, 0.299, 0.114, "yuv420p"),  # BT.601
+        (2, 0.299, 0.114, "yuv420p"),  # not stated
+        (1, 0.2126, 0.0722, "yuv420p10le"),
+        (9, 0.2627, 0.0593, "yuv420p10le"),  # BT.2020
+    ],
+)
+def test_colours_follow_the_stream(
+    matrix: int, kr: float, kb: float, pixels: str, full_range: bool, tmp_path: Path
+) -> None:
+    colour = np.array((200, 60, 40))
+    r, g, b = colour / 255
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    yuv = np.array((y, 0.5 + (b - y) / 2 / (1 - kb), 0.5 + (r - y) / 2 / (1 - kr)))
+    yuv = yuv * 255 if full_range else (16, 16, 16) + yuv * (219, 224, 224)
+    deep = "10" in pixels
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1 + full_range
+        frame = av.VideoFrame(64, 48, pixels)
+        for plane, value in zip(frame.planes, yuv, strict=True):
+            size = plane.buffer_size // (1 + deep)
+            plane.update(np.full(size, round(value * (1 + 3 * deep)), np.uint16 if deep else np.uint8).tobytes())
+        frame.colorspace, frame.color_range, frame.pts = matrix, 1 + full_range, 0
+        container.mux([*stream.encode(frame), *stream.encode()])
+    assert prepare(path, "--out", tmp_path, "--label", 0, "--quality", 100) == 0
+    image = np.asarray(Image.open(tmp_path / "frames" / "v" / "00001.jpg"))
+    np.testing.assert_allclose(image.reshape(-1, 3).mean(axis=0), colour, atol=2)  # 601 for 709 errs by 13
+
+
+QUADRANTS = np.zeros((48, 64, 3), np.uint8)  # red, green over blue, white
+QUADRANTS[:24, :32, 0] = QUADRANTS[:24, 32:, 1] = QUADRANTS[24:, :32, 2] = QUADRANTS[24:, 32:] = 255
+
+
+@pytest.mark.parametrize(
+    ("matrix", "upright"),
+    [
+        ((1, 0, 0, 1), QUADRANTS),
+        ((0, 1, -1, 0), np.rot90(QUADRANTS, -1)),  # clockwise: what a phone held upright writes
+        ((0.001, 1, -1, -0.001), np.rot90(QUADRANTS, -1)),  # a computed angle
+        ((-1, 0, 0, -1), np.rot90(QUADRANTS, 2)),
+        ((0, -1, 1, 0), np.rot90(QUADRANTS)),
+        ((-1, 0, 0, 1), QUADRANTS[:, ::-1]),  # a mirrored selfie; VideoFrame.rotation says -180
+        ((1, 0, 0, -1), QUADRANTS[::-1]),
+        ((0, 1, 1, 0), QUADRANTS.swapaxes(0, 1)),
+        ((0, -1, -1, 0), np.rot90(QUADRANTS.swapaxes(0, 1), 2)),
+    ],
+)
+def test_rotated_videos_come_out_upright(matrix: tuple[float, ...], upright: np.ndarray, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", [QUADRANTS] * 2)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44  # a, b, u, c, d, v of QuickTime's matrix: x' = ax + cy, y' = bx + dy
+    assert struct.unpack_from(">6i", data, at) == (65536, 0, 0, 0, 65536, 0)
+    a, b, c, d = (round(65536 * value) for value in matrix)
+    struct.pack_into(">6i", data, at, a, b, 0, c, d, 0)
+    path.write_bytes(data)
+    assert prepare(path, "--out", tmp_path, "--label", 0) == 0
+    for name in ("00001.jpg", "00002.jpg"):
+        image = np.asarray(Image.open(tmp_path / "frames" / "v" / name)).astype(int)
+        assert image.shape == upright.shape
+        assert np.abs(image - upright).mean() < 12
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_frame_rate_gives_each_frame_once(suffix: str, tmp_path: Path) -> None:
+    times = [0, 10, 20, 500, 510, 900, 1700, 1701, 1702, 3000]
+    video = write_video(tmp_path / f"v{suffix}", 10, pts_ms=times)
+    assert prepare(video, "--out", tmp_path, "--label", 0) == 0
+    assert counter(tmp_path / "frames" / "v") == list(range(10))
+
+
+def test_healthy_videos_of_unusual_length_are_not_taken_for_truncated(ten: Path, tmp_path: Path) -> None:
+    write_video(tmp_path / "in" / "long audio.mkv", 10, audio_s=3)
+    write_video(tmp_path / "in" / "short audio.mkv", 10, audio_s=0.1)
+    write_video(tmp_path / "in" / "long audio.avi", 10, codec="mjpeg", audio_s=3)
+    write_video(tmp_path / "in" / "stream.ts", 10)
+    trimmed = write_video(tmp_path / "in" / "trimmed.mp4", 20)  # a phone's editor: the file holds more than is shown
+    data = bytearray(trimmed.read_bytes())
+    at = data.index(b"elst") + 12
+    assert struct.unpack_from(">I", data, at) == (800,)
+    struct.pack_into(">I", data, at, 400)
+    trimmed.write_bytes(data)
+    small = write_video(tmp_path / "small.mp4", [np.zeros((32, 32, 3), np.uint8)] * 60)
+    remux(tmp_path / "in" / "second video is longer.mp4", ten, small)
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--label", 0) == 0
+    assert [row.split()[-2] for row in rows(tmp_path / "out")] == ["10"] * 6
+
+
+def test_odd_names_and_tags(ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    video = Path("a:b.mp4")  # not a protocol
+    remux(tmp_path / video, ten, title="TITLE")
+    assert video.read_bytes().count(b"TITLE") == 1
+    video.write_bytes(video.read_bytes().replace(b"TITLE", b"T\xefTLE"))  # not UTF-8
+    assert prepare(video, "--out", "out", "--label", 0) == 0
+    assert rows(Path("out")) == ["frames/a:b 10 0"]
+
+
+def test_bad_videos_are_named_and_left_out(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in"
+    whole = write_video(source / "whole.mp4", noise(24), faststart=True)
+    with av.open(str(whole)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    for name, end in (("mid frame.mp4", whole.stat().st_size * 6 // 10), ("between frames.mp4", ends[11])):
+        (source / name).write_bytes(whole.read_bytes()[:end])
+    for suffix, codec in ((".mkv", "libx264"), (".ts", "libx264"), (".avi", "mjpeg")):
+        path = write_video(source / f"cut{suffix}", noise(24), codec=codec)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    long_audio = write_video(tmp_path / "audio.mkv", noise(24), audio_s=3).read_bytes()
+    (source / "cut with audio.mkv").write_bytes(long_audio[: len(long_audio) // 2])
+    damaged = bytearray(write_video(source / "damaged.mp4", noise(24)).read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 300] = np.random.default_rng(1).bytes(300)
+    (source / "damaged.mp4").write_bytes(damaged)
+    avi = (source / "cut.avi").read_bytes()
+    (source / "no frames.avi").write_bytes(avi[: avi.index(b"movi") + 4])
+    (source / "garbage.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (source / "empty.mp4").write_bytes(b"")
+    (source / "no codec.mp4").write_bytes(ten.read_bytes().replace(b"avc1", b"zzzz"))
+    with wave.open(str(source / "sound.mp4"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(800))
+    (source / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    assert prepare(source, "--out", tmp_path / "out", "--label", 0) == 1
+
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith("1 of 14 videos, 1 clips, 24 frames: ")
+    reasons = dict(line.split(": ", 2)[1:] for line in captured.err.splitlines())
+    assert len(reasons) == len(captured.err.splitlines()) == 13
+    assert all(reasons)
+    reasons = {Path(path).name: reason for path, reason in reasons.items()}
+    assert reasons.pop("garbage.mp4") == reasons.pop("empty.mp4") == "Invalid data found when processing input"
+    assert reasons.pop("no codec.mp4") == "Decoder not found"
+    assert reasons.pop("sound.mp4") == "no video stream"
+    assert reasons.pop("no frames.avi") == "no frames"
+    assert reasons.pop("gone.mp4") == "No such file or directory"
+    assert reasons.pop("between frames.mp4") == "truncated, after 12 frames"
+    for reason in reasons.values():
+        assert reason.startswith(("truncated", "damaged", "Invalid data"))
+        assert reason.endswith("frames")
+    assert rows(tmp_path / "out") == ["frames/whole 24 0"]
+    assert [path.name for path in (tmp_path / "out" / "frames").iterdir()] == ["whole"]
+
+
+def test_nothing_good_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "in" / name).write_bytes(b"x" * 100)
+    (tmp_path / "list.txt").write_text("an earlier run's")
+    line = assert_refused(capsys, tmp_path / "in", "--out", tmp_path, "--label", 0)
+    assert "none of 2 videos" in line
+    assert "a.mp4: Invalid data" in line
+    assert not (tmp_path / "list.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["in"], "in/other/b.mp4: no label; put it in a folder"),
+        (["in", "--label", "joy"], "'joy' is no label: 0..6 or Happy"),
+        (["in", "--label", "7"], "'7' is no label"),
+        (["in/other/b.mp4"], "in/other/b.mp4: no label"),
+        (["missing"], "missing: no such folder, video or list"),
+        (["missing.txt", "--label", "0"], "missing.txt: cannot be read"),
+        (["empty", "--label", "0"], "empty: no videos in it"),
+        (["empty.csv", "--label", "0"], "empty.csv: no videos in it"),
+        (["bad label.txt"], "bad label.txt:2: 'glad' is no label"),
+        (["bad row.txt"], "bad row.txt:1: expected 'path label', got 'x.mp4'"),
+        (["binary.txt"], "binary.txt: cannot be read"),
+        (["in", "--label", "0", "--clip-length", "0"], "--clip-length"),
+        (["in", "--label", "0", "--quality", "101"], "--quality"),
+        (["in", "--label", "0", "--workers", "x"], "--workers"),
+        (["in", "--label", "0", "--out", "binary.txt/out"], "cannot write"),
+        (["list.txt", "--out", "."], "would be overwritten"),
+        (["in", "--nonsense"], "--nonsense"),
+    ],
+)
+def test_usage_errors_are_one_line_and_write_nothing(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/Happy/a.mp4", "in/other/b.mp4"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    Path("empty").mkdir()
+    for name, text in (
+        ("empty.csv", "# no rows\n"),
+        ("bad label.txt", "a 0\nb glad\n"),
+        ("bad row.txt", "x.mp4\n"),
+        ("list.txt", "in/Happy/a.mp4 0\n"),
+    ):
+        Path(name).write_text(text)
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    before = sorted(tmp_path.rglob("*"))
+    out = [] if "--out" in arguments else ["--out", "out"]
+    assert says in assert_refused(capsys, *arguments, *out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_frames_of_an_earlier_run_go_away(ten: Path, tmp_path: Path) -> None:
+    prepare(ten, "--out", tmp_path, "--label", 0)
+    (tmp_path / "short").mkdir()
+    write_video(tmp_path / "short" / "ten.mp4", 4)
+    assert prepare(tmp_path / "short", "--out", tmp_path, "--label", 0) == 0
+    assert counter(tmp_path / "frames" / "ten") == [0, 1, 2, 3]
+    assert rows(tmp_path) == ["frames/ten 4 0"]
+
+
+def test_half_done_run_leaves_no_list(
+    ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(ten, "--out", tmp_path, "--label", 0)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    assert "No space left" in assert_refused(capsys, ten, "--out", tmp_path, "--label", 0)
+    assert not (tmp_path / "list.txt").exists()
+
+
+def test_workers_change_nothing(ten: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(1, 12):
+        (source / f"{number}.mp4").symlink_to(ten)
+    (source / "3.mp4").unlink()
+    (source / "3.mp4").write_bytes(b"x" * 100)
+    arguments = ("scripts/prepare_videos.py", str(source), "--label", "Surprise", "--clip-length", "6")
+    done = run_python(*arguments, "--out", str(tmp_path / "two"), "--workers", "2")
+    assert done.returncode == 1
+    assert done.stderr == f"prepare_videos: {source}/3.mp4: Invalid data found when processing input\n"
+    progress, summary = done.stdout.splitlines()[:-2], done.stdout.splitlines()[-1]
+    assert progress[-1] == "11/11 videos"
+    assert len(progress) == 10
+    assert summary == f"10 of 11 videos, 20 clips, 100 frames: {tmp_path}/two/list.txt"
+    assert prepare(*arguments[1:], "--out", tmp_path / "one") == 1
+    one, two = (
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two
+    assert len(one) == 101
+    assert [row.split("/")[1] for row in rows(tmp_path / "two")[:3]] == ["1_c001 6 4", "1_c002 4 4", "2_c001 6 4"]
+    assert rows(tmp_path / "two")[-1] == "frames/11_c002 4 4"
+
+
+def test_progress_on_a_terminal(ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert prepare(ten, "--out", tmp_path, "--label", 0) == 0
+    assert "1/1" in sys.stdout.getvalue()
+    assert sys.stdout.getvalue().splitlines()[-1].startswith("1 of 1 videos, ")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
+def test_real_videos(tmp_path: Path) -> None:
+    assert prepare(REAL, "--out", tmp_path, "--label", 0, "--quality", 75) == 0
+    index = build_index(read_annotations(tmp_path / "list.txt"))
+    counts = {
+        os.path.basename(record.path): count for record, count in zip(index.records, index.num_frames, strict=True)
+    }
+    assert counts == {"face_noface": 169, "h264_10bits": 30, "h265_10bits": 30, "no_face": 95, "single_face": 72}
+    assert index.num_miscounted() == 0
+    with Image.open(tmp_path / "frames" / "single_face" / "00060.jpg") as image:
+        assert image.size == (640, 360)
+        cheek, shirt = (np.asarray(image).astype(int)[y, x] for y, x in ((200, 255), (345, 290)))
+        assert cheek[0] > cheek[1] + 20 > cheek[2] + 20
+        assert shirt.max() < 50
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
+def test_real_videos_become_predictions(tmp_path: Path) -> None:
+    rows = [f"{REAL}/{name} {label}" for name, label in (("single_face.mp4", 0), ("face_noface.mov", 4))]
+    (tmp_path / "videos.txt").write_text("\n".join(rows))
+    out = tmp_path / "clips"
+    done = run_python(
+        "scripts/prepare_videos.py", str(tmp_path / "videos.txt"), "--out", str(out), "--clip-length", "24"
+    )
+    assert done.returncode == 0, done.stderr
+    clips = (out / "list.txt").read_text().splitlines()
+    assert len(clips) == 3 + 7
+    lists = ("--data.train-list", str(out / "list.txt"), "--data.val-list", str(out / "list.txt"))
+    logs = ("--run.log-dir", str(tmp_path / "logs"), "--run.name", "real")
+    done = run_python("train.py", "debug", *lists, *logs, "--data.batch-size", "5", "--optim.epochs", "1")
+    assert done.returncode == 0, done.stderr
+    predictions = tmp_path / "predictions.csv"
+    checkpoint = str(tmp_path / "logs" / "real" / "last.pt")
+    done = run_python("scripts/evaluate.py", checkpoint, "--list", str(out / "list.txt"), "--out", str(predictions))
+    assert done.returncode == 0, done.stderr
+    written = [line.split(",")[:2] for line in predictions.read_text().splitlines()[1:]]
+    assert written == [[name, label] for name, _, label in (row.rsplit(maxsplit=2) for row in clips)]

@@ -1,5 +1,16 @@
-"""Annotation lists: the one place that knows what a row of a `.txt` list means."""
+"""Annotation lists: the one place that knows what a row of a `.txt` list means.
 
+The canonical form, which our scripts write, is the common form of the field below a header of comments:
+
+    # classes: Happy Sad Neutral Angry Surprise Disgust Fear
+    # root: /data/DFEW/Clip/clip_224x224
+    # sha256: 3b0c...  (of the rows, each ended by a newline)
+    00001 144 1
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +33,11 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     """Read a list of `path num_frames label` rows, the common form of the field.
 
     Rows are split from the right, so paths may hold spaces; CRLF, a byte-order mark, blank lines and lines starting
-    with `#` are fine. Relative paths start at `root`, or at the list's own folder when `root` is None.
+    with `#` are fine. Relative paths start at `root`, else where the list's header says, else at the list's folder.
 
     Raises:
-        ValueError: in one line that names the file and the row, if the list is missing, empty or damaged.
+        ValueError: in one line that names the file and the row, if the list is missing, empty or damaged, if its
+            header states another order of classes, or a hash that its rows do not have.
     """
     list_path = Path(list_path)
     try:
@@ -35,10 +47,13 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{list_path}: cannot be read as an annotation list ({error})") from None
 
-    base = Path(root) if root is not None else list_path.parent
+    # Not splitlines(): it would also cut at characters that a file name may hold.
+    lines = [line.strip() for line in text.split("\n")]
+    header = _read_header(lines)
+    _check_header(list_path, header, lines)
+    base = Path(root) if root is not None else list_path.parent / header.get("root", "")
     records = []
-    for row, line in enumerate(text.splitlines(), start=1):
-        line = line.strip()
+    for row, line in enumerate(lines, start=1):
         if not line or line.startswith("#"):
             continue
         where = f"{list_path}:{row}"
@@ -59,6 +74,63 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     if not records:
         raise ValueError(f"{list_path}: the annotation list is empty")
     return records
+
+
+def write_annotations(
+    list_path: str | Path, rows: Sequence[tuple[str, int, int]], root: str | Path | None = None
+) -> None:
+    """Write the canonical list of (name, num_frames, label) rows, whole or not at all.
+
+    `root` is where the names start, stored as given; None stands for the list's own folder.
+
+    Raises:
+        ValueError: if a row cannot be written so that it reads back the same.
+    """
+    list_path = Path(list_path)
+    lines = []
+    for name, num_frames, label in rows:
+        if name != name.strip() or name.startswith("#") or "\n" in name or "\r" in name or not name:
+            raise ValueError(f"{list_path}: a clip named {name!r} cannot stand in a list")
+        if num_frames < 1 or not 0 <= label < len(EMOTIONS):
+            raise ValueError(f"{list_path}: clip {name}: {num_frames} frames, label {label} cannot stand in a list")
+        lines.append(f"{name} {num_frames} {label}")
+    header = [f"# classes: {' '.join(EMOTIONS)}", f"# sha256: {_hash_rows(lines)}"]
+    if root is not None:
+        header.insert(1, f"# root: {root}")
+    partial = list_path.with_name(list_path.name + ".partial")
+    partial.write_text("".join(f"{line}\n" for line in header + lines), encoding="utf-8")
+    os.replace(partial, list_path)
+
+
+def _read_header(lines: Sequence[str]) -> dict[str, str]:
+    """The `# key: value` comments that stand before the first row."""
+    header = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            break
+        key, colon, value = line.lstrip("# ").partition(":")
+        if colon and key in ("classes", "root", "sha256"):
+            header[key] = value.strip()
+    return header
+
+
+def _check_header(list_path: Path, header: dict[str, str], lines: Sequence[str]) -> None:
+    classes = tuple(header.get("classes", " ".join(EMOTIONS)).split())
+    if classes != EMOTIONS:
+        raise ValueError(
+            f"{list_path}: its labels mean {' '.join(classes)}, but a model's classes are {' '.join(EMOTIONS)}; "
+            "convert it with scripts/check_list.py --write"
+        )
+    rows = [line for line in lines if line and not line.startswith("#")]
+    if "sha256" in header and header["sha256"] != _hash_rows(rows):
+        raise ValueError(
+            f"{list_path}: its rows are not those that its header's sha256 was made of; if the change is meant, check "
+            "it and write a new header with scripts/check_list.py --write"
+        )
+
+
+def _hash_rows(rows: Sequence[str]) -> str:
+    return hashlib.sha256("".join(f"{row}\n" for row in rows).encode()).hexdigest()
 
 
 def _hint(list_path: Path) -> str:

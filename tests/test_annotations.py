@@ -1,8 +1,9 @@
 import re
+from pathlib import Path
 
 import pytest
 
-from dfer.annotations import read_annotations
+from dfer.annotations import EMOTIONS, read_annotations, write_annotations
 from dfer.index import build_index, natural_key
 
 
@@ -39,6 +40,48 @@ def test_damage_is_named_by_file_and_row(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_annotations(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+ROWS = [("a b/00001", 3, 0), ("no # comment", 12, 6), ("x\u2028y\x0bz", 1, 2)]
+
+
+@pytest.mark.parametrize(("root", "base"), [(None, "."), ("frames", "frames"), ("/abs", "/abs")])
+def test_canonical_lists_read_back_the_same(tmp_path, root, base):
+    path = tmp_path / "list.txt"
+    write_annotations(path, ROWS, root)
+    records = read_annotations(path)
+    assert [(r.name, r.num_frames, r.label) for r in records] == ROWS
+    assert records[0].path == tmp_path / base / "a b/00001"
+    assert read_annotations(path, "/other")[0].path == Path("/other/a b/00001")
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # as a careless editor leaves it
+    assert len(read_annotations(path)) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["list.txt"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("# classes: Happy Sad", "# classes: Sad Happy", "labels mean Sad Happy Neutral .* check_list.py --write"),
+        ("00001 3 0", "00001 3 1", "sha256"),
+        ("00001 3 0\n", "", "sha256"),
+    ],
+)
+def test_lists_whose_header_does_not_fit_are_refused(tmp_path, old, new, message):
+    path = tmp_path / "list.txt"
+    write_annotations(path, [("00001", 3, 0), ("00002", 3, 6)])
+    text = path.read_text()
+    assert f"# classes: {' '.join(EMOTIONS)}" in text and old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=message) as error:
+        read_annotations(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("row", [("a\nb", 3, 0), ("", 3, 0), (" a", 3, 0), ("#a", 3, 0), ("a", 0, 0), ("a", 3, 7)])
+def test_rows_that_would_not_read_back_are_not_written(tmp_path, row):
+    with pytest.raises(ValueError, match="cannot stand in a list"):
+        write_annotations(tmp_path / "list.txt", [("ok", 1, 1), row])
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_list(tmp_path):

@@ -61,7 +61,7 @@ def test_canonical_lists_read_back_the_same(tmp_path, root, base):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("# classes: Happy Sad", "# classes: Sad Happy", "labels mean Sad Happy Neutral .* check_list.py --write"),
+        ("# classes: Happy Sad", "# classes: Sad Happy", "labels mean Sad Happy Neutral .*check_list.py --write"),
         ("00001 3 0", "00001 3 1", "sha256"),
         ("00001 3 0\n", "", "sha256"),
     ],

@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipes.loader import ClipLoader
 from dfer import distributed
-from dfer.annotations import EMOTIONS, read_annotations
+from dfer.annotations import EMOTIONS
 from dfer.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dfer.config import Config, ModelConfig, parse_config
 from dfer.distributed import World
-from dfer.index import ClipIndex, build_index
+from dfer.index import ClipIndex, load_index
 from dfer.logger import Logger, open_run_dir, write_predictions
 from dfer.losses import classification_loss
 from dfer.metrics import ConfusionMatrix, Throughput
@@ -32,8 +32,8 @@ from dfer.sampling import ClipSampler
 
 def main(config: Config) -> None:
     """The whole story of a run."""
-    train_index = build_index(read_annotations(config.data.train_list, config.data.root))
-    val_index = build_index(read_annotations(config.data.val_list, config.data.root))
+    train_index = load_index(config.data.train_list, config.data.root)
+    val_index = load_index(config.data.val_list, config.data.root)
     world = distributed.setup(config.run.device)
     train_loader = build_loader(config, train_index, "train", world)
     val_loader = build_loader(config, val_index, "eval", world)

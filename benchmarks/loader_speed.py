@@ -29,8 +29,7 @@ from torchvision.transforms import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dali_pipes.loader import ClipLoader
-from dfer.annotations import read_annotations
-from dfer.index import ClipIndex, build_index, natural_key
+from dfer.index import ClipIndex, load_index, natural_key
 from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD, ClipSampler, EpochPlan
 
 
@@ -75,7 +74,7 @@ def clips_per_s(batches: Iterator, num_batches: int, warmup: int, batch_size: in
 
 
 def main(args: argparse.Namespace) -> None:
-    index = build_index(read_annotations(args.list, args.root))
+    index = load_index(args.list, args.root)
     sampler = ClipSampler(seed=0, num_segments=args.frames)
     plan = sampler.plan(0, index.num_frames)
     workers = os.cpu_count() or 1

@@ -2,7 +2,8 @@
 
 Trains the full model and its mean-pooled baseline (the same backbone, no order of frames) on the embedded data set with
 the same preset, seeds, epochs and clips, in turn, and prints WAR and UAR of the last epoch. What the two score says
-nothing about DFEW or FERV39k; that the first beats the second says that the time course is seen.
+nothing about DFEW or FERV39k; that the first beats the second says that the time course is seen. Runs are kept in the
+log folder: the same command continues where it was cut off, and a new comparison wants a new --log-dir.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,14 +23,15 @@ MODELS = ("dfernet", "mean-pool")
 
 
 def train(model: str, seed: int, log_dir: Path, extra: list[str]) -> dict[str, float]:
-    """Train once, from a shell as a user would, and read the last evaluation."""
-    name = f"comparison-{model}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Train once, from a shell as a user would, and read the last evaluation. A run that was cut off is continued."""
+    name = f"comparison-{model}-seed{seed}"
     command = [sys.executable, "train.py", "faces", "--model.name", model, "--seed", str(seed), "--run.name", name]
-    began = time.perf_counter()
-    subprocess.run([*command, "--run.log-dir", str(log_dir), "--run.wandb", "off", *extra], cwd=ROOT, check=True)
+    resume = ["--resume"] if (log_dir / name / "last.pt").exists() else []
+    settings = ["--run.log-dir", str(log_dir), "--run.wandb", "off", *resume, *extra]
+    subprocess.run([*command, *settings], cwd=ROOT, check=True)
     rows = [json.loads(line) for line in (log_dir / name / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "val/WAR" in row][-1]
-    return {"seed": seed, "WAR": last["val/WAR"], "UAR": last["val/UAR"], "seconds": time.perf_counter() - began}
+    return {"seed": seed, "epochs": last["epoch"], "WAR": last["val/WAR"], "UAR": last["val/UAR"]}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
             results[model].append(train(model, seed, log_dir, args.extra))
 
     table = Table(title=f"last epoch, {args.seeds} seeds: mean and range")
-    for column in ("model", "WAR", "UAR", "minutes"):
+    for column in ("model", "WAR", "UAR"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model, runs in results.items():
         cells = [
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
             f"{max(r[key] for r in runs):.1f})"
             for key in ("WAR", "UAR")
         ]
-        table.add_row(model, *cells, f"{statistics.mean(r['seconds'] for r in runs) / 60:.1f}")
+        table.add_row(model, *cells)
     gains = [a["WAR"] - b["WAR"] for a, b in zip(results["dfernet"], results["mean-pool"], strict=True)]
     console = Console()
     console.print(table)
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--log-dir", type=Path, default=Path("logs"))
+    parser.add_argument("--log-dir", type=Path, default=Path("logs/comparison"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("extra", nargs="*", help="further words for train.py, after --")
     try:

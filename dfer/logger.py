@@ -119,7 +119,10 @@ class Logger:
                 return run
             except Exception as error:  # network, key, disk: all of them mean "not this way"
                 reason = str(error).strip().splitlines() or [type(error).__name__]
-                self.say(f"W&B {attempt}: {reason[0]}")
+                self.say(
+                    f"W&B cannot record {attempt} ({reason[0]}){'; recording offline' if attempt == 'online' else ''}"
+                )
+                wandb.teardown()  # its service still holds the run's id
         return None
 
     def say(self, line: str) -> None:

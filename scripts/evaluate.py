@@ -12,10 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer import distributed
-from dfer.annotations import read_annotations
 from dfer.checkpoint import load_checkpoint
 from dfer.config import RunConfig, config_from_json
-from dfer.index import build_index
+from dfer.index import load_index
 from dfer.logger import print_result, write_predictions
 from dfer.optim import build_ema
 from train import amp_dtype, build_loader, build_model, evaluate, one_line_errors
@@ -33,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     run = dataclasses.replace(config.run, device=args.device, amp=args.amp or config.run.amp)
     # The weights are in the checkpoint: nothing is to be downloaded or looked for.
     config = dataclasses.replace(config, data=data, run=run, model=dataclasses.replace(config.model, weights=None))
-    index = build_index(read_annotations(data.val_list, data.root))
+    index = load_index(data.val_list, data.root)
     world = distributed.setup(config.run.device)
     loader = build_loader(config, index, "eval", world)
     model = build_model(config.model, loader.sampler.clip_length)

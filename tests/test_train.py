@@ -77,6 +77,23 @@ def test_wandb_recorded_the_run_offline(finished):
     assert list(folder.glob("*.wandb"))
 
 
+def test_an_unreachable_wandb_delays_the_start_and_nothing_else(clips, tmp_path):
+    done = run_python(
+        "-c",
+        "import functools, sys, wandb, train, dfer.config as c\n"
+        "wandb.Settings = functools.partial(lambda make, **k: make(**k | {'init_timeout': 2}), wandb.Settings)\n"
+        "train.main(c.parse_config(sys.argv[1:]))",
+        *TINY, "--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt",
+        "--run.log-dir", str(tmp_path), "--run.name", "e", "--run.wandb", "online", "--optim.epochs", "1",
+        WANDB_MODE="online", WANDB_API_KEY="c" * 40, WANDB_BASE_URL="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "W&B cannot record online" in done.stdout and "recording offline" in done.stdout
+    assert list((tmp_path / "e" / "wandb").glob("offline-run-*/*.wandb")) and rows(tmp_path / "e")
+    for path in (tmp_path / "e").rglob("*"):
+        assert not path.is_file() or b"c" * 40 not in path.read_bytes(), path
+
+
 def test_the_same_seed_gives_the_same_bits(finished, clips, tmp_path):
     tiny_run(clips, tmp_path, "b")
     assert losses(tmp_path / "b") == losses(finished[0])

@@ -12,12 +12,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipes.loader import ClipLoader
 from dfer import distributed
-from dfer.annotations import EMOTIONS
+from dfer.annotations import EMOTIONS, read_votes
+from dfer.batch import Batch
 from dfer.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dfer.config import Config, ModelConfig, parse_config
 from dfer.distributed import World
@@ -34,6 +36,7 @@ def main(config: Config) -> None:
     """The whole story of a run."""
     train_index = load_index(config.data.train_list, config.data.root)
     val_index = load_index(config.data.val_list, config.data.root)
+    votes = read_votes(config.loss.soft_labels, train_index.records) if config.loss.soft_labels else None
     world = distributed.setup(config.run.device)
     train_loader = build_loader(config, train_index, "train", world)
     val_loader = build_loader(config, val_index, "eval", world)
@@ -96,8 +99,8 @@ def main(config: Config) -> None:
         throughput = Throughput()
         for epoch in range(first_epoch, config.optim.epochs):
             train_one_epoch(
-                ddp, train_loader, epoch, steps_per_epoch, total_steps, optimizer, scaler, ema, amp, config, world,
-                logger, throughput,
+                ddp, train_loader, votes, epoch, steps_per_epoch, total_steps, optimizer, scaler, ema, amp, config,
+                world, logger, throughput,
             )  # fmt: skip
             step = (epoch + 1) * steps_per_epoch
             result = evaluate(model if ema is None else ema.module, val_loader, world, amp, config.run.channels_last)
@@ -139,6 +142,7 @@ def main(config: Config) -> None:
 def train_one_epoch(
     ddp: nn.Module,
     loader: ClipLoader,
+    votes: Float[Tensor, "N K"] | None,
     epoch: int,
     steps_per_epoch: int,
     total_steps: int,
@@ -167,7 +171,7 @@ def train_one_epoch(
                 group["lr"] = lr_at(step, total_steps, warmup_steps, optim.lr)
         waits_for_more = isinstance(ddp, DistributedDataParallel) and not last_micro
         with ddp.no_sync() if waits_for_more else contextlib.nullcontext():
-            loss, diagnostics = training_loss(ddp, batch, amp, config)
+            loss, diagnostics = training_loss(ddp, batch, votes, amp, config)
             scaler.scale(loss / accumulate).backward()
         loss_sum += loss.detach()
         throughput.num_clips += len(batch.labels) * world.size
@@ -195,17 +199,20 @@ def train_one_epoch(
     logger.flush()
 
 
-def training_loss(model: nn.Module, batch, amp: torch.dtype | None, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Forward pass and loss of one batch."""
+def training_loss(
+    model: nn.Module, batch: Batch, votes: Float[Tensor, "N K"] | None, amp: torch.dtype | None, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Forward pass and loss of one batch; `votes` are label distributions of the whole list, if training uses them."""
+    labels = batch.labels if votes is None else votes[batch.ids].to(batch.labels.device, non_blocking=True)
     with torch.autocast(batch.clips.device.type, dtype=amp, enabled=amp is not None):
         prediction = model(batch.clips if config.run.channels_last else batch.clips.contiguous())
     loss = classification_loss(
         prediction.logits,
         prediction.marginals,
-        batch.labels,
+        labels,
         batch.valid,
-        config.optim.label_smoothing,
-        config.optim.aux_weight,
+        config.loss.label_smoothing,
+        config.loss.aux_weight,
     )
     return loss, prediction.diagnostics
 
@@ -260,7 +267,7 @@ def build_loader(config: Config, index: ClipIndex, mode: str, world: World) -> C
         device="gpu" if gpu else "cpu",
         rank=world.rank,
         world_size=world.size,
-        num_threads=data.num_threads or max((os.cpu_count() or 1) // world.local_size, 1),
+        num_threads=max((os.cpu_count() or 1) // world.local_size, 1),
         device_id=world.device.index if gpu else None,
     )
 

@@ -8,11 +8,17 @@ The canonical form, which our scripts write, is the common form of the field bel
     00001 144 1
 """
 
+import csv
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 # The order of DFEW's label ids, which the field's `.txt` lists use for DFEW and FERV39k alike.
 EMOTIONS = ("Happy", "Sad", "Neutral", "Angry", "Surprise", "Disgust", "Fear")
@@ -100,6 +106,36 @@ def write_annotations(
     partial = list_path.with_name(list_path.name + ".partial")
     partial.write_text("".join(f"{line}\n" for line in header + lines), encoding="utf-8")
     os.replace(partial, list_path)
+
+
+def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float[Tensor, "N K"]:
+    """Label distributions of the records from a file of votes: `clip,Happy,...,Fear`, counts per clip; rows sum to 1.
+
+    Raises:
+        ValueError: in one line, if the file is missing or damaged, or has no votes for one of the records.
+    """
+    votes: dict[str, list[float]] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            if header != ["clip", *EMOTIONS]:
+                raise ValueError(f"{path}:1: expected clip,{','.join(EMOTIONS)}, got {','.join(header)!r}")
+            for row in rows:
+                try:
+                    name, counts = row[0], [float(x) for x in row[1:]]
+                except (ValueError, IndexError):
+                    counts = []
+                if len(counts) != len(EMOTIONS) or not (min(counts) >= 0 and 0 < sum(counts) < math.inf):
+                    raise ValueError(f"{path}:{rows.line_num}: expected a clip and {len(EMOTIONS)} counts, got {row}")
+                votes[name] = counts
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a file of votes ({error})") from None
+    for record in records:
+        if record.name not in votes:
+            raise ValueError(f"{path}: no votes for clip {record.name} ({record.source})")
+    table = torch.tensor([votes[record.name] for record in records])
+    return table / table.sum(1, keepdim=True)
 
 
 def _read_header(lines: Sequence[str]) -> dict[str, str]:

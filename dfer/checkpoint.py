@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dfer.annotations import EMOTIONS
+
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain Python values) to `path`; at every moment the old file or the new one is there.
@@ -51,4 +53,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise ValueError(f"{path}: not a checkpoint of this project")
+    classes = state.get("emotions", list(EMOTIONS))
+    if classes != list(EMOTIONS):
+        raise ValueError(f"{path}: its model's classes are {classes}, those of the lists are {list(EMOTIONS)}")
     return state

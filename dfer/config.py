@@ -32,8 +32,6 @@ class DataConfig:
     """Consecutive frames from each segment: 16 x 1 is the field's default, 8 x 2 is Former-DFER's."""
     batch_size: int = 16
     """Clips per process and step."""
-    num_threads: int = 0
-    """Decoder threads per process; 0 = the cores there are, shared among the processes of this machine."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -68,11 +66,17 @@ class OptimConfig:
     """Largest norm of the gradient; 0 = no clipping."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 = none."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
     label_smoothing: float = 0.1
     aux_weight: float = 0.2
     """Weight of the loss on the CRF's marginals."""
-    ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 = none."""
+    soft_labels: Path | None = None
+    """Train on the annotators' votes in this file (prepare_dfew.py writes votes.csv) instead of the list's labels."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_json(self) -> str:
@@ -191,14 +196,13 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: one line with the flag, its value and what is allowed.
     """
-    data, model, optim, run = config.data, config.model, config.optim, config.run
+    data, model, optim, loss, run = config.data, config.model, config.optim, config.loss, config.run
     checks = [
         ("--seed", config.seed, 0, 2**63 - 1),
         ("--data.size", data.size, 32, 1024),
         ("--data.num-segments", data.num_segments, 1, 1024),
         ("--data.frames-per-segment", data.frames_per_segment, 1, 64),
         ("--data.batch-size", data.batch_size, 1, 65536),
-        ("--data.num-threads", data.num_threads, 0, 1024),
         ("--data.augmentation.min-crop-area", data.augmentation.min_crop_area, 0.01, 1.0),
         ("--data.augmentation.max-crop-ratio", data.augmentation.max_crop_ratio, 1.0, 4.0),
         ("--data.augmentation.flip", data.augmentation.flip, 0.0, 1.0),
@@ -213,9 +217,9 @@ def validate(config: Config) -> None:
         ("--optim.warmup-epochs", optim.warmup_epochs, 0.0, 100_000.0),
         ("--optim.clip-norm", optim.clip_norm, 0.0, 1e9),
         ("--optim.accumulate", optim.accumulate, 1, 100_000),
-        ("--optim.label-smoothing", optim.label_smoothing, 0.0, 0.99),
-        ("--optim.aux-weight", optim.aux_weight, 0.0, 1e3),
         ("--optim.ema", optim.ema, 0.0, 0.999999),
+        ("--loss.label-smoothing", loss.label_smoothing, 0.0, 0.99),
+        ("--loss.aux-weight", loss.aux_weight, 0.0, 1e3),
         ("--run.log-every", run.log_every, 1, 10**9),
     ]
     for flag, value, low, high in checks:
@@ -242,9 +246,9 @@ def config_from_json(text: str, source: Path) -> Config:
 
 
 def _build(cls: type, saved: dict) -> object:
-    nested = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
+    nested = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "loss": LossConfig, "run": RunConfig}
     nested["augmentation"] = Augmentation
-    paths = {"train_list", "val_list", "root", "log_dir"}
+    paths = {"train_list", "val_list", "root", "log_dir", "soft_labels"}
     values = {
         key: _build(nested[key], value)
         if key in nested

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dfer.annotations import EMOTIONS, read_annotations, write_annotations
+from dfer.annotations import EMOTIONS, read_annotations, read_votes, write_annotations
 from dfer.index import build_index, natural_key
 
 
@@ -116,3 +116,36 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             build_index(read_annotations(write(tmp_path, row)))
         assert re.search("gone|empty", str(error.value))
+
+
+HEADER = "clip,Happy,Sad,Neutral,Angry,Surprise,Disgust,Fear\n"
+
+
+def test_votes_become_distributions_in_the_order_of_the_list(tmp_path):
+    records = read_annotations(write(tmp_path, b"b 3 1\na 3 0\n"))
+    (tmp_path / "votes.csv").write_text(HEADER + "a,8,0,2,0,0,0,0\nb,0,5,0,0,0,0,5\nunused,1,0,0,0,0,0,0\n")
+    votes = read_votes(tmp_path / "votes.csv", records)
+    assert votes.tolist() == [pytest.approx([0, 0.5, 0, 0, 0, 0, 0.5]), pytest.approx([0.8, 0, 0.2, 0, 0, 0, 0])]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ":1: expected clip,Happy"),
+        (HEADER.replace("Happy,Sad", "Sad,Happy"), ":1: expected clip,Happy"),
+        (HEADER + "a,1,0,0,0,0,0\n", ":2: expected a clip and 7 counts"),
+        (HEADER + "a,1,0,0,0,0,0,x\n", ":2: expected a clip and 7 counts"),
+        (HEADER + "a,0,0,0,0,0,0,0\n", ":2: expected a clip and 7 counts"),
+        (HEADER + "a,nan,0,0,0,0,0,0\n", ":2: expected a clip and 7 counts"),
+        (HEADER + "a,2,0,0,0,0,0,-1\n", ":2: expected a clip and 7 counts"),
+        (HEADER + "b,1,0,0,0,0,0,0\n", r"no votes for clip a \(.*list.txt:1\)"),
+    ],
+)
+def test_damaged_votes_are_named(tmp_path, text, message):
+    records = read_annotations(write(tmp_path, b"a 3 0\n"))
+    (tmp_path / "votes.csv").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_votes(tmp_path / "votes.csv", records)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_votes(tmp_path / "none.csv", records)

@@ -52,6 +52,21 @@ def test_loss_ignores_padding_even_if_it_is_nan():
     assert nothing == 0
 
 
+def test_loss_of_distributions_equals_the_sum_over_classes():
+    torch.manual_seed(0)
+    logits, marginals = torch.randn(3, 7), F.log_softmax(torch.randn(3, 7), 1)
+    valid, labels = torch.tensor([True, False, True]), torch.tensor([2, 0, 5])
+    votes = torch.rand(3, 7).softmax(1)
+    want = sum(
+        -votes[i, c] * (F.log_softmax(logits[i], 0)[c] + 0.3 * marginals[i, c]) for i in (0, 2) for c in range(7)
+    )
+    torch.testing.assert_close(classification_loss(logits, marginals, votes, valid, 0.0, 0.3), want / 2)
+    hard = classification_loss(logits, marginals, labels, valid, 0.1, 0.3)
+    torch.testing.assert_close(
+        classification_loss(logits, marginals, F.one_hot(labels, 7).float(), valid, 0.1, 0.3), hard
+    )
+
+
 def test_throughput_separates_waiting_from_computing():
     throughput = Throughput()
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dfer.annotations import EMOTIONS
 from dfer.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import run_python
 
@@ -147,7 +148,11 @@ def test_evaluate_repeats_the_last_epoch(finished, clips, tmp_path):
 def test_options_run(clips, tmp_path):
     options = ("--optim.ema", "0.5", "--optim.accumulate", "2", "--optim.optimizer", "sgd", "--run.amp", "bf16")
     tiny_run(clips, tmp_path, "options", *options, "--data.frames-per-segment", "2", "--run.no-channels-last")
-    tiny_run(clips, tmp_path, "baseline", "--model.name", "mean-pool", "--optim.epochs", "1")
+    names = [line.rsplit(maxsplit=2)[0] for line in (clips / "train.txt").read_text().splitlines()]
+    votes = "".join(f"{name},1,2,3,0,0,4,0\n" for name in names)
+    (tmp_path / "votes.csv").write_text(f"clip,{','.join(EMOTIONS)}\n{votes}")
+    soft = ("--loss.soft-labels", str(tmp_path / "votes.csv"))
+    tiny_run(clips, tmp_path, "baseline", "--model.name", "mean-pool", "--optim.epochs", "1", *soft)
     done = run_python("scripts/evaluate.py", str(tmp_path / "options" / "last.pt"), "--json")
     last = [r for r in rows(tmp_path / "options") if "val/WAR" in r][-1]
     assert json.loads(done.stdout.splitlines()[-1])["WAR"] == last["val/WAR"]  # the averaged weights are evaluated
@@ -200,6 +205,12 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot write the checkpoint"):
         save_checkpoint(path, {"model": {}, "config": "2"})
     assert load_checkpoint(path)["config"] == "1" and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_model_of_another_class_order_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", {"model": {}, "config": "", "emotions": sorted(EMOTIONS)})
+    with pytest.raises(ValueError, match=r"x\.pt: its model's classes are \['Angry'"):
+        load_checkpoint(tmp_path / "x.pt")
 
 
 class Payload:

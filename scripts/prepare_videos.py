@@ -1,30 +1,43 @@
-"""Cut videos into JPEG frames and write the annotation list that train.py reads.
+"""Turn videos into JPEG frames of the face they show and write the annotation list that train.py reads.
 
 `python scripts/prepare_videos.py INPUT --out DIR`, where INPUT is a folder of videos (its immediate sub-folders may be
 classes: Happy, Sad, ...), one video, or a .txt/.csv list of `path label` rows. Any codec that FFmpeg reads will do.
+The face is found, followed and cropped; DIR/report.csv says what became of each video. Run it again and it goes on.
 """
 
 import argparse
 import contextlib
+import csv
 import functools
+import hashlib
+import io
+import itertools
+import json
 import multiprocessing
 import os
 import re
 import shlex
+import signal
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import av
+import numpy as np
 from av.sidedata.sidedata import SideData, Type
 from av.video.reformatter import Interpolation, VideoReformatter
+from jaxtyping import Float64, Int64
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.annotations import EMOTIONS
+from dfer.faces import crop_face, find_face, make_detector
 from dfer.index import natural_key
 
 # What to take from a folder; a file that is named, or listed, may be called anything.
@@ -32,6 +45,10 @@ VIDEO_SUFFIX = re.compile(r"\.(3gp|asf|avi|flv|gif|m2?ts|m4v|mkv|mov|mp4|mpe?g|m
 LABELS = {emotion.casefold(): label for label, emotion in enumerate(EMOTIONS)}
 LABELS |= {"happiness": LABELS["happy"], "sadness": LABELS["sad"], "anger": LABELS["angry"]}
 LABEL_HELP = "0..6 or " + ", ".join(EMOTIONS)
+LISTS = ("list.txt", "unlabelled.txt")
+MAX_SIDE = 8192  # px; what a hostile header may claim is far more
+MAX_NAME = 200  # bytes of a folder's name; disks take 255, and a clip's number follows
+MAX_REPEATS = 100  # by --fps, of a frame on average; beyond, the time stamps are broken
 
 # By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
 EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -53,11 +70,40 @@ class Video:
 
     path: Path
     name: str  # of its frame folder below DIR/frames, unique
-    label: int
+    label: int | None  # None: unlabelled
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes the frames of a video."""
+
+    crop: bool = True
+    detector: Path | None = None  # of YuNet; None is Haar
+    margin: float = 0.1
+    size: int = 224  # px
+    fps: float | None = None
+    clip_length: int | None = None
+    quality: int = 92
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a video."""
+
+    outcome: str  # ok, no face, several faces, cut, failed: reason
+    clips: dict[str, int]  # folder below DIR -> frames
+    decoded: int
+    faces: int | None = None  # at once; None: not looked for
+    cuts: int | None = None
 
 
 class BadVideo(Exception):
     """A video that cannot be used; the message says why."""
+
+
+def shown(path: object) -> str:
+    """A path as it is printed: in one line whatever the file is called."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 def parse_label(text: str) -> int:
@@ -69,15 +115,23 @@ def parse_label(text: str) -> int:
     return LABELS[text.casefold()]
 
 
-def read_list(list_path: Path) -> list[tuple[Path, int]]:
-    """Path and label from rows of `path label` or `path,label`, split from the right; paths start at the list."""
+def read_list(list_path: Path, labelled: bool = True) -> list[tuple[Path, int | None]]:
+    """Path and label from rows of `path label` or `path,label`, split from the right; paths start at the list.
+
+    Where the videos are not `labelled`, a row is a path and nothing else.
+    """
     try:
         lines = list_path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{list_path}: cannot be read as a list of videos ({error})") from None
-    rows = []
+    rows: list[tuple[Path, int | None]] = []
     for row, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
+            continue
+        if "\0" in line:
+            raise ValueError(f"{list_path}:{row}: no path has a NUL in it: {line!r}")
+        if not labelled:
+            rows.append((list_path.parent / line, None))
             continue
         fields = re.fullmatch(r"(.+?)(?:\s*,\s*|\s+)([^\s,]+)", line)
         if fields is None:
@@ -89,21 +143,41 @@ def read_list(list_path: Path) -> list[tuple[Path, int]]:
     return rows
 
 
-def find_videos(source: Path, label: int | None) -> list[Video]:
+def walk(source: Path) -> Iterator[Path]:
+    """All files below a folder, through links too, except those that lead back to a folder they lie in."""
+    folders: list[tuple[Path, frozenset[str]]] = [(source, frozenset())]
+    while folders:
+        folder, above = folders.pop()
+        here = os.path.realpath(folder)
+        if here in above:
+            print(f"prepare_videos: {shown(folder)}: a link in a circle, not followed", file=sys.stderr)
+            continue
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            print(f"prepare_videos: {shown(folder)}: cannot be read ({error.strerror})", file=sys.stderr)
+            continue
+        for path in (folder / name for name in names):
+            if os.path.isdir(path):  # unlike Path's and DirEntry's methods it never raises
+                folders.append((path, above | {here}))
+            else:
+                yield path
+
+
+def find_videos(source: Path, label: int | None, unlabelled: bool = False) -> list[Video]:
     """The videos of a folder, a list or a single file, in natural order; `label` is for those that have no other.
 
     Raises:
-        ValueError: in one line, if there are none, or one has no label.
+        ValueError: in one line, if there are none, or one has no label (unless all are `unlabelled`).
     """
     labelled: Sequence[tuple[Path, int | None]]
     if source.is_dir():
-        found = [Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names]
         # Names with a leading dot are what macOS leaves on foreign disks, next to each real file.
-        found = [path for path in found if VIDEO_SUFFIX.fullmatch(path.suffix) and path.name[0] != "."]
+        found = [path for path in walk(source) if VIDEO_SUFFIX.fullmatch(path.suffix) and path.name[0] != "."]
         found.sort(key=lambda path: natural_key(path.relative_to(source).as_posix()))
         labelled = [(path, LABELS.get(path.relative_to(source).parts[0].casefold(), label)) for path in found]
     elif source.suffix.lower() in (".txt", ".csv"):
-        labelled = read_list(source)
+        labelled = read_list(source, not unlabelled)
     elif source.exists():
         labelled = [(source, label)]
     else:
@@ -113,12 +187,12 @@ def find_videos(source: Path, label: int | None) -> list[Video]:
     names = frame_folders([path for path, _ in labelled], source if source.is_dir() else source.parent)
     videos = []
     for (path, own), name in zip(labelled, names, strict=True):
-        if own is None:
+        if own is None and not unlabelled:
             raise ValueError(
                 f"{path}: no label; put it in a folder named after its emotion ({', '.join(EMOTIONS)}), "
-                "give a .txt list of 'path label' rows, or give --label for all such videos"
+                "give a .txt list of 'path label' rows, give --label for all such videos, or say --unlabelled"
             )
-        videos.append(Video(path, name, own))
+        videos.append(Video(path, name, None if unlabelled else own))
     return videos
 
 
@@ -129,7 +203,8 @@ def frame_folders(paths: Sequence[Path], base: Path) -> list[str]:
     for path in paths:
         stem, _ = os.path.splitext(os.path.relpath(path, base))
         printable = ("".join(c if c.isprintable() else "_" for c in part) for part in Path(stem).parts if part != "..")
-        name = unique = "/".join(part.strip(" .") or "_" for part in printable)
+        short = (part.encode()[:MAX_NAME].decode(errors="ignore") for part in printable)
+        name = unique = "/".join(part.strip(" .") or "_" for part in short)
         number = 1
         while unique.casefold() in taken:  # a.mp4 beside a.avi, or A.mp4 where the disk ignores case
             number += 1
@@ -139,8 +214,10 @@ def frame_folders(paths: Sequence[Path], base: Path) -> list[str]:
     return names
 
 
-def decode(path: Path) -> Iterator[Image.Image]:
-    """All frames of a video in presentation order: upright, RGB by the matrix and range that the stream states.
+def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
+    """All frames of a video in presentation order, with their times in seconds, which always rise.
+
+    They are upright, and RGB by the matrix and range that the stream states.
 
     A stream that states no matrix is taken for BT.601, as the ffmpeg program does.
 
@@ -148,17 +225,20 @@ def decode(path: Path) -> Iterator[Image.Image]:
         BadVideo, av.FFmpegError: if there is nothing to decode or the video is truncated or damaged, which may show
             only after its last good frame.
     """
+    if path.exists() and not path.is_file():
+        raise BadVideo("not a file")  # a pipe would never end
     # Absolute, as FFmpeg takes "a:b.mp4" for a protocol; old files have tags that are not UTF-8.
     with av.open(os.path.abspath(path), metadata_errors="replace") as container:
         video = container.streams.best("video")
         if video is None:
             raise BadVideo("no video stream")
         if video.codec_context is not None:  # else there is no decoder, which decode() says
+            _check_size(video.codec_context)
             video.codec_context.thread_count = 1  # the workers are the parallelism
         rgb = VideoReformatter()
         streams = [video, *container.streams.audio]
         ends = {stream.index: 0.0 for stream in streams}  # seconds
-        num_frames = 0
+        num_frames, now = 0, -np.inf
         for packet in container.demux(streams):
             if packet.is_corrupt:
                 raise BadVideo("truncated or damaged")
@@ -168,8 +248,13 @@ def decode(path: Path) -> Iterator[Image.Image]:
             for frame in packet.decode() if index == video.index else ():
                 if frame.is_corrupt:  # FFmpeg has patched over missing data
                     raise BadVideo("damaged")
+                _check_size(frame)
+                # Raw streams have no times, broken ones stop the clock.
+                now = max(
+                    num_frames / float(video.average_rate or 25) if frame.time is None else frame.time, now + 1e-3
+                )
                 pixels = rgb.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
-                yield _upright(Image.fromarray(pixels), frame.side_data.get(Type.DISPLAYMATRIX))
+                yield now, _upright(Image.fromarray(pixels), frame.side_data.get(Type.DISPLAYMATRIX))
                 num_frames += 1
         if not num_frames:
             raise BadVideo("no frames")
@@ -179,6 +264,11 @@ def decode(path: Path) -> Iterator[Image.Image]:
         short = container.duration and max(ends.values()) < _end(container, 1 / av.time_base) - slack
         if short and (video.duration is None or ends[video.index] < _end(video, video.time_base) - slack):
             raise BadVideo("truncated")
+
+
+def _check_size(picture: av.VideoCodecContext | av.VideoFrame) -> None:
+    if max(picture.width, picture.height) > MAX_SIDE:
+        raise BadVideo(f"{picture.width} x {picture.height} pixels, more than {MAX_SIDE} on a side")
 
 
 def _end(timed: av.container.InputContainer | av.VideoStream, unit: float) -> float:
@@ -199,76 +289,229 @@ def _remove_frames(folder: Path) -> None:
         frame.unlink()
 
 
-def write_clips(
-    job: tuple[int, Video], out: Path, clip_length: int | None, quality: int
-) -> tuple[int, dict[str, int], str | None]:
-    """Worker: write a video's frames. Its number, the frames in each clip folder, and why it failed, if it did."""
-    number, video = job
+def _remove_folder(folder: Path) -> None:
+    _remove_frames(folder)
+    with contextlib.suppress(OSError):  # not empty: another video's folder lies in it
+        folder.rmdir()
+
+
+def nearest_frames(times: Float64[np.ndarray, " N"], fps: float) -> Int64[np.ndarray, " N"]:
+    """How often each frame is taken, if at every 1/fps seconds from the first one the frame nearest in time is.
+
+    `times` in seconds, rising. At its own rate each frame of a video is taken once.
+
+    Raises:
+        BadVideo: if the times are so far apart that frames would be repeated without end.
+    """
+    ticks = (times[-1] - times[0]) * fps
+    if not ticks < MAX_REPEATS * len(times):
+        raise BadVideo(f"time stamps {times[-1] - times[0]:,.0f} s apart in {len(times)} frames")
+    wanted = times[0] + np.arange(int(ticks + 0.25) + 1) / fps  # files round their times
+    after = np.minimum(np.searchsorted(times, wanted), len(times) - 1)
+    before = np.maximum(after - 1, 0)
+    nearest = np.where(wanted - times[before] <= times[after] - wanted + 1e-9, before, after)
+    return np.bincount(nearest, minlength=len(times))
+
+
+_detector = functools.cache(make_detector)  # one in each process
+
+
+def pictures(path: Path, options: Options, found: dict[str, int]) -> Iterator[Image.Image]:
+    """The frames to write. Puts the number of frames `decoded`, and of `faces` and `cuts`, in `found` as it knows them.
+
+    Raises:
+        BadVideo, av.FFmpegError: as `decode`; where faces or times are looked for, before the first frame comes.
+    """
+    if not (options.crop or options.fps):
+        for found["decoded"], (_, image) in enumerate(decode(path), start=1):
+            yield image
+        return
+    # Twice through the video: all its frames together may not fit in memory.
+    boxes = None
+    if options.crop:
+        faces = find_face(((time, np.asarray(image)) for time, image in decode(path)), _detector(options.detector))
+        times, boxes = faces.times, faces.boxes
+        found |= {"faces": faces.most, "cuts": faces.cuts}
+    else:
+        times = np.array([time for time, _ in decode(path)])
+    found["decoded"] = len(times)
+    counts = nearest_frames(times, options.fps) if options.fps else np.ones(len(times), np.int64)
+    if boxes is not None:
+        counts[np.isnan(boxes[:, 0])] = 0
+    end = int(np.flatnonzero(counts).max(initial=-1)) + 1
+    for index, (_, image) in enumerate(itertools.islice(decode(path), end)):
+        if boxes is not None and counts[index]:
+            image = Image.fromarray(crop_face(np.asarray(image), boxes[index], options.size, options.margin))
+        for _ in range(counts[index]):
+            yield image
+
+
+def write_clips(video: Video, out: Path, options: Options) -> Result:
+    """Worker: write a video's frames; none are left of a video that failed."""
     clips: dict[str, int] = {}
-    name, reason = "", None
+    found: dict[str, int] = {"decoded": 0}
+    name, clip_length, outcome = "", options.clip_length, "ok"
     try:
-        for index, image in enumerate(decode(video.path)):
+        for index, image in enumerate(pictures(video.path, options, found)):
             if index % (clip_length or sys.maxsize) == 0:
                 name = f"frames/{video.name}" + (f"_c{len(clips) + 1:03d}" if clip_length else "")
                 clips[name] = 0
                 (out / name).mkdir(parents=True, exist_ok=True)
-                _remove_frames(out / name)  # of an earlier run, maybe a longer clip's
+                _remove_frames(out / name)  # of a run that was stopped, maybe of a longer clip
             clips[name] += 1
-            image.save(out / name / f"{clips[name]:05d}.jpg", quality=quality)
+            image.save(out / name / f"{clips[name]:05d}.jpg", quality=options.quality)
     except (av.FFmpegError, BadVideo) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if clips:
-            reason += f", after {sum(clips.values())} frames"
-    unwanted = list(clips) if reason else []
-    if clip_length and len(clips) > 1 and 2 * clips[name] < clip_length and not reason:
+        outcome = f"failed: {getattr(error, 'strerror', None) or error}"
+        if found["decoded"]:
+            outcome += f", after {found['decoded']} frames"
+    unwanted = list(clips) if outcome != "ok" else []
+    if clip_length and len(clips) > 1 and 2 * clips[name] < clip_length and not unwanted:
         unwanted = [name]  # the remainder is too short to be a clip
     for dropped in unwanted:
         del clips[dropped]
-        _remove_frames(out / dropped)
-        with contextlib.suppress(OSError):  # not empty: another video's folder lies in it
-            (out / dropped).rmdir()
-    return number, clips, reason
+        _remove_folder(out / dropped)
+    if outcome == "ok" and options.crop:
+        if not found["faces"]:
+            outcome = "no face"
+        elif not clips:
+            outcome = "failed: its face is seen too shortly for --fps"
+        elif found["faces"] > 1:
+            outcome = "several faces"
+        elif found["cuts"]:
+            outcome = "cut"
+    return Result(outcome, clips, **found)
+
+
+# ---- Records: one small file for each finished video, so that a run which was stopped goes on where it was.
+
+
+def _record_path(video: Video, out: Path) -> Path:
+    # A hash, as names may be long, and one video's name may be another's folder.
+    return out / "records" / f"{hashlib.sha256(video.name.encode()).hexdigest()[:24]}.json"
+
+
+def shaped_by(video: Video, options: Options, detector: str) -> dict[str, Any]:
+    """All that a video's frames depend on; `detector` stands for the content of its file."""
+    with contextlib.suppress(OSError):
+        file = video.path.stat()
+        source = [os.path.abspath(video.path), file.st_size, file.st_mtime_ns]
+        shape = {"name": video.name, "source": source, **asdict(options), "detector": detector}
+        return shape if options.crop else {**shape, "detector": None, "margin": None, "size": None}
+    return {}
+
+
+def read_record(video: Video, out: Path, shape: dict[str, Any]) -> Result | None:
+    """What a video gave in an earlier run, or None, and then no trace of it is left, if it has to be done (again)."""
+    path = _record_path(video, out)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        result = Result(**record["result"])
+        clips = {str(name): int(count) for name, count in result.clips.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        path.unlink(missing_ok=True)
+        return None
+    own = re.compile(re.escape(f"frames/{video.name}") + r"(_c\d+)?")  # a record may say anything
+    clips = {name: count for name, count in clips.items() if own.fullmatch(name)}
+    whole = all(len(list((out / name).glob("*.jpg"))) == count for name, count in clips.items())
+    if shape and record.get("shaped_by") == shape and whole and len(clips) == len(result.clips):
+        return result
+    path.unlink(missing_ok=True)
+    for name in clips:
+        _remove_folder(out / name)
+    return None
+
+
+def do_video(video: Video, out: Path, options: Options, shape: dict[str, Any]) -> Result:
+    """Worker: `write_clips`, and the record that it is done. A video that failed has none: it may be mended."""
+    result = write_clips(video, out, options)
+    if shape and not result.outcome.startswith("failed"):
+        record = {"shaped_by": shape, "result": asdict(result)}
+        write_whole(_record_path(video, out), json.dumps(record, indent=1, ensure_ascii=True) + "\n")
+    return result
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_suffix(".tmp")
+    part.write_text(text, encoding="utf-8", newline="")
+    os.replace(part, path)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers
+
+
+def _finished(
+    work: Callable[[Video, Path, Options, dict[str, Any]], Result], jobs: Sequence[tuple], workers: int
+) -> Iterator[tuple[Video, Result]]:
+    """Results of jobs as they come. Raises BrokenProcessPool if a process is killed."""
+    if workers == 1:
+        for job in jobs:
+            yield job[0], work(*job)
+        return
+    # Spawned, as forking a process that has threads is unsafe.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+    try:
+        videos = {pool.submit(work, *job): job[0] for job in jobs}
+        for future in as_completed(videos):
+            yield videos[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def prepare(
-    videos: Sequence[Video], out: Path, clip_length: int | None = None, quality: int = 92, workers: int = 1
-) -> tuple[list[int], list[tuple[Video, str]]]:
-    """Write the frames of all videos, then the list (atomically: a half-done run is never taken for a finished one).
-
-    Returns:
-        The number of frames of each clip written, and the videos that failed with their reasons.
-    """
-    list_path = out / "list.txt"
-    (out / "frames").mkdir(parents=True, exist_ok=True)
-    list_path.unlink(missing_ok=True)
-    work = functools.partial(write_clips, out=out, clip_length=clip_length, quality=quality)
-    done = {}
+    videos: Sequence[Video], out: Path, options: Options = Options(), detector: str = "haar", workers: int = 1
+) -> list[Result]:
+    """Write the frames of all videos not yet finished, then report and list (atomically, and not before: a half-done
+    run is never taken for a finished one). Returns what became of each video."""
+    for folder in ("frames", "records"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for name in (*LISTS, "report.csv"):
+        (out / name).unlink(missing_ok=True)
+    results, jobs = {}, []
+    for video in videos:
+        shape = shaped_by(video, options, detector)
+        known = read_record(video, out, shape)
+        if known is None:
+            jobs.append((video, out, options, shape))
+        else:
+            results[video.name] = known
+    if results:
+        print(f"{len(results):,} of {len(videos):,} videos were finished before")
+    start = time.monotonic()
     with contextlib.ExitStack() as stack:
-        results = map(work, enumerate(videos))
-        if workers > 1:  # spawned, as forking a process that has threads is unsafe
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(min(workers, len(videos))))
-            results = pool.imap_unordered(work, enumerate(videos))
+        finished = stack.enter_context(contextlib.closing(_finished(do_video, jobs, min(workers, len(jobs) or 1))))
         if terminal := sys.stdout.isatty():
             from rich.progress import MofNCompleteColumn, Progress
 
             progress = stack.enter_context(Progress(*Progress.get_default_columns(), MofNCompleteColumn()))
-            results = progress.track(results, total=len(videos), description="videos")
-        for number, clips, reason in results:
-            done[number] = clips, reason
-            if not terminal and len(done) * 10 // len(videos) > (len(done) - 1) * 10 // len(videos):
-                print(f"{len(done)}/{len(videos)} videos", flush=True)
-    rows, counts, failures = [], [], []
-    for number, video in enumerate(videos):
-        clips, reason = done[number]
-        counts += clips.values()
-        rows += [f"{name} {num_frames} {video.label}\n" for name, num_frames in clips.items()]
-        if reason:
-            failures.append((video, reason))
+            finished = progress.track(finished, total=len(jobs), description="videos")
+        for done, (video, result) in enumerate(finished, start=1):
+            results[video.name] = result
+            if not terminal and done * 10 // len(jobs) > (done - 1) * 10 // len(jobs):
+                left = (time.monotonic() - start) / done * (len(jobs) - done)
+                more = f", about {left / 60:.0f} min left" if left > 90 else f", about {left:.0f} s left"
+                print(f"{done}/{len(jobs)} videos{more if done < len(jobs) else ''}", flush=True)
+    write_lists(videos, results, out)
+    return [results[video.name] for video in videos]
+
+
+def write_lists(videos: Sequence[Video], results: dict[str, Result], out: Path) -> None:
+    """Write report.csv, and the list of clips where there are any: without labels it is no list to train on."""
+    table, rows = io.StringIO(), []
+    report = csv.writer(table, lineterminator="\n")
+    report.writerow(["video", "clips", "label", "frames_decoded", "frames_kept", "faces", "cuts", "outcome"])
+    for video in videos:
+        done = results[video.name]
+        kept = sum(done.clips.values())
+        clips = ";".join(done.clips)
+        report.writerow(
+            [shown(video.path), clips, video.label, done.decoded, kept, done.faces, done.cuts, done.outcome]
+        )
+        rows += [name if video.label is None else f"{name} {n} {video.label}" for name, n in done.clips.items()]
+    write_whole(out / "report.csv", table.getvalue())
     if rows:
-        part = list_path.with_suffix(".tmp")
-        part.write_text("".join(rows), encoding="utf-8")
-        os.replace(part, list_path)
-    return counts, failures
+        write_whole(out / LISTS[videos[0].label is None], "".join(f"{row}\n" for row in rows))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -286,40 +529,119 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+
+    return parse
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Options()
     parser.add_argument("input", type=Path, help="folder of videos, a video, or a .txt/.csv list of 'path label' rows")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write frames/ and list.txt to")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write frames/, list.txt and report.csv to")
+    parser.add_argument("--no-crop", action="store_true", help="keep frames as they are: the clips are faces already")
+    parser.add_argument(
+        "--detector",
+        type=Path,
+        metavar="FILE",
+        help="YuNet's .onnx file: finds turned heads too, and levels the eyes (default: Haar, frontal faces, upright)",
+    )
+    parser.add_argument(
+        "--margin",
+        type=_number(0, 2),
+        default=default.margin,
+        help=f"around the face, on each side, of the face's size (default: {default.margin})",
+    )
+    parser.add_argument(
+        "--size",
+        type=_whole_number(16, 2048),
+        default=default.size,
+        help=f"of the square crop, in pixels (default: {default.size})",
+    )
+    parser.add_argument(
+        "--fps",
+        type=_number(0.1, 240),
+        help="constant frame rate, by the frame nearest in time (default: each frame once)",
+    )
     parser.add_argument(
         "--clip-length",
         type=_whole_number(1, 10**6),
         metavar="N",
         help="cut each video into clips of N frames; a last one below N/2 is left out (default: a clip per video)",
     )
-    parser.add_argument("--label", help=f"of videos without a class folder: {LABEL_HELP}")
-    parser.add_argument("--quality", type=_whole_number(1, 100), default=92, help="of the JPEG images (default: 92)")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--label", help=f"of videos without a class folder: {LABEL_HELP}")
+    labels.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="the videos have no labels: write unlabelled.txt, a clip a line, to predict on and not to train on; "
+        "an input list then has a path a row",
+    )
+    parser.add_argument(
+        "--quality",
+        type=_whole_number(1, 100),
+        default=default.quality,
+        help=f"of the JPEG images (default: {default.quality})",
+    )
     parser.add_argument("--workers", type=_whole_number(1, 512), default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args(arguments)
-    list_path = args.out / "list.txt"
-    if args.input.resolve() == list_path.resolve():
-        parser.error(f"--out {args.out}: the list of videos would be overwritten with the list of frames")
+    for name in (*LISTS, "report.csv"):
+        if args.input.resolve() == (args.out / name).resolve():
+            parser.error(f"--out {shown(args.out)}: the list of videos would be overwritten with the list of frames")
+    names = {field: getattr(args, field) for field in asdict(default) if field != "crop"}
+    options = Options(crop=not args.no_crop, **names)
+    detector = "haar"
     try:
-        videos = find_videos(args.input, None if args.label is None else parse_label(args.label))
+        label = None if args.label is None else parse_label(args.label)
+        videos = find_videos(args.input, label, args.unlabelled)
+        if options.crop:
+            if args.detector is not None:
+                detector = hashlib.sha256(args.detector.read_bytes()).hexdigest()
+            make_detector(args.detector)  # fails here, in one line, rather than in each worker
     except ValueError as error:
-        parser.error(str(error))
-    try:
-        counts, failures = prepare(videos, args.out, args.clip_length, args.quality, args.workers)
+        parser.error(shown(error))
     except OSError as error:
-        parser.error(f"cannot write: {error}")
+        parser.error(shown(f"{error.filename}: cannot be read ({error.strerror})"))
+    try:
+        results = prepare(videos, args.out, options, detector, args.workers)
+    except OSError as error:
+        parser.error(shown(f"cannot write: {error}"))
+    except BrokenProcessPool:
+        parser.error(
+            "a worker process died (killed, or out of memory?); what is finished stays finished: run the same again"
+        )
+    except KeyboardInterrupt:
+        parser.exit(130, "prepare_videos: interrupted; what is finished stays finished: run the same again\n")
+    outcomes = [result.outcome for result in results]
+    bad = [
+        f"{shown(video.path)}: {outcome.removeprefix('failed: ')}"
+        for video, outcome in zip(videos, outcomes, strict=True)
+        if outcome.startswith(("failed", "no face"))
+    ]
+    counts = [count for result in results for count in result.clips.values()]
     if not counts:
-        video, reason = failures[0]
-        parser.error(f"none of {len(videos)} videos could be read; {video.path}: {reason}")
-    for video, reason in failures:
-        print(f"prepare_videos: {video.path}: {reason}", file=sys.stderr)
-    good = len(videos) - len(failures)
-    print(f"train on it: python train.py --data.train-list {shlex.quote(str(list_path))} --data.val-list VAL_LIST")
+        parser.error(f"none of {len(videos)} videos gave a clip; the first: {bad[0]}")
+    for line in bad:
+        print(f"prepare_videos: {line}", file=sys.stderr)
+    told = [f"{outcomes.count(kind):,} with {kind}" for kind in ("no face", "several faces") if kind in outcomes]
+    if "cut" in outcomes:
+        told.append(f"{outcomes.count('cut'):,} with a cut, of which one shot is kept")
+    if told:
+        print(f"{', '.join(told)}: {args.out / 'report.csv'}")
+    if args.unlabelled:
+        list_path = args.out / "unlabelled.txt"
+        print("a clip a line, without labels: for prediction, not for training")
+    else:
+        list_path = args.out / "list.txt"
+        print(f"train on it: python train.py --data.train-list {shlex.quote(str(list_path))} --data.val-list VAL_LIST")
+    good = len(videos) - len(bad)
     print(f"{good:,} of {len(videos):,} videos, {len(counts):,} clips, {sum(counts):,} frames: {list_path}")
-    return 1 if failures else 0
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

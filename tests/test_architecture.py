@@ -10,6 +10,7 @@ ONLY_IN = {
     "wandb": {"dfer/logger.py"},
     "tyro": {"dfer/config.py"},
     "nvidia": {"dali_pipes/graphs.py"},
+    "cv2": {"dfer/faces.py", "scripts/make_faces.py"},
 }
 
 

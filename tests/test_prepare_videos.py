@@ -1,24 +1,36 @@
-"""Videos to frames: each frame once, in order, upright, in true colours, and no bad video passed over in silence."""
+"""Videos to frames: each frame once, in order, upright, in true colours, and no bad video passed over in silence.
+
+And to faces: one steady face per clip, what was kept is told, and a run that was stopped goes on.
+"""
 
 import contextlib
+import csv
 import io
+import json
 import os
+import signal
 import struct
+import subprocess
 import sys
+import time
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from dfer.annotations import EMOTIONS, read_annotations
+from dfer.faces import find_face, make_detector
 from dfer.index import build_index
+from scripts import make_faces as mf
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT, run_python
+from tests.test_faces import toy_yunet
 
 REAL = ROOT.parent / "shared" / "videos"
 FAST = {"preset": "ultrafast", "crf": "10", "bf": "2", "g": "5"}  # with B-frames, which come out of order from the file
@@ -89,6 +101,11 @@ def tables(quality: int) -> dict[int, list[int]]:
 
 
 def prepare(*arguments: object) -> int:
+    """Of clips that are kept as they are."""
+    return pv.main([*map(str, arguments), "--no-crop", "--workers", "1"])
+
+
+def crop(*arguments: object) -> int:
     return pv.main([*map(str, arguments), "--workers", "1"])
 
 
@@ -96,10 +113,25 @@ def rows(out: Path) -> list[str]:
     return (out / "list.txt").read_text(encoding="utf-8").splitlines()
 
 
-def assert_refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+def report(out: Path) -> dict[str, dict[str, str]]:
+    """The report's rows by the names of the videos."""
+    with open(out / "report.csv", encoding="utf-8", newline="") as file:
+        return {Path(row["video"]).name: row for row in csv.DictReader(file)}
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def person(identity: int) -> np.ndarray:
+    """A drawn face that the detector finds."""
+    return next(mf.frames(mf.apex_script(0, identity, 0)))[:, :, ::-1].copy()
+
+
+def assert_refused(capsys: pytest.CaptureFixture, *arguments: object, run: Callable[..., int] = prepare) -> str:
     """Exit code 2 and one line, which is returned."""
     with pytest.raises(SystemExit) as stop:
-        prepare(*arguments)
+        run(*arguments)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -361,7 +393,7 @@ def test_nothing_good_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (tmp_path / "in" / name).write_bytes(b"x" * 100)
     (tmp_path / "list.txt").write_text("an earlier run's")
     line = assert_refused(capsys, tmp_path / "in", "--out", tmp_path, "--label", 0)
-    assert "none of 2 videos" in line
+    assert "none of 2 videos gave a clip" in line
     assert "a.mp4: Invalid data" in line
     assert not (tmp_path / "list.txt").exists()
 
@@ -383,6 +415,13 @@ def test_nothing_good_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["in", "--label", "0", "--clip-length", "0"], "--clip-length"),
         (["in", "--label", "0", "--quality", "101"], "--quality"),
         (["in", "--label", "0", "--workers", "x"], "--workers"),
+        (["in", "--label", "0", "--fps", "0"], "--fps: '0' is not a number from 0.1 to 240"),
+        (["in", "--label", "0", "--fps", "nan"], "--fps"),
+        (["in", "--label", "0", "--margin", "-1"], "--margin"),
+        (["in", "--label", "0", "--size", "9"], "--size"),
+        (["in", "--label", "0", "--unlabelled"], "not allowed with"),
+        (["nul.txt"], "nul.txt:2: no path has a NUL"),
+        (["out/unlabelled.txt", "--unlabelled"], "would be overwritten"),
         (["in", "--label", "0", "--out", "binary.txt/out"], "cannot write"),
         (["list.txt", "--out", "."], "would be overwritten"),
         (["in", "--nonsense"], "--nonsense"),
@@ -401,6 +440,7 @@ def test_usage_errors_are_one_line_and_write_nothing(
         ("bad label.txt", "a 0\nb glad\n"),
         ("bad row.txt", "x.mp4\n"),
         ("list.txt", "in/Happy/a.mp4 0\n"),
+        ("nul.txt", "a 0\nb\0c 0\n"),
     ):
         Path(name).write_text(text)
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
@@ -422,7 +462,7 @@ def test_frames_of_an_earlier_run_go_away(ten: Path, tmp_path: Path) -> None:
 def test_half_done_run_leaves_no_list(
     ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(ten, "--out", tmp_path, "--label", 0)
+    prepare(ten, "--out", tmp_path, "--label", 0, "--quality", 91)
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -439,21 +479,19 @@ def test_workers_change_nothing(ten: Path, tmp_path: Path) -> None:
         (source / f"{number}.mp4").symlink_to(ten)
     (source / "3.mp4").unlink()
     (source / "3.mp4").write_bytes(b"x" * 100)
-    arguments = ("scripts/prepare_videos.py", str(source), "--label", "Surprise", "--clip-length", "6")
+    arguments = ("scripts/prepare_videos.py", str(source), "--label", "Surprise", "--clip-length", "6", "--no-crop")
     done = run_python(*arguments, "--out", str(tmp_path / "two"), "--workers", "2")
     assert done.returncode == 1
     assert done.stderr == f"prepare_videos: {source}/3.mp4: Invalid data found when processing input\n"
     progress, summary = done.stdout.splitlines()[:-2], done.stdout.splitlines()[-1]
     assert progress[-1] == "11/11 videos"
+    assert progress[0].startswith("2/11 videos, about ")
+    assert progress[0].endswith(" s left")
     assert len(progress) == 10
     assert summary == f"10 of 11 videos, 20 clips, 100 frames: {tmp_path}/two/list.txt"
     assert prepare(*arguments[1:], "--out", tmp_path / "one") == 1
-    one, two = (
-        {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-        for out in (tmp_path / "one", tmp_path / "two")
-    )
-    assert one == two
-    assert len(one) == 101
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert len(content(tmp_path / "one")) == 100 + 10 + len(("list.txt", "report.csv"))
     assert [row.split("/")[1] for row in rows(tmp_path / "two")[:3]] == ["1_c001 6 4", "1_c002 4 4", "2_c001 6 4"]
     assert rows(tmp_path / "two")[-1] == "frames/11_c002 4 4"
 
@@ -469,6 +507,324 @@ def test_progress_on_a_terminal(ten: Path, tmp_path: Path, monkeypatch: pytest.M
     assert prepare(ten, "--out", tmp_path, "--label", 0) == 0
     assert "1/1" in sys.stdout.getvalue()
     assert sys.stdout.getvalue().splitlines()[-1].startswith("1 of 1 videos, ")
+
+
+def test_a_finished_video_is_not_done_again(
+    ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(ten.read_bytes())
+    (source / "b.mp4").write_bytes(ten.read_bytes())
+    (source / "bad.mp4").write_bytes(b"x" * 100)
+    done: list[str] = []
+    decode = pv.decode
+    monkeypatch.setattr(pv, "decode", lambda path: (done.append(path.stem), decode(path))[1])
+
+    def again(*options: object) -> list[str]:
+        done.clear()
+        assert prepare(source, "--out", out, "--label", 0, *options) == 1
+        return list(done)
+
+    assert again() == ["a", "b", "bad"]
+    before = content(out)
+    capsys.readouterr()
+    assert again() == ["bad"]  # it may have been mended
+    assert capsys.readouterr().out.startswith("2 of 3 videos were finished before\n")
+    assert content(out) == before
+    assert again("--size", 100, "--margin", 1) == ["bad"]  # no crop, so they shape nothing
+    assert again("--label", 1) == ["bad"]
+    assert rows(out) == ["frames/a 10 1", "frames/b 10 1"]
+
+    assert again("--clip-length", 5) == ["a", "b", "bad"]
+    assert sorted(path.name for path in (out / "frames").iterdir()) == ["a_c001", "a_c002", "b_c001", "b_c002"]
+    assert again() == ["a", "b", "bad"]
+    assert content(out) == before
+    for options in (("--quality", 50), ("--fps", 5)):
+        assert set(again(*options)) == {"a", "b", "bad"}
+
+    again()
+    (out / "frames" / "a" / "00003.jpg").unlink()
+    assert again() == ["a", "bad"]
+    os.utime(source / "b.mp4", (1, 1))
+    assert again() == ["b", "bad"]
+    records = sorted((out / "records").iterdir())
+    assert len(records) == 2
+    records[0].write_text("{")
+    assert len(again()) == 2
+
+
+def test_a_forged_record_removes_nothing_outside(ten: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "1.jpg").touch()
+    assert prepare(ten, "--out", tmp_path / "out", "--label", 0) == 0
+    (path,) = (tmp_path / "out" / "records").iterdir()
+    record = json.loads(path.read_text())
+    for clips in ({"../precious": 1}, {"frames/ten/../../../precious": 1}, {"frames/ten_c1/../../../precious": 1}, []):
+        record["result"]["clips"] = clips
+        path.write_text(json.dumps(record))
+        assert prepare(ten, "--out", tmp_path / "out", "--label", 0) == 0
+        assert rows(tmp_path / "out") == ["frames/ten 10 0"]
+        assert (tmp_path / "precious" / "1.jpg").exists()
+
+
+def test_a_killed_worker_is_one_line_and_what_is_finished_stays(ten: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number in range(400):
+        (source / f"{number}.mp4").symlink_to(ten)
+    command = ["scripts/prepare_videos.py", str(source), "--out", str(out), "--label", "0", "--no-crop"]
+    command += ["--workers", "2"]
+    run = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(list(out.glob("records/*.json"))) < 3:
+            time.sleep(0.02)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(workers[0], signal.SIGKILL)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 2
+    assert "a worker process died" in errors
+    assert len(errors.splitlines()) == 1
+    assert not (out / "list.txt").exists()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("records/*.json")}
+    assert 3 <= len(finished) < 400
+    assert prepare(*command[1:]) == 0
+    assert len(rows(out)) == 400
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_interrupted_is_one_line(
+    ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pv, "do_video", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        prepare(ten, "--out", tmp_path, "--label", 0)
+    assert stop.value.code == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def nearest(times: Sequence[float], fps: float) -> list[int]:
+    """The frames to take, one tick after the other."""
+    taken = []
+    while len(taken) / fps <= times[-1] - times[0] + 0.25 / fps:
+        tick = times[0] + len(taken) / fps
+        taken.append(min(range(len(times)), key=lambda i: (round(abs(times[i] - tick), 9), i)))
+    return taken
+
+
+def test_nearest_frames_are_the_nearest() -> None:
+    rng = np.random.default_rng(0)
+    for fps in (1, 10, 12.5, 30, 100):
+        times = 5 + np.cumsum(rng.uniform(0.001, 0.3, 40))
+        assert np.repeat(np.arange(40), pv.nearest_frames(times, fps)).tolist() == nearest(times, fps)
+    for rate in (15, 23.976, 25, 29.97, 60):  # at its own rate each frame once, though files round their times
+        times = np.round(np.arange(100) / rate, 3)
+        assert pv.nearest_frames(times, rate).tolist() == [1] * 100
+        assert pv.nearest_frames(times, 2 * rate).sum() == 199
+    assert pv.nearest_frames(np.zeros(1), 30).tolist() == [1]
+    with pytest.raises(pv.BadVideo, match="time stamps 100,000 s apart"):
+        pv.nearest_frames(np.array([0.0, 1e5]), 30)
+
+
+@pytest.mark.parametrize("fps", [2, 10, 25])
+def test_constant_frame_rate_from_a_variable_one(fps: int, tmp_path: Path) -> None:
+    times = [0, 10, 20, 500, 510, 900, 1700, 1701, 1702, 3000]
+    video = write_video(tmp_path / "v.mp4", 10, pts_ms=times)
+    assert prepare(video, "--out", tmp_path, "--label", 0, "--fps", fps) == 0
+    assert counter(tmp_path / "frames" / "v") == nearest([ms / 1000 for ms in times], fps)
+    assert report(tmp_path)["v.mp4"]["frames_decoded"] == "10"
+
+
+def test_unlabelled_videos_get_a_list_without_labels(
+    ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    for name in ("Happy/a b 1.mp4", "c.mp4"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).symlink_to(ten)
+    assert prepare(source, "--out", out, "--label", 0) == 0
+    (tmp_path / "videos.txt").write_text("in/Happy/a b 1.mp4\n in/c.mp4\n")
+    for given, names in ((source, ["Happy/a b 1", "c"]), (tmp_path / "videos.txt", ["in/Happy/a b 1", "in/c"])):
+        capsys.readouterr()
+        assert prepare(given, "--out", out, "--unlabelled") == 0
+        assert (out / "unlabelled.txt").read_text() == "".join(f"frames/{name}\n" for name in names)
+        assert not (out / "list.txt").exists()
+        said = capsys.readouterr().out
+        assert "for prediction, not for training" in said
+        assert "train.py" not in said
+        assert [row["label"] for row in report(out).values()] == ["", ""]
+    prepare(source, "--out", out, "--label", 0)
+    assert not (out / "unlabelled.txt").exists()
+
+
+def test_hostile_names_and_links_stay_inside(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "a" / "in", tmp_path / "out"
+    bad = [b"bad\nname \xf0\x9f\x98\x80.mp4", b"not utf-8 \xff.mp4"]
+    for name in ("ok \N{GRINNING FACE}.mp4", "x" * 251 + ".mp4", *map(os.fsdecode, bad)):
+        (source / "sub").mkdir(parents=True, exist_ok=True)
+        (source / "sub" / name).symlink_to(ten)
+    for name in bad:
+        (source / os.fsdecode(name)).write_bytes(b"x" * 50)
+    (source / "sub" / "up\nhere").symlink_to(source)
+    (source / "self.mp4").symlink_to("self.mp4")
+    os.mkfifo(source / "pipe.mp4")
+    assert prepare(source, "--out", out, "--label", 0) == 1
+    index = build_index(read_annotations(out / "list.txt"))
+    assert index.num_frames.tolist() == [10] * 4
+    assert max(len(record.path.name.encode()) for record in index.records) == pv.MAX_NAME
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 5
+    assert f"prepare_videos: {source}/sub/up\\nhere: a link in a circle, not followed" in errors
+    assert f"prepare_videos: {source}/pipe.mp4: not a file" in errors
+    assert (
+        f"prepare_videos: {source}/bad\\nname \N{GRINNING FACE}.mp4: Invalid data found when processing input" in errors
+    )
+    assert len(report(out)) == 6 + 2 - 2  # by name
+    before = set(content(tmp_path))
+    (source / "list.txt").write_text(f"../../a/../../../{ten} 0\n{os.path.relpath(ten, source)} 1\n{ten} 2\n")
+    out = tmp_path / "b" / "out"
+    assert prepare(source / "list.txt", "--out", out) == 1
+    assert len(rows(out)) == 2
+    new = {path for path in set(content(tmp_path)) - before if path != Path("a/in/list.txt")}
+    assert all(path.parts[:2] == ("b", "out") for path in new)
+
+
+def test_monstrous_pictures_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pv, "VideoReformatter", lambda: None)  # what is decoded would go there
+    write_video(tmp_path / "in" / "a.mp4", [np.zeros((32, 8200, 3), np.uint8)])
+    small = write_video(tmp_path / "small.avi", 3, codec="mjpeg").read_bytes()
+    for name, width, height in (("b.avi", 16000, 16000), ("c.avi", 60000, 50000)):  # as the header claims
+        data = small.replace(struct.pack("<2i", 64, 48), struct.pack("<2i", width, height))
+        data = data.replace(struct.pack(">2H", 48, 64), struct.pack(">2H", height, width))
+        (tmp_path / "in" / name).write_bytes(data)
+    write_video(tmp_path / "in" / "d.mp4", [np.zeros((32, 8192, 3), np.uint8)])
+    with pytest.raises(AttributeError, match="reformat"):
+        prepare(tmp_path / "in", "--out", tmp_path / "out", "--label", 0)
+    (tmp_path / "in" / "d.mp4").unlink()
+    write_video(tmp_path / "in" / "d.mp4", 3)
+    monkeypatch.undo()
+    raw = [write_video(tmp_path / f"{width}.h264", [np.zeros((32, width, 3), np.uint8)] * 9) for width in (64, 8200)]
+    (tmp_path / "in" / "e.ts").write_bytes(b"".join(part.read_bytes() for part in raw))  # it grows
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--label", 0) == 1
+    errors = [line.split("/")[-1] for line in capsys.readouterr().err.splitlines()]
+    assert errors[:2] == [
+        "a.mp4: 8200 x 32 pixels, more than 8192 on a side",
+        "b.avi: 16000 x 16000 pixels, more than 8192 on a side",
+    ]
+    assert errors[2].startswith("c.avi: ")  # which FFmpeg itself refuses
+    assert errors[3] == "e.ts: 8200 x 32 pixels, more than 8192 on a side, after 9 frames"
+    assert rows(tmp_path / "out") == ["frames/d 3 0"]
+
+
+def test_faces_are_cropped_and_the_report_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    one, other, nothing = person(0), person(1), cv2.GaussianBlur(noise(1)[0], (0, 0), 9)
+    nothing = cv2.resize(nothing, (224, 224))
+    write_video(source / "one.mp4", [one] * 12)
+    write_video(source / "two.mp4", [np.hstack([one, other])] * 8)
+    write_video(source / "cut.mp4", [nothing] * 6 + [one] * 9)
+    write_video(source / "none.mp4", [nothing] * 8)
+    assert crop(source, "--out", out, "--label", 3, "--size", 96) == 1
+    assert rows(out) == ["frames/cut 9 3", "frames/one 12 3", "frames/two 8 3"]
+    table = {name: [*row.values()][1:] for name, row in report(out).items()}
+    assert table == {
+        "cut.mp4": ["frames/cut", "3", "15", "9", "1", "1", "cut"],
+        "none.mp4": ["", "3", "8", "0", "0", "0", "no face"],
+        "one.mp4": ["frames/one", "3", "12", "12", "1", "0", "ok"],
+        "two.mp4": ["frames/two", "3", "8", "8", "2", "0", "several faces"],
+    }
+    captured = capsys.readouterr()
+    assert captured.err == f"prepare_videos: {source}/none.mp4: no face\n"
+    assert (
+        f"1 with no face, 1 with several faces, 1 with a cut, of which one shot is kept: {out}/report" in captured.out
+    )
+    images = [np.asarray(Image.open(out / "frames" / "one" / f"{i:05d}.jpg")).astype(int) for i in (1, 12)]
+    assert images[0].shape == (96, 96, 3)
+    assert np.abs(images[0] - images[1]).mean() < 3  # it stands still
+    before = content(out)
+    assert crop(source, "--out", out, "--label", 3, "--size", 96) == 1
+    assert content(out) == before
+    assert crop(source, "--out", tmp_path / "again", "--label", 3, "--size", 96) == 1
+    assert content(tmp_path / "again") == before
+
+    crop(source, "--out", out, "--label", 3, "--fps", 12.5, "--clip-length", 4)
+    assert rows(out) == ["frames/cut_c001 4 3", "frames/one_c001 4 3", "frames/one_c002 2 3", "frames/two_c001 4 3"]
+    capsys.readouterr()
+    line = assert_refused(capsys, source / "none.mp4", "--out", out, "--label", 0, run=crop)
+    assert line.endswith("none of 1 videos gave a clip; the first: " + f"{source}/none.mp4: no face")
+
+
+def test_detector_by_its_file(
+    ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame, model = np.zeros((96, 128, 3), np.uint8), tmp_path / "yunet.onnx"
+    frame[40:48, 56:64] = 255
+    video = write_video(tmp_path / "v.mp4", [frame] * 5)
+    arguments = (video, "--out", tmp_path / "out", "--label", 0, "--size", 64, "--margin", 0)
+    for tilt in (0.0, 0.6):  # the same name, another content
+        model.write_bytes(toy_yunet(tilt))
+        pv._detector.cache_clear()  # as in a new process
+        assert crop(*arguments, "--detector", model) == 0
+        assert rows(tmp_path / "out") == ["frames/v 5 0"]
+        image = np.asarray(Image.open(tmp_path / "out" / "frames" / "v" / "00003.jpg").convert("L"))
+        assert image.shape == (64, 64)
+        assert image[30:34, 30:34].min() > 200  # of 32 px the middle 8 are white
+        assert (image[24, 24] > 100) == (tilt == 0)  # a corner of the upright block, not of the turned one
+        assert image[:20].max() < 60
+    for bad in (b"nonsense", None):
+        model.unlink()
+        if bad:
+            model.write_bytes(bad)
+        line = assert_refused(capsys, *arguments, "--detector", model, run=crop)
+        assert f"{model}: " in line
+    monkeypatch.delattr(cv2, "CascadeClassifier")
+    assert "has no Haar detector: install" in assert_refused(capsys, *arguments, run=crop)
+    assert (tmp_path / "out" / "list.txt").exists()  # untouched
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
+def test_real_faces(tmp_path: Path) -> None:
+    done = run_python("scripts/prepare_videos.py", str(REAL), "--out", str(tmp_path), "--label", "0", "--workers", "2")
+    assert done.returncode == 1
+    without = ["h264_10bits.mp4", "h265_10bits.mp4", "no_face.mp4"]
+    assert done.stderr.splitlines() == [f"prepare_videos: {REAL}/{name}: no face" for name in without]
+    assert rows(tmp_path) == ["frames/face_noface 72 0", "frames/single_face 72 0"]  # the cut is at frame 72
+    table = report(tmp_path)
+    assert [table[name]["outcome"] for name in without] == ["no face"] * 3
+    assert [row["frames_decoded"] for row in table.values()] == ["169", "30", "30", "95", "72"]
+    assert (table["face_noface.mov"]["outcome"], table["single_face.mp4"]["outcome"]) == ("cut", "ok")
+    for clip in ("face_noface", "single_face"):
+        for frame in ("00001.jpg", "00072.jpg"):
+            image = np.asarray(Image.open(tmp_path / "frames" / clip / frame)).astype(int)
+            assert image.shape == (224, 224, 3)
+            cheeks = image[120:150, [*range(75, 95), *range(130, 150)]].mean(axis=(0, 1))
+            assert cheeks[0] > cheeks[1] + 20 > cheeks[2] + 20
+            assert make_detector()(np.pad(image.astype(np.uint8), ((50, 50), (50, 50), (0, 0)))).shape == (1, 4)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
+def test_the_box_of_a_real_face_is_steady() -> None:
+    frames = ((moment, np.asarray(image)) for moment, image in pv.decode(REAL / "single_face.mp4"))
+    found = find_face(frames, make_detector())
+    assert (found.most, found.cuts) == (1, 0)
+    x, y, side, tilt = found.boxes.T
+    assert len(x) == 72
+    shift = np.hypot(np.diff(x), np.diff(y)) / side[1:]
+    assert np.median(shift) < 0.003
+    assert shift.max() < 0.01
+    assert np.abs(np.diff(side) / side[1:]).max() < 0.01
+    assert not tilt.any()
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
@@ -497,7 +853,7 @@ def test_real_videos_become_predictions(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     clips = (out / "list.txt").read_text().splitlines()
-    assert len(clips) == 3 + 7
+    assert len(clips) == 3 + 3  # of the other video only the half with the face
     lists = ("--data.train-list", str(out / "list.txt"), "--data.val-list", str(out / "list.txt"))
     logs = ("--run.log-dir", str(tmp_path / "logs"), "--run.name", "real")
     done = run_python("train.py", "debug", *lists, *logs, "--data.batch-size", "5", "--optim.epochs", "1")

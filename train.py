@@ -36,7 +36,9 @@ def main(config: Config) -> None:
     """The whole story of a run."""
     train_index = load_index(config.data.train_list, config.data.root)
     val_index = load_index(config.data.val_list, config.data.root)
-    votes = read_votes(config.loss.soft_labels, train_index.records) if config.loss.soft_labels else None
+    votes = None
+    if config.loss.soft_labels:
+        votes = torch.from_numpy(read_votes(config.loss.soft_labels, train_index.records))
     world = distributed.setup(config.run.device)
     train_loader = build_loader(config, train_index, "train", world)
     val_loader = build_loader(config, val_index, "eval", world)

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float32
 
 # The order of DFEW's label ids, which the field's `.txt` lists use for DFEW and FERV39k alike.
 EMOTIONS = ("Happy", "Sad", "Neutral", "Angry", "Surprise", "Disgust", "Fear")
@@ -108,7 +107,7 @@ def write_annotations(
     os.replace(partial, list_path)
 
 
-def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float[Tensor, "N K"]:
+def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.ndarray, "N K"]:
     """Label distributions of the records from a file of votes: `clip,Happy,...,Fear`, counts per clip; rows sum to 1.
 
     Raises:
@@ -134,8 +133,8 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float[Tensor
     for record in records:
         if record.name not in votes:
             raise ValueError(f"{path}: no votes for clip {record.name} ({record.source})")
-    table = torch.tensor([votes[record.name] for record in records])
-    return table / table.sum(1, keepdim=True)
+    table = np.array([votes[record.name] for record in records], dtype=np.float32)
+    return table / table.sum(1, keepdims=True)
 
 
 def _read_header(lines: Sequence[str]) -> dict[str, str]:

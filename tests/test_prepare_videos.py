@@ -623,16 +623,16 @@ def nearest(times: Sequence[float], fps: float) -> list[int]:
 
 def test_nearest_frames_are_the_nearest() -> None:
     rng = np.random.default_rng(0)
-    for fps in (1, 10, 12.5, 30, 100):
+    for fps in (1.0, 10.0, 12.5, 30.0, 100.0):
         times = 5 + np.cumsum(rng.uniform(0.001, 0.3, 40))
         assert np.repeat(np.arange(40), pv.nearest_frames(times, fps)).tolist() == nearest(times, fps)
-    for rate in (15, 23.976, 25, 29.97, 60):  # at its own rate each frame once, though files round their times
+    for rate in (15.0, 23.976, 25.0, 29.97, 60.0):  # at its own rate each frame once, though files round their times
         times = np.round(np.arange(100) / rate, 3)
         assert pv.nearest_frames(times, rate).tolist() == [1] * 100
         assert pv.nearest_frames(times, 2 * rate).sum() == 199
-    assert pv.nearest_frames(np.zeros(1), 30).tolist() == [1]
+    assert pv.nearest_frames(np.zeros(1), 30.0).tolist() == [1]
     with pytest.raises(pv.BadVideo, match="time stamps 100,000 s apart"):
-        pv.nearest_frames(np.array([0.0, 1e5]), 30)
+        pv.nearest_frames(np.array([0.0, 1e5]), 30.0)
 
 
 @pytest.mark.parametrize("fps", [2, 10, 25])
@@ -701,7 +701,7 @@ def test_hostile_names_and_links_stay_inside(ten: Path, tmp_path: Path, capsys: 
 def test_monstrous_pictures_are_refused_before_they_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pv, "VideoReformatter", lambda: None)  # what is decoded would go there
+    monkeypatch.setattr("dfer.video.VideoReformatter", lambda: None)  # what is decoded would go there
     write_video(tmp_path / "in" / "a.mp4", [np.zeros((32, 8200, 3), np.uint8)])
     small = write_video(tmp_path / "small.avi", 3, codec="mjpeg").read_bytes()
     for name, width, height in (("b.avi", 16000, 16000), ("c.avi", 60000, 50000)):  # as the header claims

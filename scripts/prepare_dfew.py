@@ -1,0 +1,278 @@
+"""Write the lists of DFEW's five folds from a copy of the official release, checked against what is published.
+
+`python scripts/prepare_dfew.py --root DIR --out lists/dfew` finds the parts of the release anywhere below DIR: the
+folder of clips, train's and test's `set_1.csv` .. `set_5.csv`, and annotation.xlsx, whose votes go to votes.csv.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import openpyxl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer import releases
+from dfer.annotations import EMOTIONS
+
+FOLDS = range(1, 6)
+# What the parts are called, in the release and on users' disks.
+CLIP_FOLDERS = {
+    "clip_224x224": "clip_224x224|dfew_(?:frame_)?face|jpg_256",
+    "clip_224x224_16f": "clip_224x(?:224_)?16f",
+    "original": r"original|data_part[-_0-9]*",
+}
+SPLIT_FOLDER = re.compile(rf"(train|test)[ _-]*(?:\(?single[ _-]*label+ed\)?)?{releases.COPY_SUFFIX}", re.IGNORECASE)
+SET_FILE = re.compile(r"set_([1-5])\.csv", re.IGNORECASE)
+# Columns of annotation.xlsx by their letters: "1happy", "vote_happy" and "Happy" are the same.
+VOTE_COLUMNS = {emotion.lower(): label for label, emotion in enumerate(EMOTIONS)}
+VOTE_COLUMNS |= {"happiness": 0, "sadness": 1, "anger": 3}
+CLIP_COLUMNS = ("order", "clipname", "videoname", "clip", "video", "name")
+LABEL_COLUMNS = ("annotation", "label")
+
+Votes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of the release are."""
+
+    clips: str  # folder
+    clip_names: dict[int, str]  # what it holds, by number
+    sets: dict[str, str]  # "set_1_train" -> its .csv
+    sheet: str | None  # annotation.xlsx
+
+
+def find_parts(root: Path, frames: str) -> Parts:
+    """Find the parts of the release below `root`.
+
+    Raises:
+        ValueError: in one line, if a part that is needed is not there, or there twice.
+    """
+    is_folder = re.compile(f"(?:{CLIP_FOLDERS[frames]}){releases.COPY_SUFFIX}", re.IGNORECASE)
+    is_clip = re.compile(r"([0-9]+)\.mp4" if frames == "original" else "([0-9]+)", re.IGNORECASE)
+    clips: dict[str, dict[int, str]] = {}
+    splits: dict[str, dict[str, dict[int, str]]] = {"train": {}, "test": {}}
+    sheets = []
+    for folder, folders, files in releases.search(root):
+        name = os.path.basename(folder)
+        if is_folder.fullmatch(name):
+            found = [m for m in map(is_clip.fullmatch, files if frames == "original" else folders) if m]
+            if found:  # else it is the outer one of nested copies
+                found.sort(key=lambda m: (len(m[1]), m[0]))  # of 1 and 00001, the latter
+                clips[folder] = {int(m[1]): m[0] for m in found}
+        if split := SPLIT_FOLDER.fullmatch(name):
+            found = [m for m in map(SET_FILE.fullmatch, files) if m]
+            if found:
+                splits[split[1].lower()][folder] = {int(m[1]): os.path.join(folder, m[0]) for m in found}
+        sheets += [os.path.join(folder, file) for file in files if file.lower() == "annotation.xlsx"]
+    kind = "videos (00001.mp4 ...)" if frames == "original" else "clips (00001 ...)"
+    clip_folder = releases.only_one(f"folder {frames} with {kind}", clips, root)
+    sets = {}
+    for split, found in splits.items():
+        folder = releases.only_one(f"folder {split}(single-labeled) with set_1.csv .. set_5.csv", found, root)
+        for fold in FOLDS:
+            if fold not in found[folder]:
+                raise ValueError(f"{folder}: set_{fold}.csv is missing")
+            sets[f"set_{fold}_{split}"] = found[folder][fold]
+    sheet = releases.only_one("annotation.xlsx", sheets, root) if sheets else None
+    return Parts(clip_folder, clips[clip_folder], sets, sheet)
+
+
+def read_set(path: str) -> dict[int, int]:
+    """Clip numbers and labels, 0 .. 6, of one of the release's .csv files, whose labels are 1 .. 7.
+
+    Raises:
+        ValueError: in one line naming file and row, if it is damaged, lists a clip twice, or is numbered from 0.
+    """
+    rows = releases.read_rows(path)
+    _, header = next(rows, ("", ""))
+    if re.sub(r"\s", "", header).lower() != "video_name,label":
+        raise ValueError(f"{path}: its first row should be 'video_name,label', is {header!r}")
+    labels: dict[int, int] = {}
+    for where, line in rows:
+        fields = re.fullmatch(r"([0-9]+)\s*,\s*([0-9]+)", line)
+        if fields is None:
+            raise ValueError(f"{where}: expected 'number,label', got {line!r}")
+        clip, label = int(fields[1]), int(fields[2])
+        if label == 0:
+            raise ValueError(
+                f"{where}: label 0, so these are not the release's labels, 1 (Happy) to 7 (Fear), but a copy of them "
+                "renumbered from 0 below the same header; take the release's own file"
+            )
+        if label > len(EMOTIONS):
+            raise ValueError(f"{where}: label {label} is not in 1..7")
+        if clip in labels:
+            raise ValueError(f"{where}: clip {clip} is listed twice")
+        labels[clip] = label - 1
+    return labels
+
+
+def check_folds(sets: Mapping[str, Mapping[int, int]]) -> list[str]:
+    """Check the ten sets against each other and against the published counts.
+
+    Returns:
+        What differs from the release without being wrong in itself, as in a part of it.
+
+    Raises:
+        ValueError: in one line, if a clip is trained and tested on, tested on twice, or has two labels, or if the
+            labels are not the release's.
+    """
+    whole: dict[int, int] = {}
+    tested_in: dict[int, int] = {}
+    for name, labels in sets.items():
+        for clip, label in labels.items():
+            if whole.setdefault(clip, label) != label:
+                raise ValueError(f"clip {clip} has label {label + 1} in {name}, but {whole[clip] + 1} in another set")
+    if len(EMOTIONS) - 1 not in whole.values():
+        raise ValueError("no clip has label 7 (Fear): these are not the release's labels 1..7, or hardly any of it")
+    for fold in FOLDS:
+        train, test = sets[f"set_{fold}_train"], sets[f"set_{fold}_test"]
+        if both := sorted(train.keys() & test.keys()):
+            clips = releases.some(list(map(str, both)))
+            raise ValueError(f"set_{fold}: {len(both):,} clips are in train and in test: {clips}")
+        for clip in test:
+            if tested_in.setdefault(clip, fold) != fold:
+                raise ValueError(f"clip {clip} is in the test sets of folds {tested_in[clip]} and {fold}")
+    differences = []
+    for fold, published in enumerate(releases.DFEW_TEST_COUNTS, start=1):
+        train, test = sets[f"set_{fold}_train"], sets[f"set_{fold}_test"]
+        others = [total - tested for total, tested in zip(releases.DFEW_COUNTS, published, strict=True)]
+        differences += [
+            releases.count_difference(f"set_{fold}_train", train.values(), others),
+            releases.count_difference(f"set_{fold}_test", test.values(), published),
+        ]
+        if absent := sorted(whole.keys() - train.keys() - test.keys()):
+            clips = releases.some(list(map(str, absent)))
+            differences.append(
+                f"set_{fold}: {len(absent):,} clips of other folds are in neither train nor test: {clips}"
+            )
+    if untested := sorted(whole.keys() - tested_in.keys()):
+        differences.append(f"{len(untested):,} clips are in no test set: {releases.some(list(map(str, untested)))}")
+    return [difference for difference in differences if difference]
+
+
+def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
+    """How many annotators chose each class, by clip number; `labels` are checked against those of the sheet.
+
+    Raises:
+        ValueError: in one line, if the sheet is damaged, a column is not found, or a label is not that of the sets.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # openpyxl's, about styles
+            book = openpyxl.load_workbook(sheet, read_only=True, data_only=True)
+            book.active.reset_dimensions()  # what a sheet says of its own size may be wrong
+            rows = list(book.active.iter_rows(values_only=True))
+            book.close()
+    except Exception as error:  # whatever unpacking and parsing raise on a damaged file
+        raise ValueError(f"{sheet}: cannot be read as a spreadsheet ({error}); without it, votes are skipped") from None
+    header = [re.sub("^vote|[^a-z]", "", str(cell).lower()) for cell in (rows[0] if rows else ())]
+    vote_columns = {VOTE_COLUMNS[name]: column for column, name in enumerate(header) if name in VOTE_COLUMNS}
+    clip_column = next((header.index(name) for name in CLIP_COLUMNS if name in header), None)
+    label_column = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
+    if len(vote_columns) != len(EMOTIONS) or clip_column is None:
+        raise ValueError(
+            f"{sheet}: expected columns 1happy .. 7fear and the clip's number ('order'), "
+            f"found {', '.join(map(str, rows[0])) if rows else 'none'}"
+        )
+    votes: dict[int, Votes] = {}
+    for row, cells in enumerate(rows[1:], start=2):
+        if not any(cell is not None for cell in cells):
+            continue
+        try:
+            clip = _whole_number(cells[clip_column])
+            votes[clip] = tuple(_whole_number(cells[vote_columns[label]]) for label in range(len(EMOTIONS)))
+            stated = None if label_column is None else _whole_number(cells[label_column])
+        except (ValueError, TypeError, IndexError):
+            raise ValueError(f"{sheet}: row {row} is not whole numbers") from None
+        if clip not in labels:  # of no single emotion, or without a face
+            continue
+        if not any(votes[clip]):
+            raise ValueError(f"{sheet}: row {row}: clip {clip} has no votes")
+        if stated is not None and stated != labels[clip] + 1:
+            raise ValueError(
+                f"{sheet}: row {row}: clip {clip} is annotated {stated}, but the sets say {labels[clip] + 1}; "
+                "are the columns what they are called? Without this file, votes are skipped"
+            )
+    return votes
+
+
+def _whole_number(cell: object) -> int:
+    """5, "5", 5.0 and "00005.mp4" alike."""
+    text = re.sub(r"\.(mp4|0)$", "", str(cell).strip().lower())
+    if not re.fullmatch("[0-9]+", text):
+        raise ValueError(f"{cell!r} is no whole number")
+    return int(text)
+
+
+def format_votes(votes: Mapping[int, Votes], names: Mapping[int, str]) -> str:
+    """votes.csv: a row for each clip, called as in the lists."""
+    rows = [f"clip,{','.join(EMOTIONS)}"]
+    rows += [f"{names[clip]},{','.join(map(str, votes[clip]))}" for clip in sorted(names) if clip in votes]
+    return "".join(f"{row}\n" for row in rows)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"prepare_dfew: {message}\n")  # one line, without the usage
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="folder that holds the release, however deep")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
+    parser.add_argument("--frames", choices=tuple(CLIP_FOLDERS), default="clip_224x224", help="which clips to list")
+    parser.add_argument("--allow-missing", action="store_true", help="take a part of the release for what it is")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write what differs, is missing or short, a row each"
+    )
+    args = parser.parse_args(arguments)
+    if not args.root.is_dir():
+        parser.error(f"--root {releases.printable(str(args.root))}: no such folder")
+    try:
+        parts = find_parts(args.root, args.frames)
+        print(f"clips: {parts.clips}")
+        sets = {name: read_set(path) for name, path in parts.sets.items()}
+        differences = check_folds(sets)
+        labels = {clip: label for one in sets.values() for clip, label in one.items()}
+        suffix = ".mp4" if args.frames == "original" else ""
+        names = {clip: parts.clip_names.get(clip, f"{clip:05d}{suffix}") for clip in sorted(labels)}
+        votes = None
+        if parts.sheet is None:
+            print("no annotation.xlsx: votes are skipped")
+        else:
+            votes = read_votes(parts.sheet, labels)
+            if voteless := [names[clip] for clip in names if clip not in votes]:
+                differences.append(f"{parts.sheet} has no votes of {len(voteless):,} clips: {releases.some(voteless)}")
+        scan = releases.scan_video if args.frames == "original" else releases.scan_frames
+        scans = releases.scan_clips(parts.clips, list(names.values()), scan)
+        if args.report:
+            releases.write_report(args.report, scans, differences)
+        if not args.allow_missing:
+            releases.check_whole(scans, differences)
+        for line in [*differences, *releases.bad_clips(scans), *releases.short_clips(scans)]:
+            print(line)
+        lists = {name: [(names[clip], label) for clip, label in one.items()] for name, one in sets.items()}
+        usable = {clip: name for clip, name in names.items() if not scans[name].problem}
+        others = {"votes.csv": format_votes(votes, usable) if votes is not None else None}
+        releases.write_lists(args.out, parts.clips, lists, scans, others)
+    except ValueError as error:
+        print(f"prepare_dfew: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        parser.error(f"cannot write: {error}")
+    first = [shlex.quote(str(args.out / f"set_1_{split}.txt")) for split in ("train", "test")]
+    print(f"train on it: python train.py dfew --data.train-list {first[0]} --data.val-list {first[1]}")
+    print(f"{len(usable):,} of {len(names):,} clips in 10 lists: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from jaxtyping import Float32
 
 # The order of DFEW's label ids, which the field's `.txt` lists use for DFEW and FERV39k alike.
 EMOTIONS = ("Happy", "Sad", "Neutral", "Angry", "Surprise", "Disgust", "Fear")
+
+
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,9}")  # int() would also take ٣, +3 and 1_0
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
 
     # Not splitlines(): it would also cut at characters that a file name may hold.
     lines = [line.strip() for line in text.split("\n")]
-    header = _read_header(lines)
+    header = read_header(lines)
     _check_header(list_path, header, lines)
     base = Path(root) if root is not None else list_path.parent / header.get("root", "")
     records = []
@@ -66,10 +70,9 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
         if len(fields) != 3:
             raise ValueError(f"{where}: expected 'path num_frames label', got {line!r}")
         name, num_frames, label = fields
-        try:
-            num_frames, label = int(num_frames), int(label)
-        except ValueError:
-            raise ValueError(f"{where}: num_frames and label must be whole numbers, got {line!r}") from None
+        if not (_WHOLE_NUMBER.fullmatch(num_frames) and _WHOLE_NUMBER.fullmatch(label)):
+            raise ValueError(f"{where}: num_frames and label must be whole numbers, got {line!r}")
+        num_frames, label = int(num_frames), int(label)
         if num_frames < 1:
             raise ValueError(f"{where}: num_frames is {num_frames}, must be at least 1")
         if not 0 <= label < len(EMOTIONS):
@@ -99,11 +102,18 @@ def write_annotations(
         if num_frames < 1 or not 0 <= label < len(EMOTIONS):
             raise ValueError(f"{list_path}: clip {name}: {num_frames} frames, label {label} cannot stand in a list")
         lines.append(f"{name} {num_frames} {label}")
-    header = [f"# classes: {' '.join(EMOTIONS)}", f"# sha256: {_hash_rows(lines)}"]
+    header = [f"# classes: {' '.join(EMOTIONS)}"]
     if root is not None:
-        header.insert(1, f"# root: {root}")
+        header.append(f"# root: {root}")
+        if str(root) != str(root).strip() or "\n" in str(root) or "\r" in str(root):
+            raise ValueError(f"{list_path}: a root named {str(root)!r} cannot stand in a list")
+    try:
+        header.append(f"# sha256: {hash_rows(lines)}")
+        data = "".join(f"{line}\n" for line in header + lines).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{list_path}: a name that is not UTF-8 cannot stand in a list ({error})") from None
     partial = list_path.with_name(list_path.name + ".partial")
-    partial.write_text("".join(f"{line}\n" for line in header + lines), encoding="utf-8")
+    partial.write_bytes(data)
     os.replace(partial, list_path)
 
 
@@ -137,7 +147,7 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
     return table / table.sum(1, keepdims=True)
 
 
-def _read_header(lines: Sequence[str]) -> dict[str, str]:
+def read_header(lines: Sequence[str]) -> dict[str, str]:
     """The `# key: value` comments that stand before the first row."""
     header = {}
     for line in lines:
@@ -157,14 +167,14 @@ def _check_header(list_path: Path, header: dict[str, str], lines: Sequence[str])
             "convert it with scripts/check_list.py --write"
         )
     rows = [line for line in lines if line and not line.startswith("#")]
-    if "sha256" in header and header["sha256"] != _hash_rows(rows):
+    if "sha256" in header and header["sha256"] != hash_rows(rows):
         raise ValueError(
             f"{list_path}: its rows are not those that its header's sha256 was made of; if the change is meant, check "
             "it and write a new header with scripts/check_list.py --write"
         )
 
 
-def _hash_rows(rows: Sequence[str]) -> str:
+def hash_rows(rows: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{row}\n" for row in rows).encode()).hexdigest()
 
 

@@ -32,6 +32,8 @@ def test_reads_the_common_form(tmp_path):
         (b"a 3 -1\n", r":1: label -1"),
         (b"a 0 1\n", r":1: num_frames is 0"),
         (b"a three 1\n", r":1: num_frames and label must be whole numbers"),
+        ("a 3 \u0663\n".encode(), r":1: num_frames and label must be whole numbers"),
+        (b"a 1_0 1\n", r":1: num_frames and label must be whole numbers"),
         (b"a 3 1\n\xff\xfe\x00", "cannot be read"),
     ],
 )
@@ -77,10 +79,14 @@ def test_lists_whose_header_does_not_fit_are_refused(tmp_path, old, new, message
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("row", [("a\nb", 3, 0), ("", 3, 0), (" a", 3, 0), ("#a", 3, 0), ("a", 0, 0), ("a", 3, 7)])
+@pytest.mark.parametrize(
+    "row", [("a\nb", 3, 0), ("", 3, 0), (" a", 3, 0), ("#a", 3, 0), ("a", 0, 0), ("a", 3, 7), ("\udcff", 3, 0)]
+)
 def test_rows_that_would_not_read_back_are_not_written(tmp_path, row):
     with pytest.raises(ValueError, match="cannot stand in a list"):
         write_annotations(tmp_path / "list.txt", [("ok", 1, 1), row])
+    with pytest.raises(ValueError, match="cannot stand in a list"):
+        write_annotations(tmp_path / "list.txt", [("ok", 1, 1)], root="a\nb 3 1")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,347 @@
+"""Dialects: annotation lists as the field writes them, read with the meaning of their labels or refused.
+
+Every reading is a candidate: an order of the classes and the id of the first one. A candidate is dropped when rows
+contradict it, by an id out of its range or by an emotion folder in the path (`Crime/Angry/0063`). One row may be a
+typo, so what a single row says settles nothing: a list damaged in one row is refused or keeps the other rows' labels.
+A list in which two candidates that differ remain is refused, with the flag of scripts/check_list.py that decides.
+
+Two conventions settle what rows leave open: `path num_frames label` is in DFEW order from 0, and what has the official
+header is in DFEW order. One thing cannot be told: two columns look like three if all names end in a blank and a number.
+"""
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from dfer.annotations import EMOTIONS, hash_rows, read_header
+
+ORDERS = {"dfew": EMOTIONS, "alphabetical": tuple(sorted(EMOTIONS))}
+WORDS = {emotion.lower(): emotion for emotion in EMOTIONS}
+WORDS |= {"happiness": "Happy", "sadness": "Sad", "anger": "Angry", "surprised": "Surprise", "disgusted": "Disgust"}
+MAX_BYTES, MAX_ROWS, MAX_LINE = 2**26, 10**6, 2**13  # the field's largest list: 2.4 MB, 31,088 rows of 40 letters
+MAX_COUNT = 10**7  # frames; 847 is the field's longest clip
+
+COMMON = "path num_frames label"
+WORD = "emotion words"
+KNOWN = {  # (header, columns, order, base) -> who writes it
+    (True, "path,label", "dfew", 1): "official DFEW",
+    (True, "path,label", "dfew", 0): "the official DFEW header, but not its ids: S2D, S4D",
+    (False, "path label", WORD, 0): "official FERV39k",
+    (False, "path,label", "alphabetical", 0): "S2D, S4D, M3DFEL on FERV39k",
+    (False, COMMON, "dfew", 0): "the common list of the field",
+}
+SAY_BASE = "say --label-base 0 or --label-base 1"
+SAY_ORDER = "say --class-order dfew, --class-order alphabetical, or all seven classes in order with commas between"
+
+
+class Row(NamedTuple):
+    """One clip of a list."""
+
+    name: str  # its path, with forward slashes
+    num_frames: int | None  # as listed; None if the list has no such column or no such number
+    label: int  # index into EMOTIONS, whatever the list writes
+    line: int  # in the file, from 1
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a list was read, and why."""
+
+    name: str
+    evidence: tuple[str, ...]
+    problems: tuple[str, ...]  # "list.txt:row: ..." of what is wrong but leaves the labels certain
+    root: str | None  # where the list's header says that the paths start
+    absolute: bool  # all paths are, maybe on another machine
+    canonical: bool  # it has a header of ours
+
+
+class _Cells(NamedTuple):
+    line: int
+    path: str
+    count: str | None
+    label: str
+
+
+class _Reading(NamedTuple):
+    order: str
+    classes: tuple[str, ...]
+    base: int
+
+    def emotion(self, label: int) -> str:
+        """Emotion of an id as the list writes it; empty if it has none."""
+        return self.classes[label - self.base] if 0 <= label - self.base < len(EMOTIONS) else ""
+
+    def __str__(self) -> str:
+        return WORD if self.order == WORD else f"ids {self.base}..{self.base + 6} in {self.order} order"
+
+
+def read_dialect(
+    list_path: str | Path, *, order: str | None = None, base: int | None = None
+) -> tuple[list[Row], Dialect]:
+    """Read a list of any dialect: 2 or 3 columns, commas or white space, emotion words or ids of any order and base.
+
+    `order` ("dfew", "alphabetical", or the seven classes with commas between) and `base` (0 or 1) are for lists that
+    do not show theirs; the rows must not contradict them.
+
+    Returns:
+        The rows in the list's order, and the dialect with the evidence for it.
+
+    Raises:
+        ValueError: in one line that names the file and mostly a row, if the list cannot be read, is damaged, reaches
+            outside its root by "..", contradicts itself, or leaves open what its labels mean.
+    """
+    list_path = Path(list_path)
+    classes = None if order is None else _parse_order(order, "--class-order")
+    lines, evidence = _read_lines(list_path)
+    header = read_header(lines)
+    canonical = "classes" in header
+    if "sha256" in header and not canonical:
+        raise ValueError(f"{list_path}: its header has a sha256 but no classes: it is damaged")
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")]
+    problems = []
+    if "sha256" in header and header["sha256"] != hash_rows([line for _, line in numbered]):
+        problems.append(f"{list_path}: its rows are not those that its header's sha256 was made of")
+    official = bool(numbered) and re.fullmatch(r"video_name\s*,\s*label", numbered[0][1], re.IGNORECASE) is not None
+    if official:
+        del numbered[0]
+        evidence.append("header 'video_name,label' of the official DFEW lists")
+    if not numbered:
+        raise ValueError(f"{list_path}: the list is empty")
+    if number := sum(line.startswith("#") for line in lines[numbered[0][0] :]):
+        evidence.append(f"{number:,} lines among the rows start with # and are taken for comments")
+    cells, comma = _cut_columns(list_path, numbered, official)
+    if canonical and cells[0].count is None:
+        raise ValueError(f"{list_path}:{cells[0].line}: its header goes with rows of 'path num_frames label'")
+    names, absolute = _clean_paths(list_path, cells, canonical, official, evidence)
+
+    columns = "path,label" if cells[0].count is None else "path,num_frames,label"
+    columns = columns if comma else columns.replace(",", " ")
+    ids = _label_ids(list_path, cells)
+    readings = [_Reading(name, emotions, first) for name, emotions in ORDERS.items() for first in (0, 1)]
+    # By convention. An official list may also be in 1..7; nobody writes the common one so.
+    usual = [r for r in readings if r.order == "dfew" and (official or (columns == COMMON and r.base == 0))]
+    if ids is None:
+        evidence.append("all labels are emotion words")
+        ids = [EMOTIONS.index(WORDS[cell.label.lower()]) for cell in cells]
+        readings = [_Reading(WORD, EMOTIONS, 0)]
+    elif canonical:
+        stated = _parse_order(",".join(header["classes"].split()), f"{list_path}: its header")
+        if classes not in (None, stated) or base == 1:
+            raise ValueError(f"{list_path}: its header states other labels than --class-order or --label-base")
+        evidence.append(f"header: classes {' '.join(stated)}, from 0")
+        readings = [_Reading(next((name for name in ORDERS if ORDERS[name] == stated), "its header's"), stated, 0)]
+    else:
+        if classes is not None:
+            evidence.append(f"--class-order {order}")
+            readings = [_Reading(order if order in ORDERS else "the given", classes, first) for first in (0, 1)]
+        if base is not None:
+            evidence.append(f"--label-base {base}")
+            readings = [reading for reading in readings if reading.base == base]
+    reading = _settle(list_path, cells, names, ids, readings, usual, evidence)
+    if reading in usual and classes is None and not any(map(_emotions, names)):
+        evidence.append(
+            f"convention, not proof: lists with such {'a header' if official else 'rows'} are in DFEW order"
+        )
+
+    to_label = [EMOTIONS.index(emotion) for emotion in reading.classes]
+    rows = []
+    for cell, name, number in zip(cells, names, ids, strict=True):
+        count = None if cell.count is None else int(cell.count[:9])
+        if count is not None and not 1 <= count <= MAX_COUNT:
+            problems.append(f"{list_path}:{cell.line}: no clip has {cell.count[:20]} frames")
+            count = None
+        rows.append(Row(name, count, to_label[number - reading.base], cell.line))
+    known = "canonical list" if canonical else KNOWN.get((official, columns, reading.order, reading.base), "")
+    dialect = Dialect(
+        f"{columns}, {reading}" + (f" ({known})" if known else ""),
+        tuple(evidence),
+        tuple(problems),
+        header.get("root"),
+        absolute,
+        canonical,
+    )
+    return rows, dialect
+
+
+def _parse_order(order: str, where: str) -> tuple[str, ...]:
+    if order in ORDERS:
+        return ORDERS[order]
+    classes = tuple(WORDS.get(word.strip().lower(), "") for word in order.split(","))
+    if sorted(classes) != sorted(EMOTIONS):
+        raise ValueError(f"{where}: {_show(order)} is no order of the classes: {SAY_ORDER} ({','.join(EMOTIONS)})")
+    return classes
+
+
+def _read_lines(list_path: Path) -> tuple[list[str], list[str]]:
+    """The stripped lines of a list, and what is odd about its bytes."""
+    try:
+        if not list_path.is_file():  # a device or a pipe may never end
+            raise ValueError(f"{list_path}: no such annotation list")
+        with open(list_path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{list_path}: cannot be read as an annotation list ({error})") from None
+    if len(data) > MAX_BYTES or text.count("\n") > MAX_ROWS:
+        raise ValueError(f"{list_path}: too large for a list: over {MAX_BYTES:,} bytes or {MAX_ROWS:,} rows")
+    lines = [line.strip() for line in text.split("\n")]  # not splitlines(): names may hold what it cuts at
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{list_path}:{number}: a line of {len(line):,} letters: {_show(line)}")
+        if found := re.search(r"[\x00-\x08\x0a-\x1f\x7f]", line):
+            raise ValueError(f"{list_path}:{number}: holds the control character {found[0]!r}: damaged, or not a list")
+    oddities = {"byte-order mark": data.startswith(b"\xef\xbb\xbf"), "CRLF line ends": b"\r\n" in data}
+    return lines, [oddity for oddity, found in oddities.items() if found]
+
+
+def _cut_columns(list_path: Path, numbered: Sequence[tuple[int, str]], official: bool) -> tuple[list[_Cells], bool]:
+    """Cut rows from the right, as paths may hold spaces and commas. All must have the same columns."""
+    two, three, commas = [], [], []
+    for number, line in numbered:
+        label = line.rsplit(maxsplit=1)[-1].rpartition(",")[2]
+        rest = line[: len(line) - len(label)].rstrip()
+        commas.append(rest.endswith(","))
+        rest = rest.removesuffix(",").rstrip()
+        if not rest or not label:
+            raise ValueError(
+                f"{list_path}:{number}: expected 'path label' or 'path num_frames label', got {_show(line)}"
+            )
+        two.append(_Cells(number, rest, None, label))
+        head, count = rest.rpartition(",")[::2] if commas[-1] else [*rest.rsplit(maxsplit=1), ""][:2]
+        if head.strip() and re.fullmatch(r"-?[0-9]+", count.strip()):
+            three.append(_Cells(number, head.rstrip(), count.strip(), label))
+        if commas[-1] != commas[0]:
+            raise ValueError(f"{list_path}:{number}: commas and white space separate columns in the same list")
+    if official or not three:
+        return two, commas[0]
+    if len(three) < len(two):
+        uncounted = sorted({cell.line for cell in two} - {cell.line for cell in three})
+        raise ValueError(
+            f"{list_path}:{uncounted[0]}: no frame count before the label, but row {three[0].line} has one; if names "
+            f"end in numbers, separate the columns by {'white space' if commas[0] else 'commas'}"
+        )
+    if len({cell.path for cell in three}) < len({cell.path for cell in two}):
+        repeated = Counter(path for path, _ in {(cell.path, cell.count) for cell in three}).most_common(1)[0][0]
+        rows = [cell.line for cell in three if cell.path == repeated]
+        raise ValueError(
+            f"{list_path}:{rows[0]}: {_show(repeated)} stands in row {rows[-1]} with another number: one clip with two "
+            "frame counts, or clips whose names end in numbers?"
+        )
+    return three, commas[0]
+
+
+def _clean_paths(
+    list_path: Path, cells: Sequence[_Cells], canonical: bool, official: bool, evidence: list[str]
+) -> tuple[list[str], bool]:
+    """The paths in plain form, and whether they are absolute (all or none)."""
+    names, absolute = [], []
+    for cell in cells:
+        # Our own lists hold what is on this disk, where a name may have a backslash.
+        name = cell.path if canonical else cell.path.replace("\\", "/")
+        if official and re.fullmatch(r"[0-9]{1,5}", name):
+            name = name.zfill(5)
+        if ".." in name.split("/"):
+            raise ValueError(f"{list_path}:{cell.line}: {_show(name)} leads outside the root, by '..'")
+        absolute.append(name.startswith("/") or (not canonical and re.match(r"[A-Za-z]:/", name) is not None))
+        if absolute[-1] != absolute[0]:
+            kinds = "an absolute path among relative ones" if absolute[-1] else "a relative path among absolute ones"
+            raise ValueError(f"{list_path}:{cell.line}: {_show(name)} is {kinds}")
+        name = posixpath.normpath(name)
+        if name in (".", "/", "//"):
+            raise ValueError(f"{list_path}:{cell.line}: the path is no clip's")
+        names.append(name)
+    if not canonical and any("\\" in cell.path for cell in cells):
+        evidence.append("backslashes in the paths are taken for slashes")
+    if official and any(cell.path != name for cell, name in zip(cells, names, strict=True)):
+        evidence.append("numbers without leading zeros stand for folders of five digits")
+    return names, absolute[0]
+
+
+def _label_ids(list_path: Path, cells: Sequence[_Cells]) -> list[int] | None:
+    """The ids of all rows, or None if all are words."""
+    worded, numeric = [], []
+    for cell in cells:
+        if cell.label.lower() in WORDS:
+            worded.append(cell)
+        elif re.fullmatch(r"[0-7]", cell.label):  # int() would also take ٣, +3 and 1_0
+            numeric.append(cell)
+        else:
+            header = " (a header? only 'video_name,label' is known)" if cell is cells[0] else ""
+            raise ValueError(
+                f"{list_path}:{cell.line}: label {_show(cell.label)} is neither an id (0..6 or 1..7) nor an emotion "
+                f"({' '.join(EMOTIONS)}){header}"
+            )
+    if worded and numeric:
+        raise ValueError(
+            f"{list_path}:{max(worded[0].line, numeric[0].line)}: emotion words and ids as labels in the same list"
+        )
+    return [int(cell.label) for cell in numeric] if numeric else None
+
+
+def _emotions(name: str) -> set[str]:
+    """The emotions that folders of a path are named after."""
+    return {WORDS[part.lower()] for part in name.split("/") if part.lower() in WORDS}
+
+
+def _settle(
+    list_path: Path,
+    cells: Sequence[_Cells],
+    names: Sequence[str],
+    ids: Sequence[int],
+    readings: Sequence[_Reading],
+    usual: Sequence[_Reading],
+    evidence: list[str],
+) -> _Reading:
+    """The one reading that the rows allow; if they allow one of the `usual`, readings of other orders do not count."""
+    folders = [_emotions(name) for name in names]
+    against = {
+        reading: [row for row, i in enumerate(ids) if not (told := reading.emotion(i)) or not folders[row] <= {told}]
+        for reading in readings
+    }
+    fitting = [reading for reading in readings if not against[reading]]
+    if not fitting:
+        nearest = min(readings, key=lambda reading: len(against[reading]))
+        row, *more = against[nearest]
+        told, found = nearest.emotion(ids[row]), " and ".join(sorted(folders[row]))
+        what = f"means {told} by {nearest}, but its path says {found}" if told else f"is none of {nearest}"
+        others = f" (also against it: {len(more)} more, row {', '.join(str(cells[r].line) for r in more[:5])})"
+        raise ValueError(
+            f"{list_path}:{cells[row].line}: label {cells[row].label} {what}"
+            f"{others if more else ''}; no meaning of the labels fits all rows"
+        )
+    if favoured := [reading for reading in fitting if reading in usual]:
+        fitting = favoured
+        readings = [reading for reading in readings if reading.order == favoured[0].order]
+    chosen = fitting[0]
+    rivals = [
+        reading
+        for reading in readings
+        if len(against[reading]) <= 1
+        and any(reading.emotion(i) != chosen.emotion(i) for row, i in enumerate(ids) if row not in against[reading])
+    ]
+    if rivals:
+        advice = SAY_BASE if any(reading.base != chosen.base for reading in rivals) else ""
+        if any(reading.order != chosen.order for reading in rivals):
+            advice += (" and " if advice else "") + SAY_ORDER
+        single = next((against[reading][0] for reading in rivals if against[reading]), None)
+        doubt = "" if single is None else f" (only row {cells[single].line} speaks against that, and may be a typo)"
+        raise ValueError(
+            f"{list_path}: its labels, {min(ids)}..{max(ids)}, may be {chosen} or {rivals[-1]}{doubt}: {advice}"
+        )
+    if len({reading.base for reading in readings}) > 1:
+        edge = 7 * chosen.base
+        if number := ids.count(edge):
+            evidence.append(f"label {edge} occurs in {number:,} of {len(ids):,} rows: ids start at {chosen.base}")
+    if number := sum(map(bool, folders)):
+        agrees = "the label" if chosen.order == WORD else f"{chosen.order} order"
+        evidence.append(f"the emotion folder in {number:,} of {len(names):,} paths agrees with {agrees}")
+    return chosen
+
+
+def _show(text: str) -> str:
+    """Text of a list for a message: in one line, printable, not too long."""
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")

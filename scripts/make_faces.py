@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.annotations import EMOTIONS
+from dfer.annotations import EMOTIONS, write_annotations
 
 # ---- The data set's grammar: what makes it easy or hard.
 CLASS_SHARES = (0.21, 0.16, 0.23, 0.19, 0.125, 0.015, 0.07)  # as in DFEW
@@ -564,14 +564,14 @@ def _write_video(out: Path, name: str, script: ClipScript, codec: str) -> str:
     return str(path.relative_to(out).as_posix())
 
 
-def _write_clip(job: tuple[Path, int, int, int, str, str | None]) -> tuple[str, str]:
-    """Worker: write one clip; its split and its line of the list."""
+def _write_clip(job: tuple[Path, int, int, int, str, str | None]) -> tuple[str, tuple[str, int, int]]:
+    """Worker: write one clip; its split and its row of the list."""
     out, seed, number, label, split, codec = job
     cv2.setNumThreads(1)  # the workers are the parallelism
     script = plan_clip(seed, number, label, SPLIT_IDENTITIES[split])
     name = f"{number:05d}"
     where = _write_frames(out, name, script) if codec is None else _write_video(out, name, script, codec)
-    return split, f"{where} {len(script.aus)} {label}"
+    return split, (where, len(script.aus), label)
 
 
 def make_data_set(
@@ -588,7 +588,7 @@ def make_data_set(
         for label in plan_labels(seed, split, max(1, round(clips * size))):
             jobs.append((out, seed, len(jobs) + 1, label, split, codec))
 
-    rows: dict[str, list[str]] = {split: [] for split in lists}
+    rows: dict[str, list[tuple[str, int, int]]] = {split: [] for split in lists}
     with contextlib.ExitStack() as stack:
         results = map(_write_clip, jobs)
         if workers > 1:  # spawned, as forking a process that has threads is unsafe
@@ -603,9 +603,7 @@ def make_data_set(
             if not terminal and done * 10 // len(jobs) > (done - 1) * 10 // len(jobs):
                 print(f"{done}/{len(jobs)} clips", flush=True)
     for split, path in lists.items():
-        part = path.with_suffix(".tmp")
-        part.write_text("".join(f"{row}\n" for row in rows[split]))
-        os.replace(part, path)
+        write_annotations(path, rows[split])
     return list(lists.values())
 
 

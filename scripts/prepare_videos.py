@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.annotations import EMOTIONS
+from dfer.annotations import EMOTIONS, write_annotations
 from dfer.faces import crop_face, find_face, make_detector
 from dfer.index import natural_key
 from dfer.video import BadVideo, decode, nearest_frames
@@ -398,10 +398,12 @@ def write_lists(videos: Sequence[Video], results: dict[str, Result], out: Path) 
         report.writerow(
             [shown(video.path), clips, video.label, done.decoded, kept, done.faces, done.cuts, done.outcome]
         )
-        rows += [name if video.label is None else f"{name} {n} {video.label}" for name, n in done.clips.items()]
+        rows += [(name, n, video.label) for name, n in done.clips.items()]
     write_whole(out / "report.csv", table.getvalue())
-    if rows:
-        write_whole(out / LISTS[videos[0].label is None], "".join(f"{row}\n" for row in rows))
+    if rows and videos[0].label is None:
+        write_whole(out / "unlabelled.txt", "".join(f"{name}\n" for name, _, _ in rows))
+    elif rows:
+        write_annotations(out / "list.txt", rows)
 
 
 class _Parser(argparse.ArgumentParser):

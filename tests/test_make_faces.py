@@ -24,7 +24,7 @@ def _digest(folder: Path) -> str:
 
 
 def _rows(path: Path) -> list[tuple[str, int, int]]:
-    rows = (line.rsplit(" ", 2) for line in path.read_text().splitlines())
+    rows = (line.rsplit(" ", 2) for line in path.read_text().splitlines() if not line.startswith("# "))
     return [(name, int(frames), int(label)) for name, frames, label in rows]
 
 

@@ -110,7 +110,8 @@ def crop(*arguments: object) -> int:
 
 
 def rows(out: Path) -> list[str]:
-    return (out / "list.txt").read_text(encoding="utf-8").splitlines()
+    lines = (out / "list.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("# ")]
 
 
 def report(out: Path) -> dict[str, dict[str, str]]:
@@ -852,7 +853,7 @@ def test_real_videos_become_predictions(tmp_path: Path) -> None:
         "scripts/prepare_videos.py", str(tmp_path / "videos.txt"), "--out", str(out), "--clip-length", "24"
     )
     assert done.returncode == 0, done.stderr
-    clips = (out / "list.txt").read_text().splitlines()
+    clips = rows(out)
     assert len(clips) == 3 + 3  # of the other video only the half with the face
     lists = ("--data.train-list", str(out / "list.txt"), "--data.val-list", str(out / "list.txt"))
     logs = ("--run.log-dir", str(tmp_path / "logs"), "--run.name", "real")

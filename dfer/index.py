@@ -10,16 +10,18 @@ import re
 import secrets
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 
 from dfer.annotations import VideoRecord, read_annotations
 
+Item = TypeVar("Item")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -56,8 +58,7 @@ def load_index(list_path: str | Path, root: str | Path | None = None) -> ClipInd
     cache_path = Path(f"{list_path}.index.npz")
     key = hashlib.sha256(b"\0".join(os.fsencode(r.path) for r in records)).hexdigest()
     # Taken before the scan: a folder that changes during it has another time at the next start.
-    with ThreadPoolExecutor(8) as pool:
-        times = np.array(list(pool.map(_change_time, records)), dtype=np.int64)
+    times = np.array(_in_threads(_change_time, records), dtype=np.int64)
     frames = _read_cache(cache_path, key, times)
     if frames is not None:
         return _index(records, frames)
@@ -72,8 +73,14 @@ def build_index(records: Sequence[VideoRecord]) -> ClipIndex:
     Raises:
         ValueError: in one line naming list, row and folder, if a folder is missing or holds no frames.
     """
-    with ThreadPoolExecutor(8) as pool:  # directory reads wait on the disk, not on the GIL
-        return _index(records, list(pool.map(_scan_folder, records)))
+    return _index(records, _in_threads(_scan_folder, records))
+
+
+def _in_threads(look: Callable[[VideoRecord], Item], records: Sequence[VideoRecord]) -> list[Item]:
+    """Look at all folders, some at once, as it is the disk that is waited for; in chunks, as handing over costs too."""
+    chunks = [records[start : start + 256] for start in range(0, len(records), 256)]
+    with ThreadPoolExecutor(8) as pool:
+        return [found for part in pool.map(lambda chunk: [look(record) for record in chunk], chunks) for found in part]
 
 
 def _index(records: Sequence[VideoRecord], frames: list[list[str]]) -> ClipIndex:

@@ -11,7 +11,7 @@ train: $(VENV)/.installed data/faces/test.txt
 	$(RUN) train.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -846,8 +846,8 @@ def test_real_videos(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
 def test_real_videos_become_predictions(tmp_path: Path) -> None:
-    rows = [f"{REAL}/{name} {label}" for name, label in (("single_face.mp4", 0), ("face_noface.mov", 4))]
-    (tmp_path / "videos.txt").write_text("\n".join(rows))
+    videos = [f"{REAL}/{name} {label}" for name, label in (("single_face.mp4", 0), ("face_noface.mov", 4))]
+    (tmp_path / "videos.txt").write_text("\n".join(videos))
     out = tmp_path / "clips"
     done = run_python(
         "scripts/prepare_videos.py", str(tmp_path / "videos.txt"), "--out", str(out), "--clip-length", "24"

@@ -29,6 +29,7 @@ from torchvision.transforms import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dali_pipes.loader import ClipLoader
+from dfer.commandline import Parser
 from dfer.index import ClipIndex, load_index, natural_key
 from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD, ClipSampler, EpochPlan
 
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("loader_speed", __doc__)
     parser.add_argument("--list", type=Path, default=Path("data/faces/train.txt"))
     parser.add_argument("--root", type=Path)
     parser.add_argument("--frames", type=int, default=16)

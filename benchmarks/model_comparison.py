@@ -18,6 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dfer.commandline import Parser
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("dfernet", "mean-pool")
 
@@ -71,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("model_comparison", __doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--log-dir", type=Path, default=Path("logs/comparison"))
     parser.add_argument("--json", type=Path, help="write the figures here")

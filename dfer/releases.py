@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 
 from dfer.annotations import EMOTIONS, write_annotations
+from dfer.commandline import shown
 from dfer.index import FRAME_SUFFIXES, natural_key
 
 # Clips per class, in the order of EMOTIONS. A fold of DFEW trains on all that it does not test on.
@@ -91,11 +92,11 @@ def only_one(part: str, found: Iterable[str], root: str | Path) -> str:
         by_place.setdefault(os.path.realpath(path), path)
     places = list(by_place.values())
     if not places:
-        raise ValueError(f"{printable(str(root))}: found no {part} in it")
+        raise ValueError(f"{shown(root)}: found no {part} in it")
     if len(places) > 1:
         more = f" (and {len(places) - 2} more)" if len(places) > 2 else ""
         raise ValueError(
-            f"{part}: found in {printable(places[0])} and in {printable(places[1])}{more}; "
+            f"{part}: found in {shown(places[0])} and in {shown(places[1])}{more}; "
             "give a --root that holds only the one you mean, or move all pieces into one folder"
         )
     if not places[0].isprintable() or places[0] != places[0].strip():
@@ -143,7 +144,7 @@ def scan_frames(path: str) -> Scan:
     names.sort(key=natural_key)
     for index in sorted({0, len(names) // 2, len(names) - 1}):
         if not _starts_as_image(os.path.join(path, names[index])):
-            return Scan(len(names), f"unreadable ({printable(names[index])} is no JPEG or PNG image)")
+            return Scan(len(names), f"unreadable ({shown(names[index])} is no JPEG or PNG image)")
     return Scan(len(names))
 
 
@@ -253,11 +254,6 @@ def some(names: Sequence[str]) -> str:
     """The first of many names, and how many more there are."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def printable(name: str) -> str:
-    """A name for a one-line message, whatever is in it."""
-    return name if name.isprintable() else ascii(name)
 
 
 def write_lists(

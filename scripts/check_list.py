@@ -5,7 +5,6 @@ and lengths, and names each problem. The headers of the first, middle and last f
 frame decoded with --decode. Exit code: 0 fine, 1 problems found, 2 a list cannot be judged or the command is wrong.
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -20,12 +19,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.annotations import EMOTIONS, write_annotations
+from dfer.commandline import Parser, in_range, shown
 from dfer.dialects import Dialect, Row, read_dialect
 from dfer.index import FRAME_SUFFIXES, natural_key
 
@@ -214,7 +214,7 @@ def check_disk(clips: Sequence[Clip], decode: bool, problems: Problems) -> list[
         (width, height), most = sizes.most_common(1)[0]
         print(f"images ({how}): {width}x{height} in {most:,} of {sizes.total():,}")
         for (width, height), number in sizes.most_common(NAMED + 1)[1:]:
-            print(f"  other size: {width}x{height} in {number:,}, first in {show(odd[width, height])}")
+            print(f"  other size: {width}x{height} in {number:,}, first in {shown(odd[width, height])}")
     return folders
 
 
@@ -229,7 +229,7 @@ def hint_at_nested_copy(clip: Clip, base: str | None) -> str:
         level = sorted(inner)[:200]
         for folder in level:
             if os.path.isdir(os.path.join(folder, clip.name)):
-                return f"{show(clip.name)} lies in {show(folder)}: say --root {show(folder)}"
+                return f"{shown(clip.name)} lies in {shown(folder)}: say --root {shown(folder)}"
     return ""
 
 
@@ -314,24 +314,8 @@ def check_outputs(outputs: Sequence[Path | None], list_path: Path, replaceable: 
             raise ValueError(f"{path}: would be overwritten, and --write replaces only canonical lists")
 
 
-def show(text: str) -> str:
-    """Text from a list or a disk for a terminal, which must not take parts of it for commands."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"check_list: {show(message)}\n")  # one line, without the usage
-
-
-def _frames(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1,000,000")
-    return int(text)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("check_list", __doc__)
     parser.add_argument(
         "lists", nargs="+", type=Path, metavar="LIST", help="list to check, alone and against the others"
     )
@@ -345,7 +329,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--class-order", metavar="ORDER", help="dfew, alphabetical, or the seven classes with commas between"
     )
     parser.add_argument(
-        "--frames", type=_frames, default=16, metavar="T", help="clips below T frames are counted (default: 16)"
+        "--frames",
+        type=in_range(int, 1, 10**6),
+        default=16,
+        metavar="T",
+        help="clips below T frames are counted (default: 16)",
     )
     parser.add_argument("--no-disk", action="store_true", help="judge the lists alone, without the frames")
     parser.add_argument("--decode", action="store_true", help="decode every frame, which takes minutes")
@@ -389,9 +377,9 @@ def main(arguments: list[str] | None = None) -> int:
     lengths = [clip.row.num_frames or 0 for clip in clips] if folders is None else [f.num_frames for f in folders]
     for number, title in enumerate(titles):
         own = [i for i, clip in enumerate(clips) if clip.number == number]
-        print("\n".join(map(show, title.split("\n"))))
+        print("\n".join(map(shown, title.split("\n"))))
         describe([clips[i] for i in own], [lengths[i] for i in own if lengths[i]], args.frames)
-    found = {kind: [show(line) for line in lines] for kind, lines in problems.items() if lines}
+    found = {kind: [shown(line) for line in lines] for kind, lines in problems.items() if lines}
     for kind, lines in found.items():
         print(f"{kind}: {len(lines):,}", *lines[:NAMED], sep="\n  ")
         if len(lines) > NAMED:
@@ -403,11 +391,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if args.write and (blocking := [kind for kind in UNWRITABLE if problems[kind]]):
-            print(f"not written: {show(str(args.write))}: {', '.join(blocking)}")
+            print(f"not written: {shown(args.write)}: {', '.join(blocking)}")
         elif args.write:
             base = bases[0] if bases[0] != os.path.abspath(args.write.parent) else None
             write_annotations(args.write, [(c.name, n, c.row.label) for c, n in zip(clips, lengths, strict=True)], base)
-            print(f"written: {show(str(args.write))}")
+            print(f"written: {shown(args.write)}")
         if args.picture:
             draw(args.picture, clips, folders or [])
         if args.report:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer import distributed
 from dfer.checkpoint import load_checkpoint
+from dfer.commandline import Parser
 from dfer.config import RunConfig, config_from_json
 from dfer.index import load_index
 from dfer.logger import print_result, write_predictions
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("evaluate", __doc__)
     parser.add_argument("checkpoint", type=Path, help="last.pt, best_WAR.pt or best_UAR.pt of a run")
     parser.add_argument("--list", type=Path, help="annotation list; the run's validation list if not given")
     parser.add_argument("--root", type=Path, help="where relative paths in the list start")

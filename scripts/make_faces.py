@@ -4,23 +4,22 @@ Each clip is a pure function of the seed and its index. Numbers come from Philox
 rounded to 1/16 px before drawing and all raster steps are integer, so every machine writes the same bytes.
 """
 
-import argparse
 import contextlib
 import functools
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NoReturn
 
 import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.annotations import EMOTIONS, write_annotations
+from dfer.commandline import Parser, in_range
 
 # ---- The data set's grammar: what makes it easy or hard.
 CLASS_SHARES = (0.21, 0.16, 0.23, 0.19, 0.125, 0.015, 0.07)  # as in DFEW
@@ -542,9 +541,9 @@ def _write_frames(out: Path, name: str, script: ClipScript) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in sorted(folder.glob("*.jpg"))[len(script.aus) :]:  # left by an earlier run's longer clip
         stale.unlink()
-    for number, image in enumerate(frames(script), start=1):
+    for frame, image in enumerate(frames(script), start=1):
         _, data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))
-        with open(f"{folder}/{number:05d}.jpg", "wb", buffering=0) as file:
+        with open(f"{folder}/{frame:05d}.jpg", "wb", buffering=0) as file:
             file.write(data)
     return f"clips/{name}"
 
@@ -607,30 +606,15 @@ def make_data_set(
     return list(lists.values())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"make_faces: {message}\n")  # one line, without the usage
-
-
-def _number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-
-    return parse
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = _Parser(description="Write the synthetic data set 'faces'.")
+    parser = Parser("make_faces", "Write the synthetic data set 'faces'.")
     parser.add_argument("--out", type=Path, default=Path("data/faces"), help="folder to write to")
     parser.add_argument(
-        "--size", type=_number(float, 0.001, 50), default=1.0, help="1.0 is 1,400 train and 350 test clips"
+        "--size", type=in_range(float, 0.001, 50), default=1.0, help="1.0 is 1,400 train and 350 test clips"
     )
-    parser.add_argument("--seed", type=_number(int, 0, 2**63 - 1), default=0)
+    parser.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--video", choices=tuple(_CODECS), help="write the clips as video files instead of frames")
-    parser.add_argument("--workers", type=_number(int, 1, 512), default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=in_range(int, 1, 512), default=os.cpu_count() or 1)
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write only a picture to look at")
     args = parser.parse_args(arguments)
     try:

@@ -4,7 +4,6 @@
 folder of clips, train's and test's `set_1.csv` .. `set_5.csv`, and annotation.xlsx, whose votes go to votes.csv.
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -13,13 +12,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import openpyxl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer import releases
 from dfer.annotations import EMOTIONS
+from dfer.commandline import Parser
 
 FOLDS = range(1, 6)
 # What the parts are called, in the release and on users' disks.
@@ -219,13 +218,8 @@ def format_votes(votes: Mapping[int, Votes], names: Mapping[int, str]) -> str:
     return "".join(f"{row}\n" for row in rows)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"prepare_dfew: {message}\n")  # one line, without the usage
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("prepare_dfew", __doc__)
     parser.add_argument("--root", type=Path, required=True, help="folder that holds the release, however deep")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
     parser.add_argument("--frames", choices=tuple(CLIP_FOLDERS), default="clip_224x224", help="which clips to list")
@@ -235,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     if not args.root.is_dir():
-        parser.error(f"--root {releases.printable(str(args.root))}: no such folder")
+        parser.error(f"--root {args.root}: no such folder")
     try:
         parts = find_parts(args.root, args.frames)
         print(f"clips: {parts.clips}")

@@ -4,7 +4,6 @@
 the folder of face clips, train_All.csv and test_All.csv, and the set-ups of single scenes if they are there.
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -12,11 +11,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer import releases
 from dfer.annotations import EMOTIONS
+from dfer.commandline import Parser
 
 CLIP_FOLDER = re.compile(rf"(?:2_)?ClipsforFaceCrop{releases.COPY_SUFFIX}", re.IGNORECASE)
 SET_FILE = re.compile(r"(train|test)[ _-]*(\w*)\.csv", re.IGNORECASE)  # of all scenes, or of one
@@ -134,13 +133,8 @@ def check_sets(parts: Parts) -> list[str]:
     return [difference for difference in differences if difference]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"prepare_ferv39k: {message}\n")  # one line, without the usage
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("prepare_ferv39k", __doc__)
     parser.add_argument("--root", type=Path, required=True, help="folder that holds the release, however deep")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
     parser.add_argument("--allow-missing", action="store_true", help="take a part of the release for what it is")
@@ -149,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     if not args.root.is_dir():
-        parser.error(f"--root {releases.printable(str(args.root))}: no such folder")
+        parser.error(f"--root {args.root}: no such folder")
     try:
         parts = find_parts(args.root)
         print(f"clips: {parts.clips}")

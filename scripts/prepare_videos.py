@@ -5,7 +5,6 @@ classes: Happy, Sad, ...), one video, or a .txt/.csv list of `path label` rows. 
 The face is found, followed and cropped; DIR/report.csv says what became of each video. Run it again and it goes on.
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -25,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import av
 import numpy as np
@@ -33,6 +32,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.annotations import EMOTIONS, write_annotations
+from dfer.commandline import Parser, in_range, shown
 from dfer.faces import crop_face, find_face, make_detector
 from dfer.index import natural_key
 from dfer.video import BadVideo, decode, nearest_frames
@@ -77,11 +77,6 @@ class Result:
     decoded: int
     faces: int | None = None  # at once; None: not looked for
     cuts: int | None = None
-
-
-def shown(path: object) -> str:
-    """A path as it is printed: in one line whatever the file is called."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 def parse_label(text: str) -> int:
@@ -406,33 +401,8 @@ def write_lists(videos: Sequence[Video], results: dict[str, Result], out: Path) 
         write_annotations(out / "list.txt", rows)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"prepare_videos: {message}\n")  # one line, without the usage
-
-
-def _whole_number(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if low <= int(text) <= high:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-
-    return parse
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= float(text) <= high:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-
-    return parse
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("prepare_videos", __doc__)
     default = Options()
     parser.add_argument("input", type=Path, help="folder of videos, a video, or a .txt/.csv list of 'path label' rows")
     parser.add_argument("--out", type=Path, required=True, help="folder to write frames/, list.txt and report.csv to")
@@ -445,24 +415,24 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--margin",
-        type=_number(0, 2),
+        type=in_range(float, 0, 2),
         default=default.margin,
         help=f"around the face, on each side, of the face's size (default: {default.margin})",
     )
     parser.add_argument(
         "--size",
-        type=_whole_number(16, 2048),
+        type=in_range(int, 16, 2048),
         default=default.size,
         help=f"of the square crop, in pixels (default: {default.size})",
     )
     parser.add_argument(
         "--fps",
-        type=_number(0.1, 240),
+        type=in_range(float, 0.1, 240),
         help="constant frame rate, by the frame nearest in time (default: each frame once)",
     )
     parser.add_argument(
         "--clip-length",
-        type=_whole_number(1, 10**6),
+        type=in_range(int, 1, 10**6),
         metavar="N",
         help="cut each video into clips of N frames; a last one below N/2 is left out (default: a clip per video)",
     )
@@ -476,15 +446,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--quality",
-        type=_whole_number(1, 100),
+        type=in_range(int, 1, 100),
         default=default.quality,
         help=f"of the JPEG images (default: {default.quality})",
     )
-    parser.add_argument("--workers", type=_whole_number(1, 512), default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=in_range(int, 1, 512), default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args(arguments)
     for name in (*LISTS, "report.csv"):
         if args.input.resolve() == (args.out / name).resolve():
-            parser.error(f"--out {shown(args.out)}: the list of videos would be overwritten with the list of frames")
+            parser.error(f"--out {args.out}: the list of videos would be overwritten with the list of frames")
     names = {field: getattr(args, field) for field in asdict(default) if field != "crop"}
     options = Options(crop=not args.no_crop, **names)
     detector = "haar"
@@ -496,13 +466,13 @@ def main(arguments: list[str] | None = None) -> int:
                 detector = hashlib.sha256(args.detector.read_bytes()).hexdigest()
             make_detector(args.detector)  # fails here, in one line, rather than in each worker
     except ValueError as error:
-        parser.error(shown(error))
+        parser.error(str(error))
     except OSError as error:
-        parser.error(shown(f"{error.filename}: cannot be read ({error.strerror})"))
+        parser.error(f"{error.filename}: cannot be read ({error.strerror})")
     try:
         results = prepare(videos, args.out, options, detector, args.workers)
     except OSError as error:
-        parser.error(shown(f"cannot write: {error}"))
+        parser.error(f"cannot write: {error}")
     except BrokenProcessPool:
         parser.error(
             "a worker process died (killed, or out of memory?); what is finished stays finished: run the same again"

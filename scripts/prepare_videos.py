@@ -33,14 +33,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.annotations import EMOTIONS, write_annotations
 from dfer.commandline import Parser, in_range, shown
+from dfer.dialects import WORDS
 from dfer.faces import crop_face, find_face, make_detector
 from dfer.index import natural_key
 from dfer.video import BadVideo, decode, nearest_frames
 
 # What to take from a folder; a file that is named, or listed, may be called anything.
 VIDEO_SUFFIX = re.compile(r"\.(3gp|asf|avi|flv|gif|m2?ts|m4v|mkv|mov|mp4|mpe?g|mxf|ogv|ts|vob|webm|wmv)", re.IGNORECASE)
-LABELS = {emotion.casefold(): label for label, emotion in enumerate(EMOTIONS)}
-LABELS |= {"happiness": LABELS["happy"], "sadness": LABELS["sad"], "anger": LABELS["angry"]}
+LABELS = {word: EMOTIONS.index(emotion) for word, emotion in WORDS.items()}
 LABEL_HELP = "0..6 or " + ", ".join(EMOTIONS)
 LISTS = ("list.txt", "unlabelled.txt")
 MAX_NAME = 200  # bytes of a folder's name; disks take 255, and a clip's number follows

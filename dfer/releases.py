@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 
 from dfer.annotations import EMOTIONS, write_annotations
-from dfer.commandline import shown
+from dfer.commandline import Parser, shown
 from dfer.index import FRAME_SUFFIXES, natural_key
 
 # Clips per class, in the order of EMOTIONS. A fold of DFEW trains on all that it does not test on.
@@ -197,6 +197,33 @@ def scan_clips(root: str, names: Sequence[str], scan: Callable[[str], Scan]) -> 
     finally:
         pool.shutdown(cancel_futures=True)  # when interrupted, do not scan on
     return scans
+
+
+def command_line(program: str, description: str | None) -> Parser:
+    """The options that preparing either release has."""
+    parser = Parser(program, description)
+    parser.add_argument("--root", type=Path, required=True, help="folder that holds the release, however deep")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
+    parser.add_argument("--allow-missing", action="store_true", help="take a part of the release for what it is")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write what differs, is missing or short, a row each"
+    )
+    return parser
+
+
+def judge(scans: Mapping[str, Scan], differences: Sequence[str], report: Path | None, allow_missing: bool) -> None:
+    """Say what is not as published, in `report` in full; refuse it unless a part of the release is allowed.
+
+    Raises:
+        ValueError: in one line, if the copy is not whole and has to be.
+        OSError: if the report cannot be written.
+    """
+    if report:
+        write_report(report, scans, differences)
+    if not allow_missing:
+        check_whole(scans, differences)
+    for line in [*differences, *bad_clips(scans), *short_clips(scans)]:
+        print(line)
 
 
 def write_report(path: Path, scans: Mapping[str, Scan], differences: Sequence[str]) -> None:

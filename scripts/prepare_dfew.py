@@ -18,7 +18,6 @@ import openpyxl
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer import releases
 from dfer.annotations import EMOTIONS
-from dfer.commandline import Parser
 
 FOLDS = range(1, 6)
 # What the parts are called, in the release and on users' disks.
@@ -219,14 +218,8 @@ def format_votes(votes: Mapping[int, Votes], names: Mapping[int, str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser("prepare_dfew", __doc__)
-    parser.add_argument("--root", type=Path, required=True, help="folder that holds the release, however deep")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
+    parser = releases.command_line("prepare_dfew", __doc__)
     parser.add_argument("--frames", choices=tuple(CLIP_FOLDERS), default="clip_224x224", help="which clips to list")
-    parser.add_argument("--allow-missing", action="store_true", help="take a part of the release for what it is")
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write what differs, is missing or short, a row each"
-    )
     args = parser.parse_args(arguments)
     if not args.root.is_dir():
         parser.error(f"--root {args.root}: no such folder")
@@ -247,12 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 differences.append(f"{parts.sheet} has no votes of {len(voteless):,} clips: {releases.some(voteless)}")
         scan = releases.scan_video if args.frames == "original" else releases.scan_frames
         scans = releases.scan_clips(parts.clips, list(names.values()), scan)
-        if args.report:
-            releases.write_report(args.report, scans, differences)
-        if not args.allow_missing:
-            releases.check_whole(scans, differences)
-        for line in [*differences, *releases.bad_clips(scans), *releases.short_clips(scans)]:
-            print(line)
+        releases.judge(scans, differences, args.report, args.allow_missing)
         lists = {name: [(names[clip], label) for clip, label in one.items()] for name, one in sets.items()}
         usable = {clip: name for clip, name in names.items() if not scans[name].problem}
         others = {"votes.csv": format_votes(votes, usable) if votes is not None else None}

@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer import releases
 from dfer.annotations import EMOTIONS
-from dfer.commandline import Parser
 
 CLIP_FOLDER = re.compile(rf"(?:2_)?ClipsforFaceCrop{releases.COPY_SUFFIX}", re.IGNORECASE)
 SET_FILE = re.compile(r"(train|test)[ _-]*(\w*)\.csv", re.IGNORECASE)  # of all scenes, or of one
@@ -134,13 +133,7 @@ def check_sets(parts: Parts) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser("prepare_ferv39k", __doc__)
-    parser.add_argument("--root", type=Path, required=True, help="folder that holds the release, however deep")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
-    parser.add_argument("--allow-missing", action="store_true", help="take a part of the release for what it is")
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write what differs, is missing or short, a row each"
-    )
+    parser = releases.command_line("prepare_ferv39k", __doc__)
     args = parser.parse_args(arguments)
     if not args.root.is_dir():
         parser.error(f"--root {args.root}: no such folder")
@@ -150,12 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         differences = check_sets(parts)
         clips = [clip for labels in parts.sets.values() for clip in labels]
         scans = releases.scan_clips(parts.clips, clips, releases.scan_frames)
-        if args.report:
-            releases.write_report(args.report, scans, differences)
-        if not args.allow_missing:
-            releases.check_whole(scans, differences)
-        for line in [*differences, *releases.bad_clips(scans), *releases.short_clips(scans)]:
-            print(line)
+        releases.judge(scans, differences, args.report, args.allow_missing)
         lists = {name: list(labels.items()) for name, labels in parts.sets.items()}
         # A scene's lists are rows of the lists of all scenes, so that a model of all scenes never trained on its test.
         for scene in scenes_of(parts.sets):

@@ -1,0 +1,376 @@
+"""The fused CPU kernel: crop -> resize -> mirror -> warp -> blur -> colour and normalise -> erase, one frame a call.
+
+DALI's own CPU operators do the same in several passes that each cost more than decoding the frame. This one runs inside
+the DALI graph, in its threads and without Python, and goes over the memory once: rows are blended with contiguous
+vector code, columns one pixel (four lanes, the last of them waste) at a time, and the colours of a line are mixed while
+it lies in the cache. Nothing is rounded on the way.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD, EpochPlan
+
+# What the kernel is told about a frame, one vector of float32. Names of its parts:
+BOX, MIRROR, WARP, BLUR, ERASE, COLOUR = 0, 4, 5, 11, 12, 16  # as in EpochPlan; booleans are 0 or 1
+YUV, CHROMA_LEFT = 28, 40  # (3, 4) map from YUV to RGB, 0..255; chroma samples lie on even columns (else between)
+FILL = 41  # (3,) what is erased becomes
+NUM_PARAMETERS = 44
+
+# "contract" lets a product and a sum become one instruction; sums are never reordered.
+_FAST = {"fastmath": {"contract"}, "cache": True, "nogil": True, "error_model": "numpy"}
+_F4 = ir.VectorType(ir.FloatType(), 4)
+
+
+def parameters(
+    plan: EpochPlan,
+    videos: Int64[np.ndarray, " B"],
+    *,
+    crop: bool = True,
+    yuv: Float32[np.ndarray, "B 13"] | None = None,
+    normalised: bool = True,
+) -> Float32[np.ndarray, "B P"]:
+    """The vectors of some videos of a plan.
+
+    `crop=False`: the decoder has cut the box out already. `yuv`: what planar pictures need, YUV and CHROMA_LEFT.
+    `normalised=False`: colours stay in 0..255.
+    """
+    p = np.zeros((len(videos), NUM_PARAMETERS), dtype=np.float32)
+    p[:, BOX:MIRROR] = plan.box[videos] if crop else (0, 0, 1, 1)
+    p[:, MIRROR] = plan.mirror[videos]
+    p[:, WARP:BLUR] = plan.warp[videos].reshape(-1, 6)
+    p[:, BLUR] = plan.blur[videos]
+    p[:, ERASE:COLOUR] = plan.erase[videos]
+    if yuv is not None:
+        p[:, YUV:FILL] = yuv
+    colour = plan.colour[videos]
+    if not normalised:
+        mean = (255 * IMAGENET_MEAN).astype(np.float32)
+        colour = colour * (255 * IMAGENET_STD[:, None]).astype(np.float32)
+        colour[:, :, 3] += mean
+        p[:, FILL:] = mean
+    p[:, COLOUR:YUV] = colour.reshape(-1, 12)
+    return p
+
+
+def compiled(size: int, dtype: str) -> tuple[int, int]:
+    """Addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel on one sample, and its output's shape.
+
+    The operator's inputs are the pixels and the parameters of a frame, its output the frame as (size, size, 3) `dtype`:
+    float32, uint16 (the bits of bfloat16) or uint8. The first call on a machine compiles for some seconds, later ones
+    find the machine code in numba's cache.
+    """
+    out_type = np.dtype(dtype).type
+    addresses = types.CPointer(types.voidptr)
+    shapes = types.CPointer(types.CPointer(types.int64))
+    dimensions = types.CPointer(types.int32)
+
+    @cfunc(
+        types.void(addresses, shapes, dimensions, types.int32, addresses, shapes, dimensions, types.int32), cache=True
+    )
+    def run(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
+        shape = in_shapes[0]
+        out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
+        pixels = carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8)
+        fused(out, pixels, carray(ins[1], (NUM_PARAMETERS,), np.float32))
+
+    @cfunc(types.void(shapes, dimensions, types.int32, shapes, dimensions, types.int32, types.int32), cache=True)
+    def setup(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):
+        for i in range(num_samples):
+            out_shapes[i][0] = size
+            out_shapes[i][1] = size
+            out_shapes[i][2] = 3
+
+    return run.address, setup.address
+
+
+@njit(**_FAST)
+def fused(out, pixels, p):
+    """One frame: fill `out`, (S, S, 3) float32, uint16 (the bits of bfloat16) or uint8 (rounded, clamped to 0..255).
+
+    `pixels` is uint8, either RGB (H, W, 3) or planar 4:2:0 YUV (3 H / 2, W, 1); `p` as `parameters` makes it.
+    """
+    size = out.shape[0]
+    planar = pixels.shape[2] == 1
+    height, width = pixels.shape[0], pixels.shape[1]
+    if planar:
+        height = height // 3 * 2
+    top, rows = _cut(p[BOX], p[BOX + 2], height)
+    left, columns = _cut(p[BOX + 1], p[BOX + 3], width)
+    y_first, y_weights = _triangles(rows, size, False)
+    x_first, x_weights = _triangles(columns, size, p[MIRROR] != 0)
+    blended = np.zeros(3 * columns + 3 * x_weights.shape[1] + 4, np.float32)
+    line = np.zeros(3 * size + 4, np.float32)
+    rgb = np.empty(3 * size if planar else 0, np.float32)
+    warps = False
+    for i in range(6):
+        warps |= p[WARP + i] != (1 if i == 0 or i == 4 else 0)
+    geometry = warps or p[BLUR] > 0
+    picture = np.empty((size if geometry else 0, 3 * size), np.float32)
+    flat = pixels.reshape(pixels.shape[0], pixels.shape[1] * pixels.shape[2])
+    for y in range(size):
+        if planar:
+            _blend_yuv(blended, flat, height, width, top + y_first[y], y_weights[y], left, columns, p[CHROMA_LEFT] != 0)
+        else:
+            _blend_rows(blended, flat, top + y_first[y], top + rows - 1, 3 * left, 3 * columns, y_weights[y])
+        _blend_columns(line, blended, x_first, x_weights)
+        if planar:
+            _mix(rgb, line, p[YUV:CHROMA_LEFT])
+            for i in range(3 * size):
+                line[i] = min(max(rgb[i], np.float32(0)), np.float32(255))
+        if geometry:
+            picture[y] = line[: 3 * size]
+        else:
+            _mix(out[y].reshape(3 * size), line, p[COLOUR:YUV])
+    if geometry:
+        if warps:
+            picture = _warp(picture, p[WARP:BLUR])
+        if p[BLUR] > 0:
+            _blur(picture, p[BLUR] * np.float32(size))
+        for y in range(size):
+            _mix(out[y].reshape(3 * size), picture[y], p[COLOUR:YUV])
+    y0, y1 = _edges(p[ERASE], p[ERASE + 2], size)
+    x0, x1 = _edges(p[ERASE + 1], p[ERASE + 3], size)
+    for y in range(y0, y1):
+        for x in range(x0, x1):
+            for c in range(3):
+                _put(out[y, x], c, p[FILL + c])
+
+
+@njit(**_FAST)
+def _edges(start, length, size):
+    """Shares of a side -> its pixels [a, b), in float32 and rounded half to even, as EpochPlan says of `erase`."""
+    n = np.float32(size)
+    return int(np.rint(start * n)), int(np.rint((start + length) * n))
+
+
+@njit(**_FAST)
+def _cut(start, length, size):
+    """First pixel and number of pixels of a crop, at least one. DALI's rule: float64, half a pixel is rounded up."""
+    first = min(math.floor(np.float64(start) * size + 0.5), size - 1)
+    last = min(math.floor((np.float64(start) + np.float64(length)) * size + 0.5), size)
+    return first, max(last - first, 1)
+
+
+@njit(**_FAST)
+def _triangles(source, size, mirror):
+    """Antialiased linear resize of a line: for each output the first source pixel and the weights from there on.
+
+    A triangle as wide as an output pixel but never narrower than an input one; beyond the edge lies the edge pixel
+    again, as in DALI. The number of weights is a multiple of 2, filled up with zeros.
+    """
+    scale = source / size
+    support = max(scale, 1.0)
+    taps = min(2 * math.ceil(support), source)
+    taps += taps % 2
+    first = np.empty(size, np.int64)
+    weights = np.zeros((size, taps), np.float32)
+    for i in range(size):
+        centre = (i + 0.5) * scale - 0.5
+        low = math.floor(centre - support) + 1  # the first pixel with a weight
+        begin = max(min(low, source - taps), 0)
+        o = size - 1 - i if mirror else i
+        first[o] = begin
+        total = 0.0
+        for j in range(low, low + 2 * math.ceil(support)):
+            total += max(1 - abs(j - centre) / support, 0.0)
+        for j in range(low, low + 2 * math.ceil(support)):
+            weight = max(1 - abs(j - centre) / support, 0.0) / total
+            weights[o, min(max(j, 0), source - 1) - begin] += np.float32(weight)
+    return first, weights
+
+
+@njit(**_FAST)
+def _blend_rows(out, source, row, last, start, length, weights):
+    """out[:length] = weights @ source[row : row + len(weights), start : start + length]; no row beyond `last`."""
+    for k in range(0, len(weights), 4):
+        a = source[min(row + k, last), start : start + length]
+        b = source[min(row + k + 1, last), start : start + length]
+        v, w = weights[k], weights[k + 1]
+        if k + 2 < len(weights):
+            c = source[min(row + k + 2, last), start : start + length]
+            d = source[min(row + k + 3, last), start : start + length]
+            x, y = weights[k + 2], weights[k + 3]
+            if k == 0:
+                for i in range(length):
+                    out[i] = v * np.float32(a[i]) + w * np.float32(b[i]) + x * np.float32(c[i]) + y * np.float32(d[i])
+            else:
+                for i in range(length):
+                    out[i] += v * np.float32(a[i]) + w * np.float32(b[i]) + x * np.float32(c[i]) + y * np.float32(d[i])
+        elif k == 0:
+            for i in range(length):
+                out[i] = v * np.float32(a[i]) + w * np.float32(b[i])
+        else:
+            for i in range(length):
+                out[i] += v * np.float32(a[i]) + w * np.float32(b[i])
+
+
+@intrinsic
+def _blend_pixel(typingctx, out, o, source, j, weights, i, taps):
+    """out[o : o + 4] = sum over k < taps of weights[i + k] * source[j + 3 k : j + 3 k + 4], for flat float32 arrays.
+
+    LLVM does not find this by itself. Any target has some form of four-lane vectors.
+    """
+
+    def codegen(context, builder, signature, args):
+        def pointer(array: int, index: int) -> ir.Value:
+            base = context.make_array(signature.args[array])(context, builder, args[array]).data
+            return builder.gep(base, [args[index]])
+
+        out, source, weights = pointer(0, 1), pointer(2, 3), pointer(4, 5)
+        total = cgutils.alloca_once(builder, _F4)
+        builder.store(ir.Constant(_F4, [0.0] * 4), total)
+        with cgutils.for_range(builder, args[6]) as loop:
+            step = builder.mul(loop.index, loop.index.type(3))
+            pixel = builder.load(builder.bitcast(builder.gep(source, [step]), _F4.as_pointer()))
+            pixel.align = 4
+            weight = builder.load(builder.gep(weights, [loop.index]))
+            undefined = ir.Constant(_F4, ir.Undefined)
+            weight = builder.insert_element(undefined, weight, ir.IntType(32)(0))
+            weight = builder.shuffle_vector(weight, undefined, ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4))
+            product = builder.fmul(pixel, weight, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+        store = builder.store(builder.load(total), builder.bitcast(out, _F4.as_pointer()))
+        store.align = 4
+        return context.get_dummy_value()
+
+    return types.void(out, o, source, j, weights, i, taps), codegen
+
+
+@njit(**_FAST)
+def _blend_columns(out, source, first, weights):
+    """out[3 x : 3 x + 3] = weights[x] @ pixels of `source` from first[x] on; leaves waste in the element after."""
+    taps = weights.shape[1]
+    flat = weights.reshape(weights.size)
+    if taps == 2:  # a constant number is compiled into straight code
+        for x in range(len(first)):
+            _blend_pixel(out, 3 * x, source, 3 * first[x], flat, 2 * x, 2)
+    elif taps == 4:
+        for x in range(len(first)):
+            _blend_pixel(out, 3 * x, source, 3 * first[x], flat, 4 * x, 4)
+    elif taps == 6:
+        for x in range(len(first)):
+            _blend_pixel(out, 3 * x, source, 3 * first[x], flat, 6 * x, 6)
+    else:
+        for x in range(len(first)):
+            _blend_pixel(out, 3 * x, source, 3 * first[x], flat, taps * x, taps)
+
+
+@njit(**_FAST)
+def _blend_yuv(out, flat, height, width, row, weights, left, columns, chroma_left):
+    """As _blend_rows, from planar 4:2:0 to interleaved YUV: chroma is interpolated to the positions of luma."""
+    luma = np.empty(columns, np.float32)
+    _blend_rows(luma, flat, row, height - 1, left, columns, weights)
+    # Rows of chroma lie a quarter of their distance below and above the luma rows they belong to.
+    begin = max((row - 1) // 2, 0)
+    chroma_weights = np.zeros((len(weights) + 1) // 2 + 2 + (len(weights) + 1) // 2 % 2, np.float32)
+    for k in range(len(weights)):
+        if weights[k] != 0:
+            near, far = (row + k) // 2, (row + k) // 2 + (1 if (row + k) % 2 else -1)
+            chroma_weights[near - begin] += np.float32(0.75) * weights[k]
+            chroma_weights[min(max(far, 0), height // 2 - 1) - begin] += np.float32(0.25) * weights[k]
+    half = width // 2
+    u, v = np.empty(half, np.float32), np.empty(half, np.float32)
+    planes = flat[height:].reshape(2, height // 2, half)
+    _blend_rows(u, planes[0], begin, height // 2 - 1, 0, half, chroma_weights)
+    _blend_rows(v, planes[1], begin, height // 2 - 1, 0, half, chroma_weights)
+    for x in range(columns):
+        near = (left + x) // 2
+        if (left + x) % 2:
+            far, w = near + 1, np.float32(0.5 if chroma_left else 0.75)
+        else:
+            far, w = near - 1, np.float32(1.0 if chroma_left else 0.75)
+        far = min(max(far, 0), half - 1)
+        out[3 * x] = luma[x]
+        out[3 * x + 1] = w * u[near] + (1 - w) * u[far]
+        out[3 * x + 2] = w * v[near] + (1 - w) * v[far]
+
+
+@njit(**_FAST)
+def _mix(out, source, m):
+    """out = m @ (pixel, 1) for interleaved pixels, in the type of `out`, which is another array; m is (3, 4), flat."""
+    for x in range(len(out) // 3):
+        r, g, b = source[3 * x], source[3 * x + 1], source[3 * x + 2]
+        _put(out, 3 * x, m[0] * r + m[1] * g + m[2] * b + m[3])
+        _put(out, 3 * x + 1, m[4] * r + m[5] * g + m[6] * b + m[7])
+        _put(out, 3 * x + 2, m[8] * r + m[9] * g + m[10] * b + m[11])
+
+
+def _put(out, i, value):
+    raise NotImplementedError("exists in compiled code only")
+
+
+@overload(_put, jit_options=_FAST, inline="always")
+def _put_as(out, i, value):
+    if out.dtype == types.float32:
+
+        def put(out, i, value):
+            out[i] = value
+    elif out.dtype == types.uint16:  # bfloat16, rounded half to even
+
+        def put(out, i, value):
+            bits = np.float32(value).view(np.uint32)
+            out[i] = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    else:
+
+        def put(out, i, value):
+            out[i] = np.uint8(min(max(np.rint(value), np.float32(0)), np.float32(255)))
+
+    return put
+
+
+@njit(**_FAST)
+def _warp(picture, m):
+    """The (S, 3 S) picture, sampled bilinearly where the affine map m, (2, 3) flat, sends its pixels; edges repeat."""
+    size = len(picture)
+    n, half, last = np.float32(size), np.float32(0.5), np.float32(size - 1)
+    out = np.empty_like(picture)
+    for y in range(size):
+        py = (np.float32(y) + half) / n - half
+        for x in range(size):
+            px = (np.float32(x) + half) / n - half
+            sx = min(max((m[0] * px + m[1] * py + m[2] + half) * n - half, np.float32(0)), last)
+            sy = min(max((m[3] * px + m[4] * py + m[5] + half) * n - half, np.float32(0)), last)
+            x0, y0 = int(sx), int(sy)
+            x1, y1 = min(x0 + 1, size - 1), min(y0 + 1, size - 1)
+            fx, fy = sx - np.float32(x0), sy - np.float32(y0)
+            for c in range(3):
+                above = picture[y0, 3 * x0 + c] + fx * (picture[y0, 3 * x1 + c] - picture[y0, 3 * x0 + c])
+                below = picture[y1, 3 * x0 + c] + fx * (picture[y1, 3 * x1 + c] - picture[y1, 3 * x0 + c])
+                out[y, 3 * x + c] = above + fy * (below - above)
+    return out
+
+
+@njit(**_FAST)
+def _blur(picture, sigma):
+    """Gaussian blur of a (S, 3 S) picture in place, cut off at 3 sigma; the border mirrors about the edge pixel."""
+    size = len(picture)
+    radius = min(math.ceil(3 * sigma), size - 1)
+    weights = np.empty(2 * radius + 1, np.float32)
+    for k in range(len(weights)):
+        weights[k] = math.exp(-0.5 * ((k - radius) / sigma) ** 2)
+    weights /= weights.sum()
+    columns = np.empty_like(picture)
+    padded = np.empty(3 * (size + 2 * radius), np.float32)
+    for y in range(size):
+        for x in range(-radius, size + radius):
+            mirrored = size - 1 - abs(size - 1 - abs(x))
+            for c in range(3):
+                padded[3 * (x + radius) + c] = picture[y, 3 * mirrored + c]
+        columns[y] = 0
+        for k in range(len(weights)):
+            w, moved = weights[k], padded[3 * k : 3 * (k + size)]
+            for i in range(3 * size):
+                columns[y, i] += w * moved[i]
+    for y in range(size):
+        picture[y] = 0
+        for k in range(len(weights)):
+            w, row = weights[k], columns[size - 1 - abs(size - 1 - abs(y + k - radius))]
+            for i in range(3 * size):
+                picture[y, i] += w * row[i]

@@ -1,0 +1,114 @@
+"""The stages after decoding as batched torch operations, for clips that are on the GPU already; kernels.py's maths.
+
+Used where the whole data set lies in GPU memory, and for the rare stages that the DALI graph leaves out. They run on
+any device, which is how they are tested.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from dfer.sampling import EpochPlan
+
+
+class DevicePlan:
+    """What a plan says about pictures, on the device: rows are looked up there, and nothing is waited for."""
+
+    def __init__(self, plan: EpochPlan, device: torch.device):
+        def put(array: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+            return tensor.to(device, non_blocking=True)
+
+        self.frames, self.mirror, self.warp = put(plan.frames), put(plan.mirror), put(plan.warp)
+        self.box, self.erase = put(plan.box.astype(np.float32)), put(plan.erase)
+        self.blur, self.colour = put(plan.blur), put(plan.colour)
+        # Asked on the host, so that a batch need not ask the GPU.
+        self.warps = bool((plan.warp != np.eye(2, 3, dtype=np.float32)).any())
+        self.largest_blur = float(plan.blur.max(initial=0.0))
+        self.erases = bool((plan.erase[:, 2:] > 0).all(1).any())
+        self.touches_geometry = self.warps or self.largest_blur > 0
+
+
+def resize(
+    pictures: UInt8[Tensor, "B T H W 3"], box: Float[Tensor, "B 4"], mirror: Bool[Tensor, " B"], size: int
+) -> Float[Tensor, "B T S S 3"]:
+    """Crop, antialiased linear resize and mirror image, as two matrix products per picture."""
+    height, width = pictures.shape[2:4]
+    rows = _triangles(box[:, 0], box[:, 2], height, size)
+    columns = _triangles(box[:, 1], box[:, 3], width, size)
+    columns = torch.where(mirror[:, None, None], columns.flip(1), columns)
+    x = torch.einsum("bsh,bthwc->btswc", rows, pictures.float())
+    return torch.einsum("bsw,bthwc->bthsc", columns, x)
+
+
+def _triangles(
+    start: Float[Tensor, " B"], length: Float[Tensor, " B"], source: int, size: int
+) -> Float[Tensor, "B S N"]:
+    """The resize of kernels.py as matrices over the whole side of the source; the crop is [start, start + length)."""
+    start, length = start.double(), length.double()  # DALI's rule: half a pixel is rounded up, in float64
+    first = torch.floor(start * source + 0.5).clamp(max=source - 1).float()
+    last = torch.floor((start + length) * source + 0.5).clamp(max=source).float()
+    last = torch.maximum(last, first + 1)
+    scale = ((last - first) / size)[:, None, None]
+    support = scale.clamp(min=1)
+    centre = (torch.arange(size, device=start.device) + 0.5)[None, :, None] * scale - 0.5 + first[:, None, None]
+    pixel = torch.arange(source, device=start.device, dtype=torch.float32)[None, None]
+    weights = (1 - (pixel - centre).abs() / support).clamp(min=0)
+    # Beyond the edge of the crop lies its edge pixel again.
+    inside = (pixel >= first[:, None, None]) & (pixel < last[:, None, None])
+    weights = weights * inside
+    for edge, sign in ((first, -1), (last - 1, 1)):
+        beyond = edge[:, None] + sign * torch.arange(1, source + 2, device=start.device)
+        extra = (1 - (beyond[:, None] - centre).abs() / support).clamp(min=0).sum(2)
+        weights = weights + extra[:, :, None] * (pixel == edge[:, None, None])
+    return weights / weights.sum(2, keepdim=True)
+
+
+def finish(
+    clips: Float[Tensor, "B T S S 3"], plan: DevicePlan, videos: Int64[Tensor, " B"], *, coloured: bool = False
+) -> Float[Tensor, "B T S S 3"]:
+    """Warp, blur, colour and normalise, erase. `coloured`: colour was done before, as the plan has no warp or blur."""
+    if not coloured:
+        if plan.warps:
+            clips = _warp(clips, plan.warp[videos])
+        if plan.largest_blur:
+            clips = _blur(clips, plan.blur[videos], plan.largest_blur)
+        colour = plan.colour[videos][:, None, None]
+        clips = torch.einsum("btyci,btyxi->btyxc", colour[..., :3], clips) + colour[..., None, :, 3]
+    return _erase(clips, plan.erase[videos]) if plan.erases else clips
+
+
+def _warp(clips: Float[Tensor, "B T S S 3"], warp: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B T S S 3"]:
+    batch, length, size = clips.shape[:3]
+    theta = torch.cat([warp[:, :, :2], 2 * warp[:, :, 2:]], dim=2)  # torch's coordinates run from -1 to 1
+    grid = F.affine_grid(theta, [batch, 1, size, size], align_corners=False)
+    frames = clips.permute(0, 1, 4, 2, 3).reshape(batch, length * 3, size, size)
+    moved = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
+    return moved.view(batch, length, 3, size, size).permute(0, 1, 3, 4, 2)
+
+
+def _blur(clips: Float[Tensor, "B T S S 3"], blur: Float[Tensor, " B"], largest: float) -> Float[Tensor, "B T S S 3"]:
+    size = clips.shape[2]
+    sigma = (blur * size)[:, None]
+    reach = min(int(np.ceil(3 * largest * size)), size - 1)
+    distance = torch.arange(-reach, reach + 1, device=clips.device)
+    radius = torch.ceil(3 * sigma).clamp(max=size - 1)
+    weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2) * (distance.abs() <= radius)
+    weights = weights / weights.sum(1, keepdim=True)
+    pixel = torch.arange(size, device=clips.device)[:, None] + distance
+    mirrored = size - 1 - (size - 1 - pixel.abs()).abs()
+    matrix = torch.zeros(len(blur), size, size, device=clips.device)
+    matrix.scatter_add_(2, mirrored.expand(len(blur), -1, -1), weights[:, None].expand(-1, size, -1))
+    return torch.einsum("bsh,bthwc,bvw->btsvc", matrix, clips, matrix)
+
+
+def _erase(clips: Float[Tensor, "B T S S 3"], erase: Float[Tensor, "B 4"]) -> Float[Tensor, "B T S S 3"]:
+    size = clips.shape[2]
+    n = torch.tensor(size, dtype=torch.float32, device=clips.device)
+    start, stop = torch.round(erase[:, :2] * n), torch.round((erase[:, :2] + erase[:, 2:]) * n)
+    pixel = torch.arange(size, device=clips.device)
+    inside = (pixel >= start[..., None]) & (pixel < stop[..., None])  # (B, 2, S)
+    return clips * ~(inside[:, 0, :, None] & inside[:, 1, None, :])[:, None, :, :, None]

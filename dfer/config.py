@@ -1,5 +1,6 @@
 """Configuration: frozen dataclasses, presets in Python, overrides on the command line. A field has one reader."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -8,12 +9,12 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 
-from dfer.sampling import Augmentation
+from dfer.sampling import MAX_RANDAUGMENT, Augmentation
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class DataConfig:
     """Annotation list to evaluate on."""
     root: Path | None = None
     """Where relative paths in the lists start; the list's own folder if not given."""
+    source: Literal["auto", "frames", "video", "shards", "raw"] = "auto"
+    """Where the clips are read from; auto = what the list points at."""
+    cache: Literal["off", "gpu"] = "off"
+    """gpu = hold the whole raw data set in GPU memory."""
+    recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "m3dfel", "mae-dfer"] = "none"
+    """Clips and augmentation as a published method has them, where no other flag says otherwise."""
     size: int = 112
     """Height and width of a clip in pixels."""
     num_segments: int = 16
@@ -32,7 +39,65 @@ class DataConfig:
     """Consecutive frames from each segment: 16 x 1 is the field's default, 8 x 2 is Former-DFER's."""
     batch_size: int = 16
     """Clips per process and step."""
+    views: int = 1
+    """Evaluation averages the probabilities of this many clips of a video, each at another place in time."""
+    mirror_views: bool = False
+    """And of their mirror images: twice as many."""
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+# How the peers take and augment clips: what a recipe sets in DataConfig, from their public code. Approximated in all:
+# boxes that do not fit are drawn again there (here cut to the frame), most draw the aspect ratio uniformly (here
+# log-uniform), and most repeat the first or the last frame of a short video (here all of them, evenly). Only MAE-DFER
+# normalises its input.
+RECIPES: dict[str, dict[str, Any]] = {
+    # zengqunzhao/Former-DFER: dataloader/dataset_DFEW.py, dataloader/video_transform.py
+    "former-dfer": {
+        "num_segments": 8,
+        "frames_per_segment": 2,
+        "size": 112,
+        "augmentation": Augmentation(min_crop_area=0.08, max_crop_ratio=4 / 3, colour=0.0),
+    },
+    # zengqunzhao/DFER-CLIP: main.py, dataloader/video_dataloader.py, dataloader/video_transform.py. As on DFEW; on
+    # FERV39k it turns clips (--data.augmentation.rotation 4 --data.augmentation.brightness 0) instead.
+    "dfer-clip": {
+        "num_segments": 16,
+        "frames_per_segment": 1,
+        "size": 224,
+        "augmentation": Augmentation(min_crop_area=0.08, max_crop_ratio=4 / 3, colour=0.0, brightness=0.5),
+    },
+    # muse1998/IAL-for-Facial-Expression-Recognition: dataset_DFEW.py, video_transform.py. It draws ratios of up to 5/3,
+    # but of an area of 0.85 or more only those up to 1/0.85 fit. Approximated: what a rotation lays open is black.
+    "ial": {
+        "num_segments": 16,
+        "frames_per_segment": 1,
+        "size": 112,
+        "augmentation": Augmentation(min_crop_area=0.85, max_crop_ratio=1.18, colour=0.0, brightness=0.6, rotation=4.0),
+    },
+    # ECNU-Cross-Innovation-Lab/M3DFEL_replicate: options.py, datasets/dataset_DFEW.py, datasets/video_transform.py.
+    # Approximated: hue turns in HSV there; each frame is drawn from the 16 that follow its segment's start, which may
+    # run backwards, in testing too (here: within its segment, and the centre in testing).
+    "m3dfel": {
+        "num_segments": 16,
+        "frames_per_segment": 1,
+        "size": 112,
+        "augmentation": Augmentation(min_crop_area=0.08, max_crop_ratio=4 / 3, colour=0.4, hue=0.4),
+    },
+    # sunlicai/MAE-DFER: run_class_finetuning.py, kinetics.py, scripts/dfew/*.sh. Approximated: its clip is 64
+    # consecutive frames or the whole video where that is shorter (here: up to 1.2 times shorter than the video, about
+    # DFEW's median of 70 frames); rand-m7-n4-mstd0.5-inc1 skips each of its 4 operations half of the time, may draw
+    # the non-linear ones and comes before the crop; erased pixels are noise; the two views in time are the first and
+    # the last 64 frames (its two crops are one and the same); mixup and cutmix are no matter of clips.
+    "mae-dfer": {
+        "num_segments": 16,
+        "frames_per_segment": 1,
+        "size": 160,
+        "views": 2,
+        "augmentation": Augmentation(
+            min_crop_area=0.08, max_crop_ratio=4 / 3, colour=0.0, speed=1.2, randaugment=2, magnitude=7.0, erase=0.25
+        ),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -156,6 +221,8 @@ PRESETS = {"faces": _faces, "dfew": _dfew, "ferv39k": _ferv39k, "debug": _debug}
 def parse_config(args: list[str]) -> Config:
     """Build the configuration from command-line words: an optional preset, then overrides.
 
+    A recipe goes over the preset, and single flags over the recipe, in whatever order they stand.
+
     Raises:
         ValueError: in one line, for an unknown preset or key, a value of the wrong type, or one out of range.
     """
@@ -164,6 +231,9 @@ def parse_config(args: list[str]) -> Config:
         raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
     rest = args[1:] if args and args[0] == preset else args
     default = PRESETS[preset](torch.cuda.is_available())
+    recipe = _recipe(rest)
+    if recipe in RECIPES:  # anything else is named by tyro
+        default = dataclasses.replace(default, data=dataclasses.replace(default.data, **RECIPES[recipe]))
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -183,6 +253,13 @@ def parse_config(args: list[str]) -> Config:
     return config
 
 
+def _recipe(args: list[str]) -> str | None:
+    """The value of --data.recipe, ahead of all other flags, whose defaults it is to set."""
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag.add_argument("--data.recipe", dest="recipe", nargs="?")
+    return flag.parse_known_args(args)[0].recipe
+
+
 def _first_sentence(panel: str) -> str:
     """tyro explains an error in a drawn panel, several lines high: keep what is wrong and what may be meant."""
     words = re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel)
@@ -197,16 +274,28 @@ def validate(config: Config) -> None:
         ValueError: one line with the flag, its value and what is allowed.
     """
     data, model, optim, loss, run = config.data, config.model, config.optim, config.loss, config.run
+    augmentation = data.augmentation
     checks = [
         ("--seed", config.seed, 0, 2**63 - 1),
         ("--data.size", data.size, 32, 1024),
         ("--data.num-segments", data.num_segments, 1, 1024),
         ("--data.frames-per-segment", data.frames_per_segment, 1, 64),
         ("--data.batch-size", data.batch_size, 1, 65536),
-        ("--data.augmentation.min-crop-area", data.augmentation.min_crop_area, 0.01, 1.0),
-        ("--data.augmentation.max-crop-ratio", data.augmentation.max_crop_ratio, 1.0, 4.0),
-        ("--data.augmentation.flip", data.augmentation.flip, 0.0, 1.0),
-        ("--data.augmentation.colour", data.augmentation.colour, 0.0, 0.99),
+        ("--data.views", data.views, 1, 64),
+        ("--data.augmentation.min-crop-area", augmentation.min_crop_area, 0.01, 1.0),
+        ("--data.augmentation.max-crop-ratio", augmentation.max_crop_ratio, 1.0, 4.0),
+        ("--data.augmentation.flip", augmentation.flip, 0.0, 1.0),
+        ("--data.augmentation.colour", augmentation.colour, 0.0, 0.99),
+        ("--data.augmentation.brightness", augmentation.brightness, 0.0, 0.99),
+        ("--data.augmentation.hue", augmentation.hue, 0.0, 0.5),
+        ("--data.augmentation.grayscale", augmentation.grayscale, 0.0, 1.0),
+        ("--data.augmentation.rotation", augmentation.rotation, 0.0, 180.0),
+        ("--data.augmentation.blur", augmentation.blur, 0.0, 1.0),
+        ("--data.augmentation.erase", augmentation.erase, 0.0, 1.0),
+        ("--data.augmentation.speed", augmentation.speed, 1.0, 8.0),
+        ("--data.augmentation.reverse", augmentation.reverse, 0.0, 1.0),
+        ("--data.augmentation.randaugment", augmentation.randaugment, 0, MAX_RANDAUGMENT),
+        ("--data.augmentation.magnitude", augmentation.magnitude, 0.0, 10.0),
         ("--model.dim", model.dim, 8, 4096),
         ("--model.iterations", model.iterations, 0, 100),
         ("--model.dropout", model.dropout, 0.0, 0.99),

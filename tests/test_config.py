@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import pytest
 
-from dfer.config import PRESETS, Config, config_from_json, parse_config
+from dfer.config import PRESETS, RECIPES, Config, DataConfig, config_from_json, parse_config
+from dfer.sampling import Augmentation, ClipSampler
 
 
 def num_fields(cls) -> int:
@@ -28,8 +30,50 @@ def test_overrides():
     assert (str(config.data.root), config.optim.lr, config.model.readout, config.resume) == ("/d", 1e-4, "value", True)
 
 
+def test_every_number_of_an_augmentation_has_a_range():
+    for field in dataclasses.fields(Augmentation):
+        for value in ("-1", "1000"):
+            with pytest.raises(ValueError, match=f"{field.name.replace('_', '-')} {value}"):
+                parse_config([f"--data.augmentation.{field.name.replace('_', '-')}", value])
+
+
 def test_the_number_of_flags_stays_small():
-    assert num_fields(Config) <= 42
+    assert num_fields(Config) <= 57
+
+
+def test_a_recipe_goes_over_the_preset_and_flags_over_the_recipe():
+    plain, recipe = parse_config(["debug"]), parse_config(["debug", "--data.recipe", "mae-dfer"])
+    assert recipe == dataclasses.replace(
+        plain, data=dataclasses.replace(plain.data, recipe="mae-dfer", **RECIPES["mae-dfer"])
+    )
+    assert (plain.data.size, recipe.data.size, recipe.data.views, recipe.data.augmentation.erase) == (32, 160, 2, 0.25)
+    for words in (
+        ["--data.size", "64", "--data.augmentation.erase", "0.5", "--data.recipe", "mae-dfer"],
+        ["--data.recipe=ial", "--data.recipe=mae-dfer", "--data.size=64", "--data.augmentation.erase=0.5"],
+    ):
+        data = parse_config(words).data
+        assert (data.recipe, data.size, data.augmentation.erase) == ("mae-dfer", 64, 0.5)
+        assert data.augmentation == dataclasses.replace(recipe.data.augmentation, erase=0.5)
+
+
+def test_every_recipe_is_offered_and_valid_and_takes_16_frames():
+    assert typing.get_args(typing.get_type_hints(DataConfig)["recipe"]) == ("none", *RECIPES)
+    for name in RECIPES:
+        config = parse_config(["--data.recipe", name])
+        assert ClipSampler(0, config.data.num_segments, config.data.frames_per_segment).clip_length == 16
+        assert config_from_json(config.to_json(), source=Path("config.json")) == config
+    assert parse_config(["dfew", "--data.recipe", "none"]) == parse_config(["dfew"])
+
+
+def test_a_config_saved_by_an_older_version_is_read():
+    """Without the fields that came later, which take the values that change nothing."""
+    config = parse_config(["dfew", "--data.augmentation.colour", "0.3"])
+    saved = json.loads(config.to_json())
+    for name in ("source", "cache", "recipe", "views", "mirror_views"):
+        del saved["data"][name]
+    saved["data"]["augmentation"] = {"min_crop_area": 0.6, "max_crop_ratio": 1.2, "flip": 0.5, "colour": 0.3}
+    assert config_from_json(json.dumps(saved), source=Path("config.json")) == config
+    assert Augmentation() == Augmentation(0.6, 1.2, 0.5, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +88,23 @@ def test_the_number_of_flags_stays_small():
         (["--data.batch-size", "0"], "--data.batch-size 0"),
         (["--data.num-segments", "0"], "--data.num-segments 0"),
         (["--data.frames-per-segment", "0"], "--data.frames-per-segment 0"),
+        (["--data.recipe", "original"], "--data.recipe"),
+        (["--data.recipe"], "--data.recipe"),
+        (["--data.source", "tar"], "--data.source"),
+        (["--data.cache", "disk"], "--data.cache"),
+        (["--data.views", "0"], "--data.views 0: must be between 1 and 64"),
+        (["--data.views", "65"], "--data.views 65"),
+        (["--data.augmentation.brightness", "1"], "--data.augmentation.brightness 1.0: must be between 0.0 and 0.99"),
+        (["--data.augmentation.hue", "0.6"], "--data.augmentation.hue 0.6: must be between 0.0 and 0.5"),
+        (["--data.augmentation.grayscale", "-0.1"], "--data.augmentation.grayscale -0.1"),
+        (["--data.augmentation.rotation", "181"], "--data.augmentation.rotation 181.0"),
+        (["--data.augmentation.blur", "2"], "--data.augmentation.blur 2.0: must be between 0.0 and 1.0"),
+        (["--data.augmentation.erase", "nan"], "--data.augmentation.erase nan"),
+        (["--data.augmentation.speed", "0.5"], "--data.augmentation.speed 0.5: must be between 1.0 and 8.0"),
+        (["--data.augmentation.reverse", "1.1"], "--data.augmentation.reverse 1.1"),
+        (["--data.augmentation.randaugment", "5"], "--data.augmentation.randaugment 5: must be between 0 and 4"),
+        (["--data.augmentation.randaugment", "1.5"], "--data.augmentation.randaugment"),
+        (["--data.augmentation.magnitude", "11"], "--data.augmentation.magnitude 11.0: must be between 0.0 and 10.0"),
         (["--model.readout", "all"], "--model.readout"),
         (["--model.dim", "30"], "--model.dim 30"),
         (["--run.amp"], "--run.amp"),

@@ -237,22 +237,33 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: nn.Module, loader: ClipLoader, world: World, amp: torch.dtype | None, channels_last: bool
 ) -> Evaluation:
-    """Evaluate every clip of the loader's list exactly once, whatever the number of processes."""
+    """Evaluate every clip of the loader's list exactly once, whatever the number of processes.
+
+    Of a clip of several views the probabilities are averaged, and their largest is the prediction.
+    """
     model.eval()
     distributed.broadcast_buffers(model)
     confusion, throughput = ConfusionMatrix(len(EMOTIONS), world.device), Throughput()
-    ids, valid, probabilities = [], [], []
-    for batch in throughput.timed(loader(epoch=0)):
+    num_views = loader.sampler.num_views
+    ids, valid, labels, probabilities = [], [], [], []
+    batches = itertools.chain.from_iterable(loader(epoch=view) for view in range(num_views))
+    for i, batch in enumerate(throughput.timed(batches)):
         with torch.autocast(world.device.type, dtype=amp, enabled=amp is not None):
             logits = model(batch.clips if channels_last else batch.clips.contiguous()).logits.float()
-        confusion.update(logits.argmax(1), batch.labels, batch.valid)
-        ids.append(batch.ids.to(world.device, non_blocking=True))
-        valid.append(batch.valid)
-        probabilities.append(F.softmax(logits, 1))
         throughput.num_clips += len(batch.labels) * world.size
+        if i < len(loader):  # the first view
+            ids.append(batch.ids)
+            valid.append(batch.valid)
+            labels.append(batch.labels)
+            probabilities.append(F.softmax(logits, 1))
+        else:  # another view of the same clips, batch by batch
+            assert torch.equal(batch.ids, ids[i % len(loader)]), "the views of a clip were taken apart"
+            probabilities[i % len(loader)] += F.softmax(logits, 1)
+    ids, valid, labels = torch.cat(ids).to(world.device), torch.cat(valid), torch.cat(labels)
+    probabilities = torch.cat(probabilities) / num_views
+    confusion.update(probabilities.argmax(1), labels, valid)
     confusion.all_reduce()
-    gathered = [distributed.gather(torch.cat(parts), world) for parts in (ids, valid, probabilities)]
-    ids, valid, probabilities = (t.cpu() for t in gathered)
+    ids, valid, probabilities = (distributed.gather(part, world).cpu() for part in (ids, valid, probabilities))
     ids, probabilities = ids[valid], probabilities[valid]
     order = ids.argsort()
     ids, probabilities = ids[order], probabilities[order]
@@ -265,7 +276,15 @@ def evaluate(
 def build_loader(config: Config, index: ClipIndex, mode: str, world: World) -> ClipLoader:
     """A loader of training clips (mode "train") or of all clips once ("eval")."""
     data = config.data
-    sampler = ClipSampler(config.seed, data.num_segments, data.frames_per_segment, mode, data.augmentation)
+    sampler = ClipSampler(
+        config.seed,
+        data.num_segments,
+        data.frames_per_segment,
+        mode,
+        data.augmentation,
+        data.views,
+        data.mirror_views,
+    )
     gpu = world.device.type == "cuda"
     return ClipLoader(
         index,

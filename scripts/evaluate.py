@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer import distributed
 from dfer.checkpoint import load_checkpoint
-from dfer.commandline import Parser
+from dfer.commandline import Parser, in_range
 from dfer.config import RunConfig, config_from_json
 from dfer.index import load_index
 from dfer.logger import print_result, write_predictions
@@ -29,6 +29,8 @@ def main(args: argparse.Namespace) -> None:
         val_list=args.list or config.data.val_list,
         root=args.root or (None if args.list else config.data.root),
         batch_size=args.batch_size or config.data.batch_size,
+        views=args.views or config.data.views,
+        mirror_views=config.data.mirror_views if args.mirror_views is None else args.mirror_views,
     )
     run = dataclasses.replace(config.run, device=args.device, amp=args.amp or config.run.amp)
     # The weights are in the checkpoint: nothing is to be downloaded or looked for.
@@ -61,6 +63,12 @@ if __name__ == "__main__":
     parser.add_argument("--list", type=Path, help="annotation list; the run's validation list if not given")
     parser.add_argument("--root", type=Path, help="where relative paths in the list start")
     parser.add_argument("--batch-size", type=int, help="clips per process; the run's if not given")
+    parser.add_argument(
+        "--views", type=in_range(int, 1, 64), help="clips of a video to average; the run's if not given"
+    )
+    parser.add_argument(
+        "--mirror-views", action=argparse.BooleanOptionalAction, help="and their mirror images; the run's if not given"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=RunConfig.device)
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="the run's if not given")
     parser.add_argument("--out", type=Path, help="write predictions.csv here")

@@ -1,0 +1,113 @@
+"""Testing on several views of a clip: averaged in one process by hand, and by evaluate in one and in two."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dfer.annotations import EMOTIONS, read_annotations
+from dfer.checkpoint import save_checkpoint
+from dfer.config import Config, DataConfig, ModelConfig, RunConfig
+from dfer.distributed import World
+from dfer.index import build_index
+from tests.test_distributed import torchrun
+from train import build_loader, build_model, evaluate
+
+WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small a model only waits for its second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def config(clips) -> Config:
+    data = DataConfig(val_list=clips / "test.txt", size=32, num_segments=2, batch_size=2, views=2, mirror_views=True)
+    return Config(data=data, model=ModelConfig(dim=16), run=RunConfig(device="cpu", amp="off"))
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    """Weights that no one trained, but that tell the clips apart."""
+    torch.manual_seed(0)
+    model = build_model(config.model, 2)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def with_views(config: Config, views: int, mirror_views: bool) -> Config:
+    data = dataclasses.replace(config.data, views=views, mirror_views=mirror_views)
+    return dataclasses.replace(config, data=data)
+
+
+def by_hand(config: Config, model: torch.nn.Module) -> dict[int, torch.Tensor]:
+    """Clip -> the mean of its probabilities over all views."""
+    loader = build_loader(config, build_index(read_annotations(config.data.val_list)), "eval", WORLD)
+    found = {}
+    for view in range(config.data.views * (1 + config.data.mirror_views)):
+        for batch in loader(epoch=view):
+            with torch.inference_mode():
+                probabilities = F.softmax(model(batch.clips).logits, 1)
+            for video, valid, p in zip(batch.ids.tolist(), batch.valid.tolist(), probabilities, strict=True):
+                if valid:
+                    found.setdefault(video, []).append(p)
+    return {video: torch.stack(ps).mean(0) for video, ps in found.items()}
+
+
+@pytest.mark.parametrize(("views", "mirrored"), [(1, False), (1, True), (2, False), (3, True)])
+def test_probabilities_are_averaged_over_the_views_and_clips_counted_once(config, model, views, mirrored):
+    config = with_views(config, views, mirrored)
+    index = build_index(read_annotations(config.data.val_list))
+    loader = build_loader(config, index, "eval", WORLD)
+    assert loader.sampler.num_views == views * (1 + mirrored)
+    want = by_hand(config, model)
+    result = evaluate(model, loader, WORLD, None, True)
+    assert result.ids == list(range(9)) and result.confusion.total() == 9
+    confusion = torch.zeros(7, 7, dtype=torch.int64)
+    for video, p in zip(result.ids, result.probabilities, strict=True):
+        torch.testing.assert_close(torch.tensor(p), want[video], atol=1e-6, rtol=1e-5)
+        confusion[index.labels[video], want[video].argmax()] += 1
+    assert torch.equal(result.confusion.counts, confusion)
+    log_loss = sum(-want[v][index.labels[v]].log() for v in range(9)) / 9
+    assert result.loss == pytest.approx(float(log_loss), rel=1e-4)
+
+
+def test_views_differ(config, model):
+    """Otherwise the tests above could not fail."""
+    results = []
+    for views, mirrored in ((1, False), (1, True), (2, False), (2, True)):
+        wanted = with_views(config, views, mirrored)
+        index = build_index(read_annotations(config.data.val_list))
+        result = evaluate(model, build_loader(wanted, index, "eval", WORLD), WORLD, None, True)
+        results.append(torch.tensor(result.probabilities))
+    for i, a in enumerate(results):
+        for b in results[:i]:
+            assert (a - b).abs().max() > 1e-5
+
+
+def test_two_processes_and_the_script_average_alike(config, model, tmp_path):
+    saved = with_views(config, 1, False)  # the flags say what the run did not
+    state = {"model": model.state_dict(), "ema": None, "config": saved.to_json(), "emotions": list(EMOTIONS)}
+    save_checkpoint(tmp_path / "last.pt", state)
+    done = torchrun(2, "scripts/evaluate.py", str(tmp_path / "last.pt"), "--views", "2", "--mirror-views",
+                    "--device", "cpu", "--json", "--out", str(tmp_path / "p.csv"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout.splitlines()[-1])
+    assert numbers["clips"] == 9 and sum(map(sum, numbers["confusion"])) == 9
+    want = by_hand(config, model)
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9
+    for video, row in enumerate(rows):
+        found = torch.tensor([float(row[f"p_{e}"]) for e in EMOTIONS])
+        torch.testing.assert_close(found, want[video], atol=2e-6, rtol=0)
+        assert int(row["prediction"]) == int(want[video].argmax())

@@ -75,21 +75,32 @@ def test_a_plan_is_a_function_of_seed_epoch_and_video():
     assert sorted(a.order) == list(range(len(LENGTHS)))
 
 
+def digest(arrays) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
+
+
 @pytest.mark.parametrize(
     ("mode", "seed", "epoch", "segments", "consecutive", "want"),
     [
-        ("train", 1, 2, 16, 1, "e8e5214bfdbc47eda75aac9395d5fa5bbbed6d411cb7e286f59ab22c083aaf5c"),
-        ("train", 0, 0, 8, 2, "71387c3727fdf14b3af1b35d66cbdf6740a627656ef06e080663be037542a047"),
-        ("eval", 0, 0, 8, 2, "c5f437a340bfb9490e931ee24fbc94a46c19157610ecb9fca7f448259f592357"),
+        ("train", 1, 2, 16, 1, "d868e468ee2a4976"),
+        ("train", 0, 0, 8, 2, "4a30da4034a62bdc"),
+        ("eval", 0, 0, 8, 2, "c5f437a340bfb949"),
     ],
 )
-def test_the_default_plan_never_moves(mode, seed, epoch, segments, consecutive, want):
-    """Runs of older versions are repeated to the bit: new draws must not shift the old ones."""
+def test_default_plans_never_move(mode, seed, epoch, segments, consecutive, want):
+    """The digests are those of the plans before there was anything but crop, flip and colour.
+
+    Boxes are rounded, as NumPy's powers differ in the last bit between CPUs with and without AVX-512.
+    """
     plan = epoch_plan(seed, epoch, LENGTHS, segments, consecutive, mode)
-    digest = hashlib.sha256()
-    for field in OLD:
-        digest.update(getattr(plan, field).tobytes())
-    assert digest.hexdigest() == want
+    assert digest([plan.order, plan.frames, plan.box.round(9) + 0.0, plan.mirror, plan.colour]) == want
+
+
+def test_plans_with_everything_on_never_move():
+    """A new draw must not shift the others: runs are to be repeatable."""
+    plan = epoch_plan(1, 2, LENGTHS, 16, augmentation=EVERYTHING)
+    rounded = [getattr(plan, field).astype(np.float64).round(6) + 0.0 for field in FIELDS]
+    assert digest(rounded) == "31553371f45ce9d7"
 
 
 def test_train_draws_cover_their_ranges_and_stay_inside():
@@ -205,9 +216,10 @@ def test_each_augmentation_changes_its_own_field_and_nothing_else(augmentation, 
 def test_draws_do_not_depend_on_each_other():
     """One column used for two things shows as a correlation of 1; chance is 0.016 for 4000 clips."""
     plan = drawn(rotation=10.0, blur=0.5, erase=0.5, reverse=0.5, speed=2.0, max_crop_ratio=1.0)
-    top, left, height, width = plan.box.T
+    always = drawn(blur=1.0, erase=1.0)
     grey, light, hue = (seen(drawn(**{name: 0.3}), [200, 100, 100]) for name in ("grayscale", "brightness", "hue"))
     step = drawn(randaugment=1)
+    (top, left, height, width), erased = plan.box.T, always.erase.T * 0.9999  # as a side can be 1
     uses = {
         "top": top / (1 - height),
         "left": left / (1 - width),
@@ -223,17 +235,17 @@ def test_draws_do_not_depend_on_each_other():
         "light": light.sum(1),
         "hue": hue[:, 1] - hue[:, 2],
         "contrast": seen(drawn(colour=0.3), [0, 0, 0])[:, 0],
+        "sigma": always.blur,
+        "erased top": erased[0] / (1 - erased[2]),
+        "erased left": erased[1] / (1 - erased[3]),
+        "erased area": erased[2] * erased[3],
+        "erased ratio": erased[2] - erased[3],
         "moved": step.warp[:, 0, 2],
         "smoothed": step.blur,
     }
     correlation = np.corrcoef(np.array([use.astype(float) for use in uses.values()])) - np.eye(len(uses))
     worst = np.unravel_index(np.abs(correlation).argmax(), correlation.shape)
     assert np.abs(correlation).max() < 0.08, [list(uses)[i] for i in worst]
-    top, left, height, width = plan.erase[(plan.erase[:, 2:].max(1) < 1) & (plan.erase[:, 2] > 0)].T
-    within = np.corrcoef([height * width, width / height, top / (1 - height), left / (1 - width)])
-    assert np.abs(within - np.eye(4)).max() < 0.12
-    hit = plan.blur > 0
-    assert abs(np.corrcoef(plan.blur[hit], plan.warp[hit, 0, 1])[0, 1]) < 0.1
 
 
 def test_rotation():
@@ -250,6 +262,12 @@ def test_blur_is_drawn_in_pixels_of_a_clip_of_112():
     assert share(sigma > 0) == pytest.approx(0.3, abs=0.03)
     sigma = sigma[sigma > 0]
     assert 0.1 <= sigma.min() < 0.12 and 1.98 < sigma.max() <= 2.0 and np.median(sigma) == pytest.approx(1.05, abs=0.1)
+
+
+def test_blurs_one_after_another_add_their_variances():
+    both, flag, step = drawn(blur=0.5, randaugment=1), drawn(blur=0.5), drawn(randaugment=1)
+    np.testing.assert_allclose(both.blur**2, flag.blur**2 + step.blur**2, rtol=1e-5)
+    assert share((flag.blur > 0) & (step.blur > 0)) == pytest.approx(0.05, abs=0.015)
 
 
 def test_erase():

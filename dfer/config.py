@@ -85,9 +85,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # sunlicai/MAE-DFER: run_class_finetuning.py, kinetics.py, scripts/dfew/*.sh. Approximated: its clip is 64
     # consecutive frames or the whole video where that is shorter (here: up to 1.2 times shorter than the video, about
-    # DFEW's median of 70 frames); rand-m7-n4-mstd0.5-inc1 skips each of its 4 operations half of the time, may draw
-    # the non-linear ones and comes before the crop; erased pixels are noise; the two views in time are the first and
-    # the last 64 frames (its two crops are one and the same); mixup and cutmix are no matter of clips.
+    # DFEW's median of 70 frames); rand-m7-n4-mstd0.5-inc1, read as timm does, skips each of its 4 operations half of
+    # the time, may draw the non-linear ones, and comes before the crop; erased pixels are noise; the two views in time
+    # are the first and the last 64 frames (its two crops are one and the same).
     "mae-dfer": {
         "num_segments": 16,
         "frames_per_segment": 1,

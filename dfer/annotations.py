@@ -3,13 +3,14 @@
 The canonical form, which our scripts write, is the common form of the field below a header of comments:
 
     # classes: Happy Sad Neutral Angry Surprise Disgust Fear
-    # root: /data/DFEW/Clip/clip_224x224
+    # root: /data/DFEW/Clip/clip_224x224     (or, if the clips are packed, "# packed: NAME.npz")
     # sha256: 3b0c...  (of the rows, each ended by a newline)
     00001 144 1
 """
 
 import csv
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -84,12 +85,36 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     return records
 
 
+def packed_index(list_path: str | Path) -> Path | None:
+    """The .npz file that a packed list says its clips lie in (see dfer/packed.py); None if the list is not packed.
+
+    Raises:
+        ValueError: in one line, if the list cannot be read, or names a file that is not beside it.
+    """
+    list_path = Path(list_path)
+    try:
+        with open(list_path, encoding="utf-8-sig") as file:
+            header = read_header(
+                list(itertools.takewhile(lambda line: not line or line[0] == "#", map(str.strip, file)))
+            )
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{list_path}: cannot be read as an annotation list ({error})") from None
+    name = header.get("packed")
+    if name is not None and (os.path.basename(name) != name or not name.endswith(".npz")):
+        raise ValueError(f"{list_path}: its header says packed: {name!r}, which is no .npz file beside the list")
+    return None if name is None else list_path.parent / name
+
+
 def write_annotations(
-    list_path: str | Path, rows: Sequence[tuple[str, int, int]], root: str | Path | None = None
+    list_path: str | Path,
+    rows: Sequence[tuple[str, int, int]],
+    root: str | Path | None = None,
+    packed: str | None = None,
 ) -> None:
     """Write the canonical list of (name, num_frames, label) rows, whole or not at all.
 
-    `root` is where the names start, stored as given; None stands for the list's own folder.
+    `root` is where the names start, stored as given; None stands for the list's own folder. `packed` is the .npz file
+    beside the list that says where the clips lie, if they are packed.
 
     Raises:
         ValueError: if a row cannot be written so that it reads back the same.
@@ -107,6 +132,8 @@ def write_annotations(
         header.append(f"# root: {root}")
         if str(root) != str(root).strip() or "\n" in str(root) or "\r" in str(root):
             raise ValueError(f"{list_path}: a root named {str(root)!r} cannot stand in a list")
+    if packed is not None:
+        header.append(f"# packed: {packed}")
     try:
         header.append(f"# sha256: {hash_rows(lines)}")
         data = "".join(f"{line}\n" for line in header + lines).encode()
@@ -154,7 +181,7 @@ def read_header(lines: Sequence[str]) -> dict[str, str]:
         if line and not line.startswith("#"):
             break
         key, colon, value = line.lstrip("# ").partition(":")
-        if colon and key in ("classes", "root", "sha256"):
+        if colon and key in ("classes", "root", "packed", "sha256"):
             header[key] = value.strip()
     return header
 

@@ -1,6 +1,7 @@
 """ClipIndex: where the frames of each video lie. The truth is the disk, not the list.
 
-Folders are scanned once; what was found is kept beside the list, in LIST.index.npz, for as long as no folder changes.
+Folders and videos are scanned once; what was found is kept beside the list, in LIST.index.npz, for as long as none of
+them changes. A packed list (dfer/packed.py) comes with its index.
 """
 
 import contextlib
@@ -8,131 +9,190 @@ import hashlib
 import os
 import re
 import secrets
+import stat
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int32, Int64, Shaped
 
-from dfer.annotations import VideoRecord, read_annotations
+from dfer.annotations import VideoRecord, packed_index, read_annotations
+from dfer.packed import Packed, load_packed
 
-Item = TypeVar("Item")
+Item, Found = TypeVar("Item"), TypeVar("Found")
+Source = Literal["frames", "video", "shards", "raw"]
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+FOLDER, MISSING = -1, -2  # in place of a file's size
+
+
+@dataclass(frozen=True)
+class FrameFiles:
+    """A folder of images per video."""
+
+    names: list[list[str]]  # per video, file names inside record.path, in natural order (2.jpg before 10.jpg)
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """A video file per video: what it takes to decode any of its frames. N videos, F frames in all.
+
+    The frames of video i are those from first[i] to first[i + 1], in the order in which they are shown.
+    """
+
+    first: Int64[np.ndarray, " _"]  # (N + 1,)
+    pts: Int64[np.ndarray, " F"]  # presentation times, in the units of each stream
+    key: Bool[np.ndarray, " F"]  # keyframes
+    height: Int32[np.ndarray, " N"]  # px
+    width: Int32[np.ndarray, " N"]
+    codec: Shaped[np.ndarray, " N"]  # str: h264, vp9, ...
+    matrix: Shaped[np.ndarray, " N"]  # str: bt601, bt709 or bt2020, from YUV to RGB
+    full_range: Bool[np.ndarray, " N"]  # YUV of 0..255 and not 16..235
 
 
 @dataclass(frozen=True)
 class ClipIndex:
-    """The videos of one list with the frame files found on disk, in natural order (2.jpg before 10.jpg)."""
+    """The videos of one list and where their frames were found."""
 
     records: list[VideoRecord]
-    frames: list[list[str]]  # per video, file names inside record.path
-    num_frames: Int64[np.ndarray, " N"]  # counted on disk
+    num_frames: Int64[np.ndarray, " N"]  # as found, whatever is listed
     labels: Int64[np.ndarray, " N"]
+    store: FrameFiles | VideoFiles | Packed
 
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def source(self) -> Source:
+        if isinstance(self.store, Packed):
+            return self.store.kind
+        return "frames" if isinstance(self.store, FrameFiles) else "video"
+
     def frame_path(self, video: int, frame: int) -> str:
-        return os.path.join(self.records[video].path, self.frames[video][frame])
+        """File of a frame; of the source "frames" only."""
+        assert isinstance(self.store, FrameFiles), self.source
+        return os.path.join(self.records[video].path, self.store.names[video][frame])
 
     def num_miscounted(self) -> int:
-        """Videos whose listed frame count differs from the disk's (the disk's is used)."""
-        return sum(len(f) != r.num_frames for f, r in zip(self.frames, self.records, strict=True))
+        """Videos whose listed frame count differs from the one found (which is used)."""
+        return int(np.sum(self.num_frames != [record.num_frames for record in self.records]))
 
 
-def load_index(list_path: str | Path, root: str | Path | None = None) -> ClipIndex:
-    """The index of a list, from its cache where no folder has changed since, else by scanning the folders.
+def load_index(
+    list_path: str | Path,
+    root: str | Path | None = None,
+    source: Literal["auto", "frames", "video", "shards", "raw"] = "auto",
+) -> ClipIndex:
+    """The index of a list: a pack's own, else from the cache where nothing has changed since, else by a scan.
 
-    Safe for any number of processes at once: the cache is replaced as a whole. Where it cannot be written, the folders
-    are scanned at every start.
+    `source` says what the list has to be; "auto" takes what is there: a pack if the list's header names one, else
+    folders of frames or video files. `root` is where paths start, which packed clips have no use for.
+
+    Safe for any number of processes at once: the cache is replaced as a whole. Where it cannot be written, everything
+    is scanned at every start.
 
     Raises:
-        ValueError: in one line naming list, row and folder, as read_annotations and build_index do.
+        ValueError: in one line naming list, row and file, as read_annotations, build_index and load_packed do; or if
+            the list is not of the given source.
     """
     records = read_annotations(list_path, root)
+    packed = packed_index(list_path)
+    if packed is not None:
+        store = load_packed(records, packed)
+        if source not in ("auto", store.kind):
+            raise ValueError(f"{list_path}: its clips are packed as {store.kind}, but the source asked for is {source}")
+        return _index(records, store)
+    if source in ("shards", "raw"):
+        raise ValueError(f"{list_path}: not packed, but the source asked for is {source}: scripts/pack.py packs it")
+    # Taken before the scan: what changes during it has another time at the next start.
+    states = _look(records)
+    kind = _kind(records, states, source)
     cache_path = Path(f"{list_path}.index.npz")
-    key = hashlib.sha256(b"\0".join(os.fsencode(r.path) for r in records)).hexdigest()
-    # Taken before the scan: a folder that changes during it has another time at the next start.
-    times = np.array(_in_threads(_change_time, records), dtype=np.int64)
-    frames = _read_cache(cache_path, key, times)
-    if frames is not None:
-        return _index(records, frames)
-    index = build_index(records)
-    _write_cache(cache_path, key, times, index.frames)
-    return index
+    key = hashlib.sha256(os.fsencode("\0".join([kind, *(os.fspath(record.path) for record in records)]))).hexdigest()
+    store = _read_cache(cache_path, key, states, kind)
+    if store is None:
+        store = _scan(records, kind)
+        _write_cache(cache_path, key, states, store)
+    return _index(records, store)
 
 
-def build_index(records: Sequence[VideoRecord]) -> ClipIndex:
-    """Scan the frame folders of all records.
+def build_index(records: Sequence[VideoRecord], source: Literal["auto", "frames", "video"] = "auto") -> ClipIndex:
+    """Scan the frame folders or the video files of all records.
 
     Raises:
-        ValueError: in one line naming list, row and folder, if a folder is missing or holds no frames.
+        ValueError: in one line naming list, row and path, if a folder or video is missing, holds no frames, cannot be
+            read or is not of the source, or if there are both folders and videos.
     """
-    return _index(records, _in_threads(_scan_folder, records))
+    return _index(records, _scan(records, _kind(records, _look(records), source)))
 
 
-def _in_threads(look: Callable[[VideoRecord], Item], records: Sequence[VideoRecord]) -> list[Item]:
-    """Look at all folders, some at once, as it is the disk that is waited for; in chunks, as handing over costs too."""
-    chunks = [records[start : start + 256] for start in range(0, len(records), 256)]
+def _index(records: Sequence[VideoRecord], store: FrameFiles | VideoFiles | Packed) -> ClipIndex:
+    counts = [len(names) for names in store.names] if isinstance(store, FrameFiles) else np.diff(store.first)
+    labels = np.array([record.label for record in records], dtype=np.int64)
+    return ClipIndex(list(records), np.asarray(counts, dtype=np.int64), labels, store)
+
+
+def _in_threads(look: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+    """Look at all of them, some at once, as it is the disk that is waited for; in chunks, as handing over costs too."""
+    chunks = [items[start : start + 256] for start in range(0, len(items), 256)]
     with ThreadPoolExecutor(8) as pool:
-        return [found for part in pool.map(lambda chunk: [look(record) for record in chunk], chunks) for found in part]
+        return [found for part in pool.map(lambda chunk: [look(item) for item in chunk], chunks) for found in part]
 
 
-def _index(records: Sequence[VideoRecord], frames: list[list[str]]) -> ClipIndex:
-    return ClipIndex(
-        records=list(records),
-        frames=frames,
-        num_frames=np.array([len(f) for f in frames], dtype=np.int64),
-        labels=np.array([r.label for r in records], dtype=np.int64),
-    )
+def _look(records: Sequence[VideoRecord]) -> Int64[np.ndarray, "N 2"]:
+    """When each path changed last, in ns (a folder: when a file was added, removed or renamed), and its size."""
+    paths = [os.fspath(record.path) for record in records]
+    began = time.perf_counter()
+    states = [_state(path) for path in paths[:256]]
+    # What the system has in memory, threads would only fight for: they double the time.
+    slow = time.perf_counter() - began > 256 * 50e-6
+    rest = paths[256:]
+    states += _in_threads(_state, rest) if slow else map(_state, rest)
+    return np.array(states, dtype=np.int64).reshape(-1, 2)
 
 
-def _change_time(record: VideoRecord) -> int:
-    """When a file was last added, removed or renamed in the folder, in ns; -1 if there is none, which the scan says."""
+def _state(path: str) -> tuple[int, int]:
     try:
-        return os.stat(record.path).st_mtime_ns
+        found = os.stat(path)
     except OSError:
-        return -1
+        return -1, MISSING
+    return found.st_mtime_ns, FOLDER if stat.S_ISDIR(found.st_mode) else found.st_size
 
 
-def _read_cache(path: Path, key: str, times: Int64[np.ndarray, " N"]) -> list[list[str]] | None:
-    """The frame names of every folder, or None if the cache is missing, damaged or of other folders."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as cache:
-            if str(cache["key"]) != key or not np.array_equal(cache["times"], times):
-                return None
-            counts, names = cache["num_frames"], os.fsdecode(cache["names"].tobytes()).split("\0")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    if len(counts) != len(times) or counts.sum() != len(names):
-        return None
-    ends = np.cumsum(counts).tolist()
-    return [names[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+def _kind(
+    records: Sequence[VideoRecord], states: Int64[np.ndarray, "N 2"], source: Literal["auto", "frames", "video"]
+) -> Literal["frames", "video"]:
+    """What the paths are, and that they are all the same and what was asked for."""
+    folders, files = np.flatnonzero(states[:, 1] == FOLDER), np.flatnonzero(states[:, 1] >= 0)
+    if source == "auto" and len(folders) and len(files):
+        a, b = records[folders[0]], records[files[0]]
+        raise ValueError(f"{a.source}: {a.path} is a folder of frames, but {b.path} ({b.source}) is a file: "
+                         "a list is of the one or the other")  # fmt: skip
+    kind = ("video" if len(files) else "frames") if source == "auto" else source
+    for row in (files if kind == "frames" else folders)[:1].tolist():
+        there = "a file" if kind == "frames" else "a folder"
+        raise ValueError(f"{records[row].source}: {records[row].path} is {there}, but the source asked for is {source}")
+    for row in np.flatnonzero(states[:, 1] == MISSING)[:1].tolist():
+        wanted = {"frames": "frame folder", "video": "video file", "auto": "frame folder or video file"}
+        what = wanted[source if not len(folders) and not len(files) else kind]
+        path = records[row].path
+        hint = "" if path.parent.is_dir() else " (its parent is missing too: is --data.root right?)"
+        raise ValueError(f"{records[row].source}: no such {what}: {path}{hint}")
+    return kind
 
 
-def _write_cache(path: Path, key: str, times: Int64[np.ndarray, " N"], frames: list[list[str]]) -> None:
-    names = np.frombuffer(b"\0".join(os.fsencode(name) for folder in frames for name in folder), dtype=np.uint8)
-    counts = np.array([len(folder) for folder in frames], dtype=np.int64)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, key=np.array(key), times=times, num_frames=counts, names=names)
-        os.replace(partial, path)
-    except OSError:  # a read-only disk: a cache is no more than a convenience
-        with contextlib.suppress(OSError):
-            partial.unlink()
+def _scan(records: Sequence[VideoRecord], kind: Literal["frames", "video"]) -> FrameFiles | VideoFiles:
+    return FrameFiles(_in_threads(_scan_folder, records)) if kind == "frames" else _scan_videos(records)
 
 
 def _scan_folder(record: VideoRecord) -> list[str]:
     try:
         names = [name for name in os.listdir(record.path) if name.lower().endswith(FRAME_SUFFIXES)]
-    except FileNotFoundError:
-        raise ValueError(f"{record.source}: no such frame folder: {record.path}{_root_hint(record.path)}") from None
     except OSError as error:
         raise ValueError(f"{record.source}: cannot read the frame folder {record.path} ({error.strerror})") from None
     if not names:
@@ -140,10 +200,70 @@ def _scan_folder(record: VideoRecord) -> list[str]:
     return sorted(names, key=natural_key)
 
 
+def _scan_videos(records: Sequence[VideoRecord]) -> VideoFiles:
+    import av  # takes 0.3 s to load, which lists of frames need not wait for
+
+    from dfer.video import BadVideo, VideoScan, scan_video
+
+    def scan(record: VideoRecord) -> VideoScan:
+        try:
+            found = scan_video(record.path)
+        except (BadVideo, av.FFmpegError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{record.source}: cannot use the video {record.path} ({reason})") from None
+        if not len(found.pts):
+            raise ValueError(f"{record.source}: no frames in the video {record.path}")
+        return found
+
+    scans = _in_threads(scan, records)
+    return VideoFiles(
+        first=np.cumsum([0, *(len(scan.pts) for scan in scans)], dtype=np.int64),
+        pts=np.concatenate([scan.pts for scan in scans]),
+        key=np.concatenate([scan.key for scan in scans]),
+        height=np.array([scan.height for scan in scans], dtype=np.int32),
+        width=np.array([scan.width for scan in scans], dtype=np.int32),
+        codec=np.array([scan.codec for scan in scans]),
+        matrix=np.array([scan.matrix for scan in scans]),
+        full_range=np.array([scan.full_range for scan in scans]),
+    )
+
+
+def _read_cache(
+    path: Path, key: str, states: Int64[np.ndarray, "N 2"], kind: Literal["frames", "video"]
+) -> FrameFiles | VideoFiles | None:
+    """What was found, or None if the cache is missing, damaged or of other folders or files."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as cache:
+            if str(cache["paths"]) != key or not np.array_equal(cache["states"], states):
+                return None
+            entries = {name: cache[name] for name in cache.files if name not in ("paths", "states")}
+        if kind == "video":
+            return VideoFiles(**entries)
+        # "/" and NUL are the two characters that no file name holds. Folders with the same names share one list.
+        folders = [names.split("\0") for names in os.fsdecode(entries["names"].tobytes()).split("/")]
+        return FrameFiles([folders[i] for i in entries["folder"].tolist()])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _write_cache(path: Path, key: str, states: Int64[np.ndarray, "N 2"], store: FrameFiles | VideoFiles) -> None:
+    if isinstance(store, VideoFiles):
+        entries = vars(store)
+    else:
+        unique: dict[str, int] = {}
+        folder = [unique.setdefault("\0".join(names), len(unique)) for names in store.names]
+        names = np.frombuffer(os.fsencode("/".join(unique)), dtype=np.uint8)
+        entries = {"names": names, "folder": np.array(folder, dtype=np.int64)}
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, paths=np.array(key), states=states, **entries)
+        os.replace(partial, path)
+    except OSError:  # a read-only disk: a cache is no more than a convenience
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key that reads digits as numbers: DFEW's 16-frame folders are 1.jpg .. 16.jpg, not zero-padded."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
-
-
-def _root_hint(path: Path) -> str:
-    return "" if path.parent.is_dir() else " (its parent is missing too: is --data.root right?)"

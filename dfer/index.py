@@ -211,8 +211,7 @@ def _scan_videos(records: Sequence[VideoRecord]) -> VideoFiles:
         except (BadVideo, av.FFmpegError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{record.source}: cannot use the video {record.path} ({reason})") from None
-        if not len(found.pts):
-            raise ValueError(f"{record.source}: no frames in the video {record.path}")
+        assert len(found.pts), record
         return found
 
     scans = _in_threads(scan, records)

@@ -1,22 +1,32 @@
-"""Video files to frames: every frame once, in presentation order, upright and in its true colours, or an error."""
+"""Video files to frames, upright and in their true colours, or an error.
 
+`decode` gives every frame once, in presentation order. A trainer wants few frames of many videos: `scan_video` says,
+once, what frames there are, `read_frames` then decodes no more than it must for some of them, to the same pixels.
+"""
+
+import contextlib
+import functools
+import itertools
 import os
 import struct
 from collections.abc import Iterator
-from fractions import Fraction
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import av
 import numpy as np
 from av.sidedata.sidedata import SideData, Type
-from av.video.reformatter import Interpolation, VideoReformatter
-from jaxtyping import Float64, Int64
+from av.stream import Discard
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from PIL import Image
 
 MAX_SIDE = 8192  # px; what a hostile header may claim is far more
 MAX_REPEATS = 100  # by a constant frame rate, of a frame on average; beyond, the time stamps are broken
 # By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
 EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+TO_RGB = {"format": "rgb24", "interpolation": EXACT, "threads": 1}
 # Signs of a, b, c, d in a display matrix (x' = ax + cy, y' = bx + dy, y pointing down) -> what makes a frame upright.
 UPRIGHT = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # counter-clockwise, as all of Pillow's: a phone held upright
@@ -28,9 +38,49 @@ UPRIGHT = {
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
 }
 
+Matrix: TypeAlias = Literal["bt601", "bt709", "bt2020"]
+LUMA: dict[Matrix, tuple[float, float]] = {  # share of R and of B in Y, from the ITU-R recommendations
+    "bt601": (0.299, 0.114),
+    "bt709": (0.2126, 0.0722),
+    "bt2020": (0.2627, 0.0593),
+}
+# FFmpeg's AVColorSpace. Others than these (RGB, FCC, SMPTE 240M, YCgCo ...) are left to swscale.
+MATRICES: dict[int, Matrix] = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601", 9: "bt2020"}
+PLANAR = ("yuv420p", "yuvj420p")
+
+# Containers that store a presentation time for each packet, the same however one came to it.
+STORES_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# Codecs where a packet is a frame that is shown: others hide some (VP8) or pack and skip them (MPEG-4).
+PACKET_IS_FRAME = ("h264", "hevc", "av1", "vp9", "mjpeg")
+# Codecs where what is shown of a frame is all that there is of it if no other frame refers to it: VP8 and VP9 hand on
+# probabilities and segment maps as well. AV1's decoder does not skip.
+CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video")
+# What FFmpeg learns by decoding ahead when a file is opened, which takes longer than decoding three frames, the decoder
+# learns again. With no codec allowed it only demuxes, and with 32 bytes to look at, one packet.
+QUICK = {"codec_whitelist": "none", "probesize": "32"}
+
 
 class BadVideo(Exception):
     """A video that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class VideoScan:
+    """What `read_frames` has to know of a video. Frame i is the i-th that `decode` gives."""
+
+    pts: Int64[np.ndarray, " F"]  # presentation times in units of the stream's time base, rising
+    # Frames to start decoding at. If there is none, not even the first, times do not tell the frames apart, and pts
+    # may be 0, 1, 2 ...
+    key: Bool[np.ndarray, " F"]
+    height: int  # px, upright, as width
+    width: int
+    codec: str  # FFmpeg's name of it
+    matrix: Matrix  # of a stream that states none: bt601, as in `decode`
+    full_range: bool  # Y, Cb and Cr use 0..255, not 16..235 and 16..240
+
+
+class _Lost(Exception):
+    """A frame that did not come out where its scan says that it would."""
 
 
 def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
@@ -44,45 +94,364 @@ def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
         BadVideo, av.FFmpegError: if there is nothing to decode or the video is truncated or damaged, which may show
             only after its last good frame.
     """
-    if path.exists() and not path.is_file():
+    rgb = VideoReformatter()
+    for now, frame in _decode(path):
+        pixels = rgb.reformat(frame, **TO_RGB).to_ndarray()
+        yield now, _upright(Image.fromarray(pixels), frame.side_data.get(Type.DISPLAYMATRIX))
+
+
+def scan_video(path: Path) -> VideoScan:
+    """What frames a video has, from its packets; only the first frame is decoded.
+
+    Where packets do not tell (AVI, MPEG-TS, FLV and raw streams, MPEG-4 and VP8, frames before the first keyframe), all
+    frames are decoded once.
+
+    Raises:
+        BadVideo, av.FFmpegError: if there is nothing to decode or the video is truncated. Damage shows only to who
+            decodes.
+    """
+    with _open(path) as container:
+        video = _best_video(container)
+        decoder = video.codec_context
+        first, packets, ends = None, [], {}
+        for packet in _packets(container, video, ends):
+            if first is None:
+                frames = packet.decode()
+                if not frames and not packets and not packet.is_discard:
+                    frames = decoder.decode()  # do not wait for those that are shown before
+                    decoder.flush_buffers()
+                first = next(iter(frames), None)
+            if packet.size:
+                packets.append((packet.pts, _starts(packet, decoder), packet.is_discard))
+        if not packets:
+            raise BadVideo("no frames")
+        _check_end(container, video, ends)
+        codec = decoder.codec.canonical_name
+        stores_times = (
+            container.format.name in STORES_TIMES
+            # Matroska may hold an AVI in disguise, with the codec's tag in it.
+            and (container.format.name != "matroska,webm" or decoder.codec_tag == "\0\0\0\0")
+            and decoder.field_order in (0, 1)  # unknown, progressive: else a packet may be half a frame
+            and len(container.streams.video) == 1  # which is best may depend on how far one has looked
+        )
+    shown = [pts for pts, _, discard in packets if not discard]
+    start, starts_clean, _ = packets[0]
+    told = (
+        first is not None
+        and stores_times
+        and codec in PACKET_IS_FRAME
+        and starts_clean
+        and None not in shown
+        and len(set(shown)) == len(shown)
+        and min(shown) >= start
+    )
+    if not told:
+        shown = []
+        for _, frame in _decode(path):
+            first = frame if first is None else first
+            shown.append(frame.pts)
+        timed = None not in shown and all(a < b for a, b in itertools.pairwise(shown))
+        stores_times &= timed
+        if not timed:
+            shown = range(len(shown))
+    times = np.sort(np.array(shown, dtype=np.int64))
+    starts = [pts for pts, starts, discard in packets if starts and not discard] if stores_times else []
+    picture = _upright(Image.new("1", (first.width, first.height)), first.side_data.get(Type.DISPLAYMATRIX))
+    return VideoScan(
+        pts=times,
+        key=np.isin(times, np.array(starts, dtype=np.int64)),
+        height=picture.height,
+        width=picture.width,
+        codec=codec,
+        matrix=MATRICES.get(first.colorspace, "bt601"),
+        full_range=_is_full_range(first),
+    )
+
+
+def read_frames(
+    path: Path,
+    pts: Int64[np.ndarray, " F"],
+    key: Bool[np.ndarray, " F"],
+    frames: Int64[np.ndarray, " T"],
+    matrix: Matrix,
+    full_range: bool,
+) -> list[UInt8[np.ndarray, "rows width channels"]]:
+    """Some frames of a video, by their numbers, which rise and may repeat; `pts` to `full_range` are from its scan.
+
+    A frame of 8-bit 4:2:0 with even sides, neither turned nor mirrored, comes as planar I420 of shape
+    (H * 3 // 2, W, 1) for `yuv_to_rgb`: H rows of Y, then U and V, H/2 x W/2 each, without gaps. Where its chroma
+    samples lie between those of Y is the consumer's business. Any other frame, and any in other colours than the
+    scan's, comes as RGB of shape (H, W, 3), to the pixel as from `decode`. Frames that repeat share their memory.
+
+    Decodes on the calling thread alone and mostly without the GIL. Skips what no wanted frame refers to; a video where
+    that fails is decoded as by `decode`, up to the last wanted frame.
+
+    Raises:
+        BadVideo, av.FFmpegError: if a wanted frame does not come out whole.
+    """
+    counted = not key.any()
+    names = (frames if counted else pts[frames]).tolist()
+    wanted = sorted(set(names))
+    found: dict[int, np.ndarray] = {}
+    if not counted:
+        with contextlib.suppress(_Lost, BadVideo, av.FFmpegError, OSError):  # which, if it is not our doing, will come again
+            found = _read_some(path, pts[key], wanted, matrix, full_range)
+    if len(found) < len(wanted):
+        found = _read_all(path, wanted, counted, matrix, full_range)
+    for frame, name in zip(frames.tolist(), names, strict=True):
+        if name not in found:
+            raise BadVideo(f"frame {frame} does not come out of the decoder")
+    return [found[name] for name in names]
+
+
+def yuv_to_rgb(matrix: Matrix, full_range: bool) -> Float32[np.ndarray, "3 4"]:
+    """(Y, Cb, Cr) in 0..255 -> RGB in 0..255, not yet clamped: rgb = m[:, :3] @ yuv + m[:, 3].
+
+    By ITU-R BT.601-7, BT.709-6 and BT.2020-2 (non-constant luminance), for 8 bits: with Y' = Kr R' + Kg G' + Kb B',
+    Cb' = (B' - Y') / (2 - 2 Kb) and Cr' = (R' - Y') / (2 - 2 Kr), the samples are Y = 219 Y' + 16 and
+    C = 224 C' + 128 or, in full range (JFIF), Y = 255 Y' and C = 255 C' + 128.
+    """
+    red, blue = LUMA[matrix]
+    green = 1 - red - blue
+    colour = np.array(
+        [
+            [1, 0, 2 - 2 * red],
+            [1, -(2 - 2 * blue) * blue / green, -(2 - 2 * red) * red / green],
+            [1, 2 - 2 * blue, 0],
+        ]
+    )
+    scale, zero = ((1, 1, 1), (0, 128, 128)) if full_range else ((255 / 219, 255 / 224, 255 / 224), (16, 128, 128))
+    colour *= scale
+    return np.column_stack([colour, -colour @ zero]).astype(np.float32)
+
+
+def _open(path: Path, **options: object) -> av.container.InputContainer:
+    if os.path.exists(path) and not os.path.isfile(path):
         raise BadVideo("not a file")  # a pipe would never end
     # Absolute, as FFmpeg takes "a:b.mp4" for a protocol; old files have tags that are not UTF-8.
-    with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-        video = container.streams.best("video")
-        if video is None:
-            raise BadVideo("no video stream")
-        if video.codec_context is not None:  # else there is no decoder, which decode() says
-            _check_size(video.codec_context)
-            video.codec_context.thread_count = 1  # the workers are the parallelism
-        rgb = VideoReformatter()
-        streams = [video, *container.streams.audio]
-        ends = {stream.index: 0.0 for stream in streams}  # seconds
+    return av.open(os.path.abspath(path), metadata_errors="replace", **options)
+
+
+def _best_video(container: av.container.InputContainer) -> av.VideoStream:
+    video = container.streams.best("video")
+    if video is None:
+        raise BadVideo("no video stream")
+    if video.codec_context is not None:  # else there is no decoder, which decode() says
+        _check_size(video.codec_context)
+        video.codec_context.thread_count = 1  # the workers are the parallelism
+    return video
+
+
+def _packets(
+    container: av.container.InputContainer, video: av.VideoStream, ends: dict[int, float]
+) -> Iterator[av.Packet]:
+    """The packets of a video stream; `ends` learns where, in seconds, each stream ends."""
+    for packet in container.demux([video, *container.streams.audio]):
+        if packet.is_corrupt:
+            raise BadVideo("truncated or damaged")
+        index = packet.stream.index
+        if packet.pts is not None:
+            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            ends[index] = max(ends.get(index, 0.0), end)
+        if index == video.index:
+            yield packet
+
+
+def _check_end(container: av.container.InputContainer, video: av.VideoStream, ends: dict[int, float]) -> None:
+    # Matroska, and any file cut between two packets, just stops, and only the header tells. Either track may be the
+    # longer one; a video that reaches its own stated end is whole whatever the container's says.
+    slack = 0.1 + 2 / float(video.average_rate or 25)
+    # FFmpeg writes into Matroska when the last track ends, not how long it takes from when the first one starts.
+    begin = 0 if container.format.name == "matroska,webm" else container.start_time or 0
+    end = (begin + container.duration) / av.time_base if container.duration else 0.0
+    if max(ends.values(), default=0.0) >= end - slack:
+        return
+    end = float(((video.start_time or 0) + video.duration) * video.time_base) if video.duration else np.inf
+    if ends.get(video.index, 0.0) < end - slack:
+        raise BadVideo("truncated")
+
+
+def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
+    """All frames as they come out of the decoder, with times as of `decode`."""
+    with _open(path) as container:
+        video = _best_video(container)
+        ends: dict[int, float] = {}
         num_frames, now = 0, -np.inf
-        for packet in container.demux(streams):
-            if packet.is_corrupt:
-                raise BadVideo("truncated or damaged")
-            index = packet.stream.index
-            if packet.pts is not None:
-                ends[index] = max(ends[index], float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            for frame in packet.decode() if index == video.index else ():
-                if frame.is_corrupt:  # FFmpeg has patched over missing data
-                    raise BadVideo("damaged")
-                _check_size(frame)
+        for packet in _packets(container, video, ends):
+            for frame in packet.decode():
+                _check(frame)
                 # Raw streams have no times, broken ones stop the clock.
                 now = max(
                     num_frames / float(video.average_rate or 25) if frame.time is None else frame.time, now + 1e-3
                 )
-                pixels = rgb.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
-                yield now, _upright(Image.fromarray(pixels), frame.side_data.get(Type.DISPLAYMATRIX))
+                yield now, frame
                 num_frames += 1
         if not num_frames:
             raise BadVideo("no frames")
-        # Matroska, and any file cut between two packets, just stops, and only the header tells. Either track may be the
-        # longer one; a video that reaches its own stated end is whole whatever the container's says.
-        slack = 0.1 + 2 / float(video.average_rate or 25)
-        short = container.duration and max(ends.values()) < _end(container, Fraction(1, av.time_base)) - slack
-        if short and (video.duration is None or ends[video.index] < _end(video, video.time_base) - slack):
-            raise BadVideo("truncated")
+        _check_end(container, video, ends)
+
+
+def _read_all(
+    path: Path, wanted: list[int], counted: bool, matrix: Matrix, full_range: bool
+) -> dict[int, UInt8[np.ndarray, "rows width channels"]]:
+    """Those of the frames at the wanted times, or of these numbers, that come out if all before them are decoded."""
+    found = {}
+    for number, (_, frame) in enumerate(_decode(path)):
+        name = number if counted else frame.pts
+        if name in wanted:
+            found[name] = _pixels(frame, matrix, full_range)
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+def _read_some(
+    path: Path, starts: Int64[np.ndarray, " K"], wanted: list[int], matrix: Matrix, full_range: bool
+) -> dict[int, UInt8[np.ndarray, "rows width channels"]]:
+    """Those of the frames at the wanted times that come out if only what they need is decoded."""
+    # What is shown from a keyframe on can be decoded from there; what is stored after it need not.
+    runs: dict[int | None, list[int]] = {}
+    for time, after in zip(wanted, np.searchsorted(starts, wanted, side="right").tolist(), strict=True):
+        # Nothing is gained by looking for the first keyframe.
+        runs.setdefault(int(starts[after - 1]) if after > 1 else None, []).append(time)
+    found = {}
+    with _open(path, format=_format(path), container_options=QUICK) as container:
+        for frame in _frames(container, runs, set(wanted)):
+            _check(frame)
+            if frame.pts in wanted:
+                found[frame.pts] = _pixels(frame, matrix, full_range)
+    return found
+
+
+def _frames(
+    container: av.container.InputContainer, runs: dict[int | None, list[int]], wanted: set[int]
+) -> Iterator[av.VideoFrame]:
+    """Frames, those at the wanted times among them. `runs` says, for each keyframe to start at (None: where the file
+    begins), which times need it, all rising."""
+    video = _best_video(container)
+    decoder = video.codec_context
+    for stream in container.streams:
+        if stream is not video:
+            stream.discard = Discard.all
+    unwanted = "NONREF" if _can_skip(decoder) else "DEFAULT"
+    packets = container.demux(video)
+    start, sent = None, {None}
+    for next_start, times in runs.items():
+        if next_start not in sent:  # else it went to the decoder with frames that are shown before it
+            yield from _from(start, decoder.decode())
+            start, sent = next_start, set()
+            container.seek(start, stream=video)
+            packets = itertools.dropwhile(functools.partial(_is_before, start), container.demux(video))
+        unsent = set(times) - sent
+        while unsent:
+            packet = next(packets)
+            if packet.is_corrupt or not packet.size:
+                raise _Lost
+            decoder.skip_frame = "DEFAULT" if packet.pts in wanted else unwanted
+            yield from _from(start, decoder.decode(packet))
+            if not packet.is_discard:
+                sent.add(packet.pts)
+                unsent.discard(packet.pts)
+    yield from _from(start, decoder.decode())  # what it still holds
+
+
+def _is_before(start: int, packet: av.Packet) -> bool:
+    """Whether the keyframe at `start` is still to come; seeking need not hit it."""
+    if not packet.size or (packet.is_keyframe and packet.pts > start):
+        raise _Lost
+    return not packet.is_keyframe or packet.pts != start
+
+
+def _from(start: int | None, frames: list[av.VideoFrame]) -> list[av.VideoFrame]:
+    """Frames that are shown from the keyframe at `start` on; those before it may refer to what is missing."""
+    return frames if start is None else [frame for frame in frames if frame.pts >= start]
+
+
+def _can_skip(decoder: av.VideoCodecContext) -> bool:
+    """Whether frames that the decoder takes for non-reference ones are such."""
+    if decoder.codec.canonical_name != "hevc":
+        return decoder.codec.canonical_name in CAN_SKIP
+    # In HEVC frames of a higher temporal layer may refer to them: the number of layers stands in the hvcC record.
+    record = decoder.extradata or b""
+    return len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
+
+
+def _starts(packet: av.Packet, decoder: av.VideoCodecContext) -> bool:
+    """Whether all frames shown from this one on come out the same if decoding starts here."""
+    if not packet.is_keyframe or decoder.codec.canonical_name != "h264":
+        return packet.is_keyframe
+    # In H.264 a keyframe may be any picture from which one can recover in time: it is exact at once if it is an IDR
+    # picture or its recovery point message says so (7.3.2.3 and D.1.8 of ITU-T H.264).
+    record, data = decoder.extradata or b"", bytes(packet)
+    if len(record) < 5 or record[0] != 1:
+        return False
+    prefix, place = (record[4] & 3) + 1, 0
+    while place + prefix < len(data):
+        begin = place + prefix
+        place = begin + int.from_bytes(data[place:begin], "big")
+        kind = data[begin] & 31
+        if 1 <= kind <= 5:
+            return kind == 5
+        if kind == 6 and _recovers_at_once(data[begin + 1 : place].replace(b"\0\0\3", b"\0\0")):
+            return True
+    return False
+
+
+def _recovers_at_once(messages: bytes) -> bool:
+    """Whether H.264 SEI messages have a recovery point of 0 frames and exact match."""
+    place = 0
+    while place + 2 < len(messages):
+        fields = []
+        for _ in range(2):  # type and size, in bytes of which all but the last are 255
+            field = 0
+            while place < len(messages) and messages[place] == 255:
+                field, place = field + 255, place + 1
+            fields.append(field + messages[place] if place < len(messages) else 0)
+            place += 1
+        kind, size = fields
+        if kind == 6 and place < len(messages):
+            return messages[place] >> 5 == 0b110  # 0 as an Exp-Golomb code, exact_match_flag, broken_link_flag
+        place += size
+    return False
+
+
+def _format(path: Path) -> str | None:
+    """Spares FFmpeg trying all its formats, which is half of opening a file."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        head = os.read(file, 8)
+    finally:
+        os.close(file)
+    return "mov" if head[4:] == b"ftyp" else "matroska" if head[:4] == b"\x1a\x45\xdf\xa3" else None
+
+
+def _check(frame: av.VideoFrame) -> None:
+    if frame.is_corrupt:  # FFmpeg has patched over missing data
+        raise BadVideo("damaged")
+    _check_size(frame)
+
+
+def _is_full_range(frame: av.VideoFrame) -> bool:
+    return frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+
+
+def _pixels(frame: av.VideoFrame, matrix: Matrix, full_range: bool) -> UInt8[np.ndarray, "rows width channels"]:
+    """A frame as `read_frames` gives it."""
+    height, width, rotation = frame.height, frame.width, frame.side_data.get(Type.DISPLAYMATRIX)
+    if (
+        frame.format.name not in PLANAR
+        or height % 2
+        or width % 2
+        or MATRICES.get(frame.colorspace) != matrix
+        or _is_full_range(frame) != full_range
+        or _turn(rotation) is not None
+    ):
+        return np.array(_upright(Image.fromarray(VideoReformatter().reformat(frame, **TO_RGB).to_ndarray()), rotation))
+    planar = np.empty((height * 3 // 2, width), np.uint8)
+    chroma = planar[height:].reshape(2, height // 2, width // 2)
+    for plane, part in zip(frame.planes, (planar[:height], *chroma), strict=True):
+        part[:] = np.ndarray(part.shape, np.uint8, plane, strides=(plane.line_size, 1))  # its rows are padded
+    return planar[:, :, None]
 
 
 def _check_size(picture: av.VideoCodecContext | av.VideoFrame) -> None:
@@ -90,16 +459,16 @@ def _check_size(picture: av.VideoCodecContext | av.VideoFrame) -> None:
         raise BadVideo(f"{picture.width} x {picture.height} pixels, more than {MAX_SIDE} on a side")
 
 
-def _end(timed: av.container.InputContainer | av.VideoStream, unit: Fraction) -> float:
-    return float(((timed.start_time or 0) + timed.duration) * unit)
+def _turn(matrix: SideData | None) -> Image.Transpose | None:
+    """What makes a frame upright. VideoFrame.rotation will not do: it takes mirrored for upside down."""
+    if matrix is None:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # 16.16 fixed point
+    return UPRIGHT.get(tuple((x > 2**15) - (x < -(2**15)) for x in (a, b, c, d)))
 
 
 def _upright(image: Image.Image, matrix: SideData | None) -> Image.Image:
-    """Turn a frame as the stream says. VideoFrame.rotation will not do: it takes mirrored for upside down."""
-    if matrix is None:
-        return image
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # 16.16 fixed point
-    turn = UPRIGHT.get(tuple((x > 2**15) - (x < -(2**15)) for x in (a, b, c, d)))
+    turn = _turn(matrix)
     return image if turn is None else image.transpose(turn)
 
 

@@ -1,0 +1,564 @@
+"""Some frames of a video are, to the bit, those of a full decode, and no more is decoded than they need."""
+
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from dfer import video
+from dfer.video import BadVideo, VideoScan, decode, read_frames, scan_video, yuv_to_rgb
+
+F, W, H = 50, 64, 48
+X265 = "log-level=none:pools=1:frame-threads=1:"
+B_FRAMES = {"x264-params": "keyint=20:bframes=3:b-adapt=0:b-pyramid=none"}
+OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:min-keyint=1:bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"}
+OPEN_HEVC = {"x265-params": X265 + "open-gop=1:keyint=12:bframes=4:scenecut=0"}
+FAST_START = {"movflags": "faststart"}
+VPX = {"deadline": "realtime", "cpu-used": "8", "g": "15"}
+VPX_HIDDEN = {"deadline": "good", "cpu-used": "5", "g": "15", "auto-alt-ref": "1", "lag-in-frames": "16"}
+
+# What decodes only what it must ...
+QUICK = {
+    "h264 closed GOP": ("libx264", "mp4", {"x264-params": "keyint=12:bframes=0:scenecut=0"}),
+    "h264 B-frames": ("libx264", "mp4", B_FRAMES),
+    "h264 B-frames mov": ("libx264", "mov", B_FRAMES),
+    "h264 B-frames mkv": ("libx264", "mkv", B_FRAMES),
+    "h264 pyramid": ("libx264", "mp4", {"x264-params": "keyint=25:bframes=7:b-adapt=0:b-pyramid=2"}),
+    "h264 open GOP mp4": ("libx264", "mp4", OPEN_GOP),
+    "h264 open GOP mkv": ("libx264", "mkv", OPEN_GOP),
+    "h264 short open GOP": ("libx264", "mp4", {"x264-params": "open-gop=1:keyint=4:min-keyint=1:bframes=5:b-adapt=0"}),
+    "h264 long GOP": ("libx264", "mkv", {"x264-params": "keyint=250:bframes=3:scenecut=0"}),
+    "h264 intra": ("libx264", "mp4", {"g": "1"}),
+    "h264 intra refresh": ("libx264", "mp4", {"x264-params": "intra-refresh=1:keyint=12:bframes=2"}),
+    "h264 baseline": ("libx264", "mp4", {"profile": "baseline", "g": "12"}),
+    "hevc open GOP mp4": ("libx265", "mp4", OPEN_HEVC),
+    "hevc open GOP mkv": ("libx265", "mkv", OPEN_HEVC),
+    "hevc pyramid": ("libx265", "mp4", {"x265-params": X265 + "keyint=250:bframes=8:b-adapt=0:b-pyramid=1"}),
+    "hevc layers": ("libx265", "mp4", {"x265-params": X265 + "keyint=20:bframes=4:temporal-layers=3"}),
+    "av1 mp4": ("libsvtav1", "mp4", {"preset": "12", "svtav1-params": "keyint=16:lp=1"}),
+    "av1 webm": ("libsvtav1", "webm", {"preset": "12", "svtav1-params": "keyint=16:irefresh-type=1:lp=1"}),
+    "vp8 webm": ("libvpx", "webm", VPX),
+    "vp8 hidden frames": ("libvpx", "webm", VPX_HIDDEN),
+    "vp9 webm": ("libvpx-vp9", "webm", VPX),
+    "vp9 hidden frames": ("libvpx-vp9", "mp4", VPX_HIDDEN),
+    "mpeg4 mp4": ("mpeg4", "mp4", {"g": "12", "bf": "2"}),
+    "mpeg4 mkv": ("mpeg4", "mkv", {"g": "12", "bf": "0", "flags": "+mv4"}),
+    "mpeg2 mkv": ("mpeg2video", "mkv", {"g": "12", "bf": "2"}),
+    "mjpeg mov": ("mjpeg", "mov", {}),
+}
+# ... and what is decoded from its first frame on.
+COUNTED = {
+    "mpeg4 avi": ("mpeg4", "avi", {"g": "12", "bf": "2"}),
+    "mjpeg avi": ("mjpeg", "avi", {}),
+    "h264 avi": ("libx264", "avi", B_FRAMES),
+    "h264 ts": ("libx264", "ts", B_FRAMES),
+    "h264 raw": ("libx264", "h264", OPEN_GOP),
+    "h264 interlaced": ("libx264", "mp4", {"flags": "+ildct+ilme", "g": "12"}),
+    "mpeg2 mpg": ("mpeg2video", "mpg", {"g": "12", "bf": "2"}),
+    "flv": ("flv", "flv", {}),
+    "raw mkv": ("rawvideo", "mkv", {}),  # the container holds a tag of the codec, as for an AVI in it
+}
+CONSTANT = ("mpeg2video", "flv", "rawvideo", "avi", "mpg", "h264")  # codecs and containers without time stamps
+RATES = [(name, True) for name in QUICK | COUNTED]
+RATES += [(name, False) for name, (codec, suffix, _) in (QUICK | COUNTED).items() if not {codec, suffix} & {*CONSTANT}]
+
+
+def picture(number: int, height: int = H, width: int = W) -> np.ndarray:
+    """A moving pattern, and the number in blocks of 8 x 8, black and white."""
+    rng = np.random.default_rng(number // 20)  # the scene changes
+    noise = Image.fromarray(rng.integers(0, 256, (6, 16, 3), dtype=np.uint8))
+    scene = np.asarray(noise.resize((2 * width, height), Image.Resampling.BICUBIC))
+    image = scene[:, 2 * number % width :][:, :width].copy()
+    for bit in range(8):
+        image[:8, 8 * bit : 8 * bit + 8] = 255 * (number >> bit & 1)
+    return image
+
+
+def number_of(frame: np.ndarray) -> int:
+    """The number in a picture, from its luma or any colour."""
+    return sum(int(frame[2:6, 8 * bit + 2 : 8 * bit + 6, 0].mean() > 127) << bit for bit in range(8))
+
+
+def write(
+    path: Path,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    pictures: Sequence[np.ndarray] | None = None,
+    pts: Sequence[int] = range(0, 40 * F, 40),  # ms
+    pixels: str = "yuv420p",
+    turn: tuple = (),
+    audio: bool = False,
+    container: dict[str, str] | None = None,
+    **colours: int,
+) -> Path:
+    pictures = [picture(i) for i in range(len(pts))] if pictures is None else pictures
+    whole = codec in CONSTANT or path.suffix[1:] in CONSTANT
+    unit = Fraction(1, 25) if whole else Fraction(1, 1000)
+    with av.open(str(path), "w", container_options=container or {}) as file:
+        stream = file.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else pixels
+        stream.codec_context.time_base, stream.codec_context.thread_count = unit, 1
+        if turn:
+            stream.set_display_rotation(*turn)
+        for name, value in colours.items():
+            setattr(stream.codec_context, name, value)
+        if audio:
+            sound = file.add_stream("aac", rate=8000)
+        for time, image in zip(pts, pictures, strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.time_base, frame.pts = unit, time // 40 if whole else time
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+        if audio:
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 8 * pts[-1]), np.float32), "fltp", "mono")
+            samples.sample_rate, samples.pts = 8000, 0
+            file.mux(sound.encode(samples))
+            file.mux(sound.encode())
+    return path
+
+
+def sequential(path: Path) -> Iterator[np.ndarray]:
+    """The stupid oracle: decode everything, in order; planes of 8-bit 4:2:0, RGB of all else."""
+    with av.open(str(path)) as file:
+        images = None
+        for i, frame in enumerate(file.decode(file.streams.best("video"))):
+            turned = any(True for data in frame.side_data if data.type.name == "DISPLAYMATRIX")
+            if frame.format.name in ("yuv420p", "yuvj420p") and not (frame.width % 2 or frame.height % 2 or turned):
+                yield frame.to_ndarray()[:, :, None]
+            else:
+                images = images or [np.asarray(image) for _, image in decode(path)]
+                yield images[i]
+
+
+def read(path: Path, scan: VideoScan, frames: Sequence[int]) -> list[np.ndarray]:
+    numbers = np.array(frames, dtype=np.int64)
+    return read_frames(path, scan.pts, scan.key, numbers, scan.matrix, scan.full_range)
+
+
+def assert_read(path: Path, scan: VideoScan, truth: Sequence[np.ndarray], frames: Sequence[int]) -> None:
+    found = read(path, scan, frames)
+    assert len(found) == len(frames)
+    for number, frame in zip(frames, found, strict=True):
+        assert frame.dtype == np.uint8 and frame.flags.c_contiguous
+        assert np.array_equal(frame, truth[number]), (number, list(frames))
+
+
+def choices(total: int, seed: int) -> list[list[int]]:
+    """First, last, all, one each, and random numbers, which may repeat."""
+    rng = np.random.default_rng(seed)
+    some = [np.sort(rng.integers(0, total, size)).tolist() for size in (1, 2, 3, 5, 8, 16, 16, 40)]
+    near = [[start, min(start + 1, total - 1)] for start in rng.integers(0, total, 6).tolist()]
+    return [[0], [total - 1], list(range(total)), [0, total - 1], *some, *near]
+
+
+def never(*_: object) -> None:
+    raise AssertionError("decoded from the first frame on")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may fall back on decoding everything, in reading."""
+    monkeypatch.setattr(video, "_read_all", never)
+
+
+@pytest.fixture(scope="module")
+def b_frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("b") / "b.mp4", options=B_FRAMES)
+
+
+@pytest.mark.parametrize("name, constant", RATES)
+def test_frames_are_those_of_a_full_decode(
+    name: str, constant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, suffix, options = (QUICK | COUNTED)[name]
+    pts = range(0, 40 * F, 40) if constant else np.cumsum(np.random.default_rng(0).integers(7, 90, F)).tolist()
+    path = write(tmp_path / f"v.{suffix}", codec, options, pts=pts)
+    scan = scan_video(path)
+    truth = list(sequential(path))
+    assert len(truth) == len(scan.pts) == len(scan.key) == F
+    assert [number_of(frame) for frame in truth] == list(range(F))
+    assert (scan.height, scan.width) == (H, W) and scan.full_range == (codec == "mjpeg")
+    assert scan.matrix == "bt601" and bool(scan.key.any()) == (name in QUICK)
+    if name in QUICK:
+        assert np.array_equal(np.diff(scan.pts) > 0, np.full(F - 1, True)) and scan.key[0]
+        monkeypatch.setattr(video, "_read_all", never)
+    for frames in choices(F, seed=len(name)):
+        assert_read(path, scan, truth, frames)
+
+
+@pytest.mark.parametrize("name", ["h264 B-frames", "vp8 hidden frames", "mpeg4 mp4", "h264 ts"])
+def test_a_scan_and_decode_agree(name: str, tmp_path: Path) -> None:
+    codec, suffix, options = (QUICK | COUNTED)[name]
+    path = write(tmp_path / f"v.{suffix}", codec, options, pts=range(400, 400 + 40 * F, 40))
+    scan = scan_video(path)
+    with av.open(str(path)) as file:
+        unit = float(file.streams.video[0].time_base)
+    times, images = zip(*decode(path), strict=True)
+    np.testing.assert_allclose(scan.pts * unit, times, atol=1e-9)
+    rgb = yuv_to_rgb(scan.matrix, scan.full_range)
+    differences = []
+    for planar in read(path, scan, range(F)):
+        chroma = planar[H:].reshape(2, H // 2, W // 2).repeat(2, axis=1).repeat(2, axis=2)
+        pixels = np.concatenate([planar[:H], chroma.transpose(1, 2, 0)], axis=2) @ rgb[:, :3].T + rgb[:, 3]
+        differences.append([np.abs(pixels.clip(0, 255) - np.asarray(image)).mean() for image in images])
+    assert np.argmin(differences, axis=1).tolist() == list(range(F))  # not 0, as chroma is upsampled otherwise
+
+
+def test_no_more_is_decoded_than_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    options = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:b-adapt=0:b-pyramid=none"}
+    path = write(tmp_path / "v.mp4", options=options, pts=range(0, 40 * 200, 40))
+    scan = scan_video(path)
+    frames_of, came = video._frames, []
+
+    def counting(*arguments: object) -> Iterator[av.VideoFrame]:
+        for frame in frames_of(*arguments):
+            came.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video, "_frames", counting)
+    # GOPs of I BBP BBP BBP in display order: wanted is the last frame but one before a keyframe, a B-frame.
+    for frames, most in (([0], 1), ([10], 1), ([150], 1), ([40, 150], 2), ([199], 4), ([7], 5), ([107], 5)):
+        came.clear()
+        read(path, scan, frames)
+        assert len(came) <= most, (frames, len(came))
+
+
+def test_a_long_gap_is_not_read(tmp_path: Path, quick: None) -> None:
+    """The file is gone between two keyframes, and nobody notices."""
+    path = write(tmp_path / "v.mp4", options={"x264-params": "keyint=10:scenecut=0"}, container=FAST_START)
+    scan, truth = scan_video(path), list(sequential(path))
+    with av.open(str(path)) as file:
+        packets = [(p.pos, p.size) for p in file.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    for pos, size in packets[10:40]:
+        data[pos : pos + size] = bytes(size)
+    path.write_bytes(data)
+    assert_read(path, scan, truth, [0, 3, 9, 41, 49])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm"])
+@pytest.mark.parametrize("start", [7000, 123])
+def test_a_stream_may_start_late(suffix: str, start: int, tmp_path: Path, quick: None) -> None:
+    codec, options = ("libvpx-vp9", VPX) if suffix == "webm" else ("libx264", B_FRAMES)
+    path = write(tmp_path / f"v.{suffix}", codec, options, pts=range(start, start + 40 * F, 40))
+    scan, truth = scan_video(path), list(sequential(path))
+    assert len(truth) == len(scan.pts) == F
+    for frames in choices(F, seed=start):
+        assert_read(path, scan, truth, frames)
+
+
+@pytest.mark.parametrize("skipped", [1, 5, 13, 20, 21, 33])
+def test_what_an_edit_list_cuts_off_is_no_frame(skipped: int, b_frames: Path, tmp_path: Path, quick: None) -> None:
+    data = bytearray(b_frames.read_bytes())
+    place = data.index(b"elst") + 12  # after tag, version and count: duration in ms, start in the media's unit
+    duration, start = struct.unpack(">Ii", data[place : place + 8])
+    with av.open(str(b_frames)) as file:
+        frame = int(Fraction(1, 25) / file.streams.video[0].time_base)
+    data[place : place + 8] = struct.pack(">Ii", duration - 40 * skipped, start + skipped * frame)
+    path = tmp_path / "v.mp4"
+    path.write_bytes(data)
+    scan, truth = scan_video(path), list(sequential(path))
+    assert len(scan.pts) == len(truth) == F - skipped
+    assert [number_of(frame) for frame in truth] == list(range(skipped, F))
+    for frames in choices(F - skipped, seed=skipped):
+        assert_read(path, scan, truth, frames)
+
+
+@pytest.mark.parametrize("options", ["frag_keyframe+empty_moov", "frag_every_frame+empty_moov+default_base_moof"])
+def test_fragments(options: str, tmp_path: Path, quick: None) -> None:
+    path = write(tmp_path / "v.mp4", options=B_FRAMES, container={"movflags": options})
+    scan, truth = scan_video(path), list(sequential(path))
+    for frames in choices(F, seed=0):
+        assert_read(path, scan, truth, frames)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_cut_may_begin_with_frames_that_cannot_be_decoded(codec: str, suffix: str, tmp_path: Path) -> None:
+    whole = write(tmp_path / f"whole.{suffix}", codec, OPEN_GOP if codec == "libx264" else OPEN_HEVC)
+    path = tmp_path / f"cut.{suffix}"
+    with av.open(str(path), "w") as file, av.open(str(whole)) as source:
+        stream, keys = file.add_stream_from_template(source.streams.video[0]), 0
+        for packet in source.demux(video=0):
+            keys += packet.is_keyframe
+            if keys > 1 and packet.size:
+                packet.stream = stream
+                file.mux(packet)
+    scan, truth = scan_video(path), list(sequential(path))
+    assert 0 < len(scan.pts) == len(truth) < F
+    for frames in choices(len(truth), seed=0):
+        assert_read(path, scan, truth, frames)
+
+
+def test_a_recovery_that_takes_time_is_no_place_to_start(tmp_path: Path) -> None:
+    path = write(tmp_path / "v.mp4", options={"x264-params": "intra-refresh=1:keyint=10:bframes=0:scenecut=0"})
+    with av.open(str(path)) as file:
+        assert sum(packet.is_keyframe for packet in file.demux(video=0)) > 3
+    assert np.flatnonzero(scan_video(path).key).tolist() == [0]
+    path = write(tmp_path / "v.mp4", options=OPEN_GOP)  # here it takes none
+    assert scan_video(path).key.sum() > 3
+
+
+def test_frames_of_lower_layers_are_not_skipped(tmp_path: Path, quick: None) -> None:
+    """HEVC calls frames non-reference that none of their own layer refers to."""
+    path = write(tmp_path / "v.mp4", "libx265", {"x265-params": X265 + "keyint=50:bframes=0:ref=1:scenecut=0"})
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as file:
+        for packet in file.demux(video=0):
+            if packet.size and not packet.is_keyframe:
+                assert data[packet.pos + 4] >> 1 == 1  # TRAIL_R ...
+                data[packet.pos + 4] = 0  # ... now TRAIL_N
+    record = data.index(b"hvcC") + 4
+    assert data[record + 21] >> 3 & 7 == 1
+    data[record + 21] += 1 << 3  # two layers
+    truth = list(sequential(path))
+    path.write_bytes(data)
+    for found, expected in zip(sequential(path), truth, strict=True):
+        assert np.array_equal(found, expected)
+    scan = scan_video(path)
+    for frames in choices(F, seed=0):
+        assert_read(path, scan, truth, frames)
+    data[record + 21] -= 1 << 3  # a lie: this is what would come of it
+    path.write_bytes(data)
+    with pytest.raises(AssertionError):
+        assert_read(path, scan, truth, [F - 1])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_a_truncated_file_gives_no_wrong_frames(suffix: str, tmp_path: Path) -> None:
+    codec, options = ("mpeg4", {}) if suffix == "avi" else ("libx264", {"g": "10", "bf": "2"})
+    container = {"mp4": FAST_START, "mkv": {"cluster_size_limit": "2000"}}.get(suffix)
+    path = write(tmp_path / f"v.{suffix}", codec, options, container=container)
+    scan, truth, data = scan_video(path), list(sequential(path)), path.read_bytes()
+    with av.open(str(path)) as file:
+        cut = [packet.pos for packet in file.demux(video=0) if packet.size][F // 2]
+    path.write_bytes(data[:cut])
+    with pytest.raises((BadVideo, av.FFmpegError)):
+        scan_video(path)
+    good = 0
+    for number in range(F):
+        try:
+            (frame,) = read(path, scan, [number])
+        except (BadVideo, av.FFmpegError):
+            continue
+        assert np.array_equal(frame, truth[number])
+        good += 1
+    assert F // 2 - 8 < good <= F // 2 + 1
+
+
+@pytest.mark.parametrize("name", ["h264 B-frames", "hevc open GOP mp4", "vp9 webm", "mpeg4 mp4"])
+def test_a_damaged_file_gives_what_a_full_decode_gives(name: str, tmp_path: Path) -> None:
+    codec, suffix, options = QUICK[name]
+    path = write(tmp_path / f"v.{suffix}", codec, options)
+    scan, data, rng = scan_video(path), path.read_bytes(), np.random.default_rng(0)
+    with av.open(str(path)) as file:
+        packets = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
+    compared = 0
+    for _ in range(15):
+        pos, size = packets[rng.integers(1, F)]
+        damaged = bytearray(data)
+        damaged[pos + rng.integers(size // 2, size)] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        truth = {}
+        try:
+            for _, frame in video._decode(path):
+                truth[frame.pts] = frame.to_ndarray()[:, :, None]
+        except (BadVideo, av.FFmpegError):
+            pass
+        frames = np.sort(rng.integers(0, F, 4)).tolist()
+        try:
+            found = read(path, scan, frames)
+        except (BadVideo, av.FFmpegError):
+            continue
+        for number, frame in zip(frames, found, strict=True):
+            if (expected := truth.get(int(scan.pts[number]))) is not None:
+                assert np.array_equal(frame, expected)
+                compared += 1
+    assert compared > 10
+
+
+@pytest.mark.parametrize("wrong", ["no keyframe", "all keyframes", "shifted"])
+def test_a_wrong_scan_gives_no_wrong_frames(wrong: str, b_frames: Path) -> None:
+    scan, truth = scan_video(b_frames), list(sequential(b_frames))
+    pts, key = scan.pts, scan.key
+    if wrong == "no keyframe":
+        key = np.zeros_like(key)
+    elif wrong == "all keyframes":
+        key = np.ones_like(key)
+    else:
+        pts = pts + 1
+    for frames in choices(F, seed=0):
+        numbers = np.array(frames)
+        if wrong == "shifted":
+            with pytest.raises(BadVideo, match=rf"^frame {frames[0]} does not come out of the decoder$"):
+                read_frames(b_frames, pts, key, numbers, scan.matrix, scan.full_range)
+        else:
+            found = read_frames(b_frames, pts, key, numbers, scan.matrix, scan.full_range)
+            assert all(np.array_equal(frame, truth[i]) for i, frame in zip(frames, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "codec, suffix", [("libx264", "mp4"), ("libx265", "mkv"), ("libvpx", "webm"), ("mpeg4", "avi")]
+)
+def test_a_single_frame(codec: str, suffix: str, tmp_path: Path) -> None:
+    options = {"x265-params": X265 + "bframes=0"} if codec == "libx265" else None  # else its time stamps are garbage
+    path = write(tmp_path / f"v.{suffix}", codec, options, pts=[0])
+    scan = scan_video(path)
+    assert len(scan.pts) == 1
+    assert_read(path, scan, list(sequential(path)), [0, 0, 0])
+
+
+def test_repeated_frames_share_memory_and_none_is_nothing(b_frames: Path, quick: None) -> None:
+    scan = scan_video(b_frames)
+    one, same, other = read(b_frames, scan, [7, 7, 9])
+    assert one is same and one is not other
+    assert one.flags.writeable and read(b_frames, scan, []) == []
+
+
+@pytest.mark.parametrize(
+    "codec, pixels, size",
+    [
+        ("libx264", "yuv420p10le", (H, W)),
+        ("libx264", "yuv422p", (H, W)),
+        ("libx264", "yuv444p", (H, W)),
+        ("ffv1", "gray", (H, W)),
+        ("ffv1", "bgr0", (H, W)),
+        ("libvpx-vp9", "yuv420p", (H - 1, W)),
+        ("libvpx-vp9", "yuv420p", (H, W - 1)),
+    ],
+)
+def test_other_pixels_come_as_rgb(codec: str, pixels: str, size: tuple[int, int], tmp_path: Path, quick: None) -> None:
+    pictures = [picture(i, *size) for i in range(12)]
+    path = write(tmp_path / "v.mkv", codec, pictures=pictures, pts=range(0, 480, 40), pixels=pixels)
+    scan, images = scan_video(path), [np.asarray(image) for _, image in decode(path)]
+    assert (scan.height, scan.width) == size and images[0].shape == (*size, 3)
+    assert_read(path, scan, images, [0, 3, 3, 5, 11])
+
+
+@pytest.mark.parametrize("turn", [(90,), (180,), (270,), (0, True), (0, False, True), (90, True)])
+def test_turned_frames_come_upright(turn: tuple, tmp_path: Path, quick: None) -> None:
+    path = write(tmp_path / "v.mp4", options=B_FRAMES, pts=range(0, 480, 40), turn=turn)
+    scan, images = scan_video(path), [np.asarray(image) for _, image in decode(path)]
+    assert (scan.height, scan.width) == images[0].shape[:2] == ((W, H) if turn[0] % 180 else (H, W))
+    assert_read(path, scan, images, [0, 2, 11])
+
+
+@pytest.mark.parametrize(
+    "space, full, matrix", [(1, False, "bt709"), (6, True, "bt601"), (5, False, "bt601"), (9, True, "bt2020")]
+)
+def test_colours_are_those_of_the_stream(space: int, full: bool, matrix: str, tmp_path: Path, quick: None) -> None:
+    path = write(tmp_path / "v.mp4", pts=[0, 40, 80], colorspace=space, color_range=1 + full)
+    scan, truth = scan_video(path), list(sequential(path))
+    assert (scan.matrix, scan.full_range) == (matrix, full)
+    assert_read(path, scan, truth, [0, 2])
+    # A frame in other colours than the consumer will take it for comes as RGB.
+    images = [np.asarray(image) for _, image in decode(path)]
+    for other in ((matrix, not full), ("bt709" if matrix != "bt709" else "bt601", full)):
+        found = read_frames(path, scan.pts, scan.key, np.array([0, 2]), *other)
+        assert all(np.array_equal(frame, images[i]) for i, frame in zip((0, 2), found, strict=True))
+
+
+def test_colours_that_have_no_name_here_come_as_rgb(tmp_path: Path, quick: None) -> None:
+    path = write(tmp_path / "v.mp4", pts=[0, 40, 80], colorspace=7)  # SMPTE 240M
+    scan, images = scan_video(path), [np.asarray(image) for _, image in decode(path)]
+    assert_read(path, scan, images, [0, 1, 2])
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("matrix, space", [("bt601", 5), ("bt709", 1), ("bt2020", 9)])
+def test_yuv_to_rgb_is_swscale_s(matrix: str, space: int, full: bool) -> None:
+    rng = np.random.default_rng(0)
+    transform = yuv_to_rgb(matrix, full)
+    for _ in range(200):
+        yuv = rng.integers(0, 256, 3)
+        planes = np.concatenate([np.full(64 * n, value) for n, value in zip((4, 1, 1), yuv, strict=True)])
+        frame = av.VideoFrame.from_ndarray(planes.reshape(24, 16).astype(np.uint8), format="yuv420p")
+        frame.colorspace, frame.color_range = space, 1 + full
+        expected = frame.reformat(format="rgb24", interpolation=video.EXACT).to_ndarray()[8, 8]
+        found = transform[:, :3] @ yuv + transform[:, 3]
+        if found.max() < 512:  # beyond, swscale's integers run over
+            assert np.abs(found.clip(0, 255) - expected).max() <= 1.01, (yuv, found, expected)
+
+
+def test_yuv_to_rgb_by_hand() -> None:
+    def near(matrix: str, full: bool, yuv: Sequence[float], rgb: Sequence[float]) -> None:
+        transform = yuv_to_rgb(matrix, full)
+        np.testing.assert_allclose(transform[:, :3] @ yuv + transform[:, 3], rgb, atol=2e-4)
+
+    for matrix, red, blue in (("bt601", 0.299, 0.114), ("bt709", 0.2126, 0.0722), ("bt2020", 0.2627, 0.0593)):
+        near(matrix, False, (16, 128, 128), (0, 0, 0))
+        near(matrix, False, (235, 128, 128), (255, 255, 255))
+        near(matrix, True, (0, 128, 128), (0, 0, 0))
+        near(matrix, True, (255, 128, 128), (255, 255, 255))
+        # Pure red and blue have the largest colour differences there are, +1/2; green is what is left.
+        near(matrix, False, (16 + 219 * red, 128 - 112 * red / (1 - blue), 240), (255, 0, 0))
+        near(matrix, True, (255 * blue, 255.5, 128 - 127.5 * blue / (1 - red)), (0, 0, 255))
+        green = 1 - red - blue
+        colours = 128 - 127.5 * green / (1 - blue), 128 - 127.5 * green / (1 - red)
+        near(matrix, True, (255 * green, *colours), (0, 255, 0))
+    assert yuv_to_rgb("bt601", True)[0].tolist() == pytest.approx([1, 0, 1.402, -179.456], abs=1e-4)  # as JFIF has it
+
+
+def test_sound_and_a_second_picture_do_not_mislead(tmp_path: Path, b_frames: Path) -> None:
+    path = write(tmp_path / "v.mp4", options=B_FRAMES, audio=True)
+    scan, truth = scan_video(path), list(sequential(path))
+    for frames in choices(F, seed=0):
+        assert_read(path, scan, truth, frames)
+    cover = write(tmp_path / "cover.mp4", pts=[0], pictures=[picture(77, 480, 640)])
+    for order in ((b_frames, cover), (cover, b_frames)):
+        path = tmp_path / "two.mkv"
+        with av.open(str(path), "w") as file, av.open(str(order[0])) as one, av.open(str(order[1])) as other:
+            parts = [(part, file.add_stream_from_template(part.streams.video[0])) for part in (one, other)]
+            for part, stream in parts:
+                for packet in part.demux(video=0):
+                    if packet.size:
+                        packet.stream = stream
+                        file.mux(packet)
+        scan, truth = scan_video(path), list(sequential(path))
+        for frames in choices(len(truth), seed=0):
+            assert_read(path, scan, truth, frames)
+
+
+def test_many_threads_at_once(b_frames: Path, quick: None) -> None:
+    scan, truth, errors = scan_video(b_frames), list(sequential(b_frames)), []
+
+    def work(seed: int) -> None:
+        try:
+            for frames in choices(F, seed):
+                assert_read(b_frames, scan, truth, frames)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_what_is_no_video_is_refused(tmp_path: Path, b_frames: Path) -> None:
+    scan = scan_video(b_frames)
+    (tmp_path / "text.mp4").write_text("no video")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        sound = file.add_stream("aac", rate=8000)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+        samples.sample_rate = 8000
+        file.mux([*sound.encode(samples), *sound.encode()])
+    for name, error in (
+        ("missing.mp4", av.FileNotFoundError),
+        ("text.mp4", av.InvalidDataError),
+        ("sound.mp4", BadVideo),
+        ("", BadVideo),
+    ):
+        with pytest.raises(error):
+            scan_video(tmp_path / name)
+        with pytest.raises(error):
+            read(tmp_path / name, scan, [0, 5])

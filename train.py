@@ -40,8 +40,8 @@ gc.freeze()  # and none of it is looked at again in training
 
 def main(config: Config) -> None:
     """The whole story of a run."""
-    train_index = load_index(config.data.train_list, config.data.root)
-    val_index = load_index(config.data.val_list, config.data.root)
+    train_index = load_index(config.data.train_list, config.data.root, config.data.source)
+    val_index = load_index(config.data.val_list, config.data.root, config.data.source)
     votes = None
     if config.loss.soft_labels:
         votes = torch.from_numpy(read_votes(config.loss.soft_labels, train_index.records))
@@ -286,12 +286,15 @@ def build_loader(config: Config, index: ClipIndex, mode: str, world: World) -> C
         data.mirror_views,
     )
     gpu = world.device.type == "cuda"
+    if data.cache == "gpu" and not gpu:
+        raise ValueError("--data.cache gpu: there is no GPU here")
     return ClipLoader(
         index,
         sampler,
         batch_size=data.batch_size,
         size=data.size,
         device="gpu" if gpu else "cpu",
+        cached=data.cache == "gpu",
         rank=world.rank,
         world_size=world.size,
         num_threads=max((os.cpu_count() or 1) // world.local_size, 1),

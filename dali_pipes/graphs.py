@@ -1,39 +1,99 @@
-"""The DALI graphs: decode -> crop -> resize -> mirror -> colour and normalise. Deterministic: all draws are inputs."""
+"""The DALI graphs: decode -> crop -> resize -> mirror -> colour and normalise. Deterministic: all draws are inputs.
 
+Two graphs for the same clip. `fused` does everything after decoding in our own CPU kernel; `operators` uses DALI's
+operators, on the GPU, or on the CPU, where it is several times slower and serves the tests.
+"""
+
+from collections.abc import Callable
 from typing import Literal
 
 from nvidia.dali import fn, types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.numba import NumbaFunction
 
-INPUTS = ("frames", "anchor", "shape", "mirror", "matrix", "offset")
+from dali_pipes import kernels
+
+Input = Literal["images", "pixels", "videos"]  # encoded images, uint8 pictures, encoded video files
+_TYPES = {"float32": types.FLOAT, "uint16": types.UINT16, "uint8": types.UINT8}
 
 
-def frames_pipeline(
-    max_frames: int, size: int, device: Literal["cpu", "gpu"], num_threads: int, device_id: int | None
-) -> Pipeline:
-    """Encoded images -> one batch of (size, size, 3) float32 images, normalised RGB, rows-columns-channels.
+class _Compiled(NumbaFunction):
+    """DALI's operator for compiled Python, handed machine code: by itself it would compile 6 seconds at every start."""
 
-    The batch is B*T frames; the other inputs are per frame too (a clip's draw, repeated T times):
-    `anchor` and `shape` (2,) float32, the crop as (y, x) shares of the image; `mirror` int32; `matrix` (3, 3) and
-    `offset` (3,) float32, the affine map of RGB in 0..255.
+    def _get_run_fn_cpu(self, run_fn: int, *_: object) -> int:
+        return run_fn
+
+    def _get_setup_fn_cpu(self, setup_fn: int) -> int:
+        return setup_fn
+
+
+def fused(kind: Input, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
+    """Images or pixels -> one batch of (size, size, 3) `dtype` pictures, rows-columns-channels, on the CPU.
+
+    Inputs, per frame: "source"; "parameters" as kernels.parameters makes them; and for images "anchor" and "shape",
+    (2,) float32, the crop as (y, x) shares of the image.
     """
-    # Queue depth 1: ClipLoader schedules run n+1 as soon as it holds the outputs of run n.
-    pipeline = Pipeline(max_frames, num_threads, device_id, prefetch_queue_depth=1)
-    with pipeline:
-        encoded, anchor, shape, mirror, matrix, offset = (
-            fn.external_source(name=name, batch=True, no_copy=True) for name in INPUTS
-        )
-        crop = {"normalized_anchor": True, "normalized_shape": True, "axes": [0, 1]}
-        if device == "cpu":
+
+    def define() -> DataNode:
+        frames = _input("source")
+        if kind == "images":
             # Decodes only the rows of the crop; the pixels are those of decode-then-slice, to the bit.
-            images = fn.decoders.image_slice(encoded, anchor, shape, **crop)
+            frames = fn.decoders.image_slice(frames, _input("anchor"), _input("shape"), **_CROP)
+        run, setup = kernels.compiled(size, dtype)
+        operator = _Compiled(
+            run, [_TYPES[dtype]], [types.UINT8, types.FLOAT], outs_ndim=[3], ins_ndim=[3, 1], setup_fn=setup
+        )
+        return operator(frames, _input("parameters"))
+
+    return _build(define, max_frames, num_threads, None)
+
+
+def operators(
+    kind: Input, max_samples: int, size: int, num_threads: int, device: Literal["cpu", "gpu"], device_id: int | None
+) -> Pipeline:
+    """Images, pixels or videos -> one batch of (size, size, 3) float32 pictures, from videos (T, size, size, 3).
+
+    Inputs, per frame, or per clip for videos: "source", "anchor" and "shape" as in `fused`; "mirror" int32; "matrix"
+    (3, 3) and "offset" (3,) float32, the affine map of RGB in 0..255; for videos "frames" (T,) int32.
+    """
+
+    def define() -> DataNode:
+        source, crop = _input("source"), (_input("anchor"), _input("shape"))
+        mixed = "mixed" if device == "gpu" else "cpu"
+        if kind == "images" and device == "cpu":
+            frames = fn.decoders.image_slice(source, *crop, **_CROP)
+        elif kind == "images":
+            # The interpolating chroma upsampling that the CPU decoder uses too. Hints: no allocation while it runs.
+            hints = {"preallocate_width_hint": 256, "preallocate_height_hint": 256}
+            frames = fn.decoders.image(source, device=mixed, jpeg_fancy_upsampling=True, **hints)
+            frames = fn.slice(frames, *crop, **_CROP)
+        elif kind == "pixels":
+            frames = fn.slice(source.gpu() if device == "gpu" else source, *crop, **_CROP)
         else:
-            # The interpolating chroma upsampling that the CPU decoder uses too.
-            images = fn.decoders.image(encoded, device="mixed", jpeg_fancy_upsampling=True)
-            images = fn.slice(images, anchor, shape, **crop)
-        images = fn.resize(images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
-        images = fn.flip(images, horizontal=mirror)
-        images = fn.coord_transform(images, M=matrix, T=offset, dtype=types.FLOAT)
-        pipeline.set_outputs(images)
+            # Never pads: a frame that does not exist is an error, where the default is a black one.
+            frames = fn.decoders.video(source, device=mixed, frames=_input("frames"), pad_mode="none")
+            frames = fn.slice(frames, *crop, **(_CROP | {"axes": [1, 2]}))
+        frames = fn.resize(
+            frames, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True, dtype=types.FLOAT
+        )
+        frames = fn.flip(frames, horizontal=_input("mirror"))
+        return fn.coord_transform(frames, M=_input("matrix"), T=_input("offset"), dtype=types.FLOAT)
+
+    return _build(define, max_samples, num_threads, device_id)
+
+
+_CROP = {"normalized_anchor": True, "normalized_shape": True, "axes": [0, 1]}
+
+
+def _input(name: str) -> DataNode:
+    return fn.external_source(name=name, batch=True, no_copy=True)
+
+
+def _build(define: Callable[[], DataNode], max_samples: int, num_threads: int, device_id: int | None) -> Pipeline:
+    # Queue depth 1: ClipLoader schedules run n + 1 as soon as it holds the outputs of run n.
+    pipeline = Pipeline(max_samples, num_threads, device_id, prefetch_queue_depth=1)
+    with pipeline:
+        pipeline.set_outputs(define())
     pipeline.build()
     return pipeline

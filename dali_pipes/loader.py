@@ -1,31 +1,45 @@
-"""ClipLoader: plans in, batches of torch tensors out."""
+"""ClipLoader: plans in, batches of torch tensors out, from any source, on either device."""
 
 import contextlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from io import BytesIO
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dali_pipes.graphs import frames_pipeline
-from dali_pipes.sources import FrameFolders
+from dali_pipes import graphs, kernels, torch_stages
+from dali_pipes.readers import Readers
+from dali_pipes.resident import ResidentClips
+from dali_pipes.sources import FrameFolders, Shards, VideoBytes, VideoFiles
 from dfer.batch import Batch
 from dfer.index import ClipIndex
 from dfer.sampling import ClipSampler, EpochPlan, shard
+from dfer.video import yuv_to_rgb
+
+AHEAD = 2  # batches that are read, and videos decoded, before the graph needs them
+_STORED_AS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.uint8: "uint8"}
 
 
 class ClipLoader:
     """Batches of one rank, epoch by epoch: `for batch in loader(epoch): ...`.
 
+    At most AHEAD + 3 batches exist at a time: AHEAD as they are stored (of videos: their decoded frames), one in the
+    graph, one made, one with the consumer.
+
     Args:
-        index: the videos and where their frames lie.
+        index: the videos and where their frames lie, which decides the source.
         sampler: what a clip is; its mode says whether the last batch is dropped (train) or padded (eval).
         batch_size: clips per batch and rank.
         size: height and width of the clips in pixels.
-        device: where frames are decoded and clips end up, "cpu" or "gpu".
+        device: where clips end up, "cpu" or "gpu"; on "gpu" it decodes too (nvJPEG, NVDEC).
+        dtype: of the clips: float32, bfloat16, or uint8: colours rounded and clamped to 0..255, not normalised (CPU).
+        graph: "fused" (our CPU kernel) or "operators" (DALI's); the default is what the device has.
+        cached: hold all pictures of a raw source in the device's memory; nothing is loaded after the start.
+        patience: seconds to wait for storage or a decoder before giving up on it.
     """
 
     def __init__(
@@ -36,17 +50,38 @@ class ClipLoader:
         batch_size: int,
         size: int,
         device: Literal["cpu", "gpu"] = "cpu",
+        dtype: torch.dtype = torch.float32,
+        graph: Literal["fused", "operators"] | None = None,
+        cached: bool = False,
         rank: int = 0,
         world_size: int = 1,
         num_threads: int = 2,
         device_id: int | None = None,
+        patience: float = 300.0,
     ):
-        self.index, self.sampler = index, sampler
+        self.index, self.sampler, self.dtype = index, sampler, dtype
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self._source = FrameFolders(index)
-        self._size, self._device = size, device
-        self._pipeline = frames_pipeline(batch_size * sampler.clip_length, size, device, num_threads, device_id)
+        self._size, self._patience = size, patience
+        self._device = torch.device("cuda", device_id or 0) if device == "gpu" else torch.device("cpu")
+        # Storage is waited for, not computed with: a few threads even on one core. Decoding videos takes all cores.
+        self._num_readers = max(num_threads, 4)
+        self._graph = graph or ("operators" if device == "gpu" else "fused")
+        self._resident = ResidentClips(index, self._device) if cached else None
         self._in_flight = False
+        if dtype == torch.uint8 and (self._graph == "operators" or cached):
+            raise ValueError("clips of uint8 come from the CPU kernel only")
+        if cached:
+            return
+        self._source = _source(index, self._graph, device)
+        self._yuv = self._source.yuv() if isinstance(self._source, VideoFiles) else None
+        self._recolour = _from_bt601(index) if self._source.kind == "videos" else None
+        if self._graph == "fused":
+            num_frames = batch_size * sampler.clip_length
+            self._pipeline = graphs.fused(self._source.kind, num_frames, size, _STORED_AS[dtype], num_threads)
+        else:
+            self._repeat = 1 if self._source.kind == "videos" else sampler.clip_length
+            num_samples = batch_size * self._repeat
+            self._pipeline = graphs.operators(self._source.kind, num_samples, size, num_threads, device, device_id)
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
@@ -61,69 +96,153 @@ class ClipLoader:
         """Yield the batches of an epoch from `start_step` on. Decoding runs one batch ahead of the consumer.
 
         Raises:
-            ValueError: in one line that names the clip and the file, when a frame is missing or cannot be decoded.
+            ValueError: in one line that names the clip and the file, when a frame is missing or cannot be decoded, or
+                storage or a decoder hangs.
         """
         plan = self.sampler.plan(epoch, self.index.num_frames)
         ids, valid = shard(plan.order, self.rank, self.world_size, self.batch_size, self._pad)
         ids, valid = ids[start_step:], valid[start_step:]
+        if self._resident is not None:
+            yield from self._resident_batches(plan, ids, valid)
+            return
         if self._in_flight:  # the consumer of the last epoch left early: take out what it had not asked for
             with contextlib.suppress(RuntimeError):
                 self._pipeline.outputs()
-        with ThreadPoolExecutor(1) as reader:
-            encoded = deque(reader.submit(self._source.fetch, row, plan.frames[row]) for row in ids[:2])
+        rest = torch_stages.DevicePlan(plan, self._device) if self._graph == "operators" else None
+        with Readers(self._num_readers) as readers:
+
+            def read(row: np.ndarray) -> list[Future]:
+                return [readers.submit(self._source.fetch, v, plan.frames[v]) for v in row.tolist()]
+
+            ahead = deque(read(row) for row in ids[:AHEAD])
             for step in range(len(ids)):
                 if step == 0:
-                    self._schedule(encoded.popleft().result(), ids[0], plan)
-                images = self._outputs(ids[step], plan)
+                    self._schedule(ahead.popleft(), ids[0], plan, rest)
+                pictures = self._outputs(ids[step], plan)
+                if step + AHEAD < len(ids):
+                    ahead.append(read(ids[step + AHEAD]))
                 if step + 1 < len(ids):
-                    self._schedule(encoded.popleft().result(), ids[step + 1], plan)
-                if step + 2 < len(ids):
-                    encoded.append(reader.submit(self._source.fetch, ids[step + 2], plan.frames[ids[step + 2]]))
-                yield self._batch(images, ids[step], valid[step])
+                    self._schedule(ahead.popleft(), ids[step + 1], plan, rest)
+                if rest is not None:
+                    pictures = self._finish(pictures, rest, ids[step])
+                yield self._batch(pictures, ids[step], valid[step])
 
-    def _schedule(self, encoded: list[np.ndarray], ids: np.ndarray, plan: EpochPlan) -> None:
-        def per_frame(per_clip: np.ndarray) -> np.ndarray:
-            return np.repeat(per_clip, self.sampler.clip_length, axis=0)
+    def _resident_batches(self, plan: EpochPlan, ids: np.ndarray, valid: np.ndarray) -> Iterator[Batch]:
+        on_device = torch_stages.DevicePlan(plan, self._device)
+        for row, row_valid in zip(ids, valid, strict=True):
+            videos = torch.from_numpy(np.ascontiguousarray(row)).to(self._device, non_blocking=True)
+            yield self._batch(self._resident.clips(videos, on_device, self._size), row, row_valid)
 
+    def _schedule(
+        self, fetched: list[Future], ids: np.ndarray, plan: EpochPlan, rest: torch_stages.DevicePlan | None
+    ) -> None:
+        try:
+            source = [array for future in fetched for array in future.result(self._patience)]
+        except TimeoutError:
+            raise ValueError(self._hung(fetched, ids)) from None
         feed = self._pipeline.feed_input
-        feed("frames", encoded)
-        feed("anchor", per_frame(plan.box[ids, :2].astype(np.float32)))
-        feed("shape", per_frame(plan.box[ids, 2:].astype(np.float32)))
-        feed("mirror", per_frame(plan.mirror[ids].astype(np.int32)))
-        feed("matrix", per_frame(np.ascontiguousarray(plan.colour[ids, :, :3])))
-        feed("offset", per_frame(np.ascontiguousarray(plan.colour[ids, :, 3])))
+        feed("source", source)
+        if self._graph == "fused":
+            decoder_crops = self._source.kind == "images"
+            yuv = None if self._yuv is None else self._yuv[ids]
+            normalised = self.dtype != torch.uint8
+            table = kernels.parameters(plan, ids, crop=not decoder_crops, yuv=yuv, normalised=normalised)
+            feed("parameters", np.repeat(table, self.sampler.clip_length, axis=0))
+            if decoder_crops:
+                self._feed_crop(plan, ids, self.sampler.clip_length)
+        else:
+            self._feed_crop(plan, ids, self._repeat)
+            # What must be warped or blurred first is coloured after it.
+            late = rest.touches_geometry
+            colour = np.tile(np.eye(3, 4, dtype=np.float32), (len(ids), 1, 1)) if late else plan.colour[ids]
+            colour = colour if self._recolour is None else _compose(colour, self._recolour[ids])
+            feed("mirror", np.repeat(plan.mirror[ids].astype(np.int32), self._repeat))
+            feed("matrix", np.repeat(np.ascontiguousarray(colour[:, :, :3]), self._repeat, axis=0))
+            feed("offset", np.repeat(np.ascontiguousarray(colour[:, :, 3]), self._repeat, axis=0))
+            if self._source.kind == "videos":
+                feed("frames", plan.frames[ids].astype(np.int32))
         self._pipeline.schedule_run()
         self._in_flight = True
 
+    def _feed_crop(self, plan: EpochPlan, ids: np.ndarray, repeat: int) -> None:
+        box = np.repeat(plan.box[ids].astype(np.float32), repeat, axis=0)
+        self._pipeline.feed_input("anchor", np.ascontiguousarray(box[:, :2]))
+        self._pipeline.feed_input("shape", np.ascontiguousarray(box[:, 2:]))
+
     def _outputs(self, ids: np.ndarray, plan: EpochPlan) -> torch.Tensor:
         self._in_flight = False
-        stream = torch.cuda.current_stream().cuda_stream if self._device == "gpu" else None
+        stream = torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else None
         try:
-            (images,) = self._pipeline.outputs(cuda_stream=stream)
+            (pictures,) = self._pipeline.outputs(cuda_stream=stream)
         except RuntimeError as error:
             raise ValueError(self._name_the_frame(ids, plan, str(error))) from None
-        return torch.from_dlpack(images.as_tensor())
+        return torch.from_dlpack(pictures.as_tensor())
+
+    def _finish(self, pictures: torch.Tensor, plan: torch_stages.DevicePlan, ids: np.ndarray) -> torch.Tensor:
+        """What DALI's graph has left out."""
+        if not (plan.touches_geometry or plan.erases):
+            return pictures
+        clips = pictures.view(len(ids), self.sampler.clip_length, self._size, self._size, 3)
+        rows = torch.from_numpy(ids).to(self._device, non_blocking=True)
+        return torch_stages.finish(clips, plan, rows, coloured=not plan.touches_geometry)
+
+    def _batch(self, pictures: torch.Tensor, ids: np.ndarray, valid: np.ndarray) -> Batch:
+        if pictures.dtype == torch.uint16:
+            pictures = pictures.view(torch.bfloat16)
+        clips = pictures.view(len(ids), self.sampler.clip_length, self._size, self._size, 3)
+        return Batch(
+            # a view: channels-last memory, as cuDNN and oneDNN like it
+            clips=clips.permute(0, 1, 4, 2, 3).to(self.dtype),
+            labels=torch.from_numpy(self.index.labels[ids]).to(pictures.device, non_blocking=True),
+            valid=torch.from_numpy(np.ascontiguousarray(valid)).to(pictures.device, non_blocking=True),
+            ids=torch.from_numpy(np.ascontiguousarray(ids)),
+        )
+
+    def _hung(self, fetched: list[Future], ids: np.ndarray) -> str:
+        late = [self.index.records[v] for v, future in zip(ids.tolist(), fetched, strict=True) if not future.done()]
+        return (
+            f"{late[0].source}: reading clip {late[0].name} ({late[0].path}) has taken more than {self._patience:g} s "
+            f"({len(late)} of {len(ids)} clips of the batch are waiting): does the storage or a decoder hang?"
+        )
 
     def _name_the_frame(self, ids: np.ndarray, plan: EpochPlan, message: str) -> str:
         """Find the frame that broke the batch. DALI names a sample for some kinds of damage only, so decode again."""
-        for video in ids.tolist():
-            for frame in plan.frames[video].tolist():
-                path = self.index.frame_path(video, frame)
-                try:
-                    with Image.open(path) as image:
-                        image.load()
-                except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some damaged files
-                    record = self.index.records[video]
-                    reason = "file not found" if isinstance(error, FileNotFoundError) else "cannot be decoded"
-                    return f"{record.source}: bad frame {path} of clip {record.name}: {reason}"
+        if self._source.kind == "images":
+            for video in ids.tolist():
+                for frame in plan.frames[video].tolist():
+                    (data,) = self._source.fetch(video, np.array([frame]))
+                    try:
+                        with Image.open(BytesIO(data)) as image:
+                            image.load()
+                    except (OSError, SyntaxError):  # Pillow raises SyntaxError for some damaged files
+                        return f"{self._source.name(video, frame)}: cannot be decoded"
         names = ", ".join(self.index.records[v].name for v in ids)
         return f"decoding failed in one of the clips {names}: {' '.join(message.split())}"
 
-    def _batch(self, images: torch.Tensor, ids: np.ndarray, valid: np.ndarray) -> Batch:
-        clips = images.view(len(ids), self.sampler.clip_length, self._size, self._size, 3)
-        return Batch(
-            clips=clips.permute(0, 1, 4, 2, 3),  # a view: channels-last memory, as cuDNN and oneDNN like it
-            labels=torch.from_numpy(self.index.labels[ids]).to(images.device, non_blocking=True),
-            valid=torch.from_numpy(np.ascontiguousarray(valid)).to(images.device, non_blocking=True),
-            ids=torch.from_numpy(np.ascontiguousarray(ids)),
-        )
+
+def _source(index: ClipIndex, graph: str, device: str) -> FrameFolders | Shards | VideoFiles | VideoBytes:
+    if index.source == "frames":
+        return FrameFolders(index)
+    if index.source in ("shards", "raw"):
+        return Shards(index)
+    return VideoBytes(index) if graph == "operators" else VideoFiles(index)
+
+
+def _from_bt601(index: ClipIndex) -> np.ndarray:
+    """(N, 3, 4): from the RGB of DALI's decoder, for which every stream is BT.601, to the RGB that the stream means."""
+    store, maps = index.store, {}
+    rows = np.empty((len(index), 3, 4), dtype=np.float32)
+    for video, kind in enumerate(zip(store.matrix.tolist(), store.full_range.tolist(), strict=True)):
+        if kind not in maps:
+            true, taken = yuv_to_rgb(*kind), yuv_to_rgb("bt601", kind[1])
+            back = np.linalg.inv(taken[:, :3]) @ np.concatenate([np.eye(3), -taken[:, 3:]], axis=1)
+            maps[kind] = _compose(true[None], back[None])[0]
+        rows[video] = maps[kind]
+    return rows
+
+
+def _compose(second: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The (B, 3, 4) affine maps that apply `first`, then `second`."""
+    both = second[:, :, :3] @ first
+    both[:, :, 3] += second[:, :, 3]
+    return both

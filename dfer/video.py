@@ -194,7 +194,9 @@ def read_frames(
     wanted = sorted(set(names))
     found: dict[int, np.ndarray] = {}
     if not counted:
-        with contextlib.suppress(_Lost, BadVideo, av.FFmpegError, OSError):  # which, if it is not our doing, will come again
+        with contextlib.suppress(
+            _Lost, BadVideo, av.FFmpegError, OSError
+        ):  # which, if it is not our doing, will come again
             found = _read_some(path, pts[key], wanted, matrix, full_range)
     if len(found) < len(wanted):
         found = _read_all(path, wanted, counted, matrix, full_range)

@@ -28,6 +28,7 @@ def main(args: argparse.Namespace) -> None:
         config.data,
         val_list=args.list or config.data.val_list,
         root=args.root or (None if args.list else config.data.root),
+        cache="off",  # each clip is read once, from whatever this list points at
         batch_size=args.batch_size or config.data.batch_size,
         views=args.views or config.data.views,
         mirror_views=config.data.mirror_views if args.mirror_views is None else args.mirror_views,

@@ -1,7 +1,10 @@
-"""The loader against a stupid oracle: Pillow decodes, NumPy slices, resizes by loops over output rows and colours."""
+"""The loader against a stupid oracle: four sources, two graphs, every augmentation."""
 
-import functools
+import os
+import threading
+import time
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -9,87 +12,176 @@ from PIL import Image
 
 from dali_pipes.loader import ClipLoader
 from dfer.annotations import read_annotations
-from dfer.index import build_index
-from dfer.sampling import ClipSampler, shard
+from dfer.index import ClipIndex, build_index, load_index
+from dfer.sampling import Augmentation, ClipSampler, shard
+from dfer.video import decode
+from scripts import pack
+from tests.conftest import run_python, smooth_image
+from tests.oracle import oracle_clip
 
 SIZE, T = 40, 6
+# Everything that the plan can ask for; and what stays inside the DALI graph on a GPU.
+EVERYTHING = Augmentation(
+    min_crop_area=0.1, max_crop_ratio=1.4, colour=0.3, hue=0.1, grayscale=0.2, rotation=15.0, blur=0.4, erase=0.5,
+    speed=2.0, reverse=0.5, randaugment=1,
+)  # fmt: skip
+PLAIN = Augmentation(min_crop_area=0.1, colour=0.3)
+VIDEOS = {  # codec, file ending, pixel format, options
+    "h264": ("libx264", "mp4", "yuv420p", {"crf": "12", "bf": "3"}),
+    "hevc": ("libx265", "mkv", "yuv420p", {"crf": "12", "x265-params": "log-level=none"}),
+    "vp9": ("libvpx-vp9", "webm", "yuv420p", {"crf": "12"}),
+    "mpeg4": ("mpeg4", "avi", "yuv420p", {"q": "2"}),
+    "mjpeg": ("mjpeg", "avi", "yuvj420p", {"q": "2"}),
+    "h264-709": ("libx264", "mp4", "yuv420p", {"crf": "12", "x264-params": "colormatrix=bt709"}),
+    "h264-444": ("libx264", "mp4", "yuv444p", {"crf": "12"}),
+}
 
 
-@functools.cache
-def resize_weights(source: int, target: int) -> np.ndarray:
-    """Antialiased linear interpolation: a triangle as wide as an output pixel, but never narrower than an input one."""
-    scale = source / target
-    support = max(scale, 1.0)
-    weights = np.zeros((target, source))
-    for i in range(target):
-        centre = (i + 0.5) * scale - 0.5
-        for j in range(-source, 2 * source):  # beyond the edge lies the edge pixel again
-            weights[i, min(max(j, 0), source - 1)] += max(0.0, 1 - abs(j - centre) / support)
-    return weights / weights.sum(1, keepdims=True)
+def write_video(path, images: list[np.ndarray], codec: str, pixels: str, options: dict) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt, stream.options = pixels, options
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
 
 
-def oracle_clip(index, plan, video: int) -> np.ndarray:
-    """(T, 3, SIZE, SIZE) float64."""
-    frames = []
-    for frame in plan.frames[video].tolist():
-        image = np.asarray(Image.open(index.frame_path(video, frame)).convert("RGB"))
-        size = np.array(image.shape[:2])
-        start = np.round(np.float32(plan.box[video, :2]) * size).astype(int)
-        stop = np.round((np.float32(plan.box[video, :2]) + np.float32(plan.box[video, 2:])) * size).astype(int)
-        crop = image[start[0] : stop[0], start[1] : stop[1]].astype(np.float64)
-        rows, columns = (resize_weights(n, SIZE) for n in crop.shape[:2])
-        pixels = np.round(np.einsum("iy,jx,yxc->ijc", rows, columns, crop, optimize=True))
-        if plan.mirror[video]:
-            pixels = pixels[:, ::-1]
-        colour = plan.colour[video].astype(np.float64)
-        frames.append((pixels @ colour[:, :3].T + colour[:, 3]).transpose(2, 0, 1))
-    return np.stack(frames)
+def write_videos(folder, kind: str) -> ClipIndex:
+    """Six moving clips of one codec, of two sizes."""
+    codec, ending, pixels, options = VIDEOS[kind]
+    folder.mkdir()
+    rows = []
+    for i in range(6):
+        rng = np.random.default_rng(i)
+        height, width = ((64, 96), (98, 70))[i % 2]
+        still = np.asarray(smooth_image(rng, height, 2 * width)).copy()
+        images = [still[:, 2 * f : 2 * f + width] for f in range(int(rng.integers(4, 25)))]
+        write_video(folder / f"{i}.{ending}", images, codec, pixels, options)
+        rows.append(f"{i}.{ending} {len(images)} {i % 7}")
+    (folder / "list.txt").write_text("\n".join(rows) + "\n")
+    return build_index(read_annotations(folder / "list.txt"))
 
 
-@pytest.fixture(scope="module")
-def indexes(clips):
-    return {name: build_index(read_annotations(clips / f"{name}.txt")) for name in ("train", "test")}
+@pytest.fixture(scope="session")
+def indexes(clips, tmp_path_factory) -> dict[tuple[str, str], ClipIndex]:
+    """(source, list) -> index; the packs are of the very frames that lie in the folders."""
+    out = tmp_path_factory.mktemp("packs")
+    found = {}
+    for name in ("train", "test"):
+        for source in ("shards", "raw"):
+            folder = out / f"{name}-{source}"
+            args = [str(clips / f"{name}.txt"), "--out", str(folder), "--format", source, "--workers", "1"]
+            assert pack.main(args) == 0
+            found[source, name] = load_index(folder / f"{name}.txt")
+        found["frames", name] = build_index(read_annotations(clips / f"{name}.txt"))
+    return found
 
 
-def loader(indexes, mode, batch_size=4, seed=0, **kwargs) -> ClipLoader:
-    index = indexes["train" if mode == "train" else "test"]
-    return ClipLoader(index, ClipSampler(seed, T, mode=mode), batch_size=batch_size, size=SIZE, **kwargs)
+def loader(index, mode="train", batch_size=4, seed=0, augmentation=PLAIN, **kwargs) -> ClipLoader:
+    sampler = ClipSampler(seed, T, mode=mode, augmentation=augmentation)
+    return ClipLoader(index, sampler, batch_size=batch_size, size=SIZE, **kwargs)
 
 
-def check_against_oracle(batches, index, plan, worst, mean):
-    """Differences in steps of 255; one is a tie that was rounded the other way."""
-    num_clips = 0
-    for batch in batches:
+def check_against_oracle(clip_loader, epoch, pixels, worst, mean) -> list[int]:
+    """Differences in steps of 255. `pixels(video)` gives all frames of a video. Returns the ids seen."""
+    index, seen = clip_loader.index, []
+    plan = clip_loader.sampler.plan(epoch, index.num_frames)
+    for batch in clip_loader(epoch):
         assert batch.clips.shape[1:] == (T, 3, SIZE, SIZE) and batch.clips.dtype == torch.float32
         for clip, label, video in zip(batch.clips.cpu(), batch.labels.tolist(), batch.ids.tolist(), strict=True):
-            want = oracle_clip(index, plan, video)
+            frames = pixels(video)
+            want = oracle_clip([frames[f] for f in plan.frames[video]], plan, video, SIZE)
             # what one step of 255 in all three channels makes in normalised units
             step = np.abs(plan.colour[video, :, :3]).sum(1).max()
             difference = np.abs(clip.numpy() - want)
-            assert difference.max() <= worst * step + 1e-4 and difference.mean() <= mean * step
+            assert difference.max() <= worst * step + 1e-5 and difference.mean() <= mean * step + 1e-5
             assert label == index.records[video].label
-            num_clips += 1
-    return num_clips
+            seen.append(video)
+    return seen
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_clips_equal_the_oracle(indexes, mode):
-    clip_loader = loader(indexes, mode)
-    index = clip_loader.index
-    plan = clip_loader.sampler.plan(3, index.num_frames)
-    num_clips = check_against_oracle(clip_loader(epoch=3), index, plan, worst=1, mean=0.005)
-    assert num_clips == {"train": 20, "eval": 12}[mode]  # eval: 9 clips padded to 12
+def pillow_frames(index):
+    def pixels(video: int) -> list[np.ndarray]:
+        paths = [index.frame_path(video, f) for f in range(index.num_frames[video])]
+        return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+
+    return pixels
+
+
+@pytest.mark.parametrize("augmentation", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("graph", ["fused", "operators"])
+@pytest.mark.parametrize("source", ["frames", "shards", "raw"])
+def test_clips_equal_the_oracle(indexes, source, graph, augmentation):
+    for mode, name in (("train", "train"), ("eval", "test")):
+        clip_loader = loader(indexes[source, name], mode, augmentation=augmentation, graph=graph)
+        pixels = pillow_frames(indexes["frames", name])
+        seen = check_against_oracle(clip_loader, 3, pixels, worst=0.05, mean=0.002)
+        assert len(seen) == {"train": 20, "eval": 12}[mode]  # eval: 9 clips padded to 12
+
+
+def test_sources_give_the_same_bits(indexes):
+    batches = [list(loader(indexes[s, "train"], augmentation=EVERYTHING)(1)) for s in ("frames", "shards", "raw")]
+    for frames, shards, raw in zip(*batches, strict=True):
+        assert torch.equal(frames.clips, shards.clips) and torch.equal(frames.clips, raw.clips)
+        assert torch.equal(frames.ids, raw.ids) and torch.equal(frames.labels, raw.labels)
+
+
+@pytest.mark.parametrize("kind", VIDEOS)
+def test_videos_equal_the_oracle(tmp_path, kind):
+    """The oracle converts colours first, rounds and clamps; the kernel does it last, without rounding."""
+    index = write_videos(tmp_path / "videos", kind)
+    assert index.source == "video" and index.store.matrix[0] == ("bt709" if kind == "h264-709" else "bt601")
+
+    def pixels(video: int) -> list[np.ndarray]:
+        return [np.asarray(image) for _, image in decode(index.records[video].path)]
+
+    for augmentation in (PLAIN, EVERYTHING):
+        clip_loader = loader(index, batch_size=3, augmentation=augmentation)
+        assert sorted(check_against_oracle(clip_loader, 2, pixels, worst=4, mean=0.5)) == list(range(6))
+    if kind in ("vp9", "mjpeg"):  # what DALI decodes on a CPU
+        clip_loader = loader(index, batch_size=3, augmentation=PLAIN, graph="operators")
+        assert len(check_against_oracle(clip_loader, 2, pixels, worst=8, mean=1)) == 6
+
+
+def test_a_resident_data_set_gives_the_same_clips(clips, tmp_path):
+    assert pack.main([str(clips / "train.txt"), "--out", str(tmp_path), "--format", "raw", "--size", "64"]) == 0
+    index = load_index(tmp_path / "train.txt")
+    streamed, resident = (loader(index, augmentation=EVERYTHING, cached=cached)(4) for cached in (False, True))
+    for a, b in zip(streamed, resident, strict=True):
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.valid, b.valid)
+        assert (a.clips - b.clips).abs().max() < 1e-3
+        assert b.clips.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_cannot_be_resident_is_refused(indexes):
+    with pytest.raises(ValueError, match="these are frames"):
+        loader(indexes["frames", "train"], cached=True)
+    with pytest.raises(ValueError, match="differ in size"):
+        loader(indexes["raw", "train"], cached=True)
+
+
+def test_other_types(indexes):
+    index = indexes["raw", "test"]
+    floats, halves, bytes_ = (
+        next(iter(loader(index, "eval", 9, dtype=dtype)(0))).clips
+        for dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    )
+    assert torch.equal(halves, floats.bfloat16()) and bytes_.dtype == torch.uint8
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert ((bytes_ / 255 - mean) / std - floats).abs().max() < 0.6 / 255 / 0.224
 
 
 def test_batches_are_views_in_channels_last_order_and_stay_valid(indexes):
-    held = [(batch, batch.clips.clone()) for batch in loader(indexes, "train")(epoch=0)]
+    held = [(batch, batch.clips.clone()) for batch in loader(indexes["frames", "train"])(epoch=0)]
     for batch, copy in held:  # decoding later batches must not write into earlier ones
         assert torch.equal(batch.clips, copy)
         assert batch.clips.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_order_start_step_and_early_exit(indexes):
-    clip_loader = loader(indexes, "train")
+@pytest.mark.parametrize("source", ["frames", "shards", "raw"])
+def test_order_start_step_and_early_exit(indexes, source):
+    clip_loader = loader(indexes[source, "train"])
     assert len(clip_loader) == 5
     whole = list(clip_loader(epoch=1))
     plan = clip_loader.sampler.plan(1, clip_loader.index.num_frames)
@@ -101,46 +193,131 @@ def test_order_start_step_and_early_exit(indexes):
         assert torch.equal(a.clips, b.clips) and torch.equal(a.ids, b.ids)
 
 
-def test_clips_do_not_depend_on_batch_ranks_or_threads(indexes):
-    want = {int(v): c for b in loader(indexes, "eval", 9)(0) for v, c in zip(b.ids, b.clips, strict=True)}
+@pytest.mark.parametrize("source", ["frames", "raw", "video"])
+def test_clips_do_not_depend_on_batch_ranks_or_threads(indexes, tmp_path, source):
+    index = write_videos(tmp_path / "videos", "h264") if source == "video" else indexes[source, "test"]
+    n = len(index)
+    want = {int(v): c for b in loader(index, "eval", n)(0) for v, c in zip(b.ids, b.clips, strict=True)}
     for world, batch, threads in ((1, 2, 1), (2, 2, 2), (4, 3, 1)):
         seen = []
         for rank in range(world):
-            part = loader(indexes, "eval", batch, rank=rank, world_size=world, num_threads=threads)
-            assert len(part) == len(shard(np.arange(9), rank, world, batch, pad=True)[0])
+            part = loader(index, "eval", batch, rank=rank, world_size=world, num_threads=threads)
+            assert len(part) == len(shard(np.arange(n), rank, world, batch, pad=True)[0])
             for b in part(0):
                 for video, clip, valid in zip(b.ids.tolist(), b.clips, b.valid.tolist(), strict=True):
                     assert torch.equal(clip, want[video])
                     seen += [video] * valid
-        assert sorted(seen) == list(range(9))
+        assert sorted(seen) == list(range(n))
+
+
+def two_clips(folder) -> list[str]:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        for i in range(T):
+            smooth_image(rng, 64, 64).save(folder / name / f"{i}.jpg")
+    (folder / "list.txt").write_text(f"a {T} 0\nb {T} 1\n")
+    return folder / "list.txt"
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "truncated"])
 def test_a_bad_frame_is_named(tmp_path, damage):
-    good = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        for i in range(T):
-            good.save(tmp_path / name / f"{i}.jpg")
-    (tmp_path / "list.txt").write_text(f"a {T} 0\nb {T} 1\n")
-    index = build_index(read_annotations(tmp_path / "list.txt"))
+    index = build_index(read_annotations(two_clips(tmp_path)))
     bad = tmp_path / "b" / "3.jpg"
     data = bad.read_bytes()
     if damage == "missing":
         bad.unlink()
     else:
         bad.write_bytes({"empty": b"", "garbage": b"not a jpeg" * 50, "truncated": data[: len(data) // 2]}[damage])
-    clip_loader = ClipLoader(index, ClipSampler(0, T, mode="eval"), batch_size=2, size=SIZE)
     with pytest.raises(ValueError, match=r"list.txt:2: bad frame .*3\.jpg of clip b: ") as error:
-        list(clip_loader(0))
+        list(loader(index, "eval", 2)(0))
     assert "\n" not in str(error.value)
 
 
+def test_a_bad_frame_in_a_shard_is_named(tmp_path):
+    assert pack.main([str(two_clips(tmp_path)), "--out", str(tmp_path / "out")]) == 0
+    index = load_index(tmp_path / "out" / "list.txt")
+    shard_path = index.store.paths[0]
+    data = bytearray(shard_path.read_bytes())
+    start = int(index.store.offset[T + 3])
+    data[start : start + 40] = bytes(40)
+    shard_path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"list.txt:\d+: bad frame 3 of clip b in .*list-00000.tar: ") as error:
+        list(loader(index, "eval", 2)(0))
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_video_is_named(tmp_path):
+    index = write_videos(tmp_path / "videos", "h264")
+    path = index.records[4].path
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(ValueError, match=r"list.txt:5: cannot decode the video .*4\.mp4: ") as error:
+        list(loader(index, "eval", 2)(0))
+    assert "\n" not in str(error.value)
+
+
+def test_storage_that_hangs_is_reported_and_not_waited_for(tmp_path):
+    """A named pipe that nobody writes to: whoever opens it is stuck in the system call, as on a dead network disk."""
+    list_path = two_clips(tmp_path)
+    build_index(read_annotations(list_path))
+    (tmp_path / "b" / "3.jpg").unlink()
+    os.mkfifo(tmp_path / "b" / "3.jpg")
+    script = (
+        "from dali_pipes.loader import ClipLoader; from dfer.index import load_index; "
+        "from dfer.sampling import ClipSampler\n"
+        f"index = load_index({str(list_path)!r})\n"
+        f"loader = ClipLoader(index, ClipSampler(0, {T}, mode='eval'), batch_size=2, size={SIZE}, patience=0.5)\n"
+        "try: list(loader(0))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    began = time.monotonic()
+    done = run_python("-c", script, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "list.txt:2: reading clip b" in done.stdout and "more than 0.5 s (1 of 2 clips" in done.stdout
+    assert time.monotonic() - began < 60
+
+
+def test_readers_end_with_the_epoch(indexes):
+    clip_loader = loader(indexes["frames", "train"])
+    before = threading.active_count()
+    for _ in range(3):
+        next(iter(clip_loader(0)))
+        list(clip_loader(0))
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
 @pytest.mark.gpu
-def test_gpu_clips_are_close_to_the_oracle(indexes):
+@pytest.mark.parametrize("augmentation", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("source", ["frames", "shards", "raw"])
+def test_gpu_clips_are_close_to_the_oracle(indexes, source, augmentation):
     """nvJPEG rounds its inverse DCT and chroma differently: a few steps of 255 at most."""
-    clip_loader = loader(indexes, "train", device="gpu", device_id=0)
-    plan = clip_loader.sampler.plan(3, clip_loader.index.num_frames)
-    batches = list(clip_loader(epoch=3))
-    assert all(b.clips.is_cuda for b in batches)
-    assert check_against_oracle(batches, clip_loader.index, plan, worst=12, mean=1) == 20
+    clip_loader = loader(indexes[source, "train"], augmentation=augmentation, device="gpu", device_id=0)
+    assert all(b.clips.is_cuda for b in clip_loader(0))
+    worst, mean = (0.05, 0.002) if source == "raw" else (12, 1)
+    pixels = pillow_frames(indexes["frames", "train"])
+    assert len(check_against_oracle(clip_loader, 3, pixels, worst, mean)) == 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["h264", "hevc", "vp9", "h264-709"])
+def test_gpu_videos_are_close_to_the_oracle(tmp_path, kind):
+    index = write_videos(tmp_path / "videos", kind)
+
+    def pixels(video: int) -> list[np.ndarray]:
+        return [np.asarray(image) for _, image in decode(index.records[video].path)]
+
+    clip_loader = loader(index, batch_size=3, augmentation=EVERYTHING, device="gpu", device_id=0)
+    assert len(check_against_oracle(clip_loader, 2, pixels, worst=12, mean=1.5)) == 6
+
+
+@pytest.mark.gpu
+def test_a_data_set_in_gpu_memory_gives_the_same_clips(clips, tmp_path):
+    assert pack.main([str(clips / "train.txt"), "--out", str(tmp_path), "--format", "raw", "--size", "64"]) == 0
+    index = load_index(tmp_path / "train.txt")
+    on_gpu = loader(index, augmentation=EVERYTHING, cached=True, device="gpu", device_id=0)
+    for a, b in zip(loader(index, augmentation=EVERYTHING)(4), on_gpu(4), strict=True):
+        assert torch.equal(a.ids, b.ids) and b.clips.is_cuda
+        assert (a.clips - b.clips.cpu()).abs().max() < 5e-3

@@ -1,0 +1,54 @@
+"""A raw data set held whole in the memory of the GPU: clips are cut out of it, and nothing is loaded any more."""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from dali_pipes import torch_stages
+from dfer.index import ClipIndex
+
+
+class ResidentClips:
+    """All pictures of a raw source on one device.
+
+    Raises:
+        ValueError: in one line, if the source is another one, pictures differ in size, or memory does not hold them.
+    """
+
+    def __init__(self, index: ClipIndex, device: torch.device):
+        self.pictures = _load(index, device)
+        self._first = torch.from_numpy(index.store.first[:-1]).to(device)
+
+    def clips(
+        self, videos: Int64[Tensor, " B"], plan: torch_stages.DevicePlan, size: int
+    ) -> Float[Tensor, "B T S S 3"]:
+        """The clips of some videos, made on the device; nothing is waited for."""
+        pictures = self.pictures[self._first[videos][:, None] + plan.frames[videos]]
+        clips = torch_stages.resize(pictures, plan.box[videos], plan.mirror[videos], size)
+        return torch_stages.finish(clips, plan, videos)
+
+
+def _load(index: ClipIndex, device: torch.device) -> UInt8[Tensor, "F H W 3"]:
+    store = index.store
+    if index.source != "raw":
+        raise ValueError(f"--data.cache gpu holds raw clips, these are {index.source}: scripts/pack.py --format raw")
+    sizes = np.unique(np.stack([store.height, store.width], axis=1), axis=0)
+    if len(sizes) > 1:
+        raise ValueError("--data.cache gpu: the clips differ in size; scripts/pack.py --format raw --size PX")
+    height, width = sizes[0].tolist()
+    needed = int(store.first[-1]) * height * width * 3
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if needed > 0.8 * free:
+            raise ValueError(
+                f"--data.cache gpu: {needed / 2**30:.1f} GiB of pictures, {free / 2**30:.1f} GiB of GPU memory are free"
+            )
+    pictures = torch.empty((int(store.first[-1]), height, width, 3), dtype=torch.uint8, device=device)
+    maps = [np.memmap(path, dtype=np.uint8, mode="c") for path in store.paths]  # "c": torch refuses read-only arrays
+    for video in range(len(index)):
+        rows = slice(int(store.first[video]), int(store.first[video + 1]))
+        start = int(store.offset[rows.start])
+        clip = maps[store.shard[video]][start : start + (rows.stop - rows.start) * height * width * 3]
+        pictures[rows] = torch.from_numpy(clip.reshape(-1, height, width, 3))
+    return pictures

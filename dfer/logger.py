@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dfer.annotations import EMOTIONS
-from dfer.config import Config
+from dfer.config import Config, config_from_json
 from dfer.index import ClipIndex
 from dfer.metrics import ConfusionMatrix
 
@@ -39,7 +39,9 @@ def open_run_dir(config: Config) -> Path:
         if config.resume:
             if not (run_dir / "last.pt").is_file():
                 raise ValueError(f"--resume: {run_dir} holds no checkpoint last.pt to continue from")
-            differing = _differences(json.loads(saved.read_text()), json.loads(config.to_json()))
+            # Through Config: a run of an older version had the defaults of what was added since.
+            before = config_from_json(saved.read_text(), saved).to_json()
+            differing = _differences(json.loads(before), json.loads(config.to_json()))
             if differing:
                 raise ValueError(f"--resume: not the configuration of {run_dir}: {'; '.join(differing)}")
         elif any(run_dir.iterdir()):

@@ -120,6 +120,9 @@ def test_resume_equals_never_having_stopped(finished, clips, tmp_path):
     assert stopped.returncode == 9, stopped.stderr
     with open(tmp_path / "d" / "metrics.jsonl", "a") as file:  # a row from after the checkpoint
         file.write(json.dumps({"step": 3, "train/loss": 0.0}) + "\n")
+    saved = json.loads((tmp_path / "d" / "config.json").read_text())
+    del saved["data"]["cache"]  # as a version wrote it that had no such option
+    (tmp_path / "d" / "config.json").write_text(json.dumps(saved))
     tiny_run(clips, tmp_path, "d", "--resume")
     assert losses(tmp_path / "d") == losses(run_dir)
     assert [r["step"] for r in rows(tmp_path / "d")] == [r["step"] for r in rows(run_dir)]

@@ -113,7 +113,7 @@ def load_index(
     states = _look(records)
     kind = _kind(records, states, source)
     cache_path = Path(f"{list_path}.index.npz")
-    key = hashlib.sha256(os.fsencode("\0".join([kind, *(os.fspath(record.path) for record in records)]))).hexdigest()
+    key = hashlib.sha256(os.fsencode("\0".join(os.fspath(record.path) for record in records))).hexdigest()
     store = _read_cache(cache_path, key, states, kind)
     if store is None:
         store = _scan(records, kind)

@@ -1,8 +1,10 @@
 """Packs: the same bytes, or the pixels that Pillow makes of them; readable by others; nothing lost, skipped or half."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -129,6 +131,7 @@ def test_shards_are_tar_files_of_the_given_size(source, shards):
         assert in_shard == list(range(clips_before, clips_before + len(in_shard)))  # in the order of the list
         clips_before += len(in_shard)
         assert path.stat().st_size <= SMALL + 1024 or len(in_shard) == 1
+        assert path.read_bytes()[-1024:] == bytes(1024) and path.stat().st_size % 512 == 0  # POSIX's end of a tar
         with tarfile.open(path) as tar:
             members = {member.name: member for member in tar}
             assert [*members] == sorted(members, key=lambda name: name.replace("json", "!!").replace("cls", "!#"))
@@ -345,6 +348,11 @@ def test_a_bad_frame_ends_the_run_and_mended_it_goes_on(source, shards, tmp_path
         pack(source, out)
     key = (out / "train.unfinished" / "key").read_text()
     monkeypatch.setattr(pk, "hash_task", lambda *args: key)
+    (out / "train-00000.raw").touch()
+    with pytest.raises(ValueError, match=r"train-00000\.raw: is there already, and not of this pack"):
+        pack(source, out)
+    (out / "train-00000.raw").unlink()
+    (out / "train-00099.tar.partial").touch()  # of a run that was killed
     damaged = bytearray((out / "train-00001.tar").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (out / "train-00001.tar").write_bytes(damaged)
@@ -535,7 +543,7 @@ def test_an_index_that_leads_nowhere_is_refused(shards, raw, tmp_path):
     for pack_ in (
         altered(shards, offset=far),
         altered(shards, shard=shards.store.shard + 1),
-        altered(shards, shard=shards.store.shard - 1),
+        altered(shards, shard=np.where(shards.store.shard == shards.store.shard.max(), -1, shards.store.shard)),
         altered(shards, first=shards.store.first + 1),
         altered(shards, names=["a"] * len(shards)),
         altered(raw, offset=moved),
@@ -547,6 +555,48 @@ def test_an_index_that_leads_nowhere_is_refused(shards, raw, tmp_path):
             read_pack(tmp_path / "x.npz")
     write_pack(tmp_path / "x.npz", altered(shards))
     assert read_pack(tmp_path / "x.npz").names == [record.name for record in shards.records]
+
+
+def test_an_index_that_tells_another_story_than_its_shards_is_found(shards, tmp_path):
+    """All hashes fit: made wrong, and not damaged."""
+    path, npz = copy_of(shards, tmp_path), tmp_path / "train.npz"
+    whole, store = read_pack(npz), shards.store
+    labels, height, order = whole.labels.copy(), store.height.copy(), np.arange(len(store.offset))
+    labels[4] = (labels[4] + 1) % 7
+    height[4] += 1
+    first, second = store.first[4], store.first[4] + 1
+    order[[first, second]] = second, first
+    hasher = hashlib.blake2b(digest_size=16)
+    for data in np.array(stored(shards, 4), object)[order[first : store.first[5]] - first]:
+        hasher.update(data)
+    digests = whole.digests.copy()
+    digests[4] = np.frombuffer(hasher.digest(), np.uint8)
+    swapped = dataclasses.replace(store, offset=store.offset[order], length=store.length[order])
+    for changed, message in (
+        (dataclasses.replace(whole, clips=swapped, digests=digests), r": its members are not those of the index"),
+        (dataclasses.replace(whole, labels=labels), r": 0000004\.json says \[.*\], the index \["),
+        (
+            dataclasses.replace(whole, clips=dataclasses.replace(store, height=height)),
+            r"clip .*004: frame 0 is .* pixels, no",
+        ),
+    ):
+        write_pack(npz, changed)
+        rows = [(n, int(c), int(k)) for n, c, k in zip(whole.names, shards.num_frames, changed.labels, strict=True)]
+        write_annotations(path, rows, packed="train.npz")
+        problems = pk.verify(path)[1]
+        assert any(re.search(message, problem) for problem in problems), problems
+        assert all("train-" in problem and "SHA-256" not in problem for problem in problems)
+
+
+def test_a_list_may_be_in_another_order(shards, tmp_path):
+    path = copy_of(shards, tmp_path)
+    rows = [(record.name, record.num_frames, record.label) for record in read_annotations(path)]
+    write_annotations(path, rows[::-1], packed="train.npz")
+    index = load_index(path)
+    for clip in range(len(rows)):
+        assert index.records[clip].name == rows[-1 - clip][0] and stored(index, clip) == stored(
+            shards, -1 - clip + len(rows)
+        )
 
 
 def test_an_index_of_other_classes_or_versions_is_refused(shards, tmp_path, monkeypatch):

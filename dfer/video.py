@@ -50,8 +50,8 @@ PLANAR = ("yuv420p", "yuvj420p")
 
 # Containers that store a presentation time for each packet, the same however one came to it.
 STORES_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-# Codecs where a packet is a frame that is shown: others hide some (VP8) or pack and skip them (MPEG-4).
-PACKET_IS_FRAME = ("h264", "hevc", "av1", "vp9", "mjpeg")
+# Codecs where a packet is a frame that is shown: others hide some (VP8, VP9) or pack and skip them (MPEG-4).
+PACKET_IS_FRAME = ("h264", "hevc", "av1", "mjpeg")
 # Codecs where what is shown of a frame is all that there is of it if no other frame refers to it: VP8 and VP9 hand on
 # probabilities and segment maps as well. AV1's decoder does not skip.
 CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video")
@@ -103,8 +103,8 @@ def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
 def scan_video(path: Path) -> VideoScan:
     """What frames a video has, from its packets; only the first frame is decoded.
 
-    Where packets do not tell (AVI, MPEG-TS, FLV and raw streams, MPEG-4 and VP8, frames before the first keyframe), all
-    frames are decoded once.
+    Where packets do not tell (AVI, MPEG-TS, FLV and raw streams, VP8, VP9 and MPEG-4, frames before the first keyframe),
+    all frames are decoded once.
 
     Raises:
         BadVideo, av.FFmpegError: if there is nothing to decode or the video is truncated. Damage shows only to who
@@ -336,12 +336,10 @@ def _frames(
         if stream is not video:
             stream.discard = Discard.all
     unwanted = "NONREF" if _can_skip(decoder) else "DEFAULT"
-    packets = container.demux(video)
-    start, sent = None, {None}
-    for next_start, times in runs.items():
-        if next_start not in sent:  # else it went to the decoder with frames that are shown before it
-            yield from _from(start, decoder.decode())
-            start, sent = next_start, set()
+    packets, sent = container.demux(video), {None}
+    for start, times in runs.items():
+        if start not in sent:  # else it went to the decoder with frames that are shown before it
+            yield from decoder.decode()  # what it still holds
             container.seek(start, stream=video)
             packets = itertools.dropwhile(functools.partial(_is_before, start), container.demux(video))
         unsent = set(times) - sent
@@ -350,11 +348,10 @@ def _frames(
             if packet.is_corrupt or not packet.size:
                 raise _Lost
             decoder.skip_frame = "DEFAULT" if packet.pts in wanted else unwanted
-            yield from _from(start, decoder.decode(packet))
-            if not packet.is_discard:
-                sent.add(packet.pts)
-                unsent.discard(packet.pts)
-    yield from _from(start, decoder.decode())  # what it still holds
+            yield from decoder.decode(packet)
+            sent.add(packet.pts)
+            unsent.discard(packet.pts)
+    yield from decoder.decode()
 
 
 def _is_before(start: int, packet: av.Packet) -> bool:
@@ -362,11 +359,6 @@ def _is_before(start: int, packet: av.Packet) -> bool:
     if not packet.size or (packet.is_keyframe and packet.pts > start):
         raise _Lost
     return not packet.is_keyframe or packet.pts != start
-
-
-def _from(start: int | None, frames: list[av.VideoFrame]) -> list[av.VideoFrame]:
-    """Frames that are shown from the keyframe at `start` on; those before it may refer to what is missing."""
-    return frames if start is None else [frame for frame in frames if frame.pts >= start]
 
 
 def _can_skip(decoder: av.VideoCodecContext) -> bool:

@@ -1,5 +1,7 @@
 """Some frames of a video are, to the bit, those of a full decode, and no more is decoded than they need."""
 
+import functools
+import itertools
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -228,6 +230,23 @@ def test_no_more_is_decoded_than_needed(tmp_path: Path, monkeypatch: pytest.Monk
         came.clear()
         read(path, scan, frames)
         assert len(came) <= most, (frames, len(came))
+    path = write(path, options=OPEN_GOP)
+    came.clear()
+    read(path, scan_video(path), range(F))
+    assert len(came) == F  # none twice, though frames of one GOP are stored in the next
+
+
+def test_no_more_is_read_than_needed(tmp_path: Path, quick: None) -> None:
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    pictures = list(np.random.default_rng(0).integers(0, 256, (F, 192, 256, 3), dtype=np.uint8))
+    for suffix in ("mp4", "mkv"):
+        path = write(tmp_path / f"v.{suffix}", "mjpeg", pictures=pictures)
+        scan = scan_video(path)
+        before = bytes_read()
+        read(path, scan, [3, 45])
+        assert bytes_read() - before < path.stat().st_size / 2
 
 
 def test_a_long_gap_is_not_read(tmp_path: Path, quick: None) -> None:
@@ -281,29 +300,107 @@ def test_fragments(options: str, tmp_path: Path, quick: None) -> None:
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_a_cut_may_begin_with_frames_that_cannot_be_decoded(codec: str, suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("skipped", [0, 1, 3])
+def test_a_cut_may_begin_with_frames_that_cannot_be_decoded(
+    codec: str, suffix: str, skipped: int, tmp_path: Path
+) -> None:
     whole = write(tmp_path / f"whole.{suffix}", codec, OPEN_GOP if codec == "libx264" else OPEN_HEVC)
     path = tmp_path / f"cut.{suffix}"
     with av.open(str(path), "w") as file, av.open(str(whole)) as source:
-        stream, keys = file.add_stream_from_template(source.streams.video[0]), 0
-        for packet in source.demux(video=0):
-            keys += packet.is_keyframe
-            if keys > 1 and packet.size:
-                packet.stream = stream
-                file.mux(packet)
+        stream = file.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        second = [i for i, packet in enumerate(packets) if packet.is_keyframe][1]
+        for packet in packets[second + skipped :]:
+            packet.stream = stream
+            file.mux(packet)
     scan, truth = scan_video(path), list(sequential(path))
     assert 0 < len(scan.pts) == len(truth) < F
     for frames in choices(len(truth), seed=0):
         assert_read(path, scan, truth, frames)
 
 
-def test_a_recovery_that_takes_time_is_no_place_to_start(tmp_path: Path) -> None:
+def test_a_recovery_that_takes_time_is_no_place_to_start(tmp_path: Path, quick: None) -> None:
     path = write(tmp_path / "v.mp4", options={"x264-params": "intra-refresh=1:keyint=10:bframes=0:scenecut=0"})
     with av.open(str(path)) as file:
         assert sum(packet.is_keyframe for packet in file.demux(video=0)) > 3
     assert np.flatnonzero(scan_video(path).key).tolist() == [0]
     path = write(tmp_path / "v.mp4", options=OPEN_GOP)  # here it takes none
     assert scan_video(path).key.sum() > 3
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"\x06\x06\x01\xc4", b"\x06\x06\x01\x84"))  # not an exact one
+    scan, truth = scan_video(path), list(sequential(path))
+    assert np.flatnonzero(scan.key).tolist() == [0]
+    for frames in choices(F, seed=0):
+        assert_read(path, scan, truth, frames)
+
+
+@pytest.mark.parametrize(
+    "units, starts",
+    [
+        (["65 88"], True),  # IDR
+        (["41 88", "65 88"], False),
+        (["09 10", "06 06 01 c4 80", "41 88"], True),  # recovery point: 0 frames, exact
+        (["06 06 01 84 80", "41 88"], False),  # not exact
+        (["06 06 01 e4 80", "41 88"], False),  # a broken link
+        (["06 06 01 58 80", "41 88"], False),  # 1 frame
+        (["41 88", "06 06 01 c4 80"], False),  # of the next picture
+        (["06 01 02 06 06 06 01 c4 80", "41 88"], True),  # another message before it
+        (["06 01 04 00 00 03 01 06 06 01 c4 80", "41 88"], True),  # which is 00 00 01 06, escaped
+        (["06 05 ff 01" + 256 * " 06" + " 06 01 c4 80", "41 88"], True),  # a long one
+        (["06 05 02 06 06 80", "06", "41 88"], False),  # none
+        ([], False),
+    ],
+)
+def test_where_h264_may_start(units: list[str], starts: bool) -> None:
+    for prefix in (2, 4):
+        decoder = av.CodecContext.create("h264", "r")
+        decoder.extradata = bytes([1, 100, 0, 10, 0xFC | prefix - 1])
+        data = b"".join(len(unit).to_bytes(prefix, "big") + unit for unit in map(bytes.fromhex, units))
+        packet = av.Packet(data)
+        assert not video._starts(packet, decoder)
+        packet.is_keyframe = True
+        assert video._starts(packet, decoder) == starts
+
+
+def test_a_seek_may_land_early_but_not_late(b_frames: Path) -> None:
+    start = int(scan_video(b_frames).pts[20])
+    with av.open(str(b_frames)) as file:
+        packets = file.demux(video=0)
+        assert next(itertools.dropwhile(functools.partial(video._is_before, start), packets)).pts == start
+        with pytest.raises(video._Lost):
+            next(itertools.dropwhile(functools.partial(video._is_before, start), packets))
+
+
+def test_hidden_frames_are_none(tmp_path: Path, quick: None) -> None:
+    path = write(tmp_path / "v.webm", "libvpx", VPX)
+    data, hidden = path.read_bytes(), (3, 4, 17, 30, F - 1)
+    with av.open(str(path)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    for number in hidden:
+        packet = packets[number]
+        assert packet[0] & 16 and data.count(packet) == 1  # VP8's show_frame
+        data = data.replace(packet, bytes([packet[0] ^ 16]) + packet[1:])
+    path.write_bytes(data)
+    scan, truth = scan_video(path), list(sequential(path))
+    assert len(scan.pts) == len(truth) == F - len(hidden)
+    for frames in choices(len(truth), seed=0):
+        assert_read(path, scan, truth, frames)
+
+
+def test_times_that_are_equal_do_not_tell_frames_apart(tmp_path: Path) -> None:
+    source = write(tmp_path / "source.mp4", options={"g": "1"})
+    path = tmp_path / "v.mkv"
+    with av.open(str(path), "w") as file, av.open(str(source)) as part:
+        stream = file.add_stream_from_template(part.streams.video[0])
+        for number, packet in enumerate(part.demux(video=0)):
+            if packet.size:
+                packet.stream, packet.time_base = stream, Fraction(1, 1000)
+                packet.pts = packet.dts = 40 * (number // 2)
+                file.mux(packet)
+    scan, truth = scan_video(path), list(sequential(path))
+    assert len(scan.pts) == len(truth) == F and (np.diff(scan.pts) > 0).all() and not scan.key.any()
+    for frames in choices(F, seed=0):
+        assert_read(path, scan, truth, frames)
 
 
 def test_frames_of_lower_layers_are_not_skipped(tmp_path: Path, quick: None) -> None:
@@ -357,31 +454,57 @@ def test_a_truncated_file_gives_no_wrong_frames(suffix: str, tmp_path: Path) -> 
 def test_a_damaged_file_gives_what_a_full_decode_gives(name: str, tmp_path: Path) -> None:
     codec, suffix, options = QUICK[name]
     path = write(tmp_path / f"v.{suffix}", codec, options)
-    scan, data, rng = scan_video(path), path.read_bytes(), np.random.default_rng(0)
+    scan, compared = scan_video(path), 0
+    for damage in damages(path, count=15):
+        path.write_bytes(damage)
+        truth, _ = decodable(path)
+        for number in range(1, F, 7):
+            frames = [number - 1, number]
+            try:
+                found = read(path, scan, frames)
+            except (BadVideo, av.FFmpegError):
+                continue
+            for i, frame in zip(frames, found, strict=True):
+                if (expected := truth.get(int(scan.pts[i]))) is not None:
+                    assert np.array_equal(frame, expected)
+                    compared += 1
+    assert compared > 50
+
+
+def test_no_frame_that_needs_a_damaged_one_is_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "v.mp4", options={"x264-params": "keyint=250:bframes=0:scenecut=0"})
+    scan, refused = scan_video(path), 0
+    for damage in damages(path, count=15):
+        path.write_bytes(damage)
+        truth, error = decodable(path)
+        for number in range(len(truth) if error else F, F):
+            with pytest.raises((BadVideo, av.FFmpegError)):
+                read(path, scan, [number])
+            refused += 1
+    assert refused > 50
+
+
+def damages(path: Path, count: int) -> Iterator[bytes]:
+    """The file with one bit turned over in some frame after the first."""
+    rng, data = np.random.default_rng(0), path.read_bytes()
     with av.open(str(path)) as file:
         packets = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
-    compared = 0
-    for _ in range(15):
+    for _ in range(count):
         pos, size = packets[rng.integers(1, F)]
         damaged = bytearray(data)
         damaged[pos + rng.integers(size // 2, size)] ^= 1 << rng.integers(8)
-        path.write_bytes(damaged)
-        truth = {}
-        try:
-            for _, frame in video._decode(path):
-                truth[frame.pts] = frame.to_ndarray()[:, :, None]
-        except (BadVideo, av.FFmpegError):
-            pass
-        frames = np.sort(rng.integers(0, F, 4)).tolist()
-        try:
-            found = read(path, scan, frames)
-        except (BadVideo, av.FFmpegError):
-            continue
-        for number, frame in zip(frames, found, strict=True):
-            if (expected := truth.get(int(scan.pts[number]))) is not None:
-                assert np.array_equal(frame, expected)
-                compared += 1
-    assert compared > 10
+        yield bytes(damaged)
+
+
+def decodable(path: Path) -> tuple[dict[int, np.ndarray], Exception | None]:
+    """The frames, by time, before the first that is damaged, and what is said of that."""
+    frames = {}
+    try:
+        for _, frame in video._decode(path):
+            frames[frame.pts] = frame.to_ndarray()[:, :, None]
+    except (BadVideo, av.FFmpegError) as error:
+        return frames, error
+    return frames, None
 
 
 @pytest.mark.parametrize("wrong", ["no keyframe", "all keyframes", "shifted"])
@@ -506,17 +629,23 @@ def test_yuv_to_rgb_by_hand() -> None:
     assert yuv_to_rgb("bt601", True)[0].tolist() == pytest.approx([1, 0, 1.402, -179.456], abs=1e-4)  # as JFIF has it
 
 
-def test_sound_and_a_second_picture_do_not_mislead(tmp_path: Path, b_frames: Path) -> None:
+def test_sound_does_not_mislead(tmp_path: Path, quick: None) -> None:
     path = write(tmp_path / "v.mp4", options=B_FRAMES, audio=True)
     scan, truth = scan_video(path), list(sequential(path))
     for frames in choices(F, seed=0):
         assert_read(path, scan, truth, frames)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_of_several_pictures_the_best_is_taken(suffix: str, tmp_path: Path, b_frames: Path) -> None:
+    """FFmpeg finds out which it is by decoding ahead."""
+    good = write(tmp_path / "good.mp4", options={"crf": "1"}, pictures=[255 - picture(i) for i in range(F)])
     cover = write(tmp_path / "cover.mp4", pts=[0], pictures=[picture(77, 480, 640)])
-    for order in ((b_frames, cover), (cover, b_frames)):
-        path = tmp_path / "two.mkv"
+    for order in ((b_frames, good), (good, b_frames), (b_frames, cover), (cover, b_frames)):
+        path = tmp_path / f"two.{suffix}"
         with av.open(str(path), "w") as file, av.open(str(order[0])) as one, av.open(str(order[1])) as other:
-            parts = [(part, file.add_stream_from_template(part.streams.video[0])) for part in (one, other)]
-            for part, stream in parts:
+            streams = [file.add_stream_from_template(part.streams.video[0]) for part in (one, other)]
+            for part, stream in zip((one, other), streams, strict=True):
                 for packet in part.demux(video=0):
                     if packet.size:
                         packet.stream = stream

@@ -103,8 +103,8 @@ def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
 def scan_video(path: Path) -> VideoScan:
     """What frames a video has, from its packets; only the first frame is decoded.
 
-    Where packets do not tell (AVI, MPEG-TS, FLV and raw streams, VP8, VP9 and MPEG-4, frames before the first keyframe),
-    all frames are decoded once.
+    Where packets do not tell (AVI, MPEG-TS, FLV and raw streams; VP8, VP9 and MPEG-4; frames before the first
+    keyframe), all frames are decoded once.
 
     Raises:
         BadVideo, av.FFmpegError: if there is nothing to decode or the video is truncated. Damage shows only to who
@@ -194,9 +194,7 @@ def read_frames(
     wanted = sorted(set(names))
     found: dict[int, np.ndarray] = {}
     if not counted:
-        with contextlib.suppress(
-            _Lost, BadVideo, av.FFmpegError, OSError
-        ):  # which, if it is not our doing, will come again
+        with contextlib.suppress(_Lost, BadVideo, av.FFmpegError, OSError):  # if it is not our doing, it will recur
             found = _read_some(path, pts[key], wanted, matrix, full_range)
     if len(found) < len(wanted):
         found = _read_all(path, wanted, counted, matrix, full_range)

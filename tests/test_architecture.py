@@ -9,8 +9,8 @@ ONLY_IN = {
     "huggingface_hub": {"dfer/model.py"},
     "wandb": {"dfer/logger.py"},
     "tyro": {"dfer/config.py"},
-    "nvidia": {"dali_pipes/graphs.py"},
-    "cv2": {"dfer/faces.py", "scripts/make_faces.py"},
+    "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py"},
+    "cv2": {"dfer/faces.py", "scripts/make_faces.py", "benchmarks/peers.py"},
 }
 
 

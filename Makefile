@@ -19,7 +19,7 @@ test-slow: $(VENV)/.installed
 test-gpu: $(VENV)/.installed
 	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu $(ARGS)
 
-bench: $(VENV)/.installed data/faces/test.txt
+bench: $(VENV)/.installed-bench data/faces/test.txt
 	$(RUN) benchmarks/loader_speed.py $(ARGS)
 
 lint: $(VENV)/.installed
@@ -32,6 +32,12 @@ $(VENV)/.installed: requirements.txt
 	@echo "installing requirements.txt into $(VENV)/ (8 GB, a few minutes, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# The peers come on top and may not move what requirements.txt pins.
+$(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
+	@echo "installing requirements-bench.txt into $(VENV)/"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c requirements.txt -r requirements-bench.txt
 	@touch $@
 
 # The test list is the last thing that make_faces.py writes.

@@ -1,156 +1,992 @@
-"""How fast do clips arrive? `python benchmarks/loader_speed.py`
+"""How fast do clips arrive? `python benchmarks/loader_speed.py [--peers] [--json FILE] [--plot FILE.png]`
 
-Our loader against the field's: a torch DataLoader whose workers list the clip's folder, open its JPEGs one by one with
-Pillow and transform frame by frame with torchvision. Same clips, same frames, crops and flips, same output (float32,
-normalised). The colour jitter has the same strengths but torchvision's definition. Runs are interleaved, each after a
-warm-up; medians and the ratio of each pair are reported.
+Our loader, from each kind of storage, against the field's ways to load the same clips and against what the machine can
+do at all. Same videos, frames, crops and mirrors, same output: normalised float32, T x 3 x size x size. Every
+measurement is a process of its own that warms up and is then timed for some seconds; the designs take turns, forwards
+and backwards; each run waits for a quiet machine and is repeated if other processes disturbed it. Our loader pays for
+the ends of its epochs, the peers run through theirs without a stop. Medians are printed, and ratios as the median over
+the rounds, since the speed of a machine drifts.
+
+  --starve        the loader beside the training step: how much of the speed on one synthetic batch is left
+  --growth AXIS   one design over batch, frames, size, threads, clip-length or list-length
+  --soak MINUTES  memory after each epoch
 """
 
 import argparse
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
 import json
+import mmap
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
-from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dali_pipes.loader import ClipLoader
-from dfer.commandline import Parser
-from dfer.index import ClipIndex, load_index, natural_key
-from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD, ClipSampler, EpochPlan
+from benchmarks import peers
+from benchmarks.peers import CPU_LIMITS, CPU_LIMITS_OF, GPU_LIMITS, GPU_LIMITS_OF, PEERS, Task, source_of
+from dfer.annotations import read_annotations, write_annotations
+from dfer.commandline import Parser, in_range, shown
+from dfer.index import build_index, load_index
+from dfer.sampling import Augmentation, ClipSampler
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("frames", "shards224", "shards144", "raw128", "video")
+OURS = [f"dfer-{source}" for source in SOURCES]
+REFERENCE = "pil-frames"  # the field's own way
+RATIOS = {"frames": "frames", "shards": "shards144", "shards224": "shards224", "raw": "raw128", "video": "video"}
+QUIET = 0.10  # cores that other processes may take
+REPEATS = 2  # of a run that was disturbed
+CORES = len(os.sched_getaffinity(0))
+PACK = {
+    "shards224": ["--format", "shards"],
+    "shards144": ["--format", "shards", "--size", "144"],
+    "raw128": ["--format", "raw", "--size", "128"],
+}
+BENCH_HINT = "pip install -r requirements-bench.txt (make bench does)"
+
+Record = dict[str, float]  # what one run tells
 
 
-class FieldClips(Dataset):
-    """The way of Former-DFER's VideoDataset, which most of the field uses, with one draw per clip."""
-
-    def __init__(self, index: ClipIndex, plan: EpochPlan, size: int, jitter: float):
-        self.index, self.plan, self.size, self.jitter = index, plan, size, jitter
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, video: int) -> tuple[torch.Tensor, int]:
-        record = self.index.records[video]
-        names = sorted(os.listdir(record.path), key=natural_key)  # on every access, as the field does
-        top, left, height, width = self.plan.box[video]
-        draw = np.random.default_rng(video).uniform(1 - self.jitter, 1 + self.jitter, 3)
-        frames = []
-        for frame in self.plan.frames[video]:
-            image = Image.open(os.path.join(record.path, names[frame])).convert("RGB")
-            w, h = image.size
-            box = [round(top * h), round(left * w), round(height * h), round(width * w)]
-            image = F.resized_crop(image, *box, [self.size, self.size], InterpolationMode.BILINEAR)
-            if self.plan.mirror[video]:
-                image = F.hflip(image)
-            image = F.adjust_brightness(image, draw[0])
-            image = F.adjust_contrast(image, draw[1])
-            image = F.adjust_saturation(image, draw[2])
-            frames.append(F.normalize(F.to_tensor(image), IMAGENET_MEAN.tolist(), IMAGENET_STD.tolist()))
-        return torch.stack(frames), record.label
+# ---- The data: the same clips in every kind of storage, made once.
 
 
-def clips_per_s(batches: Iterator, num_batches: int, warmup: int, batch_size: int) -> float:
-    for _ in range(warmup):
-        next(batches)
-    began = time.perf_counter()
-    for _ in range(num_batches):
-        next(batches)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return num_batches * batch_size / (time.perf_counter() - began)
+def prepare_frames(list_path: Path, root: Path | None, num_clips: int, cache: Path) -> Path:
+    """The folder of a list's benchmark data, with frames.txt: `num_clips` rows, evenly spaced over the list.
+
+    Raises:
+        ValueError: in one line, if the list cannot be read or a folder of frames is missing.
+    """
+    records = read_annotations(list_path, root)
+    num_clips = min(num_clips, len(records))
+    chosen = [records[i * len(records) // num_clips] for i in range(num_clips)]
+    paths = "\0".join(os.path.abspath(record.path) for record in chosen)
+    folder = cache / f"{list_path.stem}-{len(chosen)}-{hashlib.sha256(os.fsencode(paths)).hexdigest()[:8]}"
+    if not (folder / "frames.txt").exists():
+        index = build_index(chosen)
+        relative = [record for record in chosen if not os.path.isabs(record.name)]
+        # A record's path is base / name: where the names start is what stands before the name.
+        base = [Path(*r.path.parts[: -len(Path(r.name).parts)]) for r in relative[:1]]
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [(r.name, n, r.label) for r, n in zip(chosen, index.num_frames.tolist(), strict=True)]
+        write_annotations(folder / "frames.txt", rows, *map(os.path.abspath, base))
+    return folder
 
 
-def main(args: argparse.Namespace) -> None:
-    index = load_index(args.list, args.root)
-    sampler = ClipSampler(seed=0, num_segments=args.frames)
-    plan = sampler.plan(0, index.num_frames)
-    workers = os.cpu_count() or 1
-    num_batches = min(args.batches, len(index) // args.batch_size - args.warmup)
-    if num_batches < 1:
-        raise SystemExit(f"loader_speed.py: {args.list} has too few clips for {args.warmup} + 1 batches")
-    loader = ClipLoader(
-        index,
-        sampler,
-        batch_size=args.batch_size,
-        size=args.size,
-        device=args.device,
-        num_threads=workers,
-        device_id=0 if args.device == "gpu" else None,
+def prepare(folder: Path, source: str) -> None:
+    """Put the clips of frames.txt into another kind of storage, unless it is there already.
+
+    Raises:
+        ValueError: in one line, if that fails.
+    """
+    target = folder / source
+    if source == "frames" or (target / "frames.txt").exists():
+        return
+    print(f"{shown(target)}: made once, from {shown(folder / 'frames.txt')}", file=sys.stderr)
+    shutil.rmtree(target, ignore_errors=True)  # what an interrupted run left
+    if source == "video":
+        encode_videos(folder, target)
+        return
+    command = ["scripts/pack.py", os.path.abspath(folder / "frames.txt"), "--out", os.path.abspath(target)]
+    done = subprocess.run(
+        [sys.executable, *command, *PACK[source]],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode or not (target / "frames.txt").exists():
+        raise ValueError(f"{command[0]} failed: {last_line(done.stderr)}")
+
+
+def encode_videos(folder: Path, target: Path) -> None:
+    """H.264 as people have it: libx264 at its default preset, CRF 18, 25 fps, 224 x 224, yuv420p."""
+    import av
+    from PIL import Image
+
+    index = load_index(folder / "frames.txt")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    rows = []
+    for video, (record, num_frames) in enumerate(zip(index.records, index.num_frames.tolist(), strict=True)):
+        path = str(partial / f"{video:05d}.mp4")
+        with av.open(path, "w") as container:
+            stream = container.add_stream("libx264", rate=25, options={"crf": "18"})
+            stream.width = stream.height = 224
+            stream.pix_fmt = "yuv420p"
+            for frame in range(num_frames):
+                image = Image.open(index.frame_path(video, frame)).convert("RGB").resize((224, 224))
+                container.mux(stream.encode(av.VideoFrame.from_image(image)))
+            container.mux(stream.encode(None))
+        rows.append((Path(path).name, num_frames, record.label))
+    write_annotations(partial / "frames.txt", rows)
+    os.replace(partial, target)
+
+
+def files_of(folder: Path, source: str) -> list[str]:
+    """The files whose bytes become clips."""
+    if source == "frames":
+        index = load_index(folder / "frames.txt")
+        return [index.frame_path(v, f) for v, count in enumerate(index.num_frames.tolist()) for f in range(count)]
+    return [
+        str(path)
+        for path in sorted((folder / source).rglob("*"))
+        if path.is_file() and path.suffix not in (".txt", ".npz")
+    ]
+
+
+def warm(paths: Iterable[str]) -> None:
+    """Read the files once, so that they lie in the page cache."""
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
+def chill(paths: Sequence[str]) -> float:
+    """Drop the files from the page cache and return the share of their pages that is still there."""
+    os.sync()  # a page that is not yet written stays
+    libc = ctypes.CDLL(None, use_errno=True)
+    resident = total = 0
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if not os.fstat(file.fileno()).st_size:
+                continue
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                view = np.frombuffer(mapped, dtype=np.uint8)
+                pages = np.empty(-(-len(view) // mmap.PAGESIZE), dtype=np.uint8)
+                arguments = (
+                    ctypes.c_void_p(view.ctypes.data),
+                    ctypes.c_size_t(len(view)),
+                    ctypes.c_void_p(pages.ctypes.data),
+                )
+                if libc.mincore(*arguments):
+                    raise OSError(ctypes.get_errno(), "mincore", path)
+                resident, total = resident + int((pages & 1).sum()), total + len(pages)
+                del view  # else the map cannot be closed
+    return resident / max(total, 1)
+
+
+# ---- What a process uses, and what the others take from it.
+
+
+@dataclass(frozen=True)
+class Usage:
+    """CPU seconds since the start, of this process with its children, and of the whole machine."""
+
+    at: float
+    own: float
+    busy: float
+
+    @staticmethod
+    def now() -> "Usage":
+        user, nice, system, _, _, irq, softirq, steal = map(
+            int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+        )
+        own = sum(sum(map(int, stat[11:15])) for stat in family().values())
+        tick = os.sysconf("SC_CLK_TCK")
+        # Stolen time is what a virtual machine's host gave to others.
+        return Usage(time.perf_counter(), own / tick, (user + nice + system + irq + softirq + steal) / tick)
+
+    def since(self, start: "Usage") -> dict[str, float]:
+        seconds = self.at - start.at
+        own, busy = self.own - start.own, self.busy - start.busy
+        return {"seconds": seconds, "cpu_s": own, "foreign_cores": max(busy - own, 0.0) / seconds}
+
+
+def family() -> dict[int, list[str]]:
+    """The fields of /proc/PID/stat after the name, of this process and all that descend from it."""
+    stats = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                stats[int(entry.name)] = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+    own = {os.getpid()}
+    while more := {pid for pid, stat in stats.items() if int(stat[1]) in own} - own:
+        own |= more
+    return {pid: stats[pid] for pid in own}
+
+
+def memory_mib() -> float:
+    """Memory of this process and its children, what they share counted once and mapped files not at all."""
+    kib = 0
+    for pid in family():
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                    kib += int(line.split()[1])
+    return kib / 1024
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Return when other processes take less than QUIET cores, or after `patience` seconds."""
+    give_up = time.monotonic() + patience
+    while time.monotonic() < give_up:
+        start = Usage.now()
+        time.sleep(0.5)
+        if Usage.now().since(start)["foreign_cores"] < QUIET:
+            return
+
+
+# ---- One measurement: a process of its own.
+
+
+def open_design(name: str, task: Task) -> Iterator[Tensor | int]:
+    """The endless batches of a design; limits yield numbers of clips.
+
+    Raises:
+        ImportError: if its library is not installed.
+        ValueError: in one line, if its data cannot be read.
+    """
+    if name in OURS:
+        return ours(task, source_of(name))
+    if name in PEERS:
+        return peers.peer(name, task)
+    limit, source = (CPU_LIMITS | GPU_LIMITS)[name]
+    return limit(task, source)
+
+
+def our_loader(task: Task, source: str):
+    from dali_pipes.loader import ClipLoader  # here, so that no peer carries it
+
+    return ClipLoader(
+        load_index(task.list_of(source)),
+        task.sampler,
+        batch_size=task.batch_size,
+        size=task.size,
+        device=task.device,
+        num_threads=task.workers,
+        device_id=0 if task.device == "gpu" else None,
     )
 
-    def ours() -> Iterator:
-        return loader(epoch=0)
 
-    def field() -> Iterator:
-        dataset = FieldClips(index, plan, args.size, sampler.augmentation.colour)
-        order = [int(v) for v in plan.order]
-        data = DataLoader(dataset, args.batch_size, sampler=order, num_workers=workers, drop_last=True)
-        to_gpu = (lambda b: [t.cuda() for t in b]) if args.device == "gpu" else (lambda b: b)
-        return map(to_gpu, iter(data))
+def ours(task: Task, source: str) -> Iterator[Tensor]:
+    loader = our_loader(task, source)
+    for epoch in itertools.count():
+        for batch in loader(epoch):
+            yield batch.clips
 
-    designs: dict[str, Callable[[], Iterator]] = {f"dfer (DALI, {args.device})": ours, "field (PIL DataLoader)": field}
-    speeds = {name: [] for name in designs}
+
+def task_of(args: argparse.Namespace, folder: Path) -> Task:
+    sampler = ClipSampler(0, args.frames, augmentation=Augmentation(min_crop_area=args.min_crop_area))
+    return Task(folder, sampler, args.batch_size, args.size, args.threads, args.device, args.stem)
+
+
+def size_of(batch: Tensor | int) -> int:
+    return batch if isinstance(batch, int) else len(batch)
+
+
+def check_batch(batch: Tensor | int, task: Task) -> None:
+    if isinstance(batch, int):
+        return
+    shape = (task.batch_size, task.sampler.clip_length, 3, task.size, task.size)
+    kind = (tuple(batch.shape), batch.dtype, batch.device.type)
+    wanted = (shape, torch.float32, "cuda" if task.device == "gpu" else "cpu")
+    assert kind == wanted and batch.isfinite().all(), f"a batch is {kind}, not {wanted}, or not finite"
+
+
+def wait_for_gpu(task: Task) -> None:
+    if task.device == "gpu":
+        torch.cuda.synchronize()
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Record:
+    """Time a design for at least `seconds`, in whole turns of its workers, whose batches come in bursts."""
+    task = task_of(args, folder)
+    began = time.perf_counter()
+    batches = open_design(args.design, task)
+    check_batch(next(batches), task)
+    wait_for_gpu(task)
+    first_batch_s = time.perf_counter() - began
+    warmup = max(args.warmup, 2 * task.workers)
+    left = len(task.index) // task.batch_size - warmup  # batches of the first epoch
+    if args.cold and left < task.workers:
+        raise ValueError(f"--cold: {len(task.index)} clips end within the warm-up of {warmup} batches; raise --clips")
+    for _ in range(warmup - 1):
+        next(batches)
+    wait_for_gpu(task)
+    start, clips = Usage.now(), 0
+    while True:
+        clips += sum(size_of(next(batches)) for _ in range(task.workers))
+        left -= task.workers
+        # What an epoch has read is no longer cold.
+        if time.perf_counter() - start.at >= args.seconds or (args.cold and left < task.workers):
+            break
+    wait_for_gpu(task)
+    used = Usage.now().since(start)
+    return {"clips_per_s": clips / used["seconds"], "clips": clips, "first_batch_s": first_batch_s,
+            "memory_mib": memory_mib(), **used}  # fmt: skip
+
+
+def soak(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Memory after each epoch, for some minutes."""
+    task = task_of(args, folder)
+    per_epoch = len(task.index) // task.batch_size * task.batch_size
+    stop = time.monotonic() + 60 * args.soak
+    memory, clips = [], 0
+    began = time.perf_counter()
+    for batch in open_design(args.design, task):
+        clips += size_of(batch)
+        if clips >= per_epoch * (len(memory) + 1):
+            memory.append(memory_mib())
+            if time.monotonic() > stop and len(memory) >= 4:
+                break
+    return {"memory_mib": memory, "clips_per_s": [clips / (time.perf_counter() - began)], "epoch_clips": [per_epoch]}
+
+
+def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """The trainer's own loop on the loader's batches and on one batch that lies there, in turn."""
+    import train
+    from dfer import distributed
+    from dfer.config import Config, DataConfig, RunConfig
+    from dfer.logger import Logger
+    from dfer.metrics import Throughput
+    from dfer.optim import build_optimizer
+
+    task = task_of(args, folder)
+    world = distributed.setup("cuda" if args.device == "gpu" else "cpu")
+    data = DataConfig(size=args.size, num_segments=args.frames, batch_size=args.batch_size)
+    config = Config(data=data, run=RunConfig(compile=args.compile, wandb="off"))
+    model = train.build_model(config.model, args.frames).to(world.device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config.optim.optimizer, config.optim.lr, config.optim.weight_decay)
+    if config.run.compile:
+        model.compile()
+    amp = train.amp_dtype(config, world)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=False)
+    logger = Logger(None, config, 1)
+    loader = our_loader(task, source_of(args.design))
+    loaded = (batch for epoch in itertools.count() for batch in loader(epoch))
+    synthetic = itertools.repeat(next(loaded))
+
+    def run(batches: Iterator, steps: int) -> tuple[float, float]:
+        """(clips/s, share of the time that the loop waited for a batch)."""
+        throughput = Throughput()
+        wait_for_gpu(task)
+        began = time.perf_counter()
+        train.train_one_epoch(
+            model, lambda epoch: batches, None, 0, steps, 10**6, optimizer, scaler, None, amp, config, world, logger,
+            throughput,
+        )  # fmt: skip
+        wait_for_gpu(task)
+        speed = steps * args.batch_size / (time.perf_counter() - began)
+        return speed, throughput.read()["data_wait_share"]
+
+    run(synthetic, 3)  # compilation, choice of algorithms
+    steps = max(4, round(args.seconds * run(synthetic, 3)[0] / args.batch_size))
+    result = {"clips_per_s": [], "synthetic_clips_per_s": [], "data_wait_share": []}
+    start = Usage.now()
     for number in range(args.rounds):
-        for name in list(designs) if number % 2 == 0 else reversed(designs):  # no design always goes first
-            speeds[name].append(clips_per_s(designs[name](), num_batches, args.warmup, args.batch_size))
-            print(f"round {number + 1}/{args.rounds}  {name}: {speeds[name][-1]:.1f} clips/s", file=sys.stderr)
+        for batches in (synthetic, loaded) if number % 2 == 0 else (loaded, synthetic):
+            run(batches, 3)  # uses up what was loaded ahead while the other was at work
+            speed, share = run(batches, steps)
+            if batches is synthetic:
+                result["synthetic_clips_per_s"].append(speed)
+            else:
+                result["clips_per_s"].append(speed)
+                result["data_wait_share"].append(share)
+    pairs = zip(result["clips_per_s"], result["synthetic_clips_per_s"], strict=True)
+    foreign = [Usage.now().since(start)["foreign_cores"]]
+    return result | {
+        "fraction_of_synthetic": [a / b for a, b in pairs], "steps": [steps], "foreign_cores": foreign
+    }  # fmt: skip
 
-    first, second = speeds.values()
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
-    console = Console()
-    table = Table(title=f"{args.frames} frames of {args.size} px, batch {args.batch_size}, {workers} cores")
-    for column in ("loader", "clips/s (median)", "min", "max"):
-        table.add_column(column, justify="left" if column == "loader" else "right")
-    for name, values in speeds.items():
-        table.add_row(name, *(f"{f(values):.1f}" for f in (statistics.median, min, max)))
-    console.print(table)
-    console.print(f"ratio, median of {len(ratios)} pairs: {statistics.median(ratios):.2f} "
-                  f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
-    if args.json:
-        report = {
-            "command": " ".join(["python", "benchmarks/loader_speed.py", *sys.argv[1:]]),
-            "settings": {k: str(v) for k, v in vars(args).items() if k != "json"},
-            "machine": {
-                "cores": workers,
-                "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-            },
-            "clips_per_s": speeds,
-            "ratio": {"median": statistics.median(ratios), "all": ratios},
+
+def child(args: argparse.Namespace) -> int:
+    """Measure one design and print the record as a line of JSON; what is wrong is one line too."""
+    try:
+        folder = args.folder or prepare_frames(args.list, args.root, args.clips, args.cache)
+        for source in sources_needed(args.design):
+            prepare(folder, source)
+        work = soak if args.soak else starve if args.starve else measure
+        print(json.dumps(work(args, folder)))
+        return 0
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in peers.LIBRARIES:
+            raise  # it is ours that is broken
+        hint = error.msg if error.msg.startswith("needs ") else BENCH_HINT
+        print(f"not installed: {error.name}: {hint}", file=sys.stderr)
+    except ValueError as error:
+        print(f"loader_speed.py: {shown(error)}", file=sys.stderr)
+    return 2
+
+
+# ---- Many measurements: in turns, each on a quiet machine.
+
+
+@dataclass(frozen=True)
+class Case:
+    """A design under some settings: one row of a table."""
+
+    name: str
+    design: str
+    folder: Path
+    options: Mapping[str, object]  # what differs from the common settings
+    indexes: tuple[Path, ...] = ()  # deleted before the runs of the first round: how long does a new list take?
+
+
+@dataclass
+class Results:
+    records: dict[str, list[Record]]  # by case, one a round
+    failed: dict[str, str]  # by case: why it cannot run here
+
+    def values(self, name: str, key: str = "clips_per_s") -> list[float]:
+        return [record[key] for record in self.records.get(name, [])]
+
+    def ratios(self, name: str, others: Sequence[str]) -> list[float]:
+        """Round by round: a case over the best of the others that ran."""
+        rounds = [self.values(other) for other in others if self.records.get(other)]
+        if not rounds or not self.records.get(name):
+            return []
+        return [a / max(b) for a, *b in zip(self.values(name), *rounds, strict=True)]
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1].removeprefix("loader_speed.py: ")
+
+
+def sources_needed(design: str) -> list[str]:
+    """What must lie in the folder for a design to run."""
+    limits = CPU_LIMITS | GPU_LIMITS
+    return [limits[design][1] if design in limits else source_of(design)]
+
+
+def run_child(args: argparse.Namespace, case: Case) -> dict:
+    """Run a case in a process of its own and return what it printed.
+
+    Raises:
+        ValueError: with the reason, if it fails.
+    """
+    names = (
+        "frames",
+        "size",
+        "batch_size",
+        "threads",
+        "min_crop_area",
+        "device",
+        "seconds",
+        "warmup",
+        "rounds",
+        "stem",
+    )
+    settings = {name: getattr(args, name) for name in names} | dict(case.options)
+    command = [sys.executable, __file__, "--design", case.design, "--folder", str(case.folder)]
+    for name, value in settings.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    command += [f"--{name}" for name in ("cold", "starve", "compile") if getattr(args, name)]
+    command += ["--soak", str(args.soak)] if args.soak else []
+    limit_s = 600 + 20 * args.seconds * args.rounds + 60 * (args.soak or 0)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"still not done after {limit_s / 60:.0f} minutes: ended") from None
+    if done.returncode:
+        raise ValueError(last_line(done.stderr))
+    return json.loads(last_line(done.stdout))
+
+
+def run_all(args: argparse.Namespace, cases: Sequence[Case], rounds: int) -> Results:
+    """Every case once a round, forwards and backwards in turn."""
+    results = Results({}, {})
+    for case in cases:
+        for source in sources_needed(case.design):
+            try:
+                prepare(case.folder, source)
+            except ValueError as error:
+                results.failed[case.name] = str(error)
+    if not args.cold:
+        places = {
+            (case.folder, s) for case in cases if case.name not in results.failed for s in sources_needed(case.design)
         }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        for folder, source in sorted(places):
+            warm(files_of(folder, source))
+    for number in range(rounds):
+        for case in cases if number % 2 == 0 else reversed(cases):
+            if case.name in results.failed:
+                continue
+            try:
+                record = run_quietly(args, case, new=number == 0)
+            except ValueError as error:
+                results.failed[case.name] = str(error)
+                results.records.pop(case.name, None)
+                print(f"{case.name}: {shown(error)}", file=sys.stderr)
+                continue
+            results.records.setdefault(case.name, []).append(record)
+            speed, foreign = record["clips_per_s"], record["foreign_cores"]
+            print(f"round {number + 1}/{rounds}  {case.name}: {speed:,.1f} clips/s (others: {foreign:.2f} cores)",
+                  file=sys.stderr, flush=True)  # fmt: skip
+    return results
+
+
+def run_quietly(args: argparse.Namespace, case: Case, new: bool) -> Record:
+    """The least disturbed of up to 1 + REPEATS runs, the first that was not disturbed."""
+    records = []
+    for _ in range(1 + REPEATS):
+        wait_for_quiet(args.patience)
+        for index in case.indexes if new else ():
+            index.unlink(missing_ok=True)
+        cold = {}
+        if args.cold:
+            cold["resident"] = chill([f for s in sources_needed(case.design) for f in files_of(case.folder, s)])
+        records.append(run_child(args, case) | cold)
+        if records[-1]["foreign_cores"] <= QUIET or not args.patience:
+            break
+    return min(records, key=lambda record: record["foreign_cores"]) | {"runs": len(records)}
+
+
+# ---- The comparison.
+
+
+def limits_of(device: str, source: str) -> list[str]:
+    return (CPU_LIMITS_OF if device == "cpu" else GPU_LIMITS_OF)[source]
+
+
+def compare(args: argparse.Namespace, folder: Path) -> dict:
+    """Measure the designs and return the report."""
+    limits = CPU_LIMITS if args.device == "cpu" else GPU_LIMITS
+    designs = args.designs or [*OURS, *(PEERS if args.peers else [REFERENCE]), *limits]
+    results = run_all(args, [Case(name, name, folder, {}) for name in designs], args.rounds)
+
+    ratios = {}
+    for key, source in RATIOS.items():
+        rivals = [p for p in PEERS if source_of(p) == "video"] if key == "video" else [REFERENCE]
+        ratios[key] = results.ratios(f"dfer-{source}", rivals)
+    of_limit = {key: results.ratios(f"dfer-{s}", limits_of(args.device, s)) for key, s in RATIOS.items()}
+    return {
+        "clips_per_s": {name: results.values(name) for name in designs if name in results.records},
+        "ratios": {key: statistics.median(values) if values else None for key, values in ratios.items()},
+        "ratios_by_round": ratios,
+        "of_limit": {key: statistics.median(values) if values else None for key, values in of_limit.items()},
+        "failed": results.failed,
+        "runs": results.records,
+    }
+
+
+def table_of(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def print_comparison(args: argparse.Namespace, report: dict, console: Console) -> None:
+    results = Results(report["runs"], report["failed"])
+    table = table_of("clips/s", "design", "median", "min", "max", f"x {REFERENCE}", "of its limit")
+    sections = [[name for name in (*OURS, *PEERS) if source_of(name) == source] for source in SOURCES]
+    known = report["clips_per_s"].keys() | report["failed"].keys()
+    for names in (*sections, CPU_LIMITS | GPU_LIMITS):
+        for name in names:
+            if name in report["failed"]:
+                table.add_row(name, "-")
+            elif name in known:
+                speeds = results.values(name)
+                cells = [f"{f(speeds):,.1f}" for f in (statistics.median, min, max)]
+                ratio = results.ratios(name, [REFERENCE])
+                cells.append(f"{statistics.median(ratio):.2f}" if ratio else "-")
+                share = (
+                    [] if name.startswith("limit") else results.ratios(name, limits_of(args.device, source_of(name)))
+                )
+                cells.append(f"{100 * statistics.median(share):.0f} %" if share else "-")
+                table.add_row(name, *cells)
+        table.add_section()
+    console.print(table)
+
+
+def draw(path: Path, report: dict) -> None:
+    """Bars of clips/s for each kind of storage: ours, the best peer, the field's way; a line at the limit."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    def median(name: str) -> float:
+        return statistics.median(report["clips_per_s"].get(name) or [0.0])
+
+    def best(names: Iterable[str]) -> tuple[float, str]:
+        return max(((median(name), name) for name in names), default=(0.0, ""))
+
+    device, reference = report["settings"]["device"], median(REFERENCE)
+    shown_sources = [source for source in SOURCES if median(f"dfer-{source}")]
+    rivals = {s: best(n for n in PEERS if source_of(n) == s and n != REFERENCE) for s in shown_sources}
+    limits = {source: best(limits_of(device, source)) for source in shown_sources}
+    tallest = max([median(f"dfer-{s}") for s in shown_sources] + [r[0] for r in rivals.values()] + [reference, 1e-9])
+    # A limit far above all bars would flatten them: it is written at the edge instead.
+    top = 1.15 * max([tallest] + [limit for limit, _ in limits.values() if limit < 2.5 * tallest])
+
+    figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
+    width, ticks = 0.27, []
+    for x, source in enumerate(shown_sources):
+        bars = [(median(f"dfer-{source}"), "#1b6ca8", "dfer"), (rivals[source][0], "#e39b3b", "best peer")]
+        bars.append((reference, "#9a9a9a", "Pillow DataLoader, JPEG frames"))
+        for offset, (height, colour, label) in zip((-width, 0, width), bars, strict=True):
+            if height:
+                axes.bar(x + offset, height, 0.94 * width, color=colour, label=label)
+                axes.text(x + offset, height + 0.01 * top, f"{height:,.0f}", ha="center", va="bottom", fontsize=9)
+        peer = rivals[source][1].removesuffix(f"-{source}")
+        ticks.append(f"{source}\n(peer: {peer})" if peer else source)
+        limit, name = limits[source]
+        if limit:
+            beyond = limit > top
+            axes.hlines(
+                min(limit, top), x - 1.6 * width, x + 1.6 * width, "black", ":" if beyond else "-", label="limit"
+            )
+            text = f"{name.removeprefix('limit-')} {limit:,.0f}{' (off the scale)' if beyond else ''}"
+            axes.annotate(text, (x, min(limit, top)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(range(len(shown_sources)), ticks)
+    axes.set_ylabel("clips/s")
+    axes.set_ylim(0, 1.08 * top)
+    axes.set_title(headline(report), fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # one of each label
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, format=path.suffix[1:], dpi=150)
+    os.replace(partial, path)
+
+
+# ---- The other questions: growth, starvation, memory.
+
+
+def growth_cases(args: argparse.Namespace, folder: Path) -> list[Case]:
+    """The designs over the values of an axis.
+
+    Raises:
+        ValueError: in one line, if lists cannot be made.
+    """
+    threads = sorted({2**i for i in range(CORES.bit_length())} | {CORES})
+    axes = {
+        "batch": ("batch_size", [2, 4, 8, 16, 32, 64]),
+        "frames": ("frames", [8, 16, 32]),
+        "size": ("size", [64, 112, 224]),
+        "threads": ("threads", [n for n in threads if n <= CORES]),
+        "clip-length": (None, [20, 40, 80, 160, 320]),
+        "list-length": (None, [100, 1_000, 10_000, 100_000]),
+    }
+    option, values = axes[args.growth]
+    cases = []
+    for design in args.designs or ["dfer-frames"]:
+        for value in values:
+            place, options, lists = folder, {option: value} if option else {}, []
+            if args.growth == "clip-length":
+                place = linked_clips(folder, value)
+                lists = [place / "frames.txt"]
+            elif args.growth == "list-length":
+                for source in dict.fromkeys(["frames", *sources_needed(design)]):
+                    prepare(folder, source)
+                    lists.append(repeat_list(folder if source == "frames" else folder / source, value))
+                options = {"stem": f"list-{value}"}
+            indexes = tuple(Path(f"{path}.index.npz") for path in lists)
+            cases.append(Case(f"{design} {value}", design, place, options, indexes))
+    return cases
+
+
+def linked_clips(folder: Path, num_frames: int) -> Path:
+    """A folder of 64 clips that are `num_frames` long: hard links to frames of the data, over and over."""
+    target = folder / f"clips-of-{num_frames}"
+    if not (target / "frames.txt").exists():
+        index = load_index(folder / "frames.txt")
+        rows = []
+        for video in range(min(64, len(index))):
+            clip = target / "clips" / f"{video:05d}"
+            shutil.rmtree(clip, ignore_errors=True)
+            clip.mkdir(parents=True)
+            for frame in range(num_frames):
+                source = index.frame_path(video, frame % int(index.num_frames[video]))
+                try:
+                    os.link(os.path.realpath(source), clip / f"{frame:05d}{Path(source).suffix}")
+                except OSError as error:
+                    raise ValueError(
+                        f"cannot link {source} into {clip} ({error.strerror}): put --cache on the disk of the frames"
+                    ) from None
+            rows.append((f"clips/{clip.name}", num_frames, int(index.labels[video])))
+        write_annotations(target / "frames.txt", rows)
+    return target
+
+
+def repeat_list(folder: Path, length: int) -> Path:
+    """Beside frames.txt a list of `length` rows, the same ones over and over."""
+    lines = (folder / "frames.txt").read_text().splitlines()
+    header = [line for line in lines if line.startswith("#") and "sha256:" not in line]
+    rows = [line for line in lines if not line.startswith("#")]
+    path = folder / f"list-{length}.txt"
+    text = "\n".join([*header, *itertools.islice(itertools.cycle(rows), length)])
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(f"{text}\n")
+    os.replace(partial, path)
+    return path
+
+
+def grow(args: argparse.Namespace, folder: Path, console: Console) -> dict:
+    cases = growth_cases(args, folder)
+    results = run_all(args, cases, args.rounds)
+    title = f"{args.growth}: clips/s, seconds from nothing to the first batch of a new and of a known list, MiB"
+    table = table_of(title, f"design, {args.growth}", "median", "min", "max", "new list", "known list", "memory")
+    for case in cases:
+        if case.name in results.failed:
+            table.add_row(case.name, "-")
+            continue
+        speeds, first = results.values(case.name), results.values(case.name, "first_batch_s")
+        cells = [f"{f(speeds):,.1f}" for f in (statistics.median, min, max)]
+        known = first[1:] if case.indexes else first
+        cells += [f"{first[0]:.2f}" if case.indexes else "-", f"{statistics.median(known):.2f}" if known else "-"]
+        table.add_row(case.name, *cells, f"{statistics.median(results.values(case.name, 'memory_mib')):,.0f}")
+    console.print(table)
+    return {"growth": args.growth, "clips_per_s": {c.name: results.values(c.name) for c in cases},
+            "failed": results.failed, "runs": results.records}  # fmt: skip
+
+
+def each(args: argparse.Namespace, folder: Path, designs: Sequence[str]) -> tuple[dict, dict]:
+    """What one process tells of each design, and why others cannot."""
+    found, failed = {}, {}
+    for design in designs:
+        print(design, file=sys.stderr)
+        try:
+            for source in sources_needed(design):
+                prepare(folder, source)
+                warm(files_of(folder, source))
+            wait_for_quiet(args.patience)
+            found[design] = run_child(args, Case(design, design, folder, {}))
+        except ValueError as error:
+            failed[design] = str(error)
+    return found, failed
+
+
+def starve_all(args: argparse.Namespace, folder: Path, console: Console) -> dict:
+    found, failed = each(args, folder, args.designs or OURS)
+    title = f"training beside the loader, {args.frames} x {args.size} px, batch {args.batch_size}: medians"
+    table = table_of(
+        title, "design", "clips/s", "on one synthetic batch", "fraction of synthetic", "data wait", "steps a run"
+    )
+    for design, record in found.items():
+        speed, synthetic, fraction, wait, steps = (
+            statistics.median(record[key])
+            for key in ("clips_per_s", "synthetic_clips_per_s", "fraction_of_synthetic", "data_wait_share", "steps")
+        )
+        table.add_row(
+            design, f"{speed:,.1f}", f"{synthetic:,.1f}", f"{fraction:.3f}", f"{100 * wait:.1f} %", f"{steps:.0f}"
+        )
+    for design in failed:
+        table.add_row(design, "-")
+    console.print(table)
+    return {"starve": found, "failed": failed}
+
+
+def soak_all(args: argparse.Namespace, folder: Path, console: Console) -> dict:
+    found, failed = each(args, folder, args.designs or ["dfer-frames"])
+    title = "memory after each epoch, in MiB, without mapped files"
+    table = table_of(title, "design", "epochs", "first", "middle", "last", "slope an epoch", "per 1,000 clips")
+    for design, record in found.items():
+        memory = record["memory_mib"]
+        record["slope_mib_per_epoch"] = slope = settled_slope(memory)
+        cells = [f"{m:,.1f}" for m in (memory[0], memory[len(memory) // 2], memory[-1])]
+        per_clip = 1000 * slope / record["epoch_clips"][0]
+        table.add_row(design, str(len(memory)), *cells, f"{slope:+.3f}", f"{per_clip:+.3f}")
+    for design in failed:
+        table.add_row(design, "-")
+    console.print(table)
+    return {"soak": found, "failed": failed}
+
+
+def settled_slope(memory: Sequence[float]) -> float:
+    """MiB an epoch by least squares, without the first third, in which buffers find their size."""
+    settled = memory[len(memory) // 3 :]
+    return float(np.polyfit(np.arange(len(settled)), settled, 1)[0])
+
+
+# ---- The command line.
+
+
+def machine() -> dict:
+    """What the figures depend on."""
+    names = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "opencv-python-headless", "pillow", "av", "decord")
+    versions = {}
+    for name in (*names, "torchcodec", "webdataset", "simplejpeg"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cores": CORES,
+        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def describe_data(args: argparse.Namespace, folder: Path) -> dict:
+    index, paths = load_index(folder / "frames.txt"), files_of(folder, "frames")
+    return {
+        "list": str(args.list),
+        "clips": len(index),
+        "mean_frames": float(index.num_frames.mean()),
+        "min_frames": int(index.num_frames.min()),
+        "max_frames": int(index.num_frames.max()),
+        "mean_bytes_per_frame": sum(map(os.path.getsize, paths)) / len(paths),
+    }
+
+
+def headline(report: dict) -> str:
+    settings, data = report["settings"], report["data"]
+    return (
+        f"{settings['frames']} of {data['mean_frames']:.1f} frames ({data['min_frames']} to {data['max_frames']}; "
+        f"{data['mean_bytes_per_frame'] / 1000:.1f} kB each), {data['clips']:,} clips, crops from "
+        f"{settings['min_crop_area']:g} of the area, {settings['size']} px float32\n"
+        f"batch {settings['batch_size']}, {settings['threads']} threads or workers on "
+        f"{report['machine']['cores']} cores, {settings['device']}, "
+        f"{'cold files' if settings['cold'] else 'files in memory'}"
+    )
+
+
+def print_caveats(args: argparse.Namespace, report: dict, console: Console) -> None:
+    for name, reason in report["failed"].items():
+        console.print(f"{name}: {escape(shown(reason))}", soft_wrap=True)
+    runs = [record for records in report.get("runs", {}).values() for record in records]
+    runs += [{"foreign_cores": record["foreign_cores"][0]} for record in report.get("starve", {}).values()]
+    disturbed = sum(record["foreign_cores"] > QUIET for record in runs)
+    if disturbed:
+        worst = max(record["foreign_cores"] for record in runs)
+        console.print(
+            f"NOT QUIET: in {disturbed} of {len(runs)} runs other processes took more than {QUIET} cores (up to "
+            f"{worst:.2f}); do not quote these figures"
+        )
+    if args.cold and report.get("runs"):
+        console.print(
+            f"cold: at most {100 * max(run['resident'] for run in runs):.1f} % of a design's pages were in memory when "
+            "it started; caches of the disk itself and of a virtual machine's host are out of reach"
+        )
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("loader_speed.py", __doc__)
+    known = [*OURS, *PEERS, *(CPU_LIMITS | GPU_LIMITS)]
+
+    def designs(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"no design {name!r}; there are {', '.join(known)}")
+        return list(dict.fromkeys(names))
+
+    def picture(text: str) -> Path:
+        if Path(text).suffix not in (".svg", ".png"):
+            raise argparse.ArgumentTypeError(f"{text!r} does not end in .svg or .png")
+        return Path(text)
+
+    whole, number = lambda low, high: in_range(int, low, high), lambda low, high: in_range(float, low, high)
+    data = parser.add_argument_group("data")
+    data.add_argument("--list", type=Path, default=Path("data/faces/train.txt"), help="a list of folders of frames")
+    data.add_argument("--root", type=Path, help="where its relative paths start")
+    data.add_argument("--clips", type=whole(1, 10**7), default=400, help="how many of them, evenly spaced (400)")
+    data.add_argument("--cache", type=Path, default=Path("data/bench"), help="where they are packed, once (data/bench)")
+    data.add_argument("--cold", action="store_true", help="drop the files from memory before each run")
+    work = parser.add_argument_group("the work")
+    work.add_argument("--frames", type=whole(1, 1024), help="of a clip (16)")
+    work.add_argument("--size", type=whole(8, 2048), help="px of a clip (112)")
+    work.add_argument("--batch-size", type=whole(1, 4096), default=16, help="clips (16)")
+    work.add_argument("--threads", type=whole(1, 1024), default=CORES, help="or worker processes (the cores)")
+    work.add_argument("--min-crop-area", type=number(0.01, 1), default=0.08, help="share of a frame (0.08)")
+    work.add_argument("--device", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
+    run = parser.add_argument_group("the measurement")
+    run.add_argument("--designs", type=designs, help="only these, with commas between")
+    run.add_argument("--peers", action="store_true", help="all peers, not the field's own way alone")
+    run.add_argument("--rounds", type=whole(1, 1000), default=3)
+    run.add_argument("--seconds", type=number(0.01, 3600), default=5.0, help="at least, of each run (5)")
+    run.add_argument("--warmup", type=whole(1, 10**6), default=4, help="batches before the clock starts (4)")
+    run.add_argument("--patience", type=number(0, 86400), default=30.0,
+                     help="seconds that a run waits for a quiet machine; 0: no wait and no repeats (30)")  # fmt: skip
+    run.add_argument("--json", type=Path, help="write all figures here")
+    run.add_argument("--plot", type=picture, metavar="FILE.svg|png", help="draw clips/s by kind of storage")
+    other = parser.add_argument_group("other questions").add_mutually_exclusive_group()
+    other.add_argument("--starve", action="store_true", help="train beside the loader; see also --compile")
+    axes = ("batch", "frames", "size", "threads", "clip-length", "list-length")
+    other.add_argument("--growth", choices=axes, help="the designs over values of this")
+    other.add_argument("--soak", type=number(0.001, 10**5), metavar="MINUTES", help="memory after each epoch")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model that --starve trains")
+    parser.add_argument("--design", choices=known, metavar="NAME", help="one measurement here, as a line of JSON")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of data that lie there, for --design
+    parser.add_argument("--stem", default="frames", help=argparse.SUPPRESS)  # of the lists in it
+    args = parser.parse_args(arguments)
+    # The model on a CPU is slow: as the preset `faces` there.
+    small = args.starve and args.device == "cpu"
+    args.frames, args.size = args.frames or (8 if small else 16), args.size or (48 if small else 112)
+    if args.device == "gpu" and not torch.cuda.is_available():
+        parser.error("--device gpu: no NVIDIA GPU is visible here")
+    for path in filter(None, (args.json, args.plot)):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            parser.error(f"{path}: cannot be written: {'a folder' if path.is_dir() else 'its folder is missing'}")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error(f"--plot needs matplotlib: {BENCH_HINT}")
+    if args.cold and (args.starve or args.soak):
+        parser.error("--cold is for the comparison and for --growth: what was read once is no longer cold")
+    if args.plot and (args.starve or args.growth or args.soak):
+        parser.error("--plot draws the comparison, not --starve, --growth or --soak")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    if args.design:
+        return child(args)
+    try:
+        folder = prepare_frames(args.list, args.root, args.clips, args.cache)
+        data = describe_data(args, folder)
+    except ValueError as error:
+        print(f"loader_speed.py: {shown(error)}", file=sys.stderr)
+        return 2
+    if args.batch_size > data["clips"]:
+        print(f"loader_speed.py: {shown(args.list)}: {data['clips']} clips do not fill a batch of {args.batch_size}; "
+              "lower --batch-size", file=sys.stderr)  # fmt: skip
+        return 2
+    hidden = ("json", "plot", "design", "folder", "stem")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in hidden}
+    words = sys.argv[1:] if arguments is None else arguments
+    report = {
+        "command": " ".join(["python", "benchmarks/loader_speed.py", *words]),
+        "settings": settings,
+        "machine": machine(),
+        "data": data,
+    }
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(escape(headline(report)))
+    if args.growth:
+        report |= grow(args, folder, console)
+    elif args.starve:
+        report |= starve_all(args, folder, console)
+    elif args.soak:
+        report |= soak_all(args, folder, console)
+    else:
+        report |= compare(args, folder)
+        print_comparison(args, report, console)
+    print_caveats(args, report, console)
+    if args.json:
+        partial = args.json.with_name(f"{args.json.name}.partial")
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(partial, args.json)
+    if args.plot:
+        draw(args.plot, report)
+    broken = [name for name in report["failed"] if name.startswith("dfer-")]
+    return 1 if broken else 0  # a peer may be missing, but ours must run
 
 
 if __name__ == "__main__":
-    parser = Parser("loader_speed", __doc__)
-    parser.add_argument("--list", type=Path, default=Path("data/faces/train.txt"))
-    parser.add_argument("--root", type=Path)
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--size", type=int, default=112)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=20, help="timed batches per run")
-    parser.add_argument("--warmup", type=int, default=4, help="batches before the clock starts")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    try:
-        main(parser.parse_args())
-    except ValueError as error:
-        print(f"loader_speed.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

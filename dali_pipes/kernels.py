@@ -167,7 +167,8 @@ def _triangles(source, size, mirror):
     """
     scale = source / size
     support = max(scale, 1.0)
-    taps = min(2 * math.ceil(support), source)
+    reach = 2 * math.ceil(support)
+    taps = min(reach, source)
     taps += taps % 2
     first = np.empty(size, np.int64)
     weights = np.zeros((size, taps), np.float32)
@@ -178,11 +179,13 @@ def _triangles(source, size, mirror):
         o = size - 1 - i if mirror else i
         first[o] = begin
         total = 0.0
-        for j in range(low, low + 2 * math.ceil(support)):
-            total += max(1 - abs(j - centre) / support, 0.0)
-        for j in range(low, low + 2 * math.ceil(support)):
-            weight = max(1 - abs(j - centre) / support, 0.0) / total
+        for j in range(low, low + reach):
+            weight = max(1 - abs(j - centre) / support, 0.0)
             weights[o, min(max(j, 0), source - 1) - begin] += np.float32(weight)
+            total += weight
+        scale_down = np.float32(1 / total)
+        for k in range(taps):
+            weights[o, k] *= scale_down
     return first, weights
 
 

@@ -94,7 +94,7 @@ def main(config: Config) -> None:
     try:
         num_parameters = sum(p.numel() for p in model.parameters())
         logger.say(
-            f"{config.preset}: {len(train_index)} train and {len(val_index)} validation clips, "
+            f"{config.preset}: {len(train_index)} train and {len(val_index)} validation clips ({train_index.source}), "
             f"{train_loader.sampler.clip_length} frames of {config.data.size} px; {config.model.name} with "
             f"{num_parameters / 1e6:.1f} M parameters on {world.size} x {world.device.type}"
         )
@@ -294,6 +294,7 @@ def build_loader(config: Config, index: ClipIndex, mode: str, world: World) -> C
         batch_size=data.batch_size,
         size=data.size,
         device="gpu" if gpu else "cpu",
+        jpeg_engine=data.jpeg_engine,
         cached=data.cache == "gpu",
         rank=world.rank,
         world_size=world.size,

@@ -50,7 +50,13 @@ def fused(kind: Input, max_frames: int, size: int, dtype: str, num_threads: int)
 
 
 def operators(
-    kind: Input, max_samples: int, size: int, num_threads: int, device: Literal["cpu", "gpu"], device_id: int | None
+    kind: Input,
+    max_samples: int,
+    size: int,
+    num_threads: int,
+    device: Literal["cpu", "gpu"],
+    device_id: int | None,
+    jpeg_engine: float,
 ) -> Pipeline:
     """Images, pixels or videos -> one batch of (size, size, 3) float32 pictures, from videos (T, size, size, 3).
 
@@ -65,7 +71,7 @@ def operators(
             frames = fn.decoders.image_slice(source, *crop, **_CROP)
         elif kind == "images":
             # The interpolating chroma upsampling that the CPU decoder uses too. Hints: no allocation while it runs.
-            hints = {"preallocate_width_hint": 256, "preallocate_height_hint": 256}
+            hints = {"preallocate_width_hint": 256, "preallocate_height_hint": 256, "hw_decoder_load": jpeg_engine}
             frames = fn.decoders.image(source, device=mixed, jpeg_fancy_upsampling=True, **hints)
             frames = fn.slice(frames, *crop, **_CROP)
         elif kind == "pixels":

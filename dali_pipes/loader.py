@@ -36,8 +36,9 @@ class ClipLoader:
         batch_size: clips per batch and rank.
         size: height and width of the clips in pixels.
         device: where clips end up, "cpu" or "gpu"; on "gpu" it decodes too (nvJPEG, NVDEC).
-        dtype: of the clips: float32, bfloat16, or uint8: colours rounded and clamped to 0..255, not normalised (CPU).
+        dtype: of the clips: float32, bfloat16, float16, or uint8: colours 0..255, not normalised (from the CPU kernel).
         graph: "fused" (our CPU kernel) or "operators" (DALI's); the default is what the device has.
+        jpeg_engine: share of the images that the GPU's JPEG engine decodes, where it has one; its cores do the others.
         cached: hold all pictures of a raw source in the device's memory; nothing is loaded after the start.
         patience: seconds to wait for storage or a decoder before giving up on it.
     """
@@ -52,6 +53,7 @@ class ClipLoader:
         device: Literal["cpu", "gpu"] = "cpu",
         dtype: torch.dtype = torch.float32,
         graph: Literal["fused", "operators"] | None = None,
+        jpeg_engine: float = 0.65,
         cached: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -77,11 +79,12 @@ class ClipLoader:
         self._recolour = _from_bt601(index) if self._source.kind == "videos" else None
         if self._graph == "fused":
             num_frames = batch_size * sampler.clip_length
-            self._pipeline = graphs.fused(self._source.kind, num_frames, size, _STORED_AS[dtype], num_threads)
+            self._pipeline = graphs.fused(self._source.kind, num_frames, size, _STORED_AS.get(dtype, "float32"), num_threads)
         else:
             self._repeat = 1 if self._source.kind == "videos" else sampler.clip_length
             num_samples = batch_size * self._repeat
-            self._pipeline = graphs.operators(self._source.kind, num_samples, size, num_threads, device, device_id)
+            kind = self._source.kind
+            self._pipeline = graphs.operators(kind, num_samples, size, num_threads, device, device_id, jpeg_engine)
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""

@@ -27,6 +27,8 @@ class DataConfig:
     """Where relative paths in the lists start; the list's own folder if not given."""
     source: Literal["auto", "frames", "video", "shards", "raw"] = "auto"
     """Where the clips are read from; auto = what the list points at."""
+    jpeg_engine: float = 0.65
+    """Share of the images that a GPU's JPEG engine decodes, where it has one; more frees cores, less may be faster."""
     cache: Literal["off", "gpu"] = "off"
     """gpu = hold the whole raw data set in GPU memory."""
     recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "m3dfel", "mae-dfer"] = "none"
@@ -281,6 +283,7 @@ def validate(config: Config) -> None:
         ("--data.num-segments", data.num_segments, 1, 1024),
         ("--data.frames-per-segment", data.frames_per_segment, 1, 64),
         ("--data.batch-size", data.batch_size, 1, 65536),
+        ("--data.jpeg-engine", data.jpeg_engine, 0.0, 1.0),
         ("--data.views", data.views, 1, 64),
         ("--data.augmentation.min-crop-area", augmentation.min_crop_area, 0.01, 1.0),
         ("--data.augmentation.max-crop-ratio", augmentation.max_crop_ratio, 1.0, 4.0),

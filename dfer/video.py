@@ -191,17 +191,17 @@ def read_frames(
     """
     counted = not key.any()
     names = (frames if counted else pts[frames]).tolist()
-    wanted = sorted(set(names))
-    found: dict[int, np.ndarray] = {}
+    taken = _Taken(set(names), matrix, full_range)
     if not counted:
         with contextlib.suppress(_Lost, BadVideo, av.FFmpegError, OSError):  # if it is not our doing, it will recur
-            found = _read_some(path, pts[key], wanted, matrix, full_range)
-    if len(found) < len(wanted):
-        found = _read_all(path, wanted, counted, matrix, full_range)
+            _read_some(path, pts[key], taken)
+    if len(taken.frames) < len(taken.wanted):
+        taken = _Taken(set(names), matrix, full_range)
+        _read_all(path, counted, taken)
     for frame, name in zip(frames.tolist(), names, strict=True):
-        if name not in found:
+        if name not in taken.frames:
             raise BadVideo(f"frame {frame} does not come out of the decoder")
-    return [found[name] for name in names]
+    return [taken.frames[name] for name in names]
 
 
 def yuv_to_rgb(matrix: Matrix, full_range: bool) -> Float32[np.ndarray, "3 4"]:
@@ -279,7 +279,9 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
         num_frames, now = 0, -np.inf
         for packet in _packets(container, video, ends):
             for frame in packet.decode():
-                _check(frame)
+                if frame.is_corrupt:  # FFmpeg has patched over missing data
+                    raise BadVideo("damaged")
+                _check_size(frame)
                 # Raw streams have no times, broken ones stop the clock.
                 now = max(
                     num_frames / float(video.average_rate or 25) if frame.time is None else frame.time, now + 1e-3
@@ -291,65 +293,97 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
         _check_end(container, video, ends)
 
 
-def _read_all(
-    path: Path, wanted: list[int], counted: bool, matrix: Matrix, full_range: bool
-) -> dict[int, UInt8[np.ndarray, "rows width channels"]]:
-    """Those of the frames at the wanted times, or of these numbers, that come out if all before them are decoded."""
-    found = {}
+class _Taken:
+    """The wanted ones of the frames that come out of a decoder, as `read_frames` gives them.
+
+    What runs between two frames finds the processor's caches full of the decoder's data: each call counts.
+    """
+
+    def __init__(self, wanted: set[int], matrix: Matrix, full_range: bool) -> None:
+        self.wanted = wanted  # presentation times, or numbers where those are no use
+        self.frames: dict[int, UInt8[np.ndarray, "rows width channels"]] = {}
+        self._colours = matrix, full_range
+        self._looks: tuple = ()
+        self._parts: tuple[UInt8[np.ndarray, "T _ _"], ...] = ()  # Y, U and V of all frames; none of RGB frames
+
+    def add(self, name: int, frame: av.VideoFrame) -> None:
+        if frame.is_corrupt:  # FFmpeg has patched over missing data
+            raise BadVideo("damaged")
+        if name not in self.wanted:
+            return
+        looks = frame.format.name, frame.height, frame.width, frame.colorspace, frame.color_range, frame.rotation
+        if looks != self._looks:
+            self._looks = looks
+            self._prepare(frame)
+        if not self._parts:
+            pixels = VideoReformatter().reformat(frame, **TO_RGB).to_ndarray()
+            matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+            self.frames[name] = np.array(_upright(Image.fromarray(pixels), matrix))
+            return
+        place = len(self.frames)
+        for plane, part in zip(frame.planes, self._parts, strict=True):
+            part[place] = np.ndarray(part.shape[1:], np.uint8, plane, 0, (plane.line_size, 1))  # its rows are padded
+        self.frames[name] = self._planar[place]
+
+    def _prepare(self, frame: av.VideoFrame) -> None:
+        _check_size(frame)
+        height, width = frame.height, frame.width
+        self._parts = ()
+        if (
+            frame.format.name in PLANAR
+            and not height % 2
+            and not width % 2
+            and (MATRICES.get(frame.colorspace), _is_full_range(frame)) == self._colours
+            and _turn(frame.side_data.get(Type.DISPLAYMATRIX)) is None
+        ):
+            self._planar = np.empty((len(self.wanted), height * 3 // 2, width, 1), np.uint8)
+            chroma = self._planar[:, height:].reshape(-1, 2, height // 2, width // 2)
+            self._parts = self._planar[:, :height, :, 0], chroma[:, 0], chroma[:, 1]
+
+
+def _read_all(path: Path, counted: bool, taken: _Taken) -> None:
+    """Take the wanted frames out of all, which are counted if their times are no use."""
     for number, (_, frame) in enumerate(_decode(path)):
-        name = number if counted else frame.pts
-        if name in wanted:
-            found[name] = _pixels(frame, matrix, full_range)
-            if len(found) == len(wanted):
-                break
-    return found
+        taken.add(number if counted else frame.pts, frame)
+        if len(taken.frames) == len(taken.wanted):
+            break
 
 
-def _read_some(
-    path: Path, starts: Int64[np.ndarray, " K"], wanted: list[int], matrix: Matrix, full_range: bool
-) -> dict[int, UInt8[np.ndarray, "rows width channels"]]:
-    """Those of the frames at the wanted times that come out if only what they need is decoded."""
+def _read_some(path: Path, starts: Int64[np.ndarray, " K"], taken: _Taken) -> None:
+    """Take the wanted frames with no more decoded than what they need; there are keyframes at the times `starts`."""
     # What is shown from a keyframe on can be decoded from there; what is stored after it need not.
+    wanted = sorted(taken.wanted)
     runs: dict[int | None, list[int]] = {}
     for time, after in zip(wanted, np.searchsorted(starts, wanted, side="right").tolist(), strict=True):
         # Nothing is gained by looking for the first keyframe.
         runs.setdefault(int(starts[after - 1]) if after > 1 else None, []).append(time)
-    found = {}
     with _open(path, format=_format(path), container_options=QUICK) as container:
-        for frame in _frames(container, runs, set(wanted)):
-            _check(frame)
-            if frame.pts in wanted:
-                found[frame.pts] = _pixels(frame, matrix, full_range)
-    return found
-
-
-def _frames(
-    container: av.container.InputContainer, runs: dict[int | None, list[int]], wanted: set[int]
-) -> Iterator[av.VideoFrame]:
-    """Frames, those at the wanted times among them. `runs` says, for each keyframe to start at (None: where the file
-    begins), which times need it, all rising."""
-    video = _best_video(container)
-    decoder = video.codec_context
-    for stream in container.streams:
-        if stream is not video:
-            stream.discard = Discard.all
-    unwanted = "NONREF" if _can_skip(decoder) else "DEFAULT"
-    packets, sent = container.demux(video), {None}
-    for start, times in runs.items():
-        if start not in sent:  # else it went to the decoder with frames that are shown before it
-            yield from decoder.decode()  # what it still holds
-            container.seek(start, stream=video)
-            packets = itertools.dropwhile(functools.partial(_is_before, start), container.demux(video))
-        unsent = set(times) - sent
-        while unsent:
-            packet = next(packets)
-            if packet.is_corrupt or not packet.size:
-                raise _Lost
-            decoder.skip_frame = "DEFAULT" if packet.pts in wanted else unwanted
-            yield from decoder.decode(packet)
-            sent.add(packet.pts)
-            unsent.discard(packet.pts)
-    yield from decoder.decode()
+        video = _best_video(container)
+        for stream in container.streams:
+            if stream is not video:
+                stream.discard = Discard.all
+        decoder = video.codec_context
+        skip = "NONREF" if _can_skip(decoder) else "DEFAULT"
+        packets, sent = container.demux(video), {None}
+        for start, times in runs.items():
+            if start not in sent:  # else it went to the decoder with frames that are shown before it
+                for frame in decoder.decode():  # what it still holds
+                    taken.add(frame.pts, frame)
+                container.seek(start, stream=video)
+                packets = itertools.dropwhile(functools.partial(_is_before, start), container.demux(video))
+            unsent = set(times) - sent
+            while unsent:
+                packet = next(packets)
+                if packet.is_corrupt or not packet.size:
+                    raise _Lost
+                time = packet.pts
+                decoder.skip_frame = "DEFAULT" if time in taken.wanted else skip
+                for frame in decoder.decode(packet):
+                    taken.add(frame.pts, frame)
+                sent.add(time)
+                unsent.discard(time)
+        for frame in decoder.decode():
+            taken.add(frame.pts, frame)
 
 
 def _is_before(start: int, packet: av.Packet) -> bool:
@@ -417,33 +451,8 @@ def _format(path: Path) -> str | None:
     return "mov" if head[4:] == b"ftyp" else "matroska" if head[:4] == b"\x1a\x45\xdf\xa3" else None
 
 
-def _check(frame: av.VideoFrame) -> None:
-    if frame.is_corrupt:  # FFmpeg has patched over missing data
-        raise BadVideo("damaged")
-    _check_size(frame)
-
-
 def _is_full_range(frame: av.VideoFrame) -> bool:
     return frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-
-
-def _pixels(frame: av.VideoFrame, matrix: Matrix, full_range: bool) -> UInt8[np.ndarray, "rows width channels"]:
-    """A frame as `read_frames` gives it."""
-    height, width, rotation = frame.height, frame.width, frame.side_data.get(Type.DISPLAYMATRIX)
-    if (
-        frame.format.name not in PLANAR
-        or height % 2
-        or width % 2
-        or MATRICES.get(frame.colorspace) != matrix
-        or _is_full_range(frame) != full_range
-        or _turn(rotation) is not None
-    ):
-        return np.array(_upright(Image.fromarray(VideoReformatter().reformat(frame, **TO_RGB).to_ndarray()), rotation))
-    planar = np.empty((height * 3 // 2, width), np.uint8)
-    chroma = planar[height:].reshape(2, height // 2, width // 2)
-    for plane, part in zip(frame.planes, (planar[:height], *chroma), strict=True):
-        part[:] = np.ndarray(part.shape, np.uint8, plane, strides=(plane.line_size, 1))  # its rows are padded
-    return planar[:, :, None]
 
 
 def _check_size(picture: av.VideoCodecContext | av.VideoFrame) -> None:

@@ -217,14 +217,13 @@ def test_no_more_is_decoded_than_needed(tmp_path: Path, monkeypatch: pytest.Monk
     options = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:b-adapt=0:b-pyramid=none"}
     path = write(tmp_path / "v.mp4", options=options, pts=range(0, 40 * 200, 40))
     scan = scan_video(path)
-    frames_of, came = video._frames, []
+    add, came = video._Taken.add, []
 
-    def counting(*arguments: object) -> Iterator[av.VideoFrame]:
-        for frame in frames_of(*arguments):
-            came.append(frame.pts)
-            yield frame
+    def counting(taken: video._Taken, time: int, frame: av.VideoFrame) -> None:
+        came.append(time)
+        add(taken, time, frame)
 
-    monkeypatch.setattr(video, "_frames", counting)
+    monkeypatch.setattr(video._Taken, "add", counting)
     # GOPs of I BBP BBP BBP in display order: wanted is the last frame but one before a keyframe, a B-frame.
     for frames, most in (([0], 1), ([10], 1), ([150], 1), ([40, 150], 2), ([199], 4), ([7], 5), ([107], 5)):
         came.clear()

@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test test-slow test-gpu bench lint
+.PHONY: train test test-slow test-gpu bench bench-gpu lint
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed data/faces/test.txt
@@ -21,6 +21,13 @@ test-gpu: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench data/faces/test.txt
 	$(RUN) benchmarks/loader_speed.py $(ARGS)
+
+# All that README calls "not yet measured on a GPU", in one go: correctness first, then speed, starvation and memory.
+bench-gpu: $(VENV)/.installed-bench data/faces/test.txt
+	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu
+	$(RUN) benchmarks/loader_speed.py --device gpu --peers --json benchmarks/results/loader_speed_gpu.json --plot docs/img/loader_speed_gpu.svg
+	$(RUN) benchmarks/loader_speed.py --device gpu --starve --compile --batch-size 64 --json benchmarks/results/starve_gpu.json
+	$(RUN) benchmarks/loader_speed.py --device gpu --soak 2 --designs dfer-frames,dfer-video --json benchmarks/results/soak_gpu.json
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

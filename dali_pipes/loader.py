@@ -79,7 +79,9 @@ class ClipLoader:
         self._recolour = _from_bt601(index) if self._source.kind == "videos" else None
         if self._graph == "fused":
             num_frames = batch_size * sampler.clip_length
-            self._pipeline = graphs.fused(self._source.kind, num_frames, size, _STORED_AS.get(dtype, "float32"), num_threads)
+            self._pipeline = graphs.fused(
+                self._source.kind, num_frames, size, _STORED_AS.get(dtype, "float32"), num_threads
+            )
         else:
             self._repeat = 1 if self._source.kind == "videos" else sampler.clip_length
             num_samples = batch_size * self._repeat

@@ -39,10 +39,11 @@ def dataset(task: Task, name: str) -> Clips:
     return Clips(task, open_source(task, task.folder), tail)
 
 
-# Largest and mean difference of a clip in steps of 255. Pillow and torch round between two passes, DALI once.
+# Largest and mean difference of a clip in steps of 255. Pillow and torch round after each of two passes, each a mean of
+# 0.25 off; ours never does.
 @pytest.mark.parametrize(
     ("name", "largest", "mean"),
-    [("pil-frames", 4, 0.3), ("torchvision-frames", 4, 0.3), ("cv2-frames", 8, 1.2)],  # cv2 does not antialias
+    [("pil-frames", 4, 0.4), ("torchvision-frames", 4, 0.4), ("cv2-frames", 8, 1.2)],  # cv2 does not antialias
 )
 def test_peers_give_our_clips(clips, name, largest, mean):
     task = task_of(clips)

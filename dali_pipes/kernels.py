@@ -305,8 +305,8 @@ def _mix(out, source, m):
         _put(out, 3 * x + 2, m[8] * r + m[9] * g + m[10] * b + m[11])
 
 
-def _put(out, i, value):
-    raise NotImplementedError("exists in compiled code only")
+def _put(out, i, value) -> None:
+    """out[i] = value, in the type of `out`. Exists in compiled code only, as _put_as."""
 
 
 @overload(_put, jit_options=_FAST, inline="always")

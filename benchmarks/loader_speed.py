@@ -14,21 +14,17 @@ the rounds, since the speed of a machine drifts.
 
 import argparse
 import contextlib
-import ctypes
-import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
-import mmap
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,211 +38,32 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peers
-from benchmarks.peers import CPU_LIMITS, CPU_LIMITS_OF, GPU_LIMITS, GPU_LIMITS_OF, PEERS, Task, source_of
-from dfer.annotations import read_annotations, write_annotations
+from benchmarks.chart import REFERENCE, draw, limits_of
+from benchmarks.peers import CPU_LIMITS, GPU_LIMITS, PEERS, Task, source_of
+from benchmarks.quiet import QUIET, Usage, memory_mib, wait_for_quiet
+from benchmarks.storage import (
+    SOURCES,
+    chill,
+    files_of,
+    last_line,
+    linked_clips,
+    prepare,
+    prepare_frames,
+    repeat_list,
+    warm,
+)
 from dfer.commandline import Parser, in_range, shown
-from dfer.index import build_index, load_index
+from dfer.index import load_index
 from dfer.sampling import Augmentation, ClipSampler
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("frames", "shards224", "shards144", "raw128", "video")
 CACHED = "dfer-cached-raw128"  # held in the memory of the GPU
 OURS = [*(f"dfer-{source}" for source in SOURCES), CACHED]
-REFERENCE = "pil-frames"  # the field's own way
 RATIOS = {"frames": "frames", "shards": "shards144", "shards224": "shards224", "raw": "raw128", "video": "video"}
-QUIET = 0.10  # cores that other processes may take
 REPEATS = 2  # of a run that was disturbed
 CORES = len(os.sched_getaffinity(0))
-PACK = {
-    "shards224": ["--format", "shards"],
-    "shards144": ["--format", "shards", "--size", "144"],
-    "raw128": ["--format", "raw", "--size", "128"],
-}
 BENCH_HINT = "pip install -r requirements-bench.txt (make bench does)"
 
 Record = dict[str, float]  # what one run tells
-
-
-# ---- The data: the same clips in every kind of storage, made once.
-
-
-def prepare_frames(list_path: Path, root: Path | None, num_clips: int, cache: Path) -> Path:
-    """The folder of a list's benchmark data, with frames.txt: `num_clips` rows, evenly spaced over the list.
-
-    Raises:
-        ValueError: in one line, if the list cannot be read or a folder of frames is missing.
-    """
-    records = read_annotations(list_path, root)
-    num_clips = min(num_clips, len(records))
-    chosen = [records[i * len(records) // num_clips] for i in range(num_clips)]
-    paths = "\0".join(os.path.abspath(record.path) for record in chosen)
-    folder = cache / f"{list_path.stem}-{len(chosen)}-{hashlib.sha256(os.fsencode(paths)).hexdigest()[:8]}"
-    if not (folder / "frames.txt").exists():
-        index = build_index(chosen)
-        relative = [record for record in chosen if not os.path.isabs(record.name)]
-        # A record's path is base / name: where the names start is what stands before the name.
-        base = [Path(*r.path.parts[: -len(Path(r.name).parts)]) for r in relative[:1]]
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [(r.name, n, r.label) for r, n in zip(chosen, index.num_frames.tolist(), strict=True)]
-        write_annotations(folder / "frames.txt", rows, *map(os.path.abspath, base))
-    return folder
-
-
-def prepare(folder: Path, source: str) -> None:
-    """Put the clips of frames.txt into another kind of storage, unless it is there already.
-
-    Raises:
-        ValueError: in one line, if that fails.
-    """
-    target = folder / source
-    if source == "frames" or (target / "frames.txt").exists():
-        return
-    print(f"{shown(target)}: made once, from {shown(folder / 'frames.txt')}", file=sys.stderr)
-    shutil.rmtree(target, ignore_errors=True)  # what an interrupted run left
-    if source == "video":
-        encode_videos(folder, target)
-        return
-    command = ["scripts/pack.py", os.path.abspath(folder / "frames.txt"), "--out", os.path.abspath(target)]
-    done = subprocess.run(
-        [sys.executable, *command, *PACK[source]],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode or not (target / "frames.txt").exists():
-        raise ValueError(f"{command[0]} failed: {last_line(done.stderr)}")
-
-
-def encode_videos(folder: Path, target: Path) -> None:
-    """H.264 as people have it: libx264 at its default preset, CRF 18, 25 fps, 224 x 224, yuv420p."""
-    import av
-    from PIL import Image
-
-    index = load_index(folder / "frames.txt")
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    rows = []
-    for video, (record, num_frames) in enumerate(zip(index.records, index.num_frames.tolist(), strict=True)):
-        path = str(partial / f"{video:05d}.mp4")
-        with av.open(path, "w") as container:
-            stream = container.add_stream("libx264", rate=25, options={"crf": "18"})
-            stream.width = stream.height = 224
-            stream.pix_fmt = "yuv420p"
-            for frame in range(num_frames):
-                image = Image.open(index.frame_path(video, frame)).convert("RGB").resize((224, 224))
-                container.mux(stream.encode(av.VideoFrame.from_image(image)))
-            container.mux(stream.encode(None))
-        rows.append((Path(path).name, num_frames, record.label))
-    write_annotations(partial / "frames.txt", rows)
-    os.replace(partial, target)
-
-
-def files_of(folder: Path, source: str) -> list[str]:
-    """The files whose bytes become clips."""
-    if source == "frames":
-        index = load_index(folder / "frames.txt")
-        return [index.frame_path(v, f) for v, count in enumerate(index.num_frames.tolist()) for f in range(count)]
-    return [
-        str(path)
-        for path in sorted((folder / source).rglob("*"))
-        if path.is_file() and path.suffix not in (".txt", ".npz")
-    ]
-
-
-def warm(paths: Iterable[str]) -> None:
-    """Read the files once, so that they lie in the page cache."""
-    for path in paths:
-        with open(path, "rb", buffering=0) as file:
-            while file.read(1 << 24):
-                pass
-
-
-def chill(paths: Sequence[str]) -> float:
-    """Drop the files from the page cache and return the share of their pages that is still there."""
-    os.sync()  # a page that is not yet written stays
-    libc = ctypes.CDLL(None, use_errno=True)
-    resident = total = 0
-    for path in paths:
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if not os.fstat(file.fileno()).st_size:
-                continue
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                view = np.frombuffer(mapped, dtype=np.uint8)
-                pages = np.empty(-(-len(view) // mmap.PAGESIZE), dtype=np.uint8)
-                arguments = (
-                    ctypes.c_void_p(view.ctypes.data),
-                    ctypes.c_size_t(len(view)),
-                    ctypes.c_void_p(pages.ctypes.data),
-                )
-                if libc.mincore(*arguments):
-                    raise OSError(ctypes.get_errno(), "mincore", path)
-                resident, total = resident + int((pages & 1).sum()), total + len(pages)
-                del view  # else the map cannot be closed
-    return resident / max(total, 1)
-
-
-# ---- What a process uses, and what the others take from it.
-
-
-@dataclass(frozen=True)
-class Usage:
-    """CPU seconds since the start, of this process with its children, and of the whole machine."""
-
-    at: float
-    own: float
-    busy: float
-
-    @staticmethod
-    def now() -> "Usage":
-        user, nice, system, _, _, irq, softirq, steal = map(
-            int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
-        )
-        own = sum(sum(map(int, stat[11:15])) for stat in family().values())
-        tick = os.sysconf("SC_CLK_TCK")
-        # Stolen time is what a virtual machine's host gave to others.
-        return Usage(time.perf_counter(), own / tick, (user + nice + system + irq + softirq + steal) / tick)
-
-    def since(self, start: "Usage") -> dict[str, float]:
-        seconds = self.at - start.at
-        own, busy = self.own - start.own, self.busy - start.busy
-        return {"seconds": seconds, "cpu_s": own, "foreign_cores": max(busy - own, 0.0) / seconds}
-
-
-def family() -> dict[int, list[str]]:
-    """The fields of /proc/PID/stat after the name, of this process and all that descend from it."""
-    stats = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                stats[int(entry.name)] = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-    own = {os.getpid()}
-    while more := {pid for pid, stat in stats.items() if int(stat[1]) in own} - own:
-        own |= more
-    return {pid: stats[pid] for pid in own}
-
-
-def memory_mib() -> float:
-    """Memory of this process and its children, what they share counted once and mapped files not at all."""
-    kib = 0
-    for pid in family():
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
-                    kib += int(line.split()[1])
-    return kib / 1024
-
-
-def wait_for_quiet(patience: float) -> None:
-    """Return when other processes take less than QUIET cores, or after `patience` seconds."""
-    give_up = time.monotonic() + patience
-    while time.monotonic() < give_up:
-        start = Usage.now()
-        time.sleep(0.5)
-        if Usage.now().since(start)["foreign_cores"] < QUIET:
-            return
 
 
 # ---- One measurement: a process of its own.
@@ -466,10 +283,6 @@ class Results:
         return [a / max(b) for a, *b in zip(self.values(name), *rounds, strict=True)]
 
 
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1].removeprefix("loader_speed.py: ")
-
-
 def sources_needed(design: str) -> list[str]:
     """What must lie in the folder for a design to run."""
     limits = CPU_LIMITS | GPU_LIMITS
@@ -562,10 +375,6 @@ def run_quietly(args: argparse.Namespace, case: Case, new: bool) -> Record:
 # ---- The comparison.
 
 
-def limits_of(device: str, source: str) -> list[str]:
-    return (CPU_LIMITS_OF if device == "cpu" else GPU_LIMITS_OF)[source]
-
-
 def compare(args: argparse.Namespace, folder: Path) -> dict:
     """Measure the designs and return the report."""
     limits = CPU_LIMITS if args.device == "cpu" else GPU_LIMITS
@@ -618,62 +427,6 @@ def print_comparison(args: argparse.Namespace, report: dict, console: Console) -
     console.print(table)
 
 
-def draw(path: Path, report: dict) -> None:
-    """Bars of clips/s for each kind of storage: ours, the best peer, the field's way; a line at the limit."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    def median(name: str) -> float:
-        return statistics.median(report["clips_per_s"].get(name) or [0.0])
-
-    def best(names: Iterable[str]) -> tuple[float, str]:
-        return max(((median(name), name) for name in names), default=(0.0, ""))
-
-    device, reference = report["settings"]["device"], median(REFERENCE)
-    shown_sources = [source for source in SOURCES if median(f"dfer-{source}")]
-    rivals = {s: best(n for n in PEERS if source_of(n) == s and n != REFERENCE) for s in shown_sources}
-    limits = {source: best(limits_of(device, source)) for source in shown_sources}
-    tallest = max([median(f"dfer-{s}") for s in shown_sources] + [r[0] for r in rivals.values()] + [reference, 1e-9])
-    # A limit far above all bars would flatten them: it is written at the edge instead.
-    top = 1.15 * max([tallest] + [limit for limit, _ in limits.values() if limit < 2.5 * tallest])
-
-    figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
-    width, ticks = 0.27, []
-    for x, source in enumerate(shown_sources):
-        bars = [(median(f"dfer-{source}"), "#1b6ca8", "dfer"), (rivals[source][0], "#e39b3b", "best peer")]
-        bars.append((reference, "#9a9a9a", "Pillow DataLoader, JPEG frames"))
-        for offset, (height, colour, label) in zip((-width, 0, width), bars, strict=True):
-            if height:
-                axes.bar(x + offset, height, 0.94 * width, color=colour, label=label)
-                axes.text(x + offset, height + 0.01 * top, f"{height:,.0f}", ha="center", va="bottom", fontsize=9)
-        peer = rivals[source][1].removesuffix(f"-{source}")
-        ticks.append(f"{source}\n(peer: {peer})" if peer else source)
-        limit, name = limits[source]
-        if limit:
-            beyond = limit > top
-            axes.hlines(
-                min(limit, top), x - 1.6 * width, x + 1.6 * width, "black", ":" if beyond else "-", label="limit"
-            )
-            text = f"{name.removeprefix('limit-')} {limit:,.0f}{' (off the scale)' if beyond else ''}"
-            # Beside the bars that reach up to the line, else above it.
-            crowded = any(abs(height - limit) < 0.06 * top for height, *_ in bars)
-            place = {"xy": (x + 1.65 * width, limit), "ha": "left", "va": "center"} if crowded else {"ha": "center"}
-            place = {"xy": (x, min(limit, top)), "xytext": (0, 3)} | place | ({"xytext": (0, 0)} if crowded else {})
-            axes.annotate(text, textcoords="offset points", fontsize=8, **place)
-    axes.set_xticks(range(len(shown_sources)), ticks)
-    axes.set_ylabel("clips/s")
-    axes.set_ylim(0, 1.08 * top)
-    axes.set_title(headline(report), fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # one of each label
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=150)
-    os.replace(partial, path)
-
-
 # ---- The other questions: growth, starvation, memory.
 
 
@@ -708,42 +461,6 @@ def growth_cases(args: argparse.Namespace, folder: Path) -> list[Case]:
             indexes = tuple(Path(f"{path}.index.npz") for path in lists)
             cases.append(Case(f"{design} {value}", design, place, options, indexes))
     return cases
-
-
-def linked_clips(folder: Path, num_frames: int) -> Path:
-    """A folder of 64 clips that are `num_frames` long: hard links to frames of the data, over and over."""
-    target = folder / f"clips-of-{num_frames}"
-    if not (target / "frames.txt").exists():
-        index = load_index(folder / "frames.txt")
-        rows = []
-        for video in range(min(64, len(index))):
-            clip = target / "clips" / f"{video:05d}"
-            shutil.rmtree(clip, ignore_errors=True)
-            clip.mkdir(parents=True)
-            for frame in range(num_frames):
-                source = index.frame_path(video, frame % int(index.num_frames[video]))
-                try:
-                    os.link(os.path.realpath(source), clip / f"{frame:05d}{Path(source).suffix}")
-                except OSError as error:
-                    raise ValueError(
-                        f"cannot link {source} into {clip} ({error.strerror}): put --cache on the disk of the frames"
-                    ) from None
-            rows.append((f"clips/{clip.name}", num_frames, int(index.labels[video])))
-        write_annotations(target / "frames.txt", rows)
-    return target
-
-
-def repeat_list(folder: Path, length: int) -> Path:
-    """Beside frames.txt a list of `length` rows, the same ones over and over."""
-    lines = (folder / "frames.txt").read_text().splitlines()
-    header = [line for line in lines if line.startswith("#") and "sha256:" not in line]
-    rows = [line for line in lines if not line.startswith("#")]
-    path = folder / f"list-{length}.txt"
-    text = "\n".join([*header, *itertools.islice(itertools.cycle(rows), length)])
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(f"{text}\n")
-    os.replace(partial, path)
-    return path
 
 
 def grow(args: argparse.Namespace, folder: Path, console: Console) -> dict:
@@ -993,7 +710,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         partial.write_text(json.dumps(report, indent=2) + "\n")
         os.replace(partial, args.json)
     if args.plot:
-        draw(args.plot, report)
+        draw(args.plot, report, headline(report))
     broken = [name for name in report["failed"] if name.startswith("dfer-")]
     return 1 if broken else 0  # a peer may be missing, but ours must run
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import loader_speed
+from benchmarks import loader_speed, quiet, storage
 from benchmarks.loader_speed import Results, main
 from benchmarks.peers import PEERS, Clips, Cuts, Order, Task, encoded_clips, raw_clips, tar_keys
 from dali_pipes.loader import ClipLoader
@@ -82,13 +82,13 @@ def test_colours_are_drawn_with_our_strength(clips):
     assert factors.min() >= 0.7 and factors.max() <= 1.3 and np.ptp(factors, axis=0).min() > 0.5
 
 
-@pytest.mark.skipif(not (loader_speed.ROOT / "scripts/pack.py").exists(), reason="there is no pack.py yet")
+@pytest.mark.skipif(not (storage.ROOT / "scripts/pack.py").exists(), reason="there is no pack.py yet")
 def test_packs_are_read_as_they_were_written(clips, tmp_path):
-    folder = loader_speed.prepare_frames(clips / "test.txt", None, 5, tmp_path)
+    folder = storage.prepare_frames(clips / "test.txt", None, 5, tmp_path)
     for source in ("shards224", "raw128"):
-        loader_speed.prepare(folder, source)
+        storage.prepare(folder, source)
         made = (folder / source / "frames.txt").stat().st_mtime_ns
-        loader_speed.prepare(folder, source)  # is there already
+        storage.prepare(folder, source)  # is there already
         assert (folder / source / "frames.txt").stat().st_mtime_ns == made
     task = Task(folder, ClipSampler(0, T), 1, SIZE, 1, "cpu")
     assert len(task.index) == 5
@@ -104,8 +104,8 @@ def test_packs_are_read_as_they_were_written(clips, tmp_path):
 
 
 def test_videos_hold_the_frames_in_order(clips, tmp_path):
-    folder = loader_speed.prepare_frames(clips / "train.txt", None, 3, tmp_path)
-    loader_speed.prepare(folder, "video")
+    folder = storage.prepare_frames(clips / "train.txt", None, 3, tmp_path)
+    storage.prepare(folder, "video")
     task = Task(folder, ClipSampler(0, T), 1, SIZE, 1, "cpu")
     rows = read_annotations(folder / "video" / "frames.txt")
     assert [(r.num_frames, r.label) for r in rows] == [
@@ -123,23 +123,23 @@ def test_videos_hold_the_frames_in_order(clips, tmp_path):
 
 def test_a_subset_is_spread_over_the_list_and_finds_its_frames(clips, tmp_path):
     everything = read_annotations(clips / "train.txt")
-    folder = loader_speed.prepare_frames(clips / "train.txt", None, 4, tmp_path)
+    folder = storage.prepare_frames(clips / "train.txt", None, 4, tmp_path)
     chosen = read_annotations(folder / "frames.txt")
     assert [r.name for r in chosen] == [everything[i].name for i in (0, 5, 10, 15)]
     assert [os.path.realpath(r.path) for r in chosen] == [os.path.realpath(everything[i].path) for i in (0, 5, 10, 15)]
-    assert loader_speed.prepare_frames(clips / "train.txt", None, 4, tmp_path) == folder
-    assert loader_speed.prepare_frames(clips / "train.txt", None, 999, tmp_path) != folder
-    assert len(loader_speed.files_of(folder, "frames")) == sum(r.num_frames for r in chosen)
+    assert storage.prepare_frames(clips / "train.txt", None, 4, tmp_path) == folder
+    assert storage.prepare_frames(clips / "train.txt", None, 999, tmp_path) != folder
+    assert len(storage.files_of(folder, "frames")) == sum(r.num_frames for r in chosen)
 
 
 def test_longer_clips_and_lists_are_the_same_frames_over_and_over(clips, tmp_path):
-    folder = loader_speed.prepare_frames(clips / "train.txt", None, 3, tmp_path)
+    folder = storage.prepare_frames(clips / "train.txt", None, 3, tmp_path)
     short = load_index(folder / "frames.txt")
-    long = load_index(loader_speed.linked_clips(folder, 50) / "frames.txt")
+    long = load_index(storage.linked_clips(folder, 50) / "frames.txt")
     assert long.num_frames.tolist() == [50, 50, 50] and long.labels.tolist() == short.labels.tolist()
     for frame in (0, 1, 49):
         assert os.path.samefile(long.frame_path(2, frame), short.frame_path(2, frame % int(short.num_frames[2])))
-    loader_speed.repeat_list(folder, 7)
+    storage.repeat_list(folder, 7)
     assert [r.name for r in read_annotations(folder / "list-7.txt")] == [short.records[i % 3].name for i in range(7)]
 
 
@@ -175,10 +175,10 @@ def test_slope_of_memory_leaves_out_the_start():
 
 def test_use_of_the_machine_counts_children_and_nobody_else():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        family = loader_speed.family()
+        family = quiet.family()
         process.communicate(b"\n")
     assert {os.getpid(), process.pid} <= family.keys() and os.getppid() not in family
-    used = loader_speed.Usage(12.0, 6.0, 7.5).since(loader_speed.Usage(10.0, 3.0, 4.0))
+    used = quiet.Usage(12.0, 6.0, 7.5).since(quiet.Usage(10.0, 3.0, 4.0))
     assert used == {"seconds": 2.0, "cpu_s": 3.0, "foreign_cores": 0.25}
 
 

@@ -46,7 +46,7 @@ def draw(path: Path, report: dict, title: str) -> None:
                 axes.bar(x + offset, height, 0.94 * width, color=colour, label=label)
                 axes.text(x + offset, height + 0.01 * top, f"{height:,.0f}", ha="center", va="bottom", fontsize=9)
         peer = rivals[source][1].removesuffix(f"-{source}")
-        ticks.append(f"{source}\n(peer: {peer})" if peer else source)
+        ticks.append(f"{source}\n(peer: {peer})" if rivals[source][0] else source)
         limit, name = limits[source]
         if limit:
             beyond = limit > top

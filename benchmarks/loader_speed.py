@@ -661,12 +661,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for path in filter(None, (args.json, args.plot)):
         if path.is_dir() or not path.absolute().parent.is_dir():
             parser.error(f"{path}: cannot be written: {'a folder' if path.is_dir() else 'its folder is missing'}")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error(f"--plot needs matplotlib: {BENCH_HINT}")
     if args.cold and (args.starve or args.soak):
         parser.error("--cold is for the comparison and for --growth: what was read once is no longer cold")
     if args.plot and (args.starve or args.growth or args.soak):
         parser.error("--plot draws the comparison, not --starve, --growth or --soak")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error(f"--plot needs matplotlib: {BENCH_HINT}")
     return args
 
 

@@ -82,7 +82,6 @@ def test_colours_are_drawn_with_our_strength(clips):
     assert factors.min() >= 0.7 and factors.max() <= 1.3 and np.ptp(factors, axis=0).min() > 0.5
 
 
-@pytest.mark.skipif(not (storage.ROOT / "scripts/pack.py").exists(), reason="there is no pack.py yet")
 def test_packs_are_read_as_they_were_written(clips, tmp_path):
     folder = storage.prepare_frames(clips / "test.txt", None, 5, tmp_path)
     for source in ("shards224", "raw128"):

@@ -176,6 +176,7 @@ def test_options_run(clips, tmp_path):
         ("unknown key", ("--optim.learning-rate", "1"), "--optim.learning-rate"),
         ("no write permission", ("--run.log-dir", "/proc/logs"), "--run.log-dir"),
         ("no GPU", ("--run.amp", "fp16"), "--run.amp fp16"),
+        ("no GPU, or not raw", ("--data.cache", "gpu"), "--data.cache gpu"),
         ("no such backbone", ("--model.backbone", "resnet19"), "resnet19"),
         ("no such run", ("--resume", "--run.name", "never"), "never holds no checkpoint"),
     ],

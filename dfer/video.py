@@ -326,7 +326,6 @@ class _Taken:
         self.frames[name] = self._planar[place]
 
     def _prepare(self, frame: av.VideoFrame) -> None:
-        _check_size(frame)
         height, width = frame.height, frame.width
         self._parts = ()
         if (

@@ -69,8 +69,8 @@ class VideoScan:
     """What `read_frames` has to know of a video. Frame i is the i-th that `decode` gives."""
 
     pts: Int64[np.ndarray, " F"]  # presentation times in units of the stream's time base, rising
-    # Frames to start decoding at. If there is none, not even the first, times do not tell the frames apart, and pts
-    # may be 0, 1, 2 ...
+    # Frames to start decoding at. If there is none, not even the first, then frames are told apart by counting all, and
+    # pts may be 0, 1, 2 ...
     key: Bool[np.ndarray, " F"]
     height: int  # px, upright, as width
     width: int
@@ -113,14 +113,17 @@ def scan_video(path: Path) -> VideoScan:
     with _open(path) as container:
         video = _best_video(container)
         decoder = video.codec_context
+        if decoder is None:
+            raise BadVideo("no decoder for it")
         first, packets, ends = None, [], {}
         for packet in _packets(container, video, ends):
             if first is None:
-                frames = packet.decode()
-                if not frames and not packets and not packet.is_discard:
-                    frames = decoder.decode()  # do not wait for those that are shown before
-                    decoder.flush_buffers()
-                first = next(iter(frames), None)
+                with contextlib.suppress(av.FFmpegError):  # if nothing comes of it, all frames are decoded
+                    frames = packet.decode()
+                    if not frames and not packets and not packet.is_discard:
+                        frames = decoder.decode()  # do not wait for those that are shown before
+                        decoder.flush_buffers()
+                    first = next(iter(frames), None)
             if packet.size:
                 packets.append((packet.pts, _starts(packet, decoder), packet.is_discard))
         if not packets:
@@ -184,7 +187,8 @@ def read_frames(
     scan's, comes as RGB of shape (H, W, 3), to the pixel as from `decode`. Frames that repeat share their memory.
 
     Decodes on the calling thread alone and mostly without the GIL. Skips what no wanted frame refers to; a video where
-    that fails is decoded as by `decode`, up to the last wanted frame.
+    that fails is decoded as by `decode`, up to the last wanted frame. What FFmpeg makes up for frames that are missing
+    from a spliced stream, without a word, may differ from what it makes up for `decode`.
 
     Raises:
         BadVideo, av.FFmpegError: if a wanted frame does not come out whole.
@@ -303,6 +307,7 @@ class _Taken:
         self.wanted = wanted  # presentation times, or numbers where those are no use
         self.frames: dict[int, UInt8[np.ndarray, "rows width channels"]] = {}
         self._colours = matrix, full_range
+        self._rgb = VideoReformatter()
         self._looks: tuple = ()
         self._parts: tuple[UInt8[np.ndarray, "T _ _"], ...] = ()  # Y, U and V of all frames; none of RGB frames
 
@@ -316,7 +321,7 @@ class _Taken:
             self._looks = looks
             self._prepare(frame)
         if not self._parts:
-            pixels = VideoReformatter().reformat(frame, **TO_RGB).to_ndarray()
+            pixels = self._rgb.reformat(frame, **TO_RGB).to_ndarray()
             matrix = frame.side_data.get(Type.DISPLAYMATRIX)
             self.frames[name] = np.array(_upright(Image.fromarray(pixels), matrix))
             return
@@ -362,6 +367,8 @@ def _read_some(path: Path, starts: Int64[np.ndarray, " K"], taken: _Taken) -> No
             if stream is not video:
                 stream.discard = Discard.all
         decoder = video.codec_context
+        if decoder is None:
+            raise _Lost
         skip = "NONREF" if _can_skip(decoder) else "DEFAULT"
         packets, sent = container.demux(video), {None}
         for start, times in runs.items():

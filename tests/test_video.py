@@ -694,6 +694,7 @@ def test_many_threads_at_once(b_frames: Path, quick: None) -> None:
 def test_what_is_no_video_is_refused(tmp_path: Path, b_frames: Path) -> None:
     scan = scan_video(b_frames)
     (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "codec.mp4").write_bytes(b_frames.read_bytes().replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzz"))
     with av.open(str(tmp_path / "sound.mp4"), "w") as file:
         sound = file.add_stream("aac", rate=8000)
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
@@ -703,6 +704,7 @@ def test_what_is_no_video_is_refused(tmp_path: Path, b_frames: Path) -> None:
         ("missing.mp4", av.FileNotFoundError),
         ("text.mp4", av.InvalidDataError),
         ("sound.mp4", BadVideo),
+        ("codec.mp4", (BadVideo, av.DecoderNotFoundError)),
         ("", BadVideo),
     ):
         with pytest.raises(error):

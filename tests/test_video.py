@@ -17,7 +17,7 @@ from dfer import video
 from dfer.video import BadVideo, VideoScan, decode, read_frames, scan_video, yuv_to_rgb
 
 F, W, H = 50, 64, 48
-X265 = "log-level=none:pools=1:frame-threads=1:"
+X265 = "log-level=none:pools=none:frame-threads=1:wpp=0:"  # with threads it crashes once in a thousand videos
 B_FRAMES = {"x264-params": "keyint=20:bframes=3:b-adapt=0:b-pyramid=none"}
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:min-keyint=1:bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"}
 OPEN_HEVC = {"x265-params": X265 + "open-gop=1:keyint=12:bframes=4:scenecut=0"}

@@ -28,7 +28,7 @@ EVERYTHING = Augmentation(
 PLAIN = Augmentation(min_crop_area=0.1, colour=0.3)
 VIDEOS = {  # codec, file ending, pixel format, options
     "h264": ("libx264", "mp4", "yuv420p", {"crf": "12", "bf": "3"}),
-    "hevc": ("libx265", "mkv", "yuv420p", {"crf": "12", "x265-params": "log-level=none:pools=none:frame-threads=1:wpp=0"}),
+    "hevc": ("libx265", "mkv", "yuv420p", {"crf": "12", "x265-params": "log-level=none:pools=none:frame-threads=1"}),
     "vp9": ("libvpx-vp9", "webm", "yuv420p", {"crf": "12"}),
     "mpeg4": ("mpeg4", "avi", "yuv420p", {"q": "2"}),
     "mjpeg": ("mjpeg", "avi", "yuvj420p", {"q": "2"}),

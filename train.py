@@ -312,8 +312,11 @@ def build_model(config: ModelConfig, num_frames: int) -> nn.Module:
         num_frames,
         num_classes=len(EMOTIONS),
         dim=config.dim,
+        crf=config.crf,
         readout=config.readout,
         iterations=config.iterations,
+        max_coupling=config.max_coupling,
+        crf_backend=config.crf_backend,
         **backbone,
     )
 

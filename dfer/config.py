@@ -112,10 +112,16 @@ class ModelConfig:
     """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file."""
     dim: int = 256
     """Width D of the pyramid."""
+    crf: Literal["meanfield", "messages", "gaussian"] = "meanfield"
+    """The mean-field CRF; for comparison the original method's messages or a continuous Gaussian CRF."""
     readout: Literal["none", "labels", "value", "both"] = "both"
     """What the CRF writes back into the features."""
     iterations: int = 3
     """Mean-field iterations of the CRF."""
+    max_coupling: float = 8.0
+    """Bound on the coupling of the CRF's tokens; up to 2 its optimum is unique."""
+    crf_backend: Literal["auto", "dense", "triton", "sdpa"] = "auto"
+    """How the CRF's sums are computed; auto = dense. Triton's kernels were not yet run on a GPU."""
     dropout: float = 0.2
 
 
@@ -301,6 +307,7 @@ def validate(config: Config) -> None:
         ("--data.augmentation.magnitude", augmentation.magnitude, 0.0, 10.0),
         ("--model.dim", model.dim, 8, 4096),
         ("--model.iterations", model.iterations, 0, 100),
+        ("--model.max-coupling", model.max_coupling, 0.01, 100.0),
         ("--model.dropout", model.dropout, 0.0, 0.99),
         ("--optim.lr", optim.lr, 1e-12, 1e3),
         ("--optim.weight-decay", optim.weight_decay, 0.0, 1e3),

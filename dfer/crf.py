@@ -1,16 +1,18 @@
-"""MeanFieldCRF: mean-field inference of a dense CRF over every space-time token of a clip's two feature levels.
+"""The CRF layer: every space-time token of a clip's two feature levels hears all the others.
 
-A token is one cell of one level in one frame; it carries one of L latent states, two for each emotion and two for the
-background. Two kernels couple all pairs of tokens: *appearance* (learned embedding and position) and *smoothness*
-(position only). Both are normalised symmetrically, S = D^-1/2 K D^-1/2, and a token sends no message to itself, so
-that there is an energy, and mean field with the damping of `certified_damping` never increases its free energy.
+`MeanFieldCRF`: a token is one cell of one level in one frame; it carries one of L latent states, two for each emotion
+and two for the background. Two kernels couple all pairs of tokens: *appearance* (learned embedding and position) and
+*smoothness* (position only). Both are normalised symmetrically, S = D^-1/2 K D^-1/2, and a token sends no message to
+itself, so that there is an energy, and mean field with `certified_damping` never increases its free energy.
 
     E(z) = - sum_i unary_i(z_i) - sum_h sum_{i<j} S^h_ij M^h(z_i, z_j)
     F(q) = - sum_i unary_i . q_i - 1/2 sum_h tr(q^T S^h q M^h) + sum_i q_i . log q_i   >=   - log Z
 
 After Krähenbühl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011 (the
 model) and Baqué et al., "Principled Parallel Mean-Field Inference for Discrete Random Fields", 2016 (the damping). The
-sums over pairs are exact: no lattice, no window.
+sums over pairs are exact: no lattice, no window. docs/crf.md has the bounds and what was measured.
+
+For comparison: `GaussianCRF`, continuous and linear, and `BranchMessages`, the messages of the original method.
 """
 
 import math
@@ -21,144 +23,70 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dfer.crf_gaussian import gaussian_field
+from dfer.crf_meanfield import Features, MeanField, meanfield
+from dfer.crf_pairs import Backend, normalised_kernel
+
 STATES_PER_CLASS = 2
 EMBEDDING_DIM = 28
 VALUE_DIM = 64
-MAX_COUPLING = 8.0  # beyond it mean field orders globally and needs tens of iterations
 INITIAL_COUPLING = 2.0  # below 2 the free energy is convex: one optimum
 SIGMA_APPEARANCE = (4.0, 0.5, 0.5, 1.0)  # at the start: frames, height, width (as shares of the frame), level
 SIGMA_SMOOTHNESS = (2.0, 0.15, 0.15, 1.0)
 
 
 class CRFOutput(NamedTuple):
-    pooled: Float[Tensor, "B K"]  # log-probabilities of the classes: the marginals, averaged over tokens
+    pooled: Float[Tensor, "B K"] | None  # log-probabilities of the classes: the marginals, averaged over tokens
+    marginals: Float[Tensor, "B N L"] | None  # of every token's states; None, as `pooled`, where there are no labels
     diagnostics: dict[str, Tensor]  # scalars without gradient
 
 
-class Kernels(NamedTuple):
-    """The two normalised kernels of a batch of clips. N = T*P tokens, token (t, c) at row t*P + c."""
+class TokenGraph(nn.Module):
+    """The tokens of a clip and what the appearance kernel compares of them: the common part of the CRFs.
 
-    appearance: Float[Tensor, "B N N"]  # diagonal zero; rows and columns of invalid frames zero
-    frames: Float[Tensor, "B T T"]  # the smoothness kernel is frames (x) cells, ...
-    cells: Float[Tensor, "P P"]  # ... from which `smoothness_message` takes the self-message out again
-
-
-class MeanField(NamedTuple):
-    marginals: Float[Tensor, "B N L"]
-    residual: Float[Tensor, " B"]  # largest change of a marginal in the last iteration
-    energies: Float[Tensor, "B I"]  # free energy before each iteration, in nats
-
-
-def normalised_kernel(
-    z: Float[Tensor, "*batch N d"], valid: Bool[Tensor, "*batch N"] | None = None
-) -> tuple[Float[Tensor, "*batch N N"], Float[Tensor, "*batch N"]]:
-    """S_ij = K_ij / sqrt(d_i d_j) and 1/d_i, with K_ij = exp(-|z_i - z_j|^2 / 2) and degrees d_i = sum_j K_ij >= 1.
-
-    The diagonal is still in: S_ii = 1/d_i. Invalid tokens have zero rows and columns and count in no degree.
+    Args:
+        dim: D, width of the features.
+        strides: of the two levels, in pixels.
+        pairs: whether any pair of tokens will be compared; distributed training wants no parameter that is not used.
     """
-    half_norm = 0.5 * z.square().sum(-1)
-    # Rounding could make the exponent positive where two tokens coincide.
-    kernel = (z @ z.mT - half_norm[..., :, None] - half_norm[..., None, :]).clamp(max=0).exp()
-    if valid is not None:
-        kernel = kernel * valid[..., None, :]
-    scale = kernel.sum(-1).clamp(min=1).rsqrt()
-    if valid is not None:
-        scale = scale * valid
-    return scale[..., :, None] * kernel * scale[..., None, :], scale.square()
+
+    def __init__(self, dim: int, strides: tuple[int, int], pairs: bool = True):
+        super().__init__()
+        self.strides = strides
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in strides)
+        self.level = nn.Parameter(torch.zeros(len(strides), dim))
+        if pairs:
+            self.embedding = nn.Linear(dim, EMBEDDING_DIM)
+            self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))  # norm of the embeddings
+            self.log_sigma_appearance = nn.Parameter(torch.tensor(SIGMA_APPEARANCE).log())
+
+    def no_weight_decay(self) -> set[str]:
+        """Logarithms, logits and the compatibility factor: decay would pull them to no neutral value."""
+        names = ("level", "log_scale", "log_sigma_appearance", "log_sigma_smoothness", "coupling_logit", "affinity")
+        return {name for name in (*names, "log_beta") if hasattr(self, name)}
+
+    def tokens(self, levels: list[Float[Tensor, "B T D _ _"]]) -> Float[Tensor, "B N D"]:
+        """Normalised features of all cells of both levels, frame by frame: token (t, c) at row t*P + c."""
+        flat = [level.flatten(3).mT for level in levels]  # (B, T, h*w, D) each
+        flat = [norm(x) + offset for norm, x, offset in zip(self.norms, flat, self.level, strict=True)]
+        return torch.cat(flat, dim=2).flatten(1, 2)
+
+    def points(self, embedded: Float[Tensor, "B N e"], time: Tensor, cells: Tensor) -> Float[Tensor, "B N d"]:
+        """(embedding of fixed norm, position / sigma): tokens are close where both are."""
+        embedded = F.normalize(_precise(embedded), dim=-1) * self.log_scale.clamp(math.log(0.25), math.log(8)).exp()
+        sigma = self.log_sigma_appearance.exp()
+        over_time = (time / sigma[0])[:, None].expand(-1, len(cells), -1)
+        over_cells = (cells / sigma[1:])[None].expand(len(time), -1, -1)
+        position = torch.cat([over_time, over_cells], dim=-1).flatten(0, 1)  # (N, 4)
+        return torch.cat([embedded, position.expand(len(embedded), -1, -1)], dim=-1)
+
+    def positions(self, levels: list[Tensor]) -> tuple[Float[Tensor, "T 1"], Float[Tensor, "P 3"]]:
+        time = torch.arange(levels[0].shape[1], device=levels[0].device, dtype=self.level.dtype)[:, None]
+        cells = cell_positions([level.shape[-2:] for level in levels], self.strides, levels[0].device)
+        return time, cells.to(time.dtype)
 
 
-def appearance_kernel(
-    embedding: Float[Tensor, "B N e"],
-    time: Float[Tensor, "T 1"],
-    cells: Float[Tensor, "P 3"],
-    sigma: Float[Tensor, " 4"],
-    valid: Bool[Tensor, "B T"],
-) -> tuple[Float[Tensor, "B N N"], Float[Tensor, " B"]]:
-    """Normalised kernel over (embedding, position / sigma) with a zero diagonal, and the largest 1/degree."""
-    over_time = (time / sigma[0])[:, None].expand(-1, len(cells), -1)
-    over_cells = (cells / sigma[1:])[None].expand(len(time), -1, -1)
-    position = torch.cat([over_time, over_cells], dim=-1).flatten(0, 1)  # (N, 4)
-    z = torch.cat([embedding, position.expand(len(embedding), -1, -1)], dim=-1)
-    kernel, to_itself = normalised_kernel(z, valid.repeat_interleave(len(cells), dim=1))
-    return kernel - torch.diag_embed(kernel.diagonal(dim1=-2, dim2=-1)), to_itself.amax(1)
-
-
-def smoothness_kernel(
-    time: Float[Tensor, "T 1"], cells: Float[Tensor, "P 3"], sigma: Float[Tensor, " 4"], valid: Bool[Tensor, "B T"]
-) -> tuple[Float[Tensor, "B T T"], Float[Tensor, "P P"], Float[Tensor, " B"]]:
-    """The two factors of the kernel over position alone, diagonals included, and the product's largest 1/degree."""
-    frames, frame_to_itself = normalised_kernel((time / sigma[0]).expand(len(valid), -1, -1), valid)
-    cells, cell_to_itself = normalised_kernel(cells / sigma[1:])
-    return frames, cells, frame_to_itself.amax(1) * cell_to_itself.amax()
-
-
-def smoothness_message(kernels: Kernels, q: Float[Tensor, "B N L"]) -> Float[Tensor, "B N L"]:
-    """S^0 q: the product kernel factor by factor, less the token's message to itself. Exact, and never N x N."""
-    num_frames, num_cells = kernels.frames.shape[-1], kernels.cells.shape[-1]
-    grid = q.unflatten(1, (num_frames, num_cells))  # (B, T, P, L)
-    over_cells = torch.einsum("cd,btdl->btcl", kernels.cells, grid)
-    everything = torch.einsum("bst,btcl->bscl", kernels.frames, over_cells)
-    to_itself = kernels.frames.diagonal(dim1=-2, dim2=-1)[:, :, None] * kernels.cells.diagonal()  # (B, T, P)
-    return (everything - to_itself[..., None] * grid).flatten(1, 2)
-
-
-def messages(
-    kernels: Kernels, q: Float[Tensor, "B N L"], compatibility: Float[Tensor, "2 L L"]
-) -> Float[Tensor, "B N L"]:
-    """sum_h S^h q M^h: what each token hears from all the others. Order of `compatibility`: appearance, smoothness."""
-    return kernels.appearance @ q @ compatibility[0] + smoothness_message(kernels, q) @ compatibility[1]
-
-
-def certified_damping(max_self: Float[Tensor, "B 2"], compatibility: Float[Tensor, "2 L L"]) -> Float[Tensor, " B"]:
-    """The least damping rho under which the free energy provably never increases; usually 0.
-
-    The spectrum of S with its diagonal lies in [0, 1], so without it above -max_i 1/d_i, and for positive semi-definite
-    M the curvature of the pairwise term is at least -lam, lam = sum_h max_i(1/d_i) ||M^h||_2. Pinsker's inequality
-    then asks for rho >= (lam - 2) / 4. ||M||_inf bounds ||M||_2 of a symmetric matrix and needs no decomposition.
-    """
-    norms = compatibility.abs().sum(-1).amax(-1)
-    return ((max_self @ norms - 2) / 4).clamp(min=0)
-
-
-def meanfield(
-    unary: Float[Tensor, "B N L"],
-    kernels: Kernels,
-    compatibility: Float[Tensor, "2 L L"],
-    valid: Bool[Tensor, "B N"],
-    iterations: int,
-    damping: Float[Tensor, " B"],
-) -> MeanField:
-    """Parallel mean-field updates, damped in log space (a proximal step in Kullback-Leibler divergence).
-
-    q = softmax(a);  a <- (1 - eta) a + eta (unary + messages(q)),  eta = 1 / (1 + damping), the same for all of a clip.
-    """
-    assert iterations > 0
-    eta = (1 / (1 + damping))[:, None, None]
-    logits, energies = unary, []
-    q, before = unary.softmax(-1), None
-    for _ in range(iterations):
-        message = messages(kernels, q, compatibility)
-        with torch.no_grad():
-            energies.append(free_energy(unary, q, message, valid))
-        logits = (1 - eta) * logits + eta * (unary + message)
-        before, q = q, logits.softmax(-1)
-    with torch.no_grad():
-        residual = ((q - before).abs().amax(-1) * valid).amax(1)
-    return MeanField(q, residual, torch.stack(energies, dim=1))
-
-
-def free_energy(
-    unary: Float[Tensor, "B N L"],
-    q: Float[Tensor, "B N L"],
-    message: Float[Tensor, "B N L"],
-    valid: Bool[Tensor, "B N"],
-) -> Float[Tensor, " B"]:
-    """F(q) in nats, given messages(q); invalid tokens do not count."""
-    per_token = (torch.special.xlogy(q, q) - q * (unary + 0.5 * message)).sum(-1)
-    return torch.where(valid, per_token, 0).sum(1)
-
-
-class MeanFieldCRF(nn.Module):
+class MeanFieldCRF(TokenGraph):
     """One CRF per clip over both levels jointly; its beliefs and messages are added to the features.
 
     features <- features + W [ marginals ; S values ]: the label path and the value path. W starts at zero, so the layer
@@ -171,6 +99,9 @@ class MeanFieldCRF(nn.Module):
         readout: what is added to the features: "none", "labels" (marginals), "value" (one sweep of the appearance
             kernel over values, as attention would do, but symmetric and without self), or "both".
         iterations: mean-field iterations; 0 leaves the marginals of the unary term alone.
+        max_coupling: bound on sum_h ||M^h||_2. Up to 2 the optimum is unique, whatever is learned; beyond 8 mean field
+            orders globally and needs tens of iterations.
+        backend: of `meanfield`.
     """
 
     def __init__(
@@ -180,23 +111,19 @@ class MeanFieldCRF(nn.Module):
         strides: tuple[int, int],
         readout: Literal["none", "labels", "value", "both"] = "both",
         iterations: int = 3,
+        max_coupling: float = 8.0,
+        backend: Backend = "auto",
     ):
-        super().__init__()
-        self.num_classes, self.strides, self.iterations = num_classes, strides, iterations
+        reads_values = readout in ("value", "both")
+        super().__init__(dim, strides, pairs=iterations > 0 or reads_values)
+        self.num_classes, self.iterations, self.backend = num_classes, iterations, backend
+        self.max_coupling = max_coupling
         self.num_states = STATES_PER_CLASS * (num_classes + 1)
-        self.reads_labels, self.reads_values = readout in ("labels", "both"), readout in ("value", "both")
-        # Only what takes part is created: distributed training wants a gradient for every parameter.
-        self.uses_pairs = iterations > 0 or self.reads_values
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in strides)
-        self.level = nn.Parameter(torch.zeros(len(strides), dim))
+        self.reads_labels, self.reads_values = readout in ("labels", "both"), reads_values
         self.unary = nn.Linear(dim, self.num_states)
-        if self.uses_pairs:
-            self.embedding = nn.Linear(dim, EMBEDDING_DIM)
-            self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))  # norm of the embeddings
-            self.log_sigma_appearance = nn.Parameter(torch.tensor(SIGMA_APPEARANCE).log())
         if iterations > 0:
             self.log_sigma_smoothness = nn.Parameter(torch.tensor(SIGMA_SMOOTHNESS).log())
-            share = INITIAL_COUPLING / MAX_COUPLING
+            share = min(INITIAL_COUPLING / max_coupling, 0.5)
             self.coupling_logit = nn.Parameter(torch.full((2,), math.log(share / (1 - share))))
             self.affinity = nn.Parameter(torch.eye(self.num_states).repeat(2, 1, 1))
         if self.reads_values:
@@ -206,76 +133,156 @@ class MeanFieldCRF(nn.Module):
             self.readout = nn.Linear(width, dim, bias=False)
             nn.init.zeros_(self.readout.weight)
 
-    def no_weight_decay(self) -> set[str]:
-        """Logarithms, logits and the compatibility factor: decay would pull them to no neutral value."""
-        names = ("level", "log_scale", "log_sigma_appearance", "log_sigma_smoothness", "coupling_logit", "affinity")
-        return {name for name in names if hasattr(self, name)}
-
     def compatibility(self) -> Float[Tensor, "2 L L"]:
         """M^h = w_h B_h / max(1, ||B_h||_inf), B_h = A_h A_h^T: symmetric, positive semi-definite, norm <= w_h.
 
-        The couplings w_h sum to less than MAX_COUPLING. At the start M is Potts: agreement is rewarded.
+        The couplings w_h sum to less than max_coupling. At the start M is Potts: agreement is rewarded.
         """
         gram = self.affinity @ self.affinity.mT
         bound = gram.abs().sum(-1).amax(-1).clamp(min=1)
-        weight = MAX_COUPLING / 2 * self.coupling_logit.sigmoid()
+        weight = self.max_coupling / 2 * self.coupling_logit.sigmoid()
         return (weight / bound)[:, None, None] * gram
 
     def forward(
         self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
     ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
         """`levels`: fine and coarse features of all frames; `valid`: frames that take part, all if not given."""
-        sizes = [level.shape[-2:] for level in levels]
-        batch, num_frames = levels[0].shape[:2]
-        if valid is None:
-            valid = torch.ones(batch, num_frames, dtype=torch.bool, device=levels[0].device)
-        tokens = [level.flatten(3).mT for level in levels]  # (B, T, h*w, D) each
-        tokens = torch.cat(
-            [norm(t) + offset for norm, t, offset in zip(self.norms, tokens, self.level, strict=True)], dim=2
-        ).flatten(1, 2)  # (B, N, D)
-        unary = self.unary(tokens).float()
-        embedding = F.normalize(self.embedding(tokens).float(), dim=-1) if self.uses_pairs else None
-        values = self.value(tokens).float() if self.reads_values else None
-        num_cells = tokens.shape[1] // num_frames
-        valid_tokens = valid.repeat_interleave(num_cells, dim=1)
-
-        with torch.autocast(tokens.device.type, enabled=False):  # degrees, softmax and energy want float32
-            diagnostics, gathered = {}, []
-            q = unary.softmax(-1)
-            if self.uses_pairs:
-                scale = self.log_scale.clamp(math.log(0.25), math.log(8)).exp()
-                sigma = self.log_sigma_appearance.exp()
-                time = torch.arange(num_frames, device=unary.device, dtype=unary.dtype)[:, None]
-                cells = cell_positions(sizes, self.strides, unary.device)
-                appearance, max_self = appearance_kernel(embedding * scale, time, cells, sigma, valid)
+        valid, valid_tokens = _valid_tokens(levels, valid)
+        tokens = self.tokens(levels)
+        unary = _precise(self.unary(tokens))
+        values = self.value(tokens) if self.reads_values else None
+        field, diagnostics = None, {}
+        if self.iterations or self.reads_values:
+            embedded = self.embedding(tokens)
+            with torch.autocast(tokens.device.type, enabled=False):  # degrees, softmax and energy want float32
+                time, cells = self.positions(levels)
+                features = Features(self.points(embedded, time, cells))
+                compatibility = unary.new_zeros(1, self.num_states, self.num_states)
+                if self.iterations:
+                    sigma = self.log_sigma_smoothness.exp()
+                    over_time = (time / sigma[0]).expand(len(valid), -1, -1)
+                    factors = normalised_kernel(over_time, valid), normalised_kernel(cells / sigma[1:])
+                    features = Features(features.points, *factors)
+                    compatibility = self.compatibility()
+                field = meanfield(
+                    unary,
+                    features,
+                    compatibility,
+                    valid_tokens,
+                    self.iterations,
+                    values=values,
+                    backend=self.backend,
+                    operands=embedded.dtype,
+                )
             if self.iterations:
-                frames, cells, smooth_self = smoothness_kernel(time, cells, self.log_sigma_smoothness.exp(), valid)
-                compatibility = self.compatibility()
-                damping = certified_damping(torch.stack([max_self, smooth_self], 1), compatibility).detach()
-                kernels = Kernels(appearance, frames, cells)
-                field = meanfield(unary, kernels, compatibility, valid_tokens, self.iterations, damping)
-                q = field.marginals
-                diagnostics = _diagnostics(field, compatibility, max_self, damping, valid_tokens)
-            if self.reads_labels:
-                gathered.append(q)
-            if self.reads_values:
-                gathered.append(appearance @ values)
-            pooled = self._pool(q, valid_tokens)
-
+                diagnostics = _diagnostics(field, compatibility, valid_tokens)
+        q = unary.softmax(-1) if field is None else field.marginals
+        gathered = [q] if self.reads_labels else []
+        if self.reads_values:
+            gathered.append(field.values)
         if gathered:
-            update = self.readout(torch.cat(gathered, dim=-1)).unflatten(1, (num_frames, num_cells))  # (B, T, P, D)
-            parts = update.split([h * w for h, w in sizes], dim=2)
-            levels = [
-                level + part.mT.unflatten(-1, size).to(level.dtype)
-                for level, part, size in zip(levels, parts, sizes, strict=True)
-            ]
-        return levels, CRFOutput(pooled, diagnostics)
+            levels = _added(levels, self.readout(torch.cat(gathered, dim=-1)))
+        return levels, CRFOutput(self._pool(q, valid_tokens), q, diagnostics)
 
     def _pool(self, q: Float[Tensor, "B N L"], valid: Bool[Tensor, "B N"]) -> Float[Tensor, "B K"]:
         """Log-probabilities of the classes: states summed by class, averaged over valid tokens, background left out."""
-        per_state = torch.where(valid[..., None], q, 0).sum(1)
-        per_class = per_state.unflatten(1, (self.num_classes + 1, STATES_PER_CLASS)).sum(2)[:, : self.num_classes]
+        per_class = self.class_probabilities(torch.where(valid[..., None], q, 0).sum(1))
         return per_class.clamp(min=1e-12).log().log_softmax(1)
+
+    def emotion_maps(
+        self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
+    ) -> list[Float[Tensor, "B T K _ _"]]:
+        """Marginal probability of each class at every cell of each level; what is missing to 1 is the background."""
+        _, output = self(levels, valid)
+        per_cell = self.class_probabilities(output.marginals).unflatten(1, (levels[0].shape[1], -1))  # (B, T, P, K)
+        sizes = [level.shape[-2:] for level in levels]
+        parts = per_cell.split([h * w for h, w in sizes], dim=2)
+        return [part.mT.unflatten(-1, size) for part, size in zip(parts, sizes, strict=True)]
+
+    def class_probabilities(self, q: Float[Tensor, "*N L"]) -> Float[Tensor, "*N K"]:
+        """States summed by class; what is missing to 1 is the background."""
+        return q.unflatten(-1, (self.num_classes + 1, STATES_PER_CLASS)).sum(-1)[..., : self.num_classes]
+
+
+class GaussianCRF(TokenGraph):
+    """features <- features + W x, x = argmin |x - values|^2 + beta x^T (I - S) x: continuous, exact, no labels.
+
+    S is the appearance kernel of `MeanFieldCRF`; beta >= 0.01 is learned, at most 4. W starts at zero.
+    """
+
+    def __init__(self, dim: int, strides: tuple[int, int], backend: Backend = "auto"):
+        super().__init__(dim, strides)
+        self.backend = backend
+        self.value = nn.Linear(dim, VALUE_DIM)
+        self.log_beta = nn.Parameter(torch.zeros(()))
+        self.readout = nn.Linear(VALUE_DIM, dim, bias=False)
+        nn.init.zeros_(self.readout.weight)
+
+    def forward(
+        self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
+        _, valid_tokens = _valid_tokens(levels, valid)
+        tokens = self.tokens(levels)
+        embedded, values = self.embedding(tokens), self.value(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            points = self.points(embedded, *self.positions(levels))
+            beta = self.log_beta.clamp(math.log(0.01), math.log(4)).exp()
+            x = gaussian_field(points, values, beta, valid_tokens, backend=self.backend, operands=embedded.dtype)
+        diagnostics = {"crf/coupling": beta.detach()}
+        return _added(levels, self.readout(x)), CRFOutput(None, None, diagnostics)
+
+
+class BranchMessages(nn.Module):
+    """The messages of the original method, "Enhanced Multi-Scale Dynamic Facial Expression Recognition via Conditional
+    Random Fields", written from its description, for comparison.
+
+    A *static* branch, the features, and a *dynamic* one, differences of consecutive frames and last the first frame
+    less the last one, tell each other once, h_i <- relu(h_i + relu(W_ji h_j)), at every cell. No kernel, no
+    normalisation, no compatibility, nothing between cells, frames or levels. As with the other layers the outcome is
+    added to the features through a projection that starts at zero.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.to_static = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
+        self.to_dynamic = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
+        self.readout = nn.Linear(2 * dim, dim, bias=False)
+        nn.init.zeros_(self.readout.weight)
+
+    def forward(
+        self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
+        assert valid is None, "the original method knows no padding"
+        updates = []
+        for level, to_static, to_dynamic in zip(levels, self.to_static, self.to_dynamic, strict=True):
+            static = level.flatten(3).mT  # (B, T, h*w, D)
+            dynamic = torch.cat([static[:, 1:] - static[:, :-1], static[:, :1] - static[:, -1:]], dim=1)
+            told = F.relu(static + F.relu(to_static(dynamic))), F.relu(dynamic + F.relu(to_dynamic(static)))
+            updates.append(self.readout(torch.cat(told, dim=-1)))
+        return _added(levels, torch.cat(updates, dim=2).flatten(1, 2)), CRFOutput(None, None, {})
+
+
+def _precise(x: Tensor) -> Tensor:
+    """At least float32, whatever autocast has made of it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _valid_tokens(levels: list[Tensor], valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Frames and tokens that take part."""
+    if valid is None:
+        valid = torch.ones(levels[0].shape[:2], dtype=torch.bool, device=levels[0].device)
+    num_cells = sum(level.shape[-2] * level.shape[-1] for level in levels)
+    return valid, valid.repeat_interleave(num_cells, dim=1)
+
+
+def _added(levels: list[Tensor], update: Float[Tensor, "B N D"]) -> list[Tensor]:
+    """levels + update, whose rows are the tokens in the order of `TokenGraph.tokens`."""
+    sizes = [level.shape[-2:] for level in levels]
+    parts = update.unflatten(1, (levels[0].shape[1], -1)).split([h * w for h, w in sizes], dim=2)  # (B, T, h*w, D)
+    return [
+        level + part.mT.unflatten(-1, size).to(level.dtype)
+        for level, part, size in zip(levels, parts, sizes, strict=True)
+    ]
 
 
 def cell_positions(sizes: list[torch.Size], strides: tuple[int, ...], device: torch.device) -> Float[Tensor, "P 3"]:
@@ -295,21 +302,22 @@ def cell_positions(sizes: list[torch.Size], strides: tuple[int, ...], device: to
 
 @torch.no_grad()
 def _diagnostics(
-    field: MeanField,
-    compatibility: Float[Tensor, "2 L L"],
-    max_self: Float[Tensor, " B"],
-    damping: Float[Tensor, " B"],
-    valid: Bool[Tensor, "B N"],
+    field: MeanField, compatibility: Float[Tensor, "2 L L"], valid: Bool[Tensor, "B N"]
 ) -> dict[str, Tensor]:
     """Scalars for the log, computed on the device without waiting for it."""
     num_tokens = valid.sum(1).clamp(min=1)
-    q = field.marginals
+    q, to_itself = field.marginals, field.scale.square()
     entropy = -torch.where(valid, torch.special.xlogy(q, q).sum(-1), 0).sum(1) / num_tokens
+    per_token = field.energies / num_tokens[:, None]
+    # What float32 can tell apart: sums of thousands of terms are good to some 1e-6 of their size.
+    tolerance = 1e-5 * per_token.abs().amax(1, keepdim=True).clamp(min=1)
     return {
         "crf/coupling": compatibility.abs().sum(-1).amax(-1).sum(),  # bound on sum_h ||M^h||; convex below 2
-        "crf/damping": damping.amax(),
+        "crf/damping": field.damping.amax(),
         "crf/entropy": entropy.mean(),  # of the marginals, in nats
         "crf/residual": field.residual.amax(),
-        "crf/free_energy": (field.energies[:, -1] / num_tokens).mean(),  # nats per token, before the last iteration
-        "crf/degree_min": 1 / max_self.amax(),
+        "crf/free_energy": per_token[:, -1].mean(),  # nats per token, before the last iteration
+        "crf/energy_increases": (per_token.diff(dim=1) > tolerance).sum(),  # must be 0
+        "crf/degree_min": 1 / to_itself.amax(),
+        "crf/degree_mean": (torch.where(valid, 1 / to_itself, 0).sum(1) / num_tokens).mean(),
     }

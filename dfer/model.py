@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfer.crf import MeanFieldCRF
+from dfer.crf import BranchMessages, GaussianCRF, MeanFieldCRF
+from dfer.crf_pairs import Backend
 
 
 class Prediction(NamedTuple):
@@ -142,8 +143,12 @@ class DFERNet(nn.Module):
     Args:
         num_frames: T, frames of a clip.
         dim: D, width of the pyramid.
+        crf: the mean-field CRF, or for comparison the messages of the original method or the continuous Gaussian CRF,
+            neither of which has marginals or heeds the other options.
         readout: what the CRF writes back into the features: nothing, its label beliefs, the value path, or both.
         iterations: mean-field iterations.
+        max_coupling: bound on the CRF's coupling; up to 2 its optimum is unique.
+        crf_backend: how the CRF's sums are computed.
     """
 
     def __init__(
@@ -154,24 +159,30 @@ class DFERNet(nn.Module):
         backbone: str = "resnet18",
         weights: str | None = None,
         dim: int = 256,
+        crf: Literal["meanfield", "messages", "gaussian"] = "meanfield",
         readout: Literal["none", "labels", "value", "both"] = "both",
         iterations: int = 3,
+        max_coupling: float = 8.0,
+        crf_backend: Backend = "auto",
         dropout: float = 0.2,
     ):
         super().__init__()
         self.backbone = FrameBackbone(backbone, weights)
         self.pyramid = FeaturePyramid(self.backbone.channels, dim)
-        self.crf = MeanFieldCRF(
-            dim, num_classes, strides=tuple(self.backbone.strides), readout=readout, iterations=iterations
-        )
+        strides = tuple(self.backbone.strides)
+        if crf == "messages":
+            self.crf = BranchMessages(dim)
+        elif crf == "gaussian":
+            self.crf = GaussianCRF(dim, strides, crf_backend)
+        else:
+            self.crf = MeanFieldCRF(dim, num_classes, strides, readout, iterations, max_coupling, crf_backend)
         self.fusion = TopDownFusion(dim)
         self.temporal = nn.ModuleList(TemporalBlock(dim, num_frames) for _ in range(2))
         self.head = nn.Sequential(nn.LayerNorm(2 * dim), nn.Dropout(dropout), nn.Linear(2 * dim, num_classes))
 
     def forward(self, clips: Float[Tensor, "B T 3 H W"]) -> Prediction:
         batch = clips.shape[0]
-        levels = self.pyramid(self.backbone(clips.flatten(0, 1)))
-        levels, crf = self.crf([level.unflatten(0, (batch, -1)) for level in levels])  # (B, T, D, h, w)
+        levels, crf = self.crf(self._levels(clips))
         fine, coarse = (level.flatten(0, 1) for level in levels)
         fine = self.fusion(fine, coarse)
         pooled = [
@@ -179,6 +190,22 @@ class DFERNet(nn.Module):
             for temporal, level in zip(self.temporal, (fine, coarse), strict=True)
         ]
         return Prediction(self.head(torch.cat(pooled, 1)), crf.pooled, crf.diagnostics)
+
+    def _levels(self, clips: Float[Tensor, "B T 3 H W"]) -> list[Float[Tensor, "B T D _ _"]]:
+        levels = self.pyramid(self.backbone(clips.flatten(0, 1)))
+        return [level.unflatten(0, (clips.shape[0], -1)) for level in levels]
+
+    def emotion_maps(self, clips: Float[Tensor, "B T 3 H W"]) -> list[Float[Tensor, "B T K _ _"]]:
+        """Where in each frame which emotion is seen: the CRF's marginals, cell by cell, for the fine and coarse level.
+
+        Probabilities in [0, 1]; over the classes they sum to at most 1, the rest is background.
+
+        Raises:
+            ValueError: if the model's CRF has no labels.
+        """
+        if not isinstance(self.crf, MeanFieldCRF):
+            raise ValueError("emotion maps: the model's CRF has no labels; train with --model.crf meanfield")
+        return self.crf.emotion_maps(self._levels(clips))
 
 
 class MeanPoolNet(nn.Module):

@@ -1,0 +1,377 @@
+"""Mean-field inference of a dense CRF: exact sums over all pairs of tokens, in O(N) memory for the backward pass.
+
+`meanfield` is the door. The backward pass is written by hand: as S is symmetric, the adjoint of one sweep is a sweep,
+and the gradient of the points is one pass over all pairs, of rank I*L + C, whatever the number I of iterations. It
+keeps the inputs and one number per token, never an N x N matrix, and computes the marginals of each iteration again.
+
+Backends, which differ only in how they sweep (dfer/crf_pairs.py):
+    dense: matrix products, as many clips at once as fit the cache; the default.
+    triton: kernels that never write a pair to memory, for GPUs (dfer/crf_triton.py).
+    sdpa: torch's scaled_dot_product_attention over augmented points, differentiated by autograd: a cross-check that
+        shares neither sweeps nor gradients with the others, and plain operators for exporters.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dfer.crf_pairs import (
+    Backend,
+    Pairs,
+    SdpaPairs,
+    Smoothness,
+    adjoint_sweep,
+    grouped,
+    resolve_backend,
+    rounded,
+)
+
+
+class Features(NamedTuple):
+    """What the two kernels of a batch of clips compare. N = T*P tokens, token (t, c) at row t*P + c."""
+
+    points: Float[Tensor, "B N d"]  # z: the appearance kernel is computed from these
+    frames: Float[Tensor, "B T T"] | None = None  # the smoothness kernel is frames (x) cells, both normalised with
+    cells: Float[Tensor, "P P"] | None = None  # their diagonals in; the token's message to itself is taken out again
+
+
+class MeanField(NamedTuple):
+    """All but the first two come without gradient."""
+
+    marginals: Float[Tensor, "B N L"]
+    values: Float[Tensor, "B N C"] | None  # S values: one sweep of the appearance kernel
+    scale: Float[Tensor, "B N"]  # 1 / sqrt(degree) in the appearance kernel; 0 for invalid tokens
+    damping: Float[Tensor, " B"]
+    residual: Float[Tensor, " B"]  # largest change of a marginal in the last iteration
+    energies: Float[Tensor, "B I"]  # free energy before each iteration, in nats
+
+
+def meanfield(
+    unary: Float[Tensor, "B N L"],
+    features: Features,
+    compatibility: Float[Tensor, "H L L"],
+    valid: Bool[Tensor, "B N"],
+    iterations: int,
+    damping: Float[Tensor, " B"] | Literal["certified", "indefinite"] = "certified",
+    values: Float[Tensor, "B N C"] | None = None,
+    backend: Backend = "auto",
+    operands: torch.dtype | None = None,
+) -> MeanField:
+    """Parallel mean-field updates, damped in log space (a proximal step in Kullback-Leibler divergence).
+
+    q = softmax(a);  a <- (1 - eta) a + eta (unary + sum_h S^h q M^h),  eta = 1 / (1 + damping), the same for all of a
+    clip. Differentiable once, with respect to unary, features, compatibility and values. Invalid tokens send nothing,
+    count in no degree and get the uniform distribution; what they hold does not matter, nan included.
+
+    Args:
+        unary: log-potentials, higher is likelier; float32 (or float64). Sums, degrees and softmax have this type.
+        features: the points of the appearance kernel and the factors of the smoothness kernel.
+        compatibility: M^h, symmetric: appearance and, if `features` has one, smoothness.
+        valid: tokens that take part; whole frames where there is a smoothness kernel, whose factor over frames then has
+            zero rows and columns for the others.
+        iterations: I >= 0; 0 leaves softmax(unary).
+        damping: rho >= 0 of each clip; or the least one under which the free energy provably never increases, for
+            positive semi-definite ("certified") or for any symmetric M ("indefinite").
+        values: swept once by the appearance kernel.
+        backend: "auto" takes dense.
+        operands: type to which what enters a matrix product is rounded (points, marginals, values); that of `unary` if
+            not given. The kernel is that of the rounded points, so that every guarantee survives.
+    """
+    assert iterations >= 0 and len(compatibility) == (1 if features.frames is None else 2)
+    backend = resolve_backend(backend)
+    operands = unary.dtype if operands is None else operands
+    given = None if isinstance(damping, str) else damping
+    bounds = curvature_bounds(compatibility.detach(), indefinite=damping == "indefinite" if given is None else False)
+    points, *factors = features
+    rest = (*factors, compatibility, valid, given, bounds, values, iterations)
+    if backend == "sdpa":
+        outputs = _infer(SdpaPairs(points, valid, operands), unary, *rest, operands)
+    else:
+        outputs = _meanfield_op(unary, points, *rest, backend, operands)
+    marginals, swept, *diagnostics = outputs
+    return MeanField(marginals, swept if values is not None else None, *(x.detach() for x in diagnostics))
+
+
+def curvature_bounds(compatibility: Float[Tensor, "H L L"], indefinite: bool) -> Float[Tensor, "H 2"]:
+    """Bounds on the largest eigenvalue of each M and on the negative of the smallest, without a decomposition.
+
+    ||M||_inf bounds the first; Gershgorin's discs the second, which is 0 for positive semi-definite M.
+    """
+    largest = compatibility.abs().sum(-1).amax(-1)
+    if not indefinite:
+        return torch.stack([largest, torch.zeros_like(largest)], dim=1)
+    diagonal = compatibility.diagonal(dim1=-2, dim2=-1)
+    reach = (compatibility.abs().sum(-1) - diagonal.abs() - diagonal).amax(-1).clamp(min=0)
+    return torch.stack([largest, reach], dim=1)
+
+
+def certified_damping(max_self: Float[Tensor, "B H"], bounds: Float[Tensor, "H 2"]) -> Float[Tensor, " B"]:
+    """The least damping rho under which the free energy provably never increases; usually 0.
+
+    The spectrum of S with its diagonal lies in [0, 1], so without it in [-max_i 1/d_i, 1], and the curvature of the
+    pairwise term is at least -lam, lam = sum_h max(mu_+ max_i 1/d_i, mu_-) with the extreme eigenvalues mu of M^h.
+    Pinsker's inequality then asks for rho >= (lam - 2) / 4.
+    """
+    lam = torch.maximum(max_self * bounds[:, 0], bounds[:, 1]).sum(1)
+    return ((lam - 2) / 4).clamp(min=0)
+
+
+def free_energy(
+    unary: Float[Tensor, "B N L"],
+    q: Float[Tensor, "B N L"],
+    message: Float[Tensor, "B N L"],
+    valid: Bool[Tensor, "B N"],
+) -> Float[Tensor, " B"]:
+    """F(q) in nats, given message = sum_h S^h q M^h; invalid tokens do not count."""
+    return torch.where(valid, _token_energy(unary, q, message), 0).sum(1)
+
+
+def _token_energy(unary: Tensor, q: Tensor, message: Tensor) -> Tensor:
+    return (torch.special.xlogy(q, q) - q * (unary + 0.5 * message)).sum(-1)
+
+
+def _infer(
+    pairs: Pairs,
+    unary: Tensor,
+    frames: Tensor | None,
+    cells: Tensor | None,
+    compatibility: Tensor,
+    valid: Tensor,
+    damping: Tensor | None,
+    bounds: Tensor,
+    values: Tensor | None,
+    iterations: int,
+    operands: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The fields of MeanField, in order; torch operators throughout, so that autograd can follow `sdpa`."""
+    smoothness = None if frames is None else Smoothness(frames, cells)
+    with torch.no_grad():
+        if damping is None:
+            max_self = [pairs.scale.square().amax(1)]
+            if smoothness is not None:
+                max_self.append(smoothness.to_itself.amax((1, 2)))
+            damping = certified_damping(torch.stack(max_self, dim=1), bounds)
+        eta = 1 / (1 + damping)
+    unary = torch.where(valid[..., None], unary, 0)
+    if values is not None:
+        values = rounded(values, valid, operands, unary.dtype)
+    logits, q, before = unary, unary.softmax(-1), unary.softmax(-1)
+    energies, swept = [], None
+    for iteration in range(iterations):
+        smooth = None if smoothness is None else smoothness.sweep(q) @ compatibility[1]
+        first = values if iteration == 0 else None
+        before = q
+        logits, q, heard, carried = pairs.step(q, logits, unary, smooth, compatibility[0], eta, first)
+        swept = carried if iteration == 0 else swept
+        with torch.no_grad():
+            message = heard @ compatibility[0] + (0 if smooth is None else smooth)
+            energies.append(free_energy(unary, before, message, valid))
+    if values is not None and iterations == 0:
+        swept = pairs.sweep(values)
+    with torch.no_grad():
+        residual = (q - before).abs().amax((1, 2))
+    energies = torch.stack(energies, dim=1) if energies else unary.new_zeros(len(unary), 0)
+    swept = unary.new_zeros(*unary.shape[:2], 0) if swept is None else swept
+    return q, swept, pairs.scale, damping, residual, energies
+
+
+# One operator forward and one backward, opaque to autocast, DDP and torch.compile, which see their shapes only.
+
+
+@torch.library.custom_op("dfer::meanfield", mutates_args=())
+def _meanfield_op(
+    unary: torch.Tensor,
+    points: torch.Tensor,
+    frames: torch.Tensor | None,
+    cells: torch.Tensor | None,
+    compatibility: torch.Tensor,
+    valid: torch.Tensor,
+    damping: torch.Tensor | None,
+    bounds: torch.Tensor,
+    values: torch.Tensor | None,
+    iterations: int,
+    backend: str,
+    operands: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    parts = []
+    with torch.autocast(points.device.type, enabled=False):
+        for clips, pairs in grouped(backend, points, valid, operands, unary.dtype):
+            own = [None if x is None else x[clips] for x in (frames, damping, values)]
+            parts.append(
+                _infer(
+                    pairs, unary[clips], own[0], cells, compatibility, valid[clips], own[1], bounds, own[2],
+                    iterations, operands,
+                )
+            )  # fmt: skip
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+@_meanfield_op.register_fake
+def _(unary, points, frames, cells, compatibility, valid, damping, bounds, values, iterations, backend, operands):
+    batch, num_tokens, _ = unary.shape
+    width = 0 if values is None else values.shape[-1]
+    per_clip = unary.new_empty(batch)
+    return (
+        torch.empty_like(unary, memory_format=torch.contiguous_format),
+        unary.new_empty(batch, num_tokens, width),
+        unary.new_empty(batch, num_tokens),
+        per_clip,
+        torch.empty_like(per_clip),
+        unary.new_empty(batch, iterations),
+    )
+
+
+@torch.library.custom_op("dfer::meanfield_backward", mutates_args=())
+def _meanfield_backward_op(
+    to_marginals: torch.Tensor,
+    to_swept: torch.Tensor | None,
+    unary: torch.Tensor,
+    points: torch.Tensor,
+    frames: torch.Tensor | None,
+    cells: torch.Tensor | None,
+    compatibility: torch.Tensor,
+    valid: torch.Tensor,
+    scale: torch.Tensor,
+    damping: torch.Tensor,
+    values: torch.Tensor | None,
+    iterations: int,
+    backend: str,
+    operands: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of unary, points, frames, cells, compatibility and values; empty for what was not given."""
+    parts = []
+    with torch.autocast(points.device.type, enabled=False):  # the backward pass may be called from under it
+        for clips, pairs in grouped(backend, points, valid, operands, unary.dtype, scale):
+            own = [None if x is None else x[clips] for x in (frames, values, to_swept)]
+            parts.append(
+                _differentiate(
+                    pairs, to_marginals[clips], own[2], unary[clips], own[0], cells, compatibility, valid[clips],
+                    damping[clips], own[1], iterations, operands,
+                )
+            )  # fmt: skip
+    to_unary, to_points, to_frames, to_cells, to_compatibility, to_values = zip(*parts, strict=True)
+    return (
+        torch.cat(to_unary),
+        torch.cat(to_points),
+        torch.cat(to_frames),
+        sum(to_cells[1:], to_cells[0]),
+        sum(to_compatibility[1:], to_compatibility[0]),
+        torch.cat(to_values),
+    )
+
+
+@_meanfield_backward_op.register_fake
+def _(to_marginals, to_swept, unary, points, frames, cells, compatibility, valid, scale, damping, values, *_):
+    nothing = unary.new_empty(0)
+    return tuple(
+        torch.empty_like(nothing if x is None else x, memory_format=torch.contiguous_format)
+        for x in (unary, points, frames, cells, compatibility, values)
+    )
+
+
+def _differentiate(
+    pairs: Pairs,
+    to_marginals: Tensor,
+    to_swept: Tensor | None,
+    unary: Tensor,
+    frames: Tensor | None,
+    cells: Tensor | None,
+    compatibility: Tensor,
+    valid: Tensor,
+    damping: Tensor,
+    values: Tensor | None,
+    iterations: int,
+    operands: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The adjoint of `_infer`, for the clips of one group. What forward did is done again: nothing of it was kept."""
+    eta = 1 / (1 + damping)
+    unary = torch.where(valid[..., None], unary, 0)
+    logits, q = unary, unary.softmax(-1)
+    smoothness = None if frames is None else Smoothness(frames, cells)
+    marginals, heard, smooth_heard = [], [], []
+    for _ in range(iterations):
+        marginals.append(q)
+        smooth = None
+        if smoothness is not None:
+            smooth_heard.append(smoothness.sweep(q))
+            smooth = smooth_heard[-1] @ compatibility[1]
+        logits, q, message, _ = pairs.step(q, logits, unary, smooth, compatibility[0], eta, None)
+        heard.append(message)
+    eta = eta[:, None, None]
+
+    adjoint = torch.where(valid[..., None], to_marginals, 0)
+    carried = to_unary = torch.zeros_like(unary)  # carried: gradient of the logits of one iteration later
+    to_logits, lefts, smooth_lefts = [], [], []
+    columns = unary.new_zeros(unary.shape[:2])
+    to_values = unary.new_zeros(0)
+    if values is not None:
+        to_swept = torch.where(valid[..., None], to_swept, 0)
+        exact_values = rounded(values, valid, operands, unary.dtype)
+    for before in reversed(marginals):
+        carried = _softmax_adjoint(q, adjoint) + (1 - eta) * carried
+        step = eta * carried
+        to_unary = to_unary + step
+        left = step @ compatibility[0].mT
+        if values is not None and not lefts:  # the values' sweep rides along
+            both = adjoint_sweep(pairs, torch.cat([left, to_swept], dim=-1), operands)
+            swept, to_values = both[..., : left.shape[-1]], both[..., left.shape[-1] :]
+        else:
+            swept = adjoint_sweep(pairs, left, operands)
+        columns += (swept * before).sum(-1)
+        adjoint = swept
+        to_logits.append(step)
+        lefts.append(left)
+        if smoothness is not None:
+            smooth_lefts.append(step @ compatibility[1].mT)
+            adjoint = adjoint + smoothness.sweep(smooth_lefts[-1])
+        q = before
+    to_unary = to_unary + _softmax_adjoint(q, adjoint) + (1 - eta) * carried
+
+    to_frames, to_cells = (unary.new_zeros(0) if x is None else torch.zeros_like(x) for x in (frames, cells))
+    to_compatibility = torch.zeros_like(compatibility)
+    rights = marginals[::-1]
+    if iterations:
+        steps = torch.cat(to_logits).flatten(0, 1)  # (I*B*N, L)
+        to_compatibility[0] = torch.cat(heard[::-1]).flatten(0, 1).mT @ steps
+    if iterations and smoothness is not None:
+        to_compatibility[1] = torch.cat(smooth_heard[::-1]).flatten(0, 1).mT @ steps
+        to_frames, to_cells = smoothness.gradient(torch.cat(smooth_lefts, dim=-1), torch.cat(rights, dim=-1))
+    if values is not None:
+        if not iterations:
+            to_values = adjoint_sweep(pairs, to_swept, operands)
+        columns += (to_values * exact_values).sum(-1)
+        lefts, rights = [*lefts, to_swept], [*rights, exact_values]
+        to_values = to_values.to(values.dtype)
+    if lefts:
+        to_points = pairs.gradient(torch.cat(lefts, dim=-1), torch.cat(rights, dim=-1), columns)
+    else:
+        to_points = torch.zeros_like(pairs.points)
+    return to_unary, to_points, to_frames, to_cells, to_compatibility, to_values
+
+
+def _softmax_adjoint(q: Tensor, adjoint: Tensor) -> Tensor:
+    return q * (adjoint - (q * adjoint).sum(-1, keepdim=True))
+
+
+def _keep(ctx, inputs, output):
+    unary, points, frames, cells, compatibility, valid, _, _, values, *options = inputs
+    _, _, scale, damping, residual, energies = output
+    ctx.save_for_backward(unary, points, frames, cells, compatibility, valid, scale, damping, values)
+    ctx.options = options
+    ctx.mark_non_differentiable(scale, damping, residual, energies)
+
+
+def _backward(ctx, to_marginals, to_swept, *_):
+    unary, points, frames, cells, compatibility, valid, scale, damping, values = ctx.saved_tensors
+    to_unary, to_points, to_frames, to_cells, to_compatibility, to_values = _meanfield_backward_op(
+        to_marginals, None if values is None else to_swept, unary, points, frames, cells, compatibility, valid, scale,
+        damping, values, *ctx.options,
+    )  # fmt: skip
+    to_frames, to_cells = (None, None) if frames is None else (to_frames, to_cells)
+    to_values = None if values is None else to_values
+    return to_unary, to_points, to_frames, to_cells, to_compatibility, None, None, None, to_values, None, None, None
+
+
+_meanfield_op.register_autograd(_backward, setup_context=_keep)

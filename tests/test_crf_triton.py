@@ -1,0 +1,289 @@
+"""The Triton kernels in Triton's interpreter and through its compiler, which need no GPU, and on a GPU if there is one.
+
+The same checks run in the interpreter and on a GPU, against the dense backend in float64.
+"""
+
+import os
+
+import pytest
+import torch
+
+import dfer.crf_triton
+from dfer.crf import MeanFieldCRF
+from dfer.crf_gaussian import gaussian_field
+from dfer.crf_meanfield import Features, meanfield
+from dfer.crf_pairs import grouped
+from dfer.crf_triton import TritonPairs
+from tests.conftest import run_python
+from tests.test_crf import FullSize, Problem, error
+
+CHECKS_PER_OPERANDS = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}  # bounds on the marginals
+
+
+def small(smooth: bool = True) -> dict[str, torch.Tensor]:
+    """Two clips of 3 x 22 tokens, one of them a frame short: two blocks, the second almost empty."""
+    problem = Problem(0, 4.0, batch=2, sizes=((4, 4), (3, 2)), states=16 if smooth else 6, dim=28, spread=0.4, width=64)
+    problem.valid[1, 2] = False
+    points, frames, cells = problem.features(smooth) if smooth else (*problem.features(smooth)[:1], None, None)
+    p = problem.parameters
+    tensors = {"unary": p["unary"], "points": points, "frames": frames, "cells": cells, "values": p["values"]}
+    tensors |= {"compatibility": p["compatibility"][: 2 if smooth else 1], "valid": problem.valid_tokens}
+    return {name: x for name, x in tensors.items() if x is not None}
+
+
+def run(
+    tensors: dict[str, torch.Tensor],
+    backend: str,
+    operands: torch.dtype,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    factor: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of a weighted sum of them, by name, on the CPU."""
+    leaves = {name: x.to(device, dtype, copy=True).requires_grad_() for name, x in tensors.items() if name != "valid"}
+    valid = tensors["valid"].to(device)
+    features = Features(leaves["points"], leaves.get("frames"), leaves.get("cells"))
+    damping = torch.linspace(0, 0.5, len(valid), device=device, dtype=dtype)
+    field = meanfield(
+        leaves["unary"],
+        features,
+        leaves["compatibility"],
+        valid,
+        2,
+        damping=damping,
+        values=leaves.get("values"),
+        backend=backend,
+        operands=operands,
+    )
+    generator, total = torch.Generator().manual_seed(1), 0
+    for x in field[:2]:
+        if x is not None:
+            weights = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device, dtype)
+            total = total + (weights * x)[valid].sum()
+    slopes = torch.autograd.grad(factor * total, leaves.values())
+    outputs = {name: x.detach() for name, x in field._asdict().items() if x is not None}
+    outputs |= {f"d{name}": slope for name, slope in zip(leaves, slopes, strict=True)}
+    return {name: x.cpu() for name, x in outputs.items()}
+
+
+def check_against_dense(tensors: dict[str, torch.Tensor], device: str, operands: torch.dtype) -> None:
+    want = run(tensors, "dense", torch.float64, torch.float64)
+    dense = run(tensors, "dense", operands)
+    got = run(tensors, "triton", operands, device=device)
+    assert (got["marginals"] - want["marginals"]).abs().max() <= CHECKS_PER_OPERANDS[operands]
+    assert (got.pop("residual") - want["residual"]).abs().max() <= CHECKS_PER_OPERANDS[operands]
+    for name, x in got.items():
+        assert x.isfinite().all(), name
+        # in bf16 the kernel itself is rounded before it is multiplied, which the dense backend of a CPU need not do
+        floor = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[operands]
+        assert error(x, want[name]) <= 2 * error(dense[name], want[name]) + floor, (name, error(x, want[name]))
+
+
+def check_everything(device: str) -> None:
+    for operands in CHECKS_PER_OPERANDS:
+        check_against_dense(small(), device, operands)
+    plain = {name: x for name, x in small(smooth=False).items() if name != "values"}
+    check_against_dense(plain, device, torch.float32)
+    check_bits(device)
+    check_blocks(device)
+    check_gaussian(device)
+    check_layer(device)
+
+
+def check_bits(device: str) -> None:
+    """The same to the bit: repeated, with other garbage in what does not count, and clip by clip."""
+    tensors = small()
+    first, again = (run(tensors, "triton", torch.bfloat16, device=device) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, again[name]), name
+    valid = tensors["valid"]
+    changed = {name: x.clone() for name, x in tensors.items()}
+    for name in ("unary", "points", "values"):
+        changed[name][~valid] = float("nan")
+    other = run(changed, "triton", torch.bfloat16, device=device)
+    for name, x in first.items():
+        assert torch.equal(x, other[name]), name
+    alone = {name: x[1:] if x.shape[0] == 2 and name != "compatibility" else x for name, x in tensors.items()}
+    both = meanfield(*inputs_of(tensors, device), 2, values=tensors["values"].to(device).float(), backend="triton")
+    single = meanfield(*inputs_of(alone, device), 2, values=alone["values"].to(device).float(), backend="triton")
+    for a, b in zip(both, single, strict=True):
+        assert torch.equal(a[1:], b)
+
+
+def inputs_of(tensors: dict[str, torch.Tensor], device: str) -> tuple:
+    t = {name: x.to(device) if name == "valid" else x.to(device).float() for name, x in tensors.items()}
+    return t["unary"], Features(t["points"], t["frames"], t["cells"]), t["compatibility"], t["valid"]
+
+
+def check_blocks(device: str) -> None:
+    """Blocks of any size agree, and so do wide matrices in parts."""
+    tensors = small()
+    want = run(tensors, "triton", torch.float32, device=device)
+    dfer.crf_triton.BLOCK_LONG = 64
+    try:
+        got = run(tensors, "triton", torch.float32, device=device)
+    finally:
+        dfer.crf_triton.BLOCK_LONG = 32
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], atol=1e-6 * max(1.0, want[name].abs().max().item()), rtol=1e-6)
+    points, valid = tensors["points"].to(device).float(), tensors["valid"].to(device)
+    wide = torch.randn(2, 66, 150, generator=torch.Generator().manual_seed(0)).to(device)
+    swept = TritonPairs(points, valid, torch.float32, None).sweep(wide).cpu()
+    ((_, dense),) = grouped("dense", points.cpu(), valid.cpu(), torch.float32, torch.float32)
+    torch.testing.assert_close(swept, dense.sweep(wide.cpu()), atol=2e-6, rtol=1e-6)
+
+
+def check_gaussian(device: str) -> None:
+    tensors = small()
+    results = []
+    for backend, where in (("dense", "cpu"), ("triton", device)):
+        points, values = (tensors[name].to(where).float().requires_grad_() for name in ("points", "values"))
+        beta = torch.tensor(1.5, device=where, requires_grad=True)
+        x = gaussian_field(points, values, beta, tensors["valid"].to(where), backend=backend)
+        slopes = torch.autograd.grad(x.square().sum(), (points, values, beta))
+        results.append([t.detach().cpu() for t in (x, *slopes)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def check_layer(device: str) -> None:
+    levels = [torch.randn(2, 3, 16, *size, generator=torch.Generator().manual_seed(0)) for size in ((4, 4), (2, 2))]
+    torch.manual_seed(0)
+    crf = MeanFieldCRF(16, 7, (16, 32), backend="dense")
+    for parameter in crf.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    want, want_output = crf(levels)
+    crf.backend = "triton"
+    got, output = crf.to(device)([level.to(device) for level in levels])
+    for a, b in zip((*want, want_output.pooled), (*got, output.pooled), strict=True):
+        torch.testing.assert_close(a, b.cpu(), atol=1e-5, rtol=1e-5)
+    assert all(x.isfinite() for x in output.diagnostics.values())
+    assert output.diagnostics["crf/energy_increases"] == 0
+
+
+def test_the_kernels_in_the_interpreter():
+    """All of `check_everything`, on this machine's CPU."""
+    code = "import tests.test_crf_triton as t; t.check_everything('cpu'); print('done')"
+    done = run_python("-c", code, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())
+    assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
+
+
+COMPILE = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import dfer.crf_triton as kernels
+from tests.test_crf import FullSize
+
+launches = []
+def record(self, kernel, *tensors, block=None, **constants):
+    block = block or (kernels.BLOCK_LONG if self.operands is torch.float32 else kernels.BLOCK_SHORT)
+    launches.append((kernel, (self.points, self.half_norm, *tensors), constants | {
+        "N": self.points.shape[1], "D": self.points.shape[2], "BLOCK": block, "NEVER": kernels.NEVER, "WIDEN": False,
+        "PRECISION": "ieee"}))
+
+kernels.TritonPairs._launch = record  # nothing is computed: what the launches would be is what matters
+names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+operands, capability = getattr(torch, sys.argv[1]), int(sys.argv[2])
+FullSize().run(torch.float32, operands, backend="triton")
+done = set()
+for kernel, tensors, constants in launches:
+    pointers = dict(zip(kernel.arg_names, (names[t.dtype] for t in tensors)))
+    assert sorted([*pointers, *constants]) == sorted(kernel.arg_names)
+    key = (kernel.__name__, *pointers.values(), *constants.values())
+    if key in done:
+        continue
+    done.add(key)
+    signature = pointers | {name: "constexpr" for name in constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": kernels.STAGES})
+    products = made.asm["ptx"].count("wgmma.mma_async" if capability == 90 else "mma.sync")
+    print(kernel.__name__, made.metadata.shared, products)
+"""
+
+
+@pytest.mark.parametrize(
+    ("operands", "capability"),
+    [
+        ("bfloat16", 90),
+        pytest.param("bfloat16", 80, marks=pytest.mark.slow),
+        pytest.param("float16", 89, marks=pytest.mark.slow),
+        pytest.param("float32", 75, marks=pytest.mark.slow),
+        pytest.param("float32", 90, marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernels_compile_for_gpus(tmp_path, operands, capability):
+    """To machine code: short operands go to the tensor cores, and shared memory is what every GPU has."""
+    arguments = ("-c", COMPILE, operands, str(capability))
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = run_python(*arguments, timeout=300, **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert {row[0] for row in rows} == {"_scale_kernel", "_step_kernel", "_sweep_kernel", "_gradient_kernel"}
+    for name, shared, products in rows:
+        assert int(shared) <= 48 * 1024, (name, shared)
+        assert (int(products) > 0) == (operands != "float32"), name
+
+
+@pytest.mark.gpu
+def test_the_kernels_on_a_gpu():
+    check_everything("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "dense", "sdpa"])
+@pytest.mark.parametrize("operands", list(CHECKS_PER_OPERANDS))
+def test_a_full_clip_on_a_gpu(backend, operands):
+    """N = 1040, every backend, against float64 on the CPU; fp16 under loss scaling too."""
+    problem = FullSize(batch=3)
+    tensors = {name: getattr(problem, name) for name in ("unary", "points", "frames", "cells", "compatibility")}
+    tensors |= {"values": problem.values, "valid": problem.valid}
+    want = run(tensors, "dense", torch.float64, torch.float64)
+    got = run(tensors, backend, operands, device="cuda")
+    assert (got["marginals"] - want["marginals"]).abs().max() <= 2 * CHECKS_PER_OPERANDS[operands]
+    floor = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}[operands]
+    for name in ("dunary", "dpoints", "dcompatibility", "dvalues"):
+        assert error(got[name], want[name]) <= floor, (name, error(got[name], want[name]))
+    if backend == "triton":
+        scaled = run(tensors, backend, operands, device="cuda", factor=2.0**16)
+        for name, x in got.items():
+            if name.startswith("d") and name != "damping":
+                torch.testing.assert_close(scaled[name] / 2.0**16, x, rtol=1e-2, atol=1e-2 * x.abs().max().item())
+
+
+@pytest.mark.gpu
+def test_the_layer_never_waits_for_the_gpu():
+    crf = MeanFieldCRF(64, 7, (16, 32)).cuda()
+    levels = [torch.randn(2, 16, 64, *size, device="cuda") for size in ((7, 7), (4, 4))]
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            outputs, output = crf(levels)
+        (sum(x.square().sum() for x in outputs) - output.pooled[:, 1].sum()).backward()
+
+    step()  # the first time kernels are compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_linear_in_the_tokens():
+    peaks = []
+    for frames in (16, 32):
+        problem = FullSize(batch=2, frames=frames)
+        inputs = [x.cuda().detach().requires_grad_() for x in problem.inputs(torch.float32)]
+        unary, points, frames_, cells, compatibility, values = inputs
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        field = meanfield(
+            unary, Features(points, frames_, cells), compatibility, problem.valid.cuda(), 3, values=values,
+            backend="triton", operands=torch.bfloat16,
+        )  # fmt: skip
+        (field.marginals.square().sum() + field.values.square().sum()).backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 2.3 * peaks[0]

@@ -27,6 +27,7 @@ bench-gpu: $(VENV)/.installed-bench data/faces/test.txt
 	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu
 	$(RUN) benchmarks/loader_speed.py --device gpu --peers --json benchmarks/results/loader_speed_gpu.json --plot docs/img/loader_speed_gpu.svg
 	$(RUN) benchmarks/loader_speed.py --device gpu --starve --compile --batch-size 64 --json benchmarks/results/starve_gpu.json
+	$(RUN) benchmarks/crf_speed.py --step --json benchmarks/results/crf_speed_gpu.json --plot docs/img/crf_speed_gpu.svg
 	$(RUN) benchmarks/loader_speed.py --device gpu --soak 2 --designs dfer-frames,dfer-video --json benchmarks/results/soak_gpu.json
 
 lint: $(VENV)/.installed

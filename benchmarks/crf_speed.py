@@ -1,0 +1,551 @@
+"""What does the CRF cost? `python benchmarks/crf_speed.py [--step] [--json FILE] [--plot FILE.svg|png]`
+
+Forward and backward pass of mean-field inference, by number N of tokens and B of clips: 16 states, 3 iterations, 64
+values, float32 on a CPU and bf16 operands on a GPU. The designs take turns; printed are medians over the rounds.
+
+  dense, triton, sdpa   our backends
+  naive dense           the same sums as matrix products, differentiated by autograd; equal to ours
+  window                ConvCRF's method: neighbours in a window of 11 x 11 cells of a picture, by unfolding. Its
+                        published code takes the first message from log-probabilities; this one does not
+  layer, attention      our whole layer, projections, inference and readout, and one layer of torch's multi-head
+                        attention of the same width 256, with 8 heads
+  permutohedral         pydensecrf, if installed: two dimensions, forward pass only, approximate
+  limit                 what the arithmetic of `dense` takes at the speeds of matrix product and exp measured here
+
+Memory is what forward keeps for backward and the peak of both passes. `--step` measures the share of a training step:
+the model with the CRF, with the naive one in its place, and without, in turns.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dfer.crf
+from benchmarks.loader_speed import BENCH_HINT, machine
+from benchmarks.quiet import Usage, wait_for_quiet
+from dfer.commandline import Parser, in_range
+from dfer.crf import MeanFieldCRF, cell_positions
+from dfer.crf_meanfield import Features, MeanField, certified_damping, curvature_bounds, meanfield
+from dfer.crf_pairs import Smoothness, normalised_kernel
+from dfer.model import DFERNet
+
+STATES, VALUES, ITERATIONS, WIDTH = 16, 64, 3, 256
+# Frames and the sides of both levels' cells; as a picture, for those that know two dimensions only.
+SHAPES = {
+    104: (8, (3, 3), (2, 2)),
+    256: (16, (3, 3), (7, 1)),
+    784: (16, (6, 6), (13, 1)),
+    1040: (16, (7, 7), (4, 4)),
+    1568: (16, (7, 7), (7, 7)),
+    3920: (16, (14, 14), (7, 7)),
+}
+PICTURES = {104: (8, 13), 256: (16, 16), 784: (28, 28), 1040: (26, 40), 1568: (28, 56), 3920: (56, 70)}
+WINDOW = 11  # ConvCRF's own default
+HEADLINE = (1040, 8)
+
+
+class Problem(NamedTuple):
+    unary: Tensor  # (B, N, L)
+    points: Tensor  # (B, N, 32)
+    frames: Tensor  # (B, T, T)
+    cells: Tensor  # (P, P)
+    compatibility: Tensor  # (2, L, L)
+    values: Tensor  # (B, N, C)
+
+    def inputs(self) -> "Problem":
+        return Problem(*(x.detach().requires_grad_() for x in self))
+
+
+def make_problem(num_tokens: int, batch: int, device: str) -> Problem:
+    """Random unary terms and embeddings, with the positions and kernel widths that the layer starts from."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    num_frames, *sides = SHAPES[num_tokens]
+    cells = cell_positions([torch.Size(side) for side in sides], (16, 32), torch.device("cpu"))
+    time_ = torch.arange(num_frames, dtype=torch.float32)[:, None]
+    embedding = 2 * F.normalize(torch.randn(batch, num_tokens, 28, generator=generator), dim=-1)
+    over_time = (time_ / 4)[:, None].expand(-1, len(cells), -1)
+    over_cells = (cells / torch.tensor([0.5, 0.5, 1.0])).expand(num_frames, -1, -1)
+    position = torch.cat([over_time, over_cells], dim=-1).flatten(0, 1).expand(batch, -1, -1)
+    problem = Problem(
+        torch.randn(batch, num_tokens, STATES, generator=generator),
+        torch.cat([embedding, position], dim=-1),
+        normalised_kernel((time_ / 2).expand(batch, -1, -1)),
+        normalised_kernel(cells / torch.tensor([0.15, 0.15, 1.0])),
+        torch.eye(STATES).repeat(2, 1, 1),
+        torch.randn(batch, num_tokens, VALUES, generator=generator),
+    )
+    return Problem(*(x.to(device) for x in problem))
+
+
+def ours(problem: Problem, backend: str, operands: torch.dtype) -> tuple[Tensor, Tensor]:
+    unary, points, frames, cells, compatibility, values = problem
+    valid = torch.ones(unary.shape[:2], dtype=torch.bool, device=unary.device)
+    field = meanfield(
+        unary,
+        Features(points, frames, cells),
+        compatibility,
+        valid,
+        ITERATIONS,
+        values=values,
+        backend=backend,
+        operands=operands,
+    )
+    return field.marginals, field.values
+
+
+def naive_meanfield(
+    unary: Tensor,
+    features: Features,
+    compatibility: Tensor,
+    valid: Tensor,
+    iterations: int,
+    values: Tensor | None = None,
+    **_: object,
+) -> MeanField:
+    """`meanfield` as one would write it first: all pairs in memory, and whatever autograd keeps of them."""
+    points, frames, cells = features
+    kernel = normalised_kernel(points, valid)
+    to_itself = kernel.diagonal(dim1=-2, dim2=-1)
+    kernel = kernel - torch.diag_embed(to_itself)
+    smoothness = Smoothness(frames, cells)
+    with torch.no_grad():
+        max_self = torch.stack([to_itself.amax(1), smoothness.to_itself.amax((1, 2))], dim=1)
+        damping = certified_damping(max_self, curvature_bounds(compatibility, indefinite=False))
+    eta = (1 / (1 + damping))[:, None, None]
+    logits, q, before, energies = unary, unary.softmax(-1), unary.softmax(-1), []
+    for _ in range(iterations):
+        before = q
+        message = kernel @ q @ compatibility[0] + smoothness.sweep(q) @ compatibility[1]
+        with torch.no_grad():
+            energies.append((torch.special.xlogy(q, q) - q * (unary + 0.5 * message)).sum((1, 2)))
+        logits = (1 - eta) * logits + eta * (unary + message)
+        q = logits.softmax(-1)
+    residual = (q - before).detach().abs().amax((1, 2))
+    swept = None if values is None else kernel @ values.to(kernel.dtype)
+    return MeanField(q, swept, to_itself.detach().sqrt(), damping, residual, torch.stack(energies, dim=1))
+
+
+def naive(problem: Problem) -> tuple[Tensor, Tensor]:
+    unary, points, frames, cells, compatibility, values = problem
+    valid = torch.ones(unary.shape[:2], dtype=torch.bool, device=unary.device)
+    field = naive_meanfield(unary, Features(points, frames, cells), compatibility, valid, ITERATIONS, values)
+    return field.marginals, field.values
+
+
+def window(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Messages from a window of cells of a picture, appearance kernel only, symmetric normalisation, without self."""
+    num_tokens = problem.unary.shape[1]
+    height, width = PICTURES[num_tokens]
+
+    def unfolded(x: Tensor) -> Tensor:  # (B, N, C) -> (B, C, window, N)
+        picture = x.mT.unflatten(-1, (height, width))
+        return F.unfold(picture, WINDOW, padding=WINDOW // 2).unflatten(1, (x.shape[-1], -1))
+
+    inside = unfolded(torch.ones_like(problem.points[..., :1]))[:, 0]
+    distance = (unfolded(problem.points) - problem.points.mT[:, :, None]).square().sum(1)
+    kernel = (-0.5 * distance).exp() * inside  # (B, window, N)
+    scale = kernel.sum(1).rsqrt()[..., None]  # (B, N, 1)
+    not_self = torch.ones(WINDOW**2, 1, device=kernel.device)
+    not_self[WINDOW**2 // 2] = 0
+    kernel = kernel * not_self
+
+    def sweep(x: Tensor) -> Tensor:
+        return scale * torch.einsum("bcwn,bwn->bnc", unfolded(scale * x), kernel)
+
+    q = problem.unary.softmax(-1)
+    for _ in range(ITERATIONS):
+        q = (problem.unary + sweep(q) @ problem.compatibility[0]).softmax(-1)
+    return q, sweep(problem.values)
+
+
+def permutohedral(problem: Problem) -> None:
+    """Krähenbühl's lattice through pydensecrf, picture by picture, position kernel only: it has no more dimensions."""
+    import numpy as np
+    import pydensecrf.densecrf as densecrf
+
+    height, width = PICTURES[problem.unary.shape[1]]
+    for unary in problem.unary.detach().numpy():
+        field = densecrf.DenseCRF2D(width, height, STATES)
+        field.setUnaryEnergy(np.ascontiguousarray(-unary.T))
+        field.addPairwiseGaussian(sxy=3, compat=1, normalization=densecrf.NORMALIZE_SYMMETRIC)
+        field.inference(ITERATIONS)
+
+
+class AttentionLayer(nn.Module):
+    """What else would let all tokens hear each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), nn.MultiheadAttention(WIDTH, 8, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        normed = self.norm(tokens)
+        return tokens + self.attention(normed, normed, normed, need_weights=False)[0]
+
+
+# ---- Measurements.
+
+
+def passes(design: str, num_tokens: int, batch: int, device: str) -> Callable[[], object]:
+    """One forward and backward pass of a design."""
+    if design in ("layer", "attention"):
+        num_frames, *sides = SHAPES[num_tokens]
+        autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        if design == "layer":
+            module = MeanFieldCRF(WIDTH, 7, (16, 32)).to(device)
+            inputs = [torch.randn(batch, num_frames, WIDTH, *side, device=device) for side in sides]
+        else:
+            module = AttentionLayer().to(device)
+            inputs = [torch.randn(batch, num_tokens, WIDTH, device=device)]
+        inputs = [x.requires_grad_() for x in inputs]
+
+        def run_module() -> None:
+            with autocast:
+                out = module(inputs)[0] if design == "layer" else [module(inputs[0])]
+            torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+
+        return run_module
+    problem = make_problem(num_tokens, batch, device)
+    if design == "permutohedral":
+        return lambda: permutohedral(problem)
+    operands = torch.bfloat16 if device == "cuda" else torch.float32
+    infer = {"naive dense": naive, "window": window}.get(design, lambda p: ours(p, design, operands))
+    generator = torch.Generator().manual_seed(1)
+    towards = [torch.randn(batch, num_tokens, n, generator=generator).to(device) for n in (STATES, VALUES)]
+
+    def run() -> tuple:
+        inputs = problem.inputs()
+        outputs = infer(inputs)
+        if design != "window":
+            return (*outputs, *torch.autograd.grad(outputs, inputs, towards))
+        used = [inputs.unary, inputs.points, inputs.compatibility, inputs.values]
+        return (*outputs, *torch.autograd.grad(outputs, used, towards))
+
+    return run
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """What forward keeps for backward, storages that are shared counted once."""
+    storages = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(storages.values())
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """The most memory in use at a time beyond what was before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # or it would be served from what earlier passes have left
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = status_kib("VmRSS")
+    run()
+    return 1024 * max(status_kib("VmHWM") - before, 0)
+
+
+def status_kib(name: str) -> int:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
+    return int(line.split()[1])
+
+
+def machine_speeds(device: str) -> dict[str, float]:
+    """Multiply-adds and exponentials per second at sizes that suit the machine."""
+    operands = torch.bfloat16 if device == "cuda" else torch.float32
+    side = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=operands) for _ in range(2))
+    x = torch.rand(2**28 if device == "cuda" else 2**18, device=device).neg_()
+    out = torch.empty_like(x)
+    best = {}
+    for name, run, work in (
+        ("mac_per_s", lambda: a @ b, side**3),
+        ("exp_per_s", lambda: torch.exp(x, out=out), x.numel()),
+    ):
+        best[name] = work / min(timed(run, device) for _ in range(30))
+    return best
+
+
+def limit_seconds(num_tokens: int, batch: int, speeds: dict[str, float]) -> float:
+    """Time of the arithmetic alone, appearance kernel: nothing but products and exponentials, each at full speed.
+
+    Forward: the kernel, I sweeps of L states, one of C values. Backward: the kernel again, the sweeps again, their
+    adjoints, and the gradient's product of rank I L + C with its two products with the points.
+    """
+    points = 32
+    forward = points + ITERATIONS * STATES + VALUES
+    backward = points + 2 * ITERATIONS * STATES + VALUES + (ITERATIONS * STATES + VALUES) + 2 * points
+    pairs = batch * num_tokens**2
+    return pairs * (forward + backward) / speeds["mac_per_s"] + 2 * pairs / speeds["exp_per_s"]
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All designs at all sizes: {"n1040_b8": {"ms": {design: [..]}, "saved_mb": {...}, "peak_mb": {...}}}."""
+    speeds, cells, skipped = machine_speeds(args.device), {}, {}
+    per_pair: dict[str, float] = {}  # seconds, from the sizes before: what is bigger can be foreseen
+    console = Console(stderr=True)
+    for num_tokens in args.tokens:
+        for batch in args.batches:
+            cell = {"ms": {}, "saved_mb": {}, "peak_mb": {}, "limit_ms": 1e3 * limit_seconds(num_tokens, batch, speeds)}
+            name, pairs = f"n{num_tokens}_b{batch}", batch * num_tokens**2
+            runs = {}
+            for design in args.designs:
+                # 40 bytes a pair is what autograd keeps of the naive one; a window keeps its points unfolded.
+                need = {"naive dense": 40 * pairs, "window": 8 * batch * num_tokens * WINDOW**2 * 100}.get(design, 0)
+                if need > 0.5 * free_bytes(args.device):
+                    skipped[f"{name} {design}"] = f"memory: some {need / 1e9:.0f} GB"
+                elif per_pair.get(design, 0) * pairs > args.limit:
+                    skipped[f"{name} {design}"] = f"time: some {per_pair[design] * pairs:.0f} s for one pass"
+                else:
+                    runs[design] = passes(design, num_tokens, batch, args.device)
+            console.print(f"{name}: {', '.join(runs) or 'nothing fits'}")
+            for design, run in runs.items():
+                cell["saved_mb"][design] = saved_bytes(run) / 1e6  # warms up, too
+                cell["peak_mb"][design] = peak_bytes(run, args.device) / 1e6
+                cell["ms"][design] = []
+            wait_for_quiet(args.patience)
+            start = Usage.now()
+            for round_ in range(args.rounds):
+                for design in runs if round_ % 2 == 0 else reversed(runs):
+                    cell["ms"][design].append(1e3 * timed(runs[design], args.device))
+            cell["foreign_cores"] = Usage.now().since(start)["foreign_cores"]
+            if {"dense", "naive dense"} <= runs.keys():
+                cell["difference"] = differences(runs["dense"](), runs["naive dense"]())
+            per_pair |= {design: min(ms) / 1e3 / pairs for design, ms in cell["ms"].items()}
+            cells[name] = cell
+    return {"speeds": speeds, "cells": cells, "not_run": skipped}
+
+
+def differences(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> dict[str, float]:
+    """Of marginals, absolute; of gradients, relative to the largest."""
+    ours, theirs = list(ours), list(theirs)
+    relative = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    return {"marginals": (ours[0] - theirs[0]).abs().max().item(), "values_and_gradients": max(relative)}
+
+
+def free_bytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    (line,) = (x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])
+
+
+class NoCRF(nn.Module):
+    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], object]:
+        return levels, dfer.crf.CRFOutput(None, None, {})
+
+
+def measure_steps(args: argparse.Namespace) -> dict:
+    """Training steps with our CRF, with the naive one, and with none: {"48 px, T=8, B=16": {"ms": ...}}."""
+    gpu = args.device == "cuda"
+    sizes = [(112, 16, 64), (112, 16, 256)] if gpu else [(48, 8, 16), (112, 16, 8)]
+    native = gpu or torch.cpu._is_avx512_bf16_supported()
+    report = {}
+    for size, num_frames, batch in sizes:
+        clips = torch.randn(batch, num_frames, 3, size, size, device=args.device)
+        labels = torch.arange(batch, device=args.device) % 7
+        steps = {}
+        for name in ("ours", "naive dense", "no CRF"):
+            torch.manual_seed(0)
+            model = DFERNet(num_frames).to(args.device).to(memory_format=torch.channels_last)
+            if name == "no CRF":
+                model.crf = NoCRF()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
+            steps[name] = step_of(model, optimizer, clips, labels, native, naive=name == "naive dense")
+        ms = {name: [] for name in steps}
+        for step in steps.values():
+            step()
+        wait_for_quiet(args.patience)
+        start = Usage.now()
+        for round_ in range(args.rounds):
+            for name in steps if round_ % 2 == 0 else reversed(steps):
+                ms[name].append(1e3 * timed(steps[name], args.device))
+        without = ms["no CRF"]
+        share = {
+            name: statistics.median(1 - b / a for a, b in zip(ms[name], without, strict=True))
+            for name in ("ours", "naive dense")
+        }
+        foreign = Usage.now().since(start)["foreign_cores"]
+        report[f"{size} px, T={num_frames}, B={batch}"] = {"ms": ms, "share": share, "foreign_cores": foreign}
+    return report
+
+
+def step_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, labels: Tensor, amp: bool, naive: bool
+) -> Callable[[], None]:
+    def step() -> None:
+        place = mock.patch.object(dfer.crf, "meanfield", naive_meanfield) if naive else contextlib.nullcontext()
+        with place:
+            with torch.autocast(clips.device.type, torch.bfloat16, enabled=amp):
+                prediction = model(clips)
+            loss = F.cross_entropy(prediction.logits.float(), labels)
+            if prediction.marginals is not None:
+                loss = loss + 0.2 * F.nll_loss(prediction.marginals, labels)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# ---- What people see.
+
+
+def ratios_of(cells: dict[str, dict]) -> dict[str, float]:
+    """Of each other design's time to ours at each size, as the median over the rounds."""
+    ratios = {}
+    for name, cell in cells.items():
+        for design, ms in cell["ms"].items():
+            base = {"attention": "layer", "layer": None}.get(design, "dense")
+            if base in cell["ms"] and design != base:
+                pairs = zip(ms, cell["ms"][base], strict=True)
+                ratios[f"{design.replace(' ', '_')}_{name}"] = statistics.median(a / b for a, b in pairs)
+    return ratios
+
+
+def print_report(report: dict, designs: Sequence[str], console: Console) -> None:
+    table = Table(title="forward + backward in ms, median; in brackets MB kept for backward")
+    table.add_column("N, B")
+    for design in (*designs, "limit"):
+        table.add_column(design, justify="right")
+    for name, cell in report["cells"].items():
+        texts = [
+            f"{statistics.median(cell['ms'][d]):.1f} ({cell['saved_mb'][d]:.1f})" if d in cell["ms"] else "-"
+            for d in designs
+        ]
+        table.add_row(name.replace("n", "").replace("_b", ", "), *texts, f"{cell['limit_ms']:.1f}")
+    console.print(table)
+    for what, why in report["not_run"].items():
+        console.print(f"not run: {what}: {why}")
+    for name, step in report.get("steps", {}).items():
+        shares = ", ".join(f"{design} {100 * share:.1f} %" for design, share in step["share"].items())
+        console.print(f"share of a training step, {name}: {shares}")
+
+
+def draw(path: Path, report: dict, designs: Sequence[str]) -> None:
+    """Time and memory of a clip over N, at the largest batch that all designs ran at."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    styles = {
+        "dense": ("#1b6ca8", "o"), "triton": ("#0b3c5d", "s"), "sdpa": ("#6fa8dc", "v"),
+        "naive dense": ("#c0392b", "o"), "window": ("#e39b3b", "D"), "permutohedral": ("#8e44ad", "x"),
+        "layer": ("#2e8b57", "o"), "attention": ("#9a9a9a", "o"),
+    }  # fmt: skip
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    batches = sorted({int(name.split("_b")[1]) for name in report["cells"]})
+    batch = 8 if 8 in batches else batches[0]
+    cells = {
+        int(name[1:].split("_b")[0]): cell for name, cell in report["cells"].items() if name.endswith(f"_b{batch}")
+    }
+    for design in designs:
+        colour, marker = styles[design]
+        points = [(n, cell) for n, cell in cells.items() if cell["ms"].get(design)]
+        if points:
+            xs = [n for n, _ in points]
+            ms = [statistics.median(cell["ms"][design]) / batch for _, cell in points]
+            left.plot(xs, ms, marker=marker, color=colour, label=design)
+            if design != "permutohedral":  # it has no backward pass
+                kept = [cell["saved_mb"][design] / batch for _, cell in points]
+                right.plot(xs, kept, marker=marker, color=colour, label=design)
+    left.plot(list(cells), [c["limit_ms"] / batch for c in cells.values()], "k:", label="limit of the machine")
+    for axes, title in ((left, "forward + backward, ms per clip"), (right, "kept for backward, MB per clip")):
+        axes.set(xscale="log", yscale="log", xlabel="N, tokens of a clip")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xticks(list(cells), [str(n) for n in cells])
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, format=path.suffix[1:], dpi=150)
+    os.replace(partial, path)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("crf_speed.py", __doc__)
+    whole, number = lambda low, high: in_range(int, low, high), lambda low, high: in_range(float, low, high)
+    gpu = torch.cuda.is_available()
+    known = ["dense", "sdpa", "naive dense", "window", "layer", "attention"]
+    known += ["triton"] if gpu else []
+    known += ["permutohedral"] if importlib.util.find_spec("pydensecrf") else []
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--tokens", type=int, nargs="+", choices=SHAPES, default=list(SHAPES), help="N of a clip")
+    parser.add_argument("--batches", type=whole(1, 4096), nargs="+", default=[1, 8, 32, 128, 256], help="clips")
+    parser.add_argument("--designs", nargs="+", choices=known, default=known)
+    parser.add_argument("--rounds", type=whole(1, 1000), default=5)
+    parser.add_argument("--limit", type=number(0.01, 3600), default=8.0, help="seconds that one pass may take (8)")
+    parser.add_argument("--patience", type=number(0, 86400), default=30.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--step", action="store_true", help="share of a training step, too")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg|png")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not gpu:
+        parser.error("--device cuda: no NVIDIA GPU is visible here")
+    for path in filter(None, (args.json, args.plot)):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            parser.error(f"{path}: cannot be written: {'a folder' if path.is_dir() else 'its folder is missing'}")
+    if args.plot and args.plot.suffix not in (".svg", ".png"):
+        parser.error(f"--plot {args.plot}: does not end in .svg or .png")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error(f"--plot needs matplotlib: {BENCH_HINT}")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    report = {"command": " ".join(["python", "benchmarks/crf_speed.py", *words]), "machine": machine()}
+    report |= measure(args)
+    report["ratios"] = ratios_of(report["cells"])
+    if args.step:
+        report["steps"] = measure_steps(args)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    print_report(report, args.designs, console)
+    if args.json:
+        partial = args.json.with_name(f"{args.json.name}.partial")
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(partial, args.json)
+    if args.plot:
+        draw(args.plot, report, args.designs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

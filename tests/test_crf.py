@@ -5,6 +5,7 @@ Bounds and cases follow docs/crf.md; tests/mutants.py breaks the code in twelve 
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -709,3 +710,27 @@ def test_an_impulse_on_the_gradient_pass():
     assert isinstance(pairs, DensePairs)
     columns = (pairs.sweep(left) * right).sum(-1)
     torch.testing.assert_close(pairs.gradient(left, right, columns), want, atol=1e-13, rtol=0)
+
+
+# 14. Somebody else's code
+
+
+def test_another_implementation_agrees_in_two_dimensions():
+    """The lattice is near the exact sums in two dimensions. A token hears itself there, so its share is put back."""
+    densecrf = pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf builds from its repository only")
+    side, weight, iterations = 14, 4.0, 10
+    unary = torch.from_numpy(np.random.default_rng(0).normal(size=(side * side, 5)).astype(np.float32))
+    peer = densecrf.DenseCRF2D(side, side, 5)
+    peer.setUnaryEnergy(np.ascontiguousarray(-unary.numpy().T))
+    peer.addPairwiseGaussian(sxy=3, compat=weight, normalization=densecrf.NORMALIZE_SYMMETRIC)
+    want = torch.from_numpy(np.array(peer.inference(iterations)).T.copy())
+
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    points = torch.stack([y, x], dim=-1).flatten(0, 1)[None].float() / 3
+    ((_, pairs),) = grouped("dense", points, torch.ones(1, side * side, dtype=torch.bool), torch.float32, torch.float32)
+    q = unary.softmax(-1)[None]
+    for _ in range(iterations):
+        heard = pairs.sweep(q) + pairs.scale.square()[..., None] * q
+        q = (unary + weight * heard).softmax(-1)
+    assert (q[0] - want).abs().max() <= 0.02
+    assert (q[0].argmax(-1) == want.argmax(-1)).float().mean() >= 0.99

@@ -295,6 +295,7 @@ def build_loader(config: Config, index: ClipIndex, mode: str, world: World) -> C
         size=data.size,
         device="gpu" if gpu else "cpu",
         jpeg_engine=data.jpeg_engine,
+        bad_clips=data.bad_clips if mode == "train" else "error",
         cached=data.cache == "gpu",
         rank=world.rank,
         world_size=world.size,

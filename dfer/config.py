@@ -29,6 +29,8 @@ class DataConfig:
     """Where the clips are read from; auto = what the list points at."""
     jpeg_engine: float = 0.65
     """Share of the images that a GPU's JPEG engine decodes, where it has one; more frees cores, less may be faster."""
+    bad_clips: Literal["error", "skip"] = "skip"
+    """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
     cache: Literal["off", "gpu"] = "off"
     """gpu = hold the whole raw data set in GPU memory."""
     recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "m3dfel", "mae-dfer"] = "none"

@@ -3,6 +3,7 @@
 `kind` says what comes out: "images" (encoded), "pixels" (uint8 pictures) or "videos" (whole encoded files).
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -10,14 +11,19 @@ import av
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
+from dali_pipes.headers import MAX_BYTES, refusal
 from dfer.index import ClipIndex
-from dfer.video import BadVideo, read_frames, yuv_to_rgb
+from dfer.video import BadVideo, check_claims, read_frames, yuv_to_rgb
 
 # Codecs whose chroma samples lie on even columns of luma unless a stream says otherwise, which FFmpeg follows; those of
 # all others lie between two columns.
 CHROMA_LEFT = frozenset({"h264", "hevc", "mpeg2video", "mpeg4"})
 
 _CHUNK = 65536  # bytes
+
+
+class BadClip(ValueError):
+    """A clip that cannot be read, or must not be decoded. The message is one line that names its row and its file."""
 
 
 class FrameFolders:
@@ -32,9 +38,16 @@ class FrameFolders:
         """The T encoded images.
 
         Raises:
-            ValueError: in one line, if a file cannot be read.
+            BadClip: if a file cannot be read, is neither JPEG nor PNG, or claims more than MAX_PIXELS.
         """
-        return [_read(self.where(video, frame), self.name(video, frame)) for frame in frames.tolist()]
+        images = []
+        for frame in frames.tolist():
+            data = _read(self.where(video, frame), MAX_BYTES)
+            reason = data if isinstance(data, str) else refusal(data)
+            if reason is not None:
+                raise BadClip(f"{self.name(video, frame)}: {reason}")
+            images.append(data)
+        return images
 
     def where(self, video: int, frame: int) -> str:
         return self.index.frame_path(video, frame)
@@ -51,17 +64,25 @@ class Shards:
     def __init__(self, index: ClipIndex):
         self.index, self.store = index, index.store
         self.kind = "images" if self.store.kind == "shards" else "pixels"
-        self._maps = [np.memmap(path, dtype=np.uint8, mode="r") for path in self.store.paths]
+        # Views: each slice of a memmap itself would take a microsecond.
+        self._maps = [np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray) for path in self.store.paths]
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
-        """The T encoded images (tar) or the T pictures (raw), (H, W, 3), as views of the file."""
+        """The T encoded images (tar) or the T pictures (raw), (H, W, 3), as views of the file.
+
+        Raises:
+            BadClip: if an image is neither JPEG nor PNG, or claims more than MAX_PIXELS.
+        """
         store = self.store
         data, rows = self._maps[store.shard[video]], store.first[video] + frames
         ends = (store.offset[rows] + store.length[rows]).tolist()
         views = [data[start:end] for start, end in zip(store.offset[rows].tolist(), ends, strict=True)]
-        if self.kind == "images":
-            return views
-        return [view.reshape(store.height[video], store.width[video], 3) for view in views]
+        if self.kind == "pixels":
+            return [view.reshape(store.height[video], store.width[video], 3) for view in views]
+        for frame, view in zip(frames.tolist(), views, strict=True):
+            if (reason := refusal(view)) is not None:
+                raise BadClip(f"{self.name(video, frame)}: {reason}")
+        return views
 
     def name(self, video: int, frame: int) -> str:
         record, path = self.index.records[video], self.store.paths[self.store.shard[video]]
@@ -80,7 +101,7 @@ class VideoFiles:
         """The T pictures: planar 4:2:0 YUV (3 H / 2, W, 1), or RGB (H, W, 3) where the stream is of another kind.
 
         Raises:
-            ValueError: in one line, if the file cannot be read or a frame does not come out of the decoder.
+            BadClip: if the file cannot be read, is too large a picture or a frame does not come out of the decoder.
         """
         store, record = self.store, self.index.records[video]
         part = slice(store.first[video], store.first[video + 1])
@@ -88,8 +109,7 @@ class VideoFiles:
             colours = str(store.matrix[video]), bool(store.full_range[video])
             return read_frames(record.path, store.pts[part], store.key[part], frames, *colours)
         except (BadVideo, av.FFmpegError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{record.source}: cannot decode the video {record.path}: {reason}") from None
+            raise BadClip(f"{_video_name(self.index, video)}: {_reason(error)}") from None
 
     def yuv(self) -> Float32[np.ndarray, "N 13"]:
         """How the pixels of each video become RGB: the (3, 4) map, and 1 where chroma lies on even columns."""
@@ -115,23 +135,43 @@ class VideoBytes:
         """The bytes of the file, one array.
 
         Raises:
-            ValueError: in one line, if the file cannot be read.
+            BadClip: if the file cannot be read, is no video, or claims more than MAX_SIDE.
         """
-        record = self.index.records[video]
-        return [_read(record.path, f"{record.source}: bad video {record.path}")]
+        path = self.index.records[video].path
+        try:
+            check_claims(path)
+        except (BadVideo, av.FFmpegError, OSError) as error:
+            raise BadClip(f"{_video_name(self.index, video)}: {_reason(error)}") from None
+        data = _read(path)
+        if isinstance(data, str):
+            raise BadClip(f"{_video_name(self.index, video)}: {data}")
+        return [data]
 
 
-def _read(path: str | Path, name: str) -> UInt8[np.ndarray, " _"]:
+def _video_name(index: ClipIndex, video: int) -> str:
+    record = index.records[video]
+    return f"{record.source}: cannot decode the video {record.path}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "file not found"
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+def _read(path: str | Path, limit: float = math.inf) -> UInt8[np.ndarray, " _"] | str:
+    """The bytes of a file, or why there are none; a file of more than `limit` bytes is not read to its end."""
     # One system call reads a frame, where Python's file objects need four: a tenth of all of the loader's work.
     try:
         file = os.open(path, os.O_RDONLY)
         try:
             parts = [os.read(file, _CHUNK)]
             while len(parts[-1]) == _CHUNK:
+                if len(parts) * _CHUNK > limit:
+                    return f"more than {limit:,} bytes"
                 parts.append(os.read(file, _CHUNK))
         finally:
             os.close(file)
     except OSError as error:
-        reason = "file not found" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ValueError(f"{name}: {reason}") from None
+        return _reason(error)
     return np.frombuffer(b"".join(parts), dtype=np.uint8)

@@ -28,6 +28,7 @@ from dfer.packed import Packed, load_packed
 Item, Found = TypeVar("Item"), TypeVar("Found")
 Source = Literal["frames", "video", "shards", "raw"]
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+MAX_PIXELS = 4096 * 4096  # of a frame: a header may claim any size, and memory is taken before the data is seen
 FOLDER, MISSING = -1, -2  # in place of a file's size
 
 

@@ -171,6 +171,16 @@ def scan_video(path: Path) -> VideoScan:
     )
 
 
+def check_claims(path: Path) -> None:
+    """That a file is a video of sides that can be decoded, as far as its header says; nothing is decoded.
+
+    Raises:
+        BadVideo, av.FFmpegError, OSError: if it is not.
+    """
+    with _open(path, format=_format(path), container_options=QUICK) as container:
+        _best_video(container)
+
+
 def read_frames(
     path: Path,
     pts: Int64[np.ndarray, " F"],

@@ -134,14 +134,14 @@ class ClipLoader:
                 if step == 0:
                     good = self._schedule(ahead.popleft(), ids[0], plan, rest)
                 pictures, good = self._outputs(ids[step], good, plan, rest)
-                row_valid, shown_ids = valid[step] & good, _stand_ins(ids[step], good)
+                row_good, filled = good, _stand_ins(ids[step], good)
                 if step + AHEAD < len(ids):
                     ahead.append(read(ids[step + AHEAD]))
                 if step + 1 < len(ids):
                     good = self._schedule(ahead.popleft(), ids[step + 1], plan, rest)
-                if rest is not None:
-                    pictures = self._finish(pictures, rest, shown_ids)
-                yield self._batch(pictures, ids[step], row_valid)
+                if rest is not None and row_good.any():
+                    pictures = self._finish(pictures, rest, filled)
+                yield self._batch(pictures, ids[step], valid[step] & row_good)
 
     def _resident_batches(self, plan: EpochPlan, ids: np.ndarray, valid: np.ndarray) -> Iterator[Batch]:
         on_device = torch_stages.DevicePlan(plan, self._device)

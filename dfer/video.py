@@ -23,6 +23,8 @@ from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from PIL import Image
 
 MAX_SIDE = 8192  # px; what a hostile header may claim is far more
+# What a stream itself claims, the decoder hears before we do, also the one that looks ahead when a file is opened.
+LIMITS = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}
 MAX_REPEATS = 100  # by a constant frame rate, of a frame on average; beyond, the time stamps are broken
 # By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
 EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -243,7 +245,7 @@ def _open(path: Path, **options: object) -> av.container.InputContainer:
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadVideo("not a file")  # a pipe would never end
     # Absolute, as FFmpeg takes "a:b.mp4" for a protocol; old files have tags that are not UTF-8.
-    return av.open(os.path.abspath(path), metadata_errors="replace", **options)
+    return av.open(os.path.abspath(path), metadata_errors="replace", options=LIMITS, **options)
 
 
 def _best_video(container: av.container.InputContainer) -> av.VideoStream:
@@ -253,6 +255,7 @@ def _best_video(container: av.container.InputContainer) -> av.VideoStream:
     if video.codec_context is not None:  # else there is no decoder, which decode() says
         _check_size(video.codec_context)
         video.codec_context.thread_count = 1  # the workers are the parallelism
+        video.codec_context.options = LIMITS
     return video
 
 

@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.annotations import EMOTIONS, write_annotations
 from dfer.commandline import Parser, in_range, shown
 from dfer.dialects import Dialect, Row, read_dialect
-from dfer.index import FRAME_SUFFIXES, natural_key
+from dfer.index import FRAME_SUFFIXES, MAX_PIXELS, natural_key
 
-MAX_PIXELS = 4096 * 4096
 NAMED = 10  # problems of a kind that are printed
 UNWRITABLE = ("missing folders", "unreadable folders", "folders without frames", "clips with two labels")
 PARALLEL = 2000  # images from which starting processes pays

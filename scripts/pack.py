@@ -48,7 +48,7 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.annotations import EMOTIONS, VideoRecord, packed_index, read_annotations, write_annotations
 from dfer.commandline import Parser, in_range, shown
-from dfer.index import FrameFiles, build_index
+from dfer.index import MAX_PIXELS, FrameFiles, build_index
 from dfer.packed import Pack, Packed, match_records, read_pack, shard_problems, write_pack
 from dfer.video import BadVideo, decode
 
@@ -149,6 +149,8 @@ def decode_image(data: bytes) -> Image.Image:
     except PIL.UnidentifiedImageError:
         raise ValueError("no JPEG or PNG image") from None
     with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         if image.mode not in MODES:
             raise ValueError(f"its pixels are {image.mode}, more than 8 bits")
         ImageOps.exif_transpose(image, in_place=True)

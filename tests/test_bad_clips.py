@@ -1,0 +1,542 @@
+"""Clips that cannot be read, from every source: named, left out or fatal, and never anybody else's harm."""
+
+import functools
+import io
+import itertools
+import json
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dali_pipes import loader as loader_module
+from dali_pipes.headers import claimed_pixels, refusal
+from dali_pipes.loader import ClipLoader
+from dali_pipes.sources import MAX_BYTES, _read
+from dfer.index import MAX_PIXELS, ClipIndex, load_index
+from dfer.sampling import Augmentation, ClipSampler
+from dfer.video import BadVideo, check_claims, read_frames, scan_video
+from scripts import check_list, pack
+from tests.conftest import run_python, smooth_image
+from tests.oracle import oracle_clip
+from tests.test_dali_pipes import EVERYTHING, SIZE, T, pillow_frames, write_video
+
+CLIPS, BAD, FRAME = 4, 2, 3  # of the four clips the third one gets a bad fourth frame
+PLAIN = Augmentation(min_crop_area=0.5, colour=0.3)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def claim(jpeg: bytes, height: int, width: int) -> bytes:
+    """The same JPEG file with another size in its header."""
+    place = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:place] + struct.pack(">HH", height, width) + jpeg[place + 4 :]
+
+
+def flipped(data: bytes, number: int = 20) -> bytes:
+    """The same file with some bits of its second half turned over."""
+    changed = bytearray(data)
+    for place in np.random.default_rng(1).choice(np.arange(len(data) // 2, len(data) - 4), number, replace=False):
+        changed[place] ^= 0x10
+    return bytes(changed)
+
+
+def picture() -> Image.Image:
+    return smooth_image(np.random.default_rng(5), 72, 60)
+
+
+def sixteen_bits() -> Image.Image:
+    return Image.fromarray(np.asarray(picture().convert("L")).astype(np.uint16) * 257)
+
+
+# What stands in the place of a frame, and what is said of it.
+BAD_IMAGES = {
+    "truncated": (lambda: encoded(picture())[:600], "cannot be decoded"),
+    "header only": (lambda: encoded(picture())[:40], "states no size"),
+    "garbage": (lambda: np.random.default_rng(0).bytes(3000), "neither JPEG nor PNG"),
+    "text": (lambda: b"404 not found\n" * 20, "neither JPEG nor PNG"),
+    "another format": (lambda: encoded(picture(), "BMP"), "neither JPEG nor PNG"),
+    "truncated png": (lambda: encoded(picture(), "PNG")[:-300], "cannot be decoded"),
+    "header bomb": (lambda: claim(encoded(picture()), 30000, 30000), "claims 900,000,000 pixels"),
+    "png bomb": (lambda: png_bomb(), "claims 900,000,000 pixels"),
+    "zero-size header": (lambda: claim(encoded(picture()), 0, 60), "states no size"),
+}
+GOOD_IMAGES = {
+    "png renamed": lambda: encoded(picture(), "PNG"),
+    "gray": lambda: encoded(picture().convert("L")),
+    "cmyk": lambda: encoded(picture().convert("CMYK")),
+    "16-bit png": lambda: encoded(sixteen_bits(), "PNG"),
+    "one pixel": lambda: encoded(picture().resize((1, 1))),
+    "progressive": lambda: encoded(picture(), progressive=True),
+}
+BAD_FILES = {  # frames only: what lies there is no file with bytes in it
+    "missing": (lambda path: path.unlink(), "file not found"),
+    "empty": (lambda path: path.write_bytes(b""), "zero bytes"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
+    "endless": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), f"more than {MAX_BYTES:,} bytes"),
+}
+
+
+def png_bomb() -> bytes:
+    data = bytearray(encoded(picture(), "PNG"))
+    data[16:24] = struct.pack(">II", 30000, 30000)
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> Path:
+    """Four clips of T frames: in folders, in a tar, as VP9 videos."""
+    root, rng = tmp_path_factory.mktemp("healthy"), np.random.default_rng(0)
+    rows = [[], []]
+    for clip in range(CLIPS):
+        height, width = (int(x) for x in rng.integers(50, 90, 2) // 2 * 2)
+        images = [smooth_image(rng, height, width) for _ in range(T)]
+        (root / str(clip)).mkdir()
+        for frame, image in enumerate(images):
+            image.save(root / str(clip) / f"{frame}.jpg", quality=92)
+        (root / "videos").mkdir(exist_ok=True)
+        options = {"crf": "20", "cpu-used": "8"}
+        arrays = [np.asarray(image) for image in images]
+        write_video(root / "videos" / f"{clip}.webm", arrays, "libvpx-vp9", "yuv420p", options)
+        rows[0].append(f"{clip} {T} {clip}\n")
+        rows[1].append(f"{clip}.webm {T} {clip}\n")
+    (root / "list.txt").write_text("".join(rows[0]))
+    (root / "videos" / "list.txt").write_text("".join(rows[1]))
+    assert pack.main([str(root / "list.txt"), "--out", str(root / "tar"), "--workers", "1"]) == 0
+    return root
+
+
+@pytest.fixture
+def clips(healthy, tmp_path) -> Path:
+    return Path(shutil.copytree(healthy, tmp_path / "clips"))
+
+
+def index_of(root: Path, source: str) -> ClipIndex:
+    return load_index({"frames": root, "shards": root / "tar", "video": root / "videos"}[source] / "list.txt")
+
+
+def put(root: Path, source: str, data: bytes) -> ClipIndex:
+    """Put a file in the place of one frame."""
+    index = index_of(root, source)
+    if source == "frames":
+        (root / str(BAD) / f"{FRAME}.jpg").write_bytes(data)
+        return index
+    store = index.store
+    row = int(store.first[BAD]) + FRAME
+    with open(store.paths[0], "ab") as file:  # behind the end, where there is room for it
+        offset = file.tell()
+        file.write(data)
+    offsets, lengths = store.offset.copy(), store.length.copy()
+    offsets[row], lengths[row] = offset, len(data)
+    return replace(index, store=replace(store, offset=offsets, length=lengths))
+
+
+def clip_loader(index: ClipIndex, policy: str, batch_size: int = CLIPS, **options) -> ClipLoader:
+    options = {"augmentation": EVERYTHING} | options
+    sampler = ClipSampler(3, T, augmentation=replace(options.pop("augmentation"), speed=1.0))  # all T frames of each
+    return ClipLoader(index, sampler, batch_size=batch_size, size=SIZE, bad_clips=policy, **options)
+
+
+@functools.cache
+def healthy_clips(root: Path, source: str, *options: tuple[str, object]) -> dict[tuple[int, int], torch.Tensor]:
+    """(epoch, video) -> clip."""
+    loader = clip_loader(index_of(root, source), "error", **dict(options))
+    found = {}
+    for epoch in (0, 1):
+        for batch in loader(epoch):
+            found |= {(epoch, int(video)): clip for video, clip in zip(batch.ids, batch.clips, strict=True)}
+    assert len(found) == 2 * CLIPS
+    return found
+
+
+def check_policies(root: Path, source: str, index: ClipIndex, reason: str, name: str, capsys, **options) -> None:
+    """Both policies on an index whose clip BAD is bad: all that is promised of them."""
+    wanted = healthy_clips((root.parent / "healthy").resolve(), source, *options.items())
+    with pytest.raises(ValueError) as error:
+        list(clip_loader(index, "error", **options)(0))
+    assert reason in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+    assert f"list.txt:{index.records[BAD].source.rpartition(':')[2]}: " in str(error.value)
+
+    for batch_size in (CLIPS, 1):
+        skipping = clip_loader(index, "skip", batch_size, **options)
+        capsys.readouterr()
+        for epoch in (0, 1):
+            batches = list(skipping(epoch))
+            assert len(batches) == len(skipping) == CLIPS // batch_size
+            for batch in batches:
+                assert batch.clips.isfinite().all() and batch.clips.shape[0] == batch_size
+                for video, clip, label, valid in zip(batch.ids, batch.clips, batch.labels, batch.valid, strict=True):
+                    assert bool(valid) == (int(video) != BAD)
+                    assert int(label) == index.labels[video]
+                    if valid:
+                        assert torch.equal(clip, wanted[epoch, int(video)])
+        assert list(skipping.bad_clips) == [BAD]
+        assert reason in skipping.bad_clips[BAD] and name in skipping.bad_clips[BAD]
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clip left out: ")]
+        assert told == [f"clip left out: {skipping.bad_clips[BAD]}"]
+
+
+@pytest.fixture
+def beside(healthy, clips) -> Path:
+    """The damaged copy; the healthy one lies beside it."""
+    (clips.parent / "healthy").symlink_to(healthy)
+    return clips
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+@pytest.mark.parametrize("source", ["frames", "shards"])
+def test_a_bad_image(beside, source, kind, capsys):
+    make, reason = BAD_IMAGES[kind]
+    index = put(beside, source, make())
+    name = f"{FRAME}.jpg of clip {BAD}: " if source == "frames" else f"bad frame {FRAME} of clip {BAD} in "
+    check_policies(beside, source, index, reason, name, capsys)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "header bomb"])
+def test_a_bad_image_in_dalis_operators(beside, kind, capsys):
+    make, reason = BAD_IMAGES[kind]
+    index = put(beside, "frames", make())
+    check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph="operators")
+
+
+@pytest.mark.parametrize("missing", [2, 20, 200])
+def test_an_image_without_its_end(beside, missing, capsys):
+    """Where the crop needs what is missing: else its pixels are all there, and right."""
+    index = put(beside, "frames", encoded(picture())[:-missing])
+    whole = Augmentation(min_crop_area=1.0, max_crop_ratio=1.0)
+    check_policies(beside, "frames", index, "cannot be decoded", "3.jpg of clip 2", capsys, augmentation=whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_a_bad_image_among_other_types(beside, dtype, capsys):
+    index = put(beside, "frames", BAD_IMAGES["truncated"][0]())
+    check_policies(beside, "frames", index, "cannot be decoded", "3.jpg of clip 2", capsys, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file(beside, kind, capsys):
+    spoil, reason = BAD_FILES[kind]
+    index = index_of(beside, "frames")
+    spoil(beside / str(BAD) / f"{FRAME}.jpg")
+    check_policies(beside, "frames", index, reason, f"{FRAME}.jpg of clip {BAD}: ", capsys)
+
+
+@pytest.mark.parametrize("kind", GOOD_IMAGES)
+@pytest.mark.parametrize("source", ["frames", "shards"])
+def test_an_odd_image_is_a_good_one(clips, source, kind):
+    """Unusual, but images: they come out as the oracle has them, all 16 bits of them scaled to 8."""
+    index = put(clips, source, GOOD_IMAGES[kind]())
+    loader = clip_loader(index, "skip", augmentation=PLAIN)
+    (batch,) = loader(0)
+    assert batch.valid.all() and not loader.bad_clips
+    plan = loader.sampler.plan(0, index.num_frames)
+    pixels = pillow_frames(index_of(clips, "frames"))(BAD) if source == "frames" else [None] * T
+    if source == "shards":
+        data = (index.store.paths[0]).read_bytes()
+        for frame in range(T):
+            row = int(index.store.first[BAD]) + frame
+            start = int(index.store.offset[row])
+            with Image.open(io.BytesIO(data[start : start + int(index.store.length[row])])) as image:
+                pixels[frame] = np.asarray(image.convert("RGB"))
+    if kind == "16-bit png":
+        pixels[FRAME] = np.asarray(picture().convert("L").convert("RGB"))
+    want = oracle_clip([pixels[f] for f in plan.frames[BAD]], plan, BAD, SIZE)
+    (row,) = np.flatnonzero(batch.ids.numpy() == BAD)
+    step = np.abs(plan.colour[BAD, :, :3]).sum(1).max()
+    assert np.abs(batch.clips[row].numpy() - want).max() <= 0.05 * step + 1e-5
+
+
+def wide_video(path: Path, width: int = 8256) -> None:
+    write_video(path, [np.zeros((16, width, 3), np.uint8)] * T, "mjpeg", "yuvj420p", {})
+
+
+def claiming_video(path: Path) -> None:
+    """A VP9 stream whose first frame header claims 65,000 x 65,000; what the container says stays as it is."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"\x49\x83\x42") + 3  # the sync code; then 4 bits, 16 of width - 1, 16 of height - 1
+    field = int.from_bytes(data[place : place + 5], "big") & ~(0xFFFFFFFF << 4) | (64999 << 20 | 64999 << 4)
+    data[place : place + 5] = field.to_bytes(5, "big")
+    path.write_bytes(data)
+
+
+def sound_alone(path: Path) -> None:
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+BAD_VIDEOS = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10]),
+    "garbage": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
+    "no pictures": sound_alone,
+    "wide": lambda path: wide_video(path.with_suffix(".avi")) or path.with_suffix(".avi").replace(path),
+    "claims": claiming_video,
+}
+
+
+@pytest.mark.parametrize("graph", ["fused", "operators"])
+@pytest.mark.parametrize("kind", BAD_VIDEOS)
+def test_a_bad_video(beside, kind, graph, capsys):
+    """After the index was made; before, making the index ends with the video's name."""
+    if (kind, graph) == ("claims", "operators"):
+        pytest.skip("what a stream claims within its container is between DALI and its decoder")
+    index = index_of(beside, "video")
+    BAD_VIDEOS[kind](index.records[BAD].path)
+    augmentation = {"augmentation": PLAIN, "graph": graph}
+    check_policies(beside, "video", index, f"{BAD}.webm", "list.txt:3: ", capsys, **augmentation)
+    if kind == "truncated":  # this short, the end is within what headers may be wrong by: fewer frames are found
+        assert load_index(beside / "videos" / "list.txt").num_miscounted() == 1
+        return
+    with pytest.raises(ValueError, match=rf"list.txt:3: .*{BAD}\.webm"):
+        load_index(beside / "videos" / "list.txt")
+
+
+def test_a_batch_without_a_good_clip_is_zeros(clips, monkeypatch):
+    monkeypatch.setattr(loader_module, "TOLERATED", 1.0)
+    index = index_of(clips, "frames")
+    for clip in range(CLIPS):
+        (clips / str(clip) / "0.jpg").write_bytes(encoded(picture())[:450] if clip % 2 else b"")
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+        for graph in ("fused", "operators")[: 2 if dtype == torch.float32 else 1]:
+            skipping = clip_loader(index, "skip", dtype=dtype, graph=graph)
+            for batch in itertools.chain(skipping(0), skipping(1)):
+                assert batch.clips.shape == (CLIPS, T, 3, SIZE, SIZE) and batch.clips.dtype == dtype
+                assert not batch.valid.any() and not batch.clips.any()
+            assert sorted(skipping.bad_clips) == list(range(CLIPS))
+
+
+def test_a_bad_frame_that_is_not_drawn_costs_nothing_and_one_that_is_is_decoded_once(clips, monkeypatch):
+    """What becomes of a clip depends on its own frames alone, never on what was seen before: runs can be resumed."""
+    index = put(clips, "frames", BAD_IMAGES["truncated"][0]())
+    sampler = ClipSampler(3, 2, augmentation=PLAIN)
+
+    def loader() -> ClipLoader:
+        return ClipLoader(index, sampler, batch_size=CLIPS, size=SIZE, bad_clips="skip")
+
+    rebuilt, lasting = [], loader()
+    monkeypatch.setattr(lasting, "_build", lambda build=lasting._build: rebuilt.append(1) or build())
+    seen = set()
+    for epoch in range(12):
+        (batch,), (anew,) = lasting(epoch), loader()(epoch)
+        drawn = FRAME in sampler.plan(epoch, index.num_frames).frames[BAD]
+        assert bool(batch.valid[batch.ids == BAD]) == (not drawn)
+        assert torch.equal(batch.valid, anew.valid) and torch.equal(batch.clips, anew.clips)
+        seen.add(drawn)
+    assert seen == {True, False}
+    assert len(rebuilt) == 3  # the batch, the clip, the frame
+
+
+def test_ranks_stay_in_step(clips):
+    index = put(clips, "frames", BAD_IMAGES["truncated"][0]())
+    ranks = [clip_loader(index, "skip", 1, rank=rank, world_size=2) for rank in (0, 1)]
+    for epoch in range(3):
+        steps = [list(rank(epoch)) for rank in ranks]
+        assert [len(part) for part in steps] == [2, 2]
+        assert sum(int(batch.valid.sum()) for part in steps for batch in part) == CLIPS - 1
+
+
+def test_more_bad_clips_than_an_accident_explains_are_fatal(clips):
+    index = index_of(clips, "frames")
+    for clip in (1, 2):
+        (clips / str(clip) / "0.jpg").unlink()
+    with pytest.raises(ValueError, match=r"0.jpg of clip \d: file not found; with it, 2 of 4 clips cannot be read"):
+        list(clip_loader(index, "skip")(0))
+
+
+def test_evaluation_leaves_nothing_out(clips):
+    with pytest.raises(AssertionError, match="counts every clip"):
+        ClipLoader(index_of(clips, "frames"), ClipSampler(0, T, mode="eval"), batch_size=1, size=SIZE, bad_clips="skip")
+
+
+def test_an_error_that_is_no_clips_fault_is_not_blamed_on_one(clips, monkeypatch):
+    loader = clip_loader(index_of(clips, "frames"), "skip")
+    failures = iter([RuntimeError("out of\nmemory")])
+    real = loader._pictures
+
+    def pictures() -> torch.Tensor:
+        made = real()
+        for failure in failures:
+            raise failure
+        return made
+
+    monkeypatch.setattr(loader, "_pictures", pictures)
+    with pytest.raises(ValueError, match=r"not of any one clip, in the batch of .*: out of memory"):
+        list(loader(0))
+    assert not loader.bad_clips
+
+
+# ---- Headers
+
+
+def segments(*parts: bytes) -> bytes:
+    return b"\xff\xd8" + b"".join(parts)
+
+
+def frame_header(marker: int, height: int, width: int) -> bytes:
+    return bytes([0xFF, marker, 0, 11, 8]) + struct.pack(">HH", height, width) + b"\x01\x01\x11\x00"
+
+
+SCAN, APP = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00", b"\xff\xe1\x00\x20" + frame_header(0xC0, 1, 1) + bytes(17)
+
+
+@pytest.mark.parametrize(
+    ("data", "pixels"),
+    [
+        (segments(frame_header(0xC0, 5, 7), SCAN), 35),
+        (segments(APP, frame_header(0xC2, 5, 7), SCAN), 35),  # a thumbnail's header is none
+        (segments(b"\xff" * 9, frame_header(0xC1, 5, 7), SCAN), 35),
+        (segments(b"\x00noise", frame_header(0xC9, 5, 7), SCAN), 35),
+        (segments(b"\xff\x01\xff\xd0", frame_header(0xC0, 65535, 65535), SCAN), 65535**2),
+        (segments(frame_header(0xC4, 5, 7), frame_header(0xC8, 5, 7), frame_header(0xCC, 5, 7), SCAN), 0),
+        (segments(frame_header(0xC0, 5, 7), frame_header(0xC0, 500, 700), SCAN), 350_000),
+        (segments(frame_header(0xC0, 5, 7), SCAN, frame_header(0xC0, 500, 700)), 35),
+        (segments(frame_header(0xC0, 5, 7), b"\xff\xd9"), 35),
+        (segments(frame_header(0xC0, 0, 7), SCAN), 0),
+        (segments(SCAN, frame_header(0xC0, 5, 7)), 0),
+        (segments(b"\xff\xe1\x00\x00", frame_header(0xC0, 5, 7), SCAN), 35),  # a length of nothing
+        (segments(b"\xff\xe1\xff\xff", frame_header(0xC0, 5, 7), SCAN), 0),
+        (b"\xff\xd8", -1),
+        (b"", -1),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 7, 5) + b"\x08\x02", 35),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 2**31 - 1, 2**31 - 1), (2**31 - 1) ** 2),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIDAT" + struct.pack(">II", 7, 5), 0),
+        (b"\x89PNG\r\n\x1a\r\0\0\0\rIHDR" + struct.pack(">II", 7, 5), -1),
+    ],
+)
+def test_what_a_header_claims(data, pixels):
+    assert claimed_pixels(np.frombuffer(data, np.uint8)) == pixels
+    for end in range(len(data)):  # cut anywhere, it reads no byte beyond the end and claims nothing new
+        assert claimed_pixels(np.frombuffer(data[:end], np.uint8)) in {pixels, 35, 0, -1}
+
+
+def test_headers_are_read_as_pillow_reads_them():
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(1, 400, (20, 2)).tolist():
+        image = smooth_image(rng, height, width)
+        exif = Image.Exif()
+        exif[0x010E] = "\xff\xc0\x00\x11\x08 no header" * 20
+        profile = {"exif": exif, "icc_profile": bytes(70000)}
+        for options in ({}, {"progressive": True}, profile, {"comment": b"\xff\xc0" * 9}):
+            assert claimed_pixels(np.frombuffer(encoded(image, **options), np.uint8)) == height * width
+        assert claimed_pixels(np.frombuffer(encoded(image, "PNG"), np.uint8)) == height * width
+
+
+def test_the_largest_image_is_an_image():
+    jpeg = encoded(picture())
+    assert refusal(np.frombuffer(claim(jpeg, 4096, 4096), np.uint8)) is None
+    assert "16,781,312 pixels" in refusal(np.frombuffer(claim(jpeg, 4097, 4096), np.uint8))
+    assert MAX_PIXELS == 4096 * 4096
+
+
+def test_a_long_file_is_read_whole_and_an_endless_one_not(tmp_path):
+    for size in (0, 1, 65535, 65536, 65537, 3 * 65536, 200_001):
+        data = np.random.default_rng(size).bytes(size)
+        (tmp_path / "file").write_bytes(data)
+        assert bytes(_read(tmp_path / "file", 200_001)) == data
+    (tmp_path / "file").write_bytes(bytes(4 * 65536))
+    assert _read(tmp_path / "file", 200_001) == "more than 200,001 bytes"
+
+
+def test_a_video_that_claims_too_much_is_refused_before_it_is_decoded(clips):
+    path = clips / "videos" / f"{BAD}.webm"
+    scan = scan_video(path)
+    check_claims(path)
+    claiming_video(path)
+    for work in (
+        lambda: scan_video(path),
+        lambda: read_frames(path, scan.pts, scan.key, np.arange(T), scan.matrix, scan.full_range),
+    ):
+        with pytest.raises(av.FFmpegError):
+            work()
+    wide_video(clips / "wide.avi")
+    with pytest.raises(BadVideo, match="8256 x 16 pixels, more than 8192"):
+        check_claims(clips / "wide.avi")
+    wide_video(clips / "wide.avi", 8192)
+    check_claims(clips / "wide.avi")
+
+
+BOMBS = """
+import json, resource, sys
+from pathlib import Path
+from dali_pipes.loader import ClipLoader
+from dfer.index import load_index
+from dfer.sampling import ClipSampler
+from scripts import check_list, pack
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def run(name, work):
+    before = peak()
+    try:
+        work()
+    except (ValueError, SystemExit) as error:
+        found[name] = [str(error), peak() - before]
+    else:
+        found[name] = ["", peak() - before]
+
+good, bad, out = (Path(word) for word in sys.argv[1:])
+found = {}
+for kind in ("list.txt", "videos/list.txt"):
+    def load(folder, kind=kind):
+        index = load_index(good / kind)
+        for video, record in enumerate(index.records):
+            index.records[video] = type(record)(**{**vars(record), "path": folder / Path(kind).parent / record.name})
+        loader = ClipLoader(index, ClipSampler(0, 6), batch_size=4, size=40)
+        list(loader(0))
+    load(good)
+    run("loader " + kind, lambda: load(bad))
+check_list.main([str(good / "list.txt"), "--label-base", "0"])
+report = ["--label-base", "0", "--decode", "--report", str(out) + ".report"]
+run("check_list", lambda: check_list.main([str(bad / "list.txt"), *report]))
+run("pack", lambda: pack.main([str(bad / "list.txt"), "--out", str(out)]))
+print(json.dumps(found))
+"""
+
+
+def test_bombs_take_no_memory(healthy, clips, tmp_path):
+    """4 kB that claim 2.7 GB, in every place: without the check DALI takes all of it."""
+    for clip in range(CLIPS):
+        for frame in range(T):
+            path = clips / str(clip) / f"{frame}.jpg"
+            path.write_bytes(claim(path.read_bytes(), 30000, 30000))
+        claiming_video(clips / "videos" / f"{clip}.webm")
+    done = run_python("-c", BOMBS, str(healthy), str(clips), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"loader list.txt", "loader videos/list.txt", "check_list", "pack"}
+    assert "claims 900,000,000 pixels" in found["loader list.txt"][0]
+    assert ".webm" in found["loader videos/list.txt"][0]
+    assert "bad images" in Path(f"{tmp_path / 'out'}.report").read_text()
+    assert found["pack"][0] == "2"
+    for name, (_, growth) in found.items():
+        assert growth < 200, f"{name}: {growth:.0f} MiB"
+
+
+def test_what_may_be_packed_is_what_may_be_loaded():
+    for height, width in ((4097, 4096), (13000, 13000), (30000, 30000)):  # Pillow itself refuses only the last one
+        with pytest.raises(Exception, match=r"claims .* pixels|exceeds limit"):
+            pack.decode_image(claim(encoded(picture()), height, width))
+    assert check_list.MAX_PIXELS == MAX_PIXELS
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        pack.decode_image(encoded(sixteen_bits(), "PNG"))
+
+
+def test_all_kinds_of_damage_are_there():
+    """Guards the tables above."""
+    assert len(BAD_IMAGES) + len(GOOD_IMAGES) + len(BAD_FILES) >= 13 and len(BAD_VIDEOS) >= 6

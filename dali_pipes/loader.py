@@ -14,7 +14,7 @@ import torch
 from dali_pipes import graphs, kernels, torch_stages
 from dali_pipes.readers import Readers
 from dali_pipes.resident import ResidentClips
-from dali_pipes.sources import BadClip, FrameFolders, Shards, VideoBytes, VideoFiles
+from dali_pipes.sources import BadClip, VideoFiles, source_of
 from dfer.batch import Batch
 from dfer.commandline import shown
 from dfer.index import ClipIndex
@@ -83,8 +83,9 @@ class ClipLoader:
         if dtype == torch.uint8 and (self._graph == "operators" or cached):
             raise ValueError("clips of uint8 come from the CPU kernel only")
         if cached:
+            self._verify_all()
             return
-        self._source = _source(index, self._graph, device)
+        self._source = source_of(index, whole_videos=self._graph == "operators")
         self._yuv = self._source.yuv() if isinstance(self._source, VideoFiles) else None
         self._recolour = _from_bt601(index) if self._source.kind == "videos" else None
         if self._graph == "fused":
@@ -147,7 +148,19 @@ class ClipLoader:
         on_device = torch_stages.DevicePlan(plan, self._device)
         for row, row_valid in zip(ids, valid, strict=True):
             videos = torch.from_numpy(np.ascontiguousarray(row)).to(self._device, non_blocking=True)
-            yield self._batch(self._resident.clips(videos, on_device, self._size), row, row_valid)
+            good = ~np.isin(row, list(self.bad_clips))
+            yield self._batch(self._resident.clips(videos, on_device, self._size), row, row_valid & good)
+
+    def _verify_all(self) -> None:
+        """Of a data set that is held in memory, what is wrong shows when it is loaded, or never."""
+        if self.index.hashes is None:
+            return
+        source = source_of(self.index, whole_videos=False)
+        for video, num_frames in enumerate(self.index.num_frames.tolist()):
+            try:
+                source.fetch(video, np.arange(num_frames))
+            except BadClip as error:
+                self._leave_out(video, error)
 
     def _schedule(
         self, fetched: list[Future], ids: np.ndarray, plan: EpochPlan, rest: torch_stages.DevicePlan | None
@@ -326,14 +339,6 @@ class ClipLoader:
 def _stand_ins(ids: np.ndarray, good: np.ndarray) -> np.ndarray:
     """The clips whose pixels a batch holds: for a bad one, the first good one's, so that its rows look like any."""
     return np.where(good, ids, ids[good.argmax()])
-
-
-def _source(index: ClipIndex, graph: str, device: str) -> FrameFolders | Shards | VideoFiles | VideoBytes:
-    if index.source == "frames":
-        return FrameFolders(index)
-    if index.source in ("shards", "raw"):
-        return Shards(index)
-    return VideoBytes(index) if graph == "operators" else VideoFiles(index)
 
 
 def _from_bt601(index: ClipIndex) -> np.ndarray:

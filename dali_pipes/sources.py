@@ -6,6 +6,7 @@
 import math
 import os
 from pathlib import Path
+from typing import TypeAlias
 
 import av
 import numpy as np
@@ -19,6 +20,7 @@ from dfer.video import BadVideo, check_claims, read_frames, yuv_to_rgb
 # all others lie between two columns.
 CHROMA_LEFT = frozenset({"h264", "hevc", "mpeg2video", "mpeg4"})
 
+CHANGED = "its bytes are not those that the hashes beside the list were made of"
 _CHUNK = 65536  # bytes
 
 
@@ -38,12 +40,15 @@ class FrameFolders:
         """The T encoded images.
 
         Raises:
-            BadClip: if a file cannot be read, is neither JPEG nor PNG, or claims more than MAX_PIXELS.
+            BadClip: if a file cannot be read, is neither JPEG nor PNG, claims more than MAX_PIXELS, or does not fit its
+                hash.
         """
         images = []
         for frame in frames.tolist():
             data = _read(self.where(video, frame), MAX_BYTES)
             reason = data if isinstance(data, str) else refusal(data)
+            if reason is None and self.index.hashes is not None and not self.index.hashes.fit(video, frame, data):
+                reason = CHANGED
             if reason is not None:
                 raise BadClip(f"{self.name(video, frame)}: {reason}")
             images.append(data)
@@ -71,18 +76,22 @@ class Shards:
         """The T encoded images (tar) or the T pictures (raw), (H, W, 3), as views of the file.
 
         Raises:
-            BadClip: if an image is neither JPEG nor PNG, or claims more than MAX_PIXELS.
+            BadClip: if an image is neither JPEG nor PNG, claims more than MAX_PIXELS, or a frame does not fit its hash.
         """
         store = self.store
         data, rows = self._maps[store.shard[video]], store.first[video] + frames
         ends = (store.offset[rows] + store.length[rows]).tolist()
         views = [data[start:end] for start, end in zip(store.offset[rows].tolist(), ends, strict=True)]
-        if self.kind == "pixels":
-            return [view.reshape(store.height[video], store.width[video], 3) for view in views]
-        for frame, view in zip(frames.tolist(), views, strict=True):
-            if (reason := refusal(view)) is not None:
+        hashes = self.index.hashes
+        for frame, view in zip(frames.tolist(), views, strict=True) if self.kind == "images" or hashes else ():
+            reason = refusal(view) if self.kind == "images" else None
+            if reason is None and hashes is not None and not hashes.fit(video, frame, view):
+                reason = CHANGED
+            if reason is not None:
                 raise BadClip(f"{self.name(video, frame)}: {reason}")
-        return views
+        if self.kind == "images":
+            return views
+        return [view.reshape(store.height[video], store.width[video], 3) for view in views]
 
     def name(self, video: int, frame: int) -> str:
         record, path = self.index.records[video], self.store.paths[self.store.shard[video]]
@@ -104,6 +113,8 @@ class VideoFiles:
             BadClip: if the file cannot be read, is too large a picture or a frame does not come out of the decoder.
         """
         store, record = self.store, self.index.records[video]
+        if self.index.hashes is not None:
+            _read_video(self.index, video)
         part = slice(store.first[video], store.first[video + 1])
         try:
             colours = str(store.matrix[video]), bool(store.full_range[video])
@@ -135,17 +146,34 @@ class VideoBytes:
         """The bytes of the file, one array.
 
         Raises:
-            BadClip: if the file cannot be read, is no video, or claims more than MAX_SIDE.
+            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or does not fit its hash.
         """
-        path = self.index.records[video].path
         try:
-            check_claims(path)
+            check_claims(self.index.records[video].path)
         except (BadVideo, av.FFmpegError, OSError) as error:
             raise BadClip(f"{_video_name(self.index, video)}: {_reason(error)}") from None
-        data = _read(path)
-        if isinstance(data, str):
-            raise BadClip(f"{_video_name(self.index, video)}: {data}")
-        return [data]
+        return [_read_video(self.index, video)]
+
+
+Source: TypeAlias = FrameFolders | Shards | VideoFiles | VideoBytes
+
+
+def source_of(index: ClipIndex, *, whole_videos: bool) -> Source:
+    """The source of an index; `whole_videos`: videos as files, not as pixels."""
+    if index.source == "frames":
+        return FrameFolders(index)
+    if index.source in ("shards", "raw"):
+        return Shards(index)
+    return VideoBytes(index) if whole_videos else VideoFiles(index)
+
+
+def _read_video(index: ClipIndex, video: int) -> UInt8[np.ndarray, " _"]:
+    data = _read(index.records[video].path)
+    if not isinstance(data, str) and index.hashes is not None and not index.hashes.fit(video, 0, data):
+        data = CHANGED
+    if isinstance(data, str):
+        raise BadClip(f"{_video_name(index, video)}: {data}")
+    return data
 
 
 def _video_name(index: ClipIndex, video: int) -> str:

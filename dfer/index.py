@@ -5,6 +5,7 @@ them changes. A packed list (dfer/packed.py) comes with its index.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -23,6 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, Shaped
 
 from dfer.annotations import VideoRecord, packed_index, read_annotations
+from dfer.hashes import Hashes, read_hashes
 from dfer.packed import Packed, load_packed
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
@@ -64,6 +66,7 @@ class ClipIndex:
     num_frames: Int64[np.ndarray, " N"]  # as found, whatever is listed
     labels: Int64[np.ndarray, " N"]
     store: FrameFiles | VideoFiles | Packed
+    hashes: Hashes | None = None  # of each frame, or of each video file, if what is read is to be verified
 
     def __len__(self) -> int:
         return len(self.records)
@@ -88,19 +91,31 @@ def load_index(
     list_path: str | Path,
     root: str | Path | None = None,
     source: Literal["auto", "frames", "video", "shards", "raw"] = "auto",
+    hashed: bool = True,
 ) -> ClipIndex:
     """The index of a list: a pack's own, else from the cache where nothing has changed since, else by a scan.
 
     `source` says what the list has to be; "auto" takes what is there: a pack if the list's header names one, else
-    folders of frames or video files. `root` is where paths start, which packed clips have no use for.
+    folders of frames or video files. `root` is where paths start, which packed clips have no use for. `hashed`: with
+    the hashes of the clips, if there are any beside the list.
 
     Safe for any number of processes at once: the cache is replaced as a whole. Where it cannot be written, everything
     is scanned at every start.
 
     Raises:
-        ValueError: in one line naming list, row and file, as read_annotations, build_index and load_packed do; or if
-            the list is not of the given source.
+        ValueError: in one line naming list, row and file, as read_annotations, build_index, load_packed and read_hashes
+            do; or if the list is not of the given source.
     """
+    index = _load(list_path, root, source)
+    if not hashed:
+        return index
+    num_parts = np.ones(len(index), dtype=np.int64) if index.source == "video" else index.num_frames
+    return dataclasses.replace(index, hashes=read_hashes(list_path, index.records, num_parts))
+
+
+def _load(
+    list_path: str | Path, root: str | Path | None, source: Literal["auto", "frames", "video", "shards", "raw"]
+) -> ClipIndex:
     records = read_annotations(list_path, root)
     packed = packed_index(list_path)
     if packed is not None:

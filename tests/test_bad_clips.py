@@ -1,9 +1,12 @@
 """Clips that cannot be read, from every source: named, left out or fatal, and never anybody else's harm."""
 
 import functools
+import hashlib
 import io
 import itertools
 import json
+import os
+import re
 import shutil
 import struct
 from dataclasses import replace
@@ -22,7 +25,7 @@ from dali_pipes.sources import MAX_BYTES, _read
 from dfer.index import MAX_PIXELS, ClipIndex, load_index
 from dfer.sampling import Augmentation, ClipSampler
 from dfer.video import BadVideo, check_claims, read_frames, scan_video
-from scripts import check_list, pack
+from scripts import check_list, hash_clips, pack
 from tests.conftest import run_python, smooth_image
 from tests.oracle import oracle_clip
 from tests.test_dali_pipes import EVERYTHING, SIZE, T, pillow_frames, write_video
@@ -378,6 +381,149 @@ def test_an_error_that_is_no_clips_fault_is_not_blamed_on_one(clips, monkeypatch
     with pytest.raises(ValueError, match=r"not of any one clip, in the batch of .*: out of memory"):
         list(loader(0))
     assert not loader.bad_clips
+
+
+# ---- Hashes
+
+
+HASHED = {  # what is damaged there, and how messages name it
+    "frames": (lambda root: root / str(BAD) / f"{FRAME}.jpg", "3.jpg of clip 2: its bytes are not those"),
+    "shards": (lambda root: root / "tar" / "list-00000.tar", "bad frame 3 of clip 2 in "),
+    "raw": (lambda root: root / "raw" / "list-00000.raw", "bad frame 3 of clip 2 in "),
+    "video": (lambda root: root / "videos" / f"{BAD}.webm", "2.webm: its bytes are not those"),
+}
+
+
+def spoil(index: ClipIndex, path: Path) -> None:
+    """Turn over 20 bits of the bad clip's bad frame, behind its header; times and sizes stay as they were."""
+    data, times = bytearray(path.read_bytes()), path.stat()
+    start, end = 0, len(data)
+    if index.source in ("shards", "raw"):
+        row = int(index.store.first[BAD]) + FRAME
+        start = int(index.store.offset[row])
+        end = start + int(index.store.length[row])
+    data[start:end] = flipped(bytes(data[start:end]))
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def hash_list(root: Path, source: str) -> Path:
+    if source == "raw":
+        args = [str(root / "list.txt"), "--out", str(root / "raw"), "--format", "raw", "--workers", "1"]
+        assert pack.main(args) == 0
+    path = {"frames": root, "shards": root / "tar", "raw": root / "raw", "video": root / "videos"}[source] / "list.txt"
+    assert hash_clips.main([str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize("source", HASHED)
+def test_flipped_bits_are_found_by_hashes(clips, source, capsys):
+    list_path = hash_list(clips, source)
+    index = load_index(list_path)
+    wanted = {int(v): clip for b in clip_loader(index, "error")(0) for v, clip in zip(b.ids, b.clips, strict=True)}
+    assert hash_clips.main([str(list_path), "--verify"]) == 0
+    where, name = HASHED[source]
+    spoil(index, where(clips))
+    index = load_index(list_path)
+    for graph in ("fused", "operators"):
+        options = {"augmentation": PLAIN, "graph": graph} if source == "video" else {"graph": graph}
+        with pytest.raises(ValueError, match=re.escape(name)):
+            list(clip_loader(index, "error", **options)(0))
+    skipping = clip_loader(index, "skip")
+    (batch,) = skipping(0)
+    for video, clip, valid in zip(batch.ids.tolist(), batch.clips, batch.valid, strict=True):
+        assert bool(valid) == (video != BAD)
+        assert video == BAD or torch.equal(clip, wanted[video])
+    assert list(skipping.bad_clips) == [BAD] and name in skipping.bad_clips[BAD]
+    capsys.readouterr()
+    assert hash_clips.main([str(list_path), "--verify"]) == 1
+    told = capsys.readouterr()
+    assert name in told.err and told.out == "1 of 4 clips differ\n"
+    if source == "frames":  # what hashes are for: without them nobody notices
+        index = load_index(list_path, hashed=False)
+        (unnoticed,) = clip_loader(index, "error")(0)
+        same = [torch.equal(clip, wanted[int(v)]) for v, clip in zip(unnoticed.ids, unnoticed.clips, strict=True)]
+        assert index.hashes is None and same.count(False) == 1
+
+
+def test_a_data_set_in_memory_is_verified_as_it_is_loaded(clips, capsys):
+    arguments = ["--format", "raw", "--size", "48", "--workers", "1"]
+    assert pack.main([str(clips / "list.txt"), "--out", str(clips / "raw48"), *arguments]) == 0
+    list_path = clips / "raw48" / "list.txt"
+    assert hash_clips.main([str(list_path)]) == 0
+    index = load_index(list_path)
+    whole = clip_loader(index, "error", cached=True)
+    spoil(index, clips / "raw48" / "list-00000.raw")
+    with pytest.raises(ValueError, match=r"bad frame 3 of clip 2 in .*list-00000.raw: its bytes"):
+        clip_loader(index, "error", cached=True)
+    skipping = clip_loader(index, "skip", cached=True)
+    assert list(skipping.bad_clips) == [BAD]
+    for epoch in (0, 1):
+        (batch,), (want,) = skipping(epoch), whole(epoch)
+        assert batch.clips.isfinite().all() and torch.equal(batch.valid, batch.ids != BAD) and want.valid.all()
+        assert torch.equal(batch.clips[batch.valid], want.clips[batch.valid])
+    assert capsys.readouterr().err.count("clip left out") == 1
+
+
+def test_hashes_are_those_of_the_files(clips):
+    """By hand: SHA-256's first half of each file, in order of the list."""
+    list_path = hash_list(clips, "frames")
+    with np.load(f"{list_path}.hashes.npz") as found:
+        assert found["first"].tolist() == [T * i for i in range(CLIPS + 1)]
+        files = [clips / str(clip) / f"{frame}.jpg" for clip in range(CLIPS) for frame in range(T)]
+        want = [hashlib.sha256(path.read_bytes()).digest()[:16] for path in files]
+        assert found["digests"].tobytes() == b"".join(want)
+
+
+def test_hashes_of_another_state_are_refused(clips, capsys):
+    list_path = hash_list(clips, "frames")
+    path = Path(f"{list_path}.hashes.npz")
+    good = path.read_bytes()
+
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match) as error:
+            load_index(list_path)
+        assert "\n" not in str(error.value) and f"scripts/hash_clips.py {list_path}, or delete it" in str(error.value)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            hash_clips.main([str(list_path), "--verify"])
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith("hash_clips: ")
+
+    for data in (b"", b"garbage", good[: len(good) // 2], good[:-10]):
+        path.write_bytes(data)
+        refused("damaged")
+    path.write_bytes(good)
+    assert load_index(list_path).hashes is not None
+    with np.load(io.BytesIO(good)) as found:
+        entries = dict(found)
+    for change, match in (
+        ({"format": 2}, "format 2, this version reads 1"),
+        ({"first": entries["first"][:-1]}, "do not fit together"),
+        ({"digests": entries["digests"][:-1]}, "do not fit together"),
+    ):
+        np.savez(path, **entries | change)
+        refused(match)
+    path.write_bytes(good)
+    (clips / "1" / "extra.jpg").write_bytes(encoded(picture()))
+    refused(f"clip 1 has {T + 1} frames or files now, {T} when")
+    (clips / "1" / "extra.jpg").unlink()
+    list_path.write_text("".join(reversed(list_path.read_text().splitlines(keepends=True))))
+    refused("of other clips than the list's")
+    assert hash_clips.main([str(list_path)]) == 0  # says so, and may be written anew
+    assert load_index(list_path).hashes is not None
+
+
+def test_what_cannot_be_read_is_not_hashed(clips, capsys):
+    list_path = clips / "list.txt"
+    with pytest.raises(SystemExit) as stop:
+        hash_clips.main([str(list_path), "--verify"])
+    assert stop.value.code == 2 and "no such file; without --verify it is written" in capsys.readouterr().err
+    (clips / "1" / "2.jpg").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        hash_clips.main([str(list_path)])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.startswith("hash_clips: ") and "2.jpg of clip 1: zero bytes" in told
+    assert not list(clips.glob("*.hashes.npz*"))
 
 
 # ---- Headers

@@ -1,0 +1,99 @@
+"""Hashes of what a list's clips are made of. Where scripts/hash_clips.py has left them beside the list, loaders verify.
+
+LIST.hashes.npz holds one hash of each frame (its image file, or its pixels if the clips are packed raw), or of each
+video file. A decoder does not notice every bit that has turned over; a hash does.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from dfer.annotations import VideoRecord
+
+FORMAT = 1
+SIZE = 16  # bytes of a hash: the first of SHA-256, which processors calculate faster than any other
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """What the clips of a list were made of."""
+
+    first: Int64[np.ndarray, " _"]  # (N + 1,); the parts of clip i are those from first[i] to first[i + 1]
+    digests: bytes  # SIZE of each part
+
+    def fit(self, video: int, part: int, data: UInt8[np.ndarray, "..."]) -> bool:
+        """Whether a part, a frame or the whole file of a video, is what it was."""
+        start = SIZE * (int(self.first[video]) + part)
+        return digest(data) == self.digests[start : start + SIZE]
+
+
+def digest(data: UInt8[np.ndarray, "..."]) -> bytes:
+    return hashlib.sha256(data).digest()[:SIZE]
+
+
+def hashes_path(list_path: str | Path) -> Path:
+    return Path(f"{list_path}.hashes.npz")
+
+
+def write_hashes(list_path: str | Path, records: Sequence[VideoRecord], parts: Sequence[Sequence[bytes]]) -> Path:
+    """Write the hashes of all parts of each clip beside the list, whole or not at all."""
+    path = hashes_path(list_path)
+    digests = np.frombuffer(b"".join(part for clip in parts for part in clip), dtype=np.uint8)
+    first = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    assert len(digests) == SIZE * first[-1] and len(parts) == len(records)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, format=FORMAT, clips=np.array(_key(records)), first=first, digests=digests)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_hashes(
+    list_path: str | Path, records: Sequence[VideoRecord], num_parts: Int64[np.ndarray, " N"]
+) -> Hashes | None:
+    """The hashes beside a list, None if there are none. `num_parts`: how many each clip has to have.
+
+    Raises:
+        ValueError: in one line, if they are damaged, or of other clips than the list's.
+    """
+    path = hashes_path(list_path)
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+            version, key = int(found["format"]), str(found["clips"])
+            hashes = Hashes(found["first"].astype(np.int64), found["digests"].tobytes())
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged zip file raises errors of many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: damaged ({reason}): {_advice(list_path)}") from None
+    if version != FORMAT:
+        raise ValueError(f"{path}: hashes of format {version}, this version reads {FORMAT}: {_advice(list_path)}")
+    if key != _key(records):
+        raise ValueError(f"{path}: hashes of other clips than the list's: {_advice(list_path)}")
+    counts = np.diff(hashes.first)
+    if len(counts) != len(records) or len(hashes.digests) != SIZE * hashes.first[-1]:
+        raise ValueError(f"{path}: damaged (its parts do not fit together): {_advice(list_path)}")
+    for video in np.flatnonzero(counts != num_parts)[:1].tolist():
+        record = records[video]
+        raise ValueError(
+            f"{record.source}: clip {record.name} has {num_parts[video]} frames or files now, {counts[video]} when "
+            f"{path} was made: {_advice(list_path)}"
+        )
+    return hashes
+
+
+def _key(records: Sequence[VideoRecord]) -> str:
+    return hashlib.sha256("\0".join(record.name for record in records).encode()).hexdigest()
+
+
+def _advice(list_path: str | Path) -> str:
+    return f"write it anew with scripts/hash_clips.py {list_path}, or delete it"

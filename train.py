@@ -1,16 +1,27 @@
-"""Train and validate: `python train.py [preset] [--key value ...]`, or `torchrun --nproc_per_node=4 train.py ...`."""
+"""Train and validate: `python train.py [preset] [--key value ...]`, or `torchrun --nproc_per_node=4 train.py ...`.
+
+The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped.
+Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT or SIGUSR1 with
+everything saved; 70 stopped by one of them without, since a step did not end in time; 1 a defect, or a peer that died.
+"""
 
 import gc
 
 gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
 import contextlib
+import dataclasses
+import hashlib
 import itertools
+import json
 import os
 import sys
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,29 +34,64 @@ from dali_pipes.loader import ClipLoader
 from dfer import distributed
 from dfer.annotations import EMOTIONS, read_votes
 from dfer.batch import Batch
-from dfer.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
-from dfer.config import Config, ModelConfig, parse_config
-from dfer.distributed import World
+from dfer.checkpoint import RunDir, decode_state, newest_checkpoint, save_weights, write_whole
+from dfer.config import Config, ModelConfig, config_from_json, parse_config
+from dfer.distributed import EXIT_STOPPED, StopSignals, World
 from dfer.index import ClipIndex, load_index
-from dfer.logger import Logger, open_run_dir, write_predictions
+from dfer.logger import Logger, write_predictions
 from dfer.losses import classification_loss
 from dfer.metrics import ConfusionMatrix, Throughput
 from dfer.model import DFERNet, MeanPoolNet
-from dfer.optim import build_ema, build_optimizer, lr_at
+from dfer.optim import FiniteSteps, build_ema, build_optimizer, lr_at
 from dfer.sampling import ClipSampler
 
 gc.enable()
 gc.freeze()  # and none of it is looked at again in training
 
 
-def main(config: Config) -> None:
-    """The whole story of a run."""
+def main(config: Config) -> int:
+    """The whole story of a run. Returns the exit code."""
     train_index = load_index(config.data.train_list, config.data.root, config.data.source)
     val_index = load_index(config.data.val_list, config.data.root, config.data.source)
     votes = None
     if config.loss.soft_labels:
         votes = torch.from_numpy(read_votes(config.loss.soft_labels, train_index.records))
-    world = distributed.setup(config.run.device)
+    world = distributed.setup(config.run.device, timedelta(seconds=config.run.timeout))
+
+    run, saved, damage = None, None, []
+    if world.is_main:
+        name = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = RunDir(config, distributed.remembered(world, "run", name))
+        saved, damage = newest_checkpoint(run.checkpoints)
+    with contextlib.closing(run) if run else contextlib.nullcontext():
+        return train(config, train_index, val_index, votes, world, run, distributed.share(saved, world), damage)
+
+
+def train(
+    config: Config,
+    train_index: ClipIndex,
+    val_index: ClipIndex,
+    votes: Float[Tensor, "N K"] | None,
+    world: World,
+    run: RunDir | None,
+    saved: bytes | None,
+    damage: list[str],
+) -> int:
+    """Begin, or continue from the bytes of a checkpoint; `run` is rank 0's. `damage`: why newer ones are not used."""
+    state = decode_state(saved, config.run.log_dir) if saved else None
+    about = {
+        "config": state["config"] if state else config.to_json(),
+        "emotions": list(EMOTIONS),
+        "train_list": fingerprint(train_index),
+        "global_batch": state["global_batch"] if state else config.data.batch_size * world.size,
+    }
+    if state:
+        config = same_global_batch(config, state, world)
+        if state["train_list"] != about["train_list"]:
+            raise ValueError(
+                f"{config.data.train_list}: not the clips that {config.run.name} was trained on so far (names, labels "
+                "or numbers of frames have changed); choose another --run.name"
+            )
     train_loader = build_loader(config, train_index, "train", world)
     val_loader = build_loader(config, val_index, "eval", world)
     accumulate = config.optim.accumulate
@@ -69,20 +115,11 @@ def main(config: Config) -> None:
     if config.run.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.optim.optimizer, config.optim.lr, config.optim.weight_decay)
-    ema = build_ema(model, config.optim.ema)
     amp = amp_dtype(config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
-    first_epoch, best = 0, {"WAR": -1.0, "UAR": -1.0}
-
-    run_dir = open_run_dir(config) if world.is_main else None
-    if config.resume:
-        state = load_checkpoint(config.run.log_dir / config.run.name / "last.pt")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
-        first_epoch, best = state["epoch"], state["best"]
+    trainee = Trainee(model, optimizer, scaler, build_ema(model, config.optim.ema))
+    if state:
+        trainee.restore(state)
     if config.run.compile:
         model.compile()
     if world.size > 1:
@@ -90,8 +127,19 @@ def main(config: Config) -> None:
     else:
         ddp = model
 
-    logger = Logger(run_dir, config, total_steps, start_step=first_epoch * steps_per_epoch)
-    try:
+    if run:
+        run.begin(config, trainee.num_bytes())
+    start_evaluated = trainee.evaluated * steps_per_epoch == trainee.step
+    wandb_id = state["wandb_id"] if state else None
+    logger = Logger(run.path if run else None, config, total_steps, trainee.step, start_evaluated, wandb_id)
+
+    def save() -> None:
+        """A checkpoint of this very step. The other ranks have nothing to add, and go on."""
+        logger.secure()
+        if run:
+            run.save(trainee.state() | about | {"wandb_id": logger.wandb_id})
+
+    with StopSignals(world) as stop, contextlib.closing(logger), memory_advice(config):
         num_parameters = sum(p.numel() for p in model.parameters())
         logger.say(
             f"{config.preset}: {len(train_index)} train and {len(val_index)} validation clips ({train_index.source}), "
@@ -103,48 +151,105 @@ def main(config: Config) -> None:
                 logger.say(
                     f"{index.num_miscounted()} {name} clips hold another number of frames than listed; disk used"
                 )
+        for line in damage:
+            logger.say(f"{line}; an older checkpoint is used")
+        if trainee.evaluated == config.optim.epochs:
+            logger.say(f"{run.path if run else ''}: all {config.optim.epochs} epochs are done; nothing is left to do")
+            return 0
+        if state:
+            logger.say(
+                f"continuing from step {trainee.step}, with {config.data.batch_size} clips per step on each of "
+                f"{world.size} processes"
+            )
 
         throughput = Throughput()
-        for epoch in range(first_epoch, config.optim.epochs):
-            train_one_epoch(
-                ddp, train_loader, votes, epoch, steps_per_epoch, total_steps, optimizer, scaler, ema, amp, config,
-                world, logger, throughput,
+        while trainee.evaluated < config.optim.epochs:
+            epoch = trainee.evaluated
+            go_on = train_one_epoch(
+                ddp, train_loader, votes, epoch, steps_per_epoch, total_steps, trainee, amp, config, world, run,
+                logger, throughput, save, stop,
             )  # fmt: skip
-            step = (epoch + 1) * steps_per_epoch
-            result = evaluate(model if ema is None else ema.module, val_loader, world, amp, config.run.channels_last)
+            evaluated = trainee.evaluated_model()
+            result = evaluate(evaluated, val_loader, world, amp, config.run.channels_last, stop) if go_on else None
+            if result is None:
+                save()
+                stop.saved = True
+                logger.say(f"stopped by a signal after step {trainee.step}; the same command continues")
+                return EXIT_STOPPED
             war, uar = result.confusion.war(), result.confusion.uar()
             recalls = result.confusion.per_class_recall().tolist()
             logger.row(
-                step,
+                trainee.step,
                 {"epoch": epoch + 1, "val/WAR": war, "val/UAR": uar, "val/loss": result.loss}
                 | {f"val/recall/{e}": r for e, r in zip(EMOTIONS, recalls, strict=True) if r == r}
                 | {f"val/{k}": v for k, v in result.throughput.items()},
             )
             logger.say(f"epoch {epoch + 1}/{config.optim.epochs}  WAR {war:.2f}  UAR {uar:.2f}  loss {result.loss:.3f}")
-            improved = [name for name, value in (("WAR", war), ("UAR", uar)) if value > best[name]]
-            best |= {"WAR": max(best["WAR"], war), "UAR": max(best["UAR"], uar)}
-            if world.is_main:
-                state = {
-                    "epoch": epoch + 1,
-                    "step": step,
-                    "model": model.state_dict(),
-                    "ema": ema.state_dict() if ema is not None else None,
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "best": best,
-                    "config": config.to_json(),
-                    "emotions": list(EMOTIONS),
-                }
-                save_checkpoint(run_dir / "last.pt", state)
-                for name in improved:
-                    copy_checkpoint(run_dir / "last.pt", run_dir / f"best_{name}.pt")
-                write_predictions(run_dir / "predictions.csv", val_index, result.ids, result.probabilities)
-        if first_epoch >= config.optim.epochs:
-            logger.say(f"{config.run.name} has finished all its {config.optim.epochs} epochs; nothing left to do")
-        else:
-            logger.result(result.confusion, throughput.read(), run_dir or Path(), best)
-    finally:
-        logger.close()
+            for name, value in (("WAR", war), ("UAR", uar)):
+                if value > trainee.best[name][0]:
+                    trainee.best[name] = [value, trainee.step]
+                    if run:  # before the checkpoint: one that calls these weights the best finds them
+                        description = {"step": str(trainee.step), name: str(value), "config": about["config"]}
+                        description["emotions"] = json.dumps(about["emotions"])
+                        save_weights(run.path / f"best_{name}.safetensors", evaluated.state_dict(), description)
+            trainee.evaluated = epoch + 1
+            if run:
+                write_predictions(run.path / "predictions.csv", val_index, result.ids, result.probabilities)
+            save()
+            logger.best(trainee.best)
+        logger.result(result.confusion, throughput.read(), trainee.best)
+    return 0
+
+
+@dataclass
+class Trainee:
+    """All that training changes: restored at any step, a run goes on as if it had not stopped.
+
+    What is drawn at random is no part of it: it is a function of the seed and the step, and so is the learning rate.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: nn.Module | None
+    step: int = 0  # optimizer steps taken or skipped
+    evaluated: int = 0  # epochs that are trained and evaluated
+    best: dict[str, list[float]] = field(default_factory=lambda: {"WAR": [-1.0, 0], "UAR": [-1.0, 0]})  # value, step
+
+    def __post_init__(self):
+        self.steps = FiniteSteps(self.model, self.optimizer, self.scaler)
+        self.losses = torch.zeros(2, device=self.steps.skipped.device)  # of the next row: sum, number of batches
+
+    def evaluated_model(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.steps.skipped,
+            "losses": self.losses,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps.skipped.copy_(state["skipped"])
+        self.losses.copy_(state["losses"])
+        self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
+
+    def num_bytes(self) -> int:
+        """About the size of a checkpoint: weights, the optimizer's two moments, averaged weights."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.state_dict().values())
+        return weights * (3 + (self.ema is not None))
 
 
 def train_one_epoch(
@@ -154,57 +259,71 @@ def train_one_epoch(
     epoch: int,
     steps_per_epoch: int,
     total_steps: int,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: nn.Module | None,
+    trainee: Trainee,
     amp: torch.dtype | None,
     config: Config,
     world: World,
+    run: RunDir | None,
     logger: Logger,
     throughput: Throughput,
-) -> None:
-    """One pass over the training list. Nothing in here waits for the GPU."""
+    save: Callable[[], None],
+    stop: StopSignals,
+) -> bool:
+    """The rest of one pass over the training list; False if a signal ended it. Nothing in here waits for the GPU."""
     ddp.train()
     optim, accumulate = config.optim, config.optim.accumulate
+    optimizer, steps, losses = trainee.optimizer, trainee.steps, trainee.losses
     warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
-    batches = throughput.timed(itertools.islice(loader(epoch), steps_per_epoch * accumulate))
+    first, last = (trainee.step - epoch * steps_per_epoch) * accumulate, steps_per_epoch * accumulate
+    batches = throughput.timed(itertools.islice(loader(epoch, first), last - first))
     row_began = throughput.snapshot()
-    loss_sum = torch.zeros((), device=world.device)
-    for micro, batch in enumerate(batches):
-        step, last_micro = epoch * steps_per_epoch + micro // accumulate, (micro + 1) % accumulate == 0
+    for micro, batch in enumerate(batches, start=first):
+        last_micro = (micro + 1) % accumulate == 0
         # Dropout too is a function of (seed, step, rank): a resumed run draws what the unbroken one would have drawn.
         torch.manual_seed(zlib.crc32(f"{config.seed}/{epoch}/{micro}/{world.rank}".encode()))
         if micro % accumulate == 0:
+            steps.before_forward()
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total_steps, warmup_steps, optim.lr)
+                group["lr"] = lr_at(trainee.step, total_steps, warmup_steps, optim.lr)
         waits_for_more = isinstance(ddp, DistributedDataParallel) and not last_micro
         with ddp.no_sync() if waits_for_more else contextlib.nullcontext():
             loss, diagnostics = training_loss(ddp, batch, votes, amp, config)
-            scaler.scale(loss / accumulate).backward()
-        loss_sum += loss.detach()
+            finite = loss.detach().isfinite()
+            # The gradient alone tells the other ranks; so a loss that is not finite must not have a gradient that is.
+            trainee.scaler.scale(loss * torch.where(finite, 1 / accumulate, torch.nan)).backward()
+        losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite.float()])
         throughput.num_clips += len(batch.labels) * world.size
         if not last_micro:
             continue
 
-        if optim.clip_norm:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(ddp.parameters(), optim.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
+        norm = steps.step(optim.clip_norm)
+        if steps.hopeless():
+            dump = dump_step(run, trainee.step, batch, loader.index, trainee.model, optimizer) if run else "rank 0's"
+            raise ValueError(
+                f"step {trainee.step + 1}: {steps.LIMIT} steps in a row were skipped, as their loss or gradient is not "
+                f"finite; {dump} has the last one; try a lower --optim.lr, or --run.amp off"
+            )
         optimizer.zero_grad()
-        if ema is not None:
-            ema.update_parameters(ddp.module if isinstance(ddp, DistributedDataParallel) else ddp)
+        if trainee.ema is not None:
+            trainee.ema.update_parameters(trainee.model)
+        trainee.step += 1
 
-        logger.step_done(step + 1)
-        steps_done = step + 1 - epoch * steps_per_epoch
+        logger.step_done(trainee.step)
+        steps_done = trainee.step - epoch * steps_per_epoch
         if steps_done % config.run.log_every == 0 or steps_done == steps_per_epoch:
             values = {"train/lr": optimizer.param_groups[0]["lr"]}
             values |= {f"throughput/{k}": v for k, v in throughput.read(since=row_began).items()}
-            num_batches = (steps_done - 1) % config.run.log_every * accumulate + accumulate
-            logger.train_row(step + 1, epoch + 1, values, {"train/loss": loss_sum / num_batches, **diagnostics})
-            loss_sum = torch.zeros_like(loss_sum)
+            tensors = {"train/loss": losses[0] / losses[1], "train/grad_norm": norm}
+            tensors |= {"train/skipped_steps": steps.skipped[0], **diagnostics}
+            logger.train_row(trainee.step, epoch + 1, values, tensors)
+            losses.zero_()
             row_began = throughput.snapshot()
+        if stop.requested():
+            return False
+        if run and steps_done < steps_per_epoch and run.due():
+            save()
     logger.flush()
+    return True
 
 
 def training_loss(
@@ -235,11 +354,17 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: ClipLoader, world: World, amp: torch.dtype | None, channels_last: bool
-) -> Evaluation:
+    model: nn.Module,
+    loader: ClipLoader,
+    world: World,
+    amp: torch.dtype | None,
+    channels_last: bool,
+    stop: StopSignals | None = None,
+) -> Evaluation | None:
     """Evaluate every clip of the loader's list exactly once, whatever the number of processes.
 
-    Of a clip of several views the probabilities are averaged, and their largest is the prediction.
+    Of a clip of several views the probabilities are averaged, and their largest is the prediction. None if a signal
+    ended it.
     """
     model.eval()
     distributed.broadcast_buffers(model)
@@ -248,6 +373,8 @@ def evaluate(
     ids, valid, labels, probabilities = [], [], [], []
     batches = itertools.chain.from_iterable(loader(epoch=view) for view in range(num_views))
     for i, batch in enumerate(throughput.timed(batches)):
+        if stop is not None and stop.requested():
+            return None
         with torch.autocast(world.device.type, dtype=amp, enabled=amp is not None):
             logits = model(batch.clips if channels_last else batch.clips.contiguous()).logits.float()
         throughput.num_clips += len(batch.labels) * world.size
@@ -322,6 +449,66 @@ def build_model(config: ModelConfig, num_frames: int) -> nn.Module:
     )
 
 
+def fingerprint(index: ClipIndex) -> str:
+    """SHA-256 of what the order and the frames of the clips depend on."""
+    rows = zip((r.name for r in index.records), index.num_frames.tolist(), index.labels.tolist(), strict=True)
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
+def same_global_batch(config: Config, state: dict[str, Any], world: World) -> Config:
+    """A run keeps the clips of each of its steps: on another number of processes, each takes another share of them."""
+    total, given = state["global_batch"], config.data.batch_size
+    begun = config_from_json(state["config"], config.run.log_dir).data.batch_size
+    if given not in (begun, total / world.size):
+        raise ValueError(
+            f"--data.batch-size {given}: on {world.size} processes that is {given * world.size} clips per step, "
+            f"but {config.run.name} has {total}; leave it at {begun}, which is shared among the processes there are"
+        )
+    if total % world.size:
+        raise ValueError(
+            f"{config.run.name} has {total} clips per step, which {world.size} processes cannot share evenly; "
+            "start another number of them"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=total // world.size))
+
+
+def dump_step(
+    run: RunDir, step: int, batch: Batch, index: ClipIndex, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write what a skipped step was made of."""
+
+    def harmed(named: Iterator[tuple[str, Tensor | None]]) -> list[str]:
+        return [name for name, t in named if t is not None and not bool(t.isfinite().all())]
+
+    about = {
+        "step": step + 1,
+        "lr": optimizer.param_groups[0]["lr"],
+        "clips": [index.records[i].name for i in batch.ids.tolist()],
+        "clips are finite": batch.clips.isfinite().flatten(1).all(1).tolist(),
+        "weights that are not finite": harmed(model.named_parameters()),
+        "gradients that are not finite": harmed((name, p.grad) for name, p in model.named_parameters()),
+    }
+    path = run.path / "skipped_steps.json"
+    write_whole(path, lambda file: file.write(json.dumps(about, indent=2).encode()))
+    return path
+
+
+@contextlib.contextmanager
+def memory_advice(config: Config) -> Iterator[None]:
+    """Say which numbers to change where memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        data = config.data
+        raise ValueError(
+            f"out of memory with {data.batch_size} clips of T = {data.num_segments * data.frames_per_segment} frames "
+            f"of {data.size} px per process: halve --data.batch-size and double --optim.accumulate, or lower "
+            f"--data.num-segments ({data.num_segments}) or --data.size"
+        ) from None
+
+
 def amp_dtype(config: Config, world: World) -> torch.dtype | None:
     """The autocast type, or None for float32 throughout."""
     gpu = world.device.type == "cuda"
@@ -332,11 +519,10 @@ def amp_dtype(config: Config, world: World) -> torch.dtype | None:
     return {"auto": auto, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.run.amp]
 
 
-def one_line_errors(program: str, work: Callable[[], None]) -> int:
-    """Do the work and return the exit code: 0 done, 2 the user has to change something, which one line says."""
+def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
+    """Do the work and return its exit code: 0 done, 2 the user has to change something, which one line says."""
     try:
-        work()
-        return 0
+        return work() or 0
     except ValueError as error:
         if not _is_ours(error):
             raise

@@ -171,6 +171,10 @@ class RunConfig:
     """Weights & Biases; auto = online where there is a key, else offline."""
     log_every: int = 20
     """Optimizer steps between two rows of training metrics."""
+    save_minutes: float = 5.0
+    """Minutes between two checkpoints within an epoch; each epoch ends with one anyway. 0 = after every step."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others; must cover the slowest first step (compilation)."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Config:
     preset: tyro.conf.Suppress[str] = "faces"
     seed: int = 0
     resume: bool = False
-    """Continue the run --run.name from its last checkpoint, with the same configuration."""
+    """Insist that the run --run.name is continued; without it a named run is too, if it has begun."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -322,6 +326,8 @@ def validate(config: Config) -> None:
         ("--loss.label-smoothing", loss.label_smoothing, 0.0, 0.99),
         ("--loss.aux-weight", loss.aux_weight, 0.0, 1e3),
         ("--run.log-every", run.log_every, 1, 10**9),
+        ("--run.save-minutes", run.save_minutes, 0.0, 1e6),
+        ("--run.timeout", run.timeout, 1.0, 1e6),
     ]
     for flag, value, low, high in checks:
         if not math.isfinite(value) or not low <= value <= high:

@@ -1,6 +1,10 @@
-"""The processes of a run: one under plain python, several under torchrun."""
+"""The processes of a run: one under plain python, several under torchrun. How they start, agree to stop, and end."""
 
+import contextlib
 import os
+import signal
+import sys
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -17,14 +21,23 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    store: dist.Store | None = None  # outlives the processes under torchrun: what a restarted one has to know
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def setup(device: Literal["auto", "cpu", "cuda"]) -> World:
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, everything is saved, the same command continues
+EXIT_GAVE_UP = 70  # stopped by a signal, but the step did not end in time: the last checkpoint counts
+GRACE_S = 8.0  # from a signal to the end of the process, whatever it is waiting for
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta(minutes=10)) -> World:
     """Find rank and device, and join the others if there are any (NCCL on GPUs, gloo on CPUs).
+
+    `timeout` is how long one process waits for another; it must cover the slowest first step (compilation).
 
     Raises:
         ValueError: if a GPU is asked for that is not there.
@@ -40,10 +53,115 @@ def setup(device: Literal["auto", "cpu", "cuda"]) -> World:
     torch_device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(torch_device)
-    if size > 1:
-        # The time-out must cover the slowest first step (compilation) and the slowest evaluation.
-        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(minutes=10))
-    return World(rank, size, local_rank, local_size, torch_device)
+    if size == 1:
+        return World(rank, size, local_rank, local_size, torch_device)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        # torchrun keeps the store and its content when it restarts the processes
+        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=timeout,
+    )
+    # Each attempt has its own names in it: else it would wait at the addresses of the one before, which are dead.
+    attempt = dist.PrefixStore(f"attempt-{_attempt()}", store)
+    backend = "nccl" if use_gpu else "gloo"
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, local_rank, local_size, torch_device, store)
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def remembered(world: World, key: str, value: str) -> str:
+    """`value`, or what an earlier attempt of this torchrun called by that key. Of one rank only."""
+    if world.store is None:
+        return value
+    if _attempt() and world.store.check([key]):
+        return world.store.get(key).decode()
+    world.store.set(key, value)
+    return value
+
+
+def share(content: bytes | None, world: World) -> bytes | None:
+    """Give all ranks what rank 0 has."""
+    if world.size == 1:
+        return content
+    size = torch.tensor(-1 if content is None else len(content), device=world.device)
+    dist.broadcast(size, src=0)
+    if size < 0:
+        return None
+    shared = torch.empty(int(size), dtype=torch.uint8, device=world.device)
+    if world.is_main:
+        shared.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    dist.broadcast(shared, src=0)
+    return shared.cpu().numpy().tobytes()
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 ask a run to stop, and all ranks learn of it at the same step.
+
+    One byte per step is summed over a gloo group of its own, in the background: the step itself waits for nothing, and
+    a GPU is not asked. The answer is looked at one step later. Where a step does not end (a dead peer, a device that
+    hangs) the process ends all the same, `GRACE_S` after the signal, without another word to its peers.
+    """
+
+    def __init__(self, world: World):
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._asked = False
+        self._sum, self._pending = torch.zeros(1, dtype=torch.uint8), None
+        self.saved = False  # what there is to save is saved: giving up costs nothing any more
+
+    def __enter__(self) -> "StopSignals":
+        # Python runs handlers between two bytecodes of the main thread, which may be waiting in a library for ever.
+        # The wake-up pipe is written by the signal itself.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        threading.Thread(target=self._end_in_time, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._asked:
+            return  # all that is left of the process is to end, and that stays bounded
+        if kind is None and self._pending is not None:
+            self._pending.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True
+
+    def _end_in_time(self) -> None:
+        while content := os.read(self._read, 1):
+            if content[0] in SIGNALS:
+                break
+        else:
+            os.close(self._read)
+            return
+        threading.Event().wait(GRACE_S)
+        if not self.saved:
+            line = (
+                f"no step ended within {GRACE_S:g} s of {signal.Signals(content[0]).name}; the last checkpoint counts"
+            )
+            with contextlib.suppress(OSError):
+                print(f"train.py: {line}", file=sys.stderr, flush=True)
+        os._exit(EXIT_STOPPED if self.saved else EXIT_GAVE_UP)
+
+    def requested(self) -> bool:
+        """Whether to stop here. All ranks call it equally often and get the same answer."""
+        if self._group is None:
+            return self._asked
+        if self._pending is not None:
+            self._pending.wait()
+            if int(self._sum):
+                return True
+        self._sum = torch.tensor([self._asked], dtype=torch.uint8)
+        self._pending = dist.all_reduce(self._sum, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return False
 
 
 def cleanup() -> None:

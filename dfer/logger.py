@@ -1,6 +1,7 @@
 """What a run tells: the terminal, `logs/<run>/log.txt` and `metrics.jsonl` (the record), Weights & Biases (a view)."""
 
 import csv
+import io
 import json
 import math
 import netrc
@@ -10,7 +11,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -20,67 +21,42 @@ from rich.table import Table
 from torch import Tensor
 
 from dfer.annotations import EMOTIONS
-from dfer.config import Config, config_from_json
+from dfer.checkpoint import write_whole
+from dfer.config import Config
 from dfer.index import ClipIndex
 from dfer.metrics import ConfusionMatrix
-
-
-def open_run_dir(config: Config) -> Path:
-    """Create the run's folder (rank 0 only), or check that it may be continued.
-
-    Raises:
-        ValueError: in one line, if it cannot be written, holds another run, or is to be continued but differs.
-    """
-    name = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = config.run.log_dir / name
-    saved = run_dir / "config.json"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if config.resume:
-            if not (run_dir / "last.pt").is_file():
-                raise ValueError(f"--resume: {run_dir} holds no checkpoint last.pt to continue from")
-            # Through Config: a run of an older version had the defaults of what was added since.
-            before = config_from_json(saved.read_text(), saved).to_json()
-            differing = _differences(json.loads(before), json.loads(config.to_json()))
-            if differing:
-                raise ValueError(f"--resume: not the configuration of {run_dir}: {'; '.join(differing)}")
-        elif any(run_dir.iterdir()):
-            raise ValueError(f"{run_dir}: holds a run already; continue it with --resume or choose another --run.name")
-        else:
-            saved.write_text(config.to_json() + "\n")
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--run.log-dir: cannot use {run_dir} ({error})") from None
-    return run_dir
-
-
-def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
-    lines = []
-    for key in sorted(saved.keys() | now.keys()):
-        old, new = saved.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, f"{prefix}{key}.")
-        elif old != new and key != "resume":
-            lines.append(f"--{prefix}{key} was {old}, is {new}".replace("_", "-"))
-    return lines
 
 
 class Logger:
     """One per process; only rank 0's (the one with a run_dir) says or writes anything."""
 
-    def __init__(self, run_dir: Path | None, config: Config, total_steps: int, start_step: int = 0):
+    def __init__(
+        self,
+        run_dir: Path | None,
+        config: Config,
+        total_steps: int,
+        start_step: int = 0,
+        start_evaluated: bool = False,
+        wandb_id: str | None = None,
+    ):
+        """A run is logged from `start_step` on, and from after its evaluation there if that is in the checkpoint."""
         self.run_dir, self._config = run_dir, config
         self._console = Console(highlight=False, quiet=run_dir is None)
         self._pending: tuple[int, dict[str, float], list[str], Tensor] | None = None
         self._total_steps, self._start_step, self._started = total_steps, start_step, time.perf_counter()
-        self._wandb = None
+        self._wandb, self._wandb_next = None, 0
+        self.wandb_id: str | None = wandb_id
         self._progress = None
         if run_dir is None:
             return
-        if start_step:
-            _cut_back(run_dir / "metrics.jsonl", start_step)
-        self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed in close)
-        self._rows = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._wandb = self._open_wandb()
+        try:
+            earlier = _cut_back(run_dir / "metrics.jsonl", start_step, start_evaluated)
+            self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed in close)
+            self._rows = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(f"{run_dir}: cannot write ({error})") from None
+        self._num_rows = len(earlier)
+        self._open_wandb(earlier, wandb_id)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -92,22 +68,28 @@ class Logger:
             self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
             self._progress.start()
 
-    def _open_wandb(self) -> Any:
-        """Start W&B, or go on without: it must never prompt, block or stop a run."""
+    def _open_wandb(self, earlier: list[dict], wandb_id: str | None) -> None:
+        """Start W&B, or go on without: it must never prompt, block or stop a run.
+
+        A row has the same number there as in metrics.jsonl. So a continued run skips what W&B has already, and sends
+        what a killed process did not get there.
+        """
         mode = self._config.run.wandb
         if mode == "off":
-            return None
+            return
         if mode == "auto":
             mode = "online" if _has_wandb_key() else "offline"
         import wandb  # its import costs a second, which a run without it need not pay
 
         id_file = self.run_dir / "wandb-id.txt"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            text = wandb_id or secrets.token_hex(4)
+            write_whole(id_file, lambda file: file.write(text.encode()))
+        self.wandb_id = id_file.read_text()
         options = {
             "project": "dfer",
             "name": self.run_dir.name,
-            "id": id_file.read_text(),
+            "id": self.wandb_id,
             "dir": self.run_dir,
             "config": json.loads(self._config.to_json()),
             "resume": "allow",
@@ -118,28 +100,53 @@ class Logger:
             try:
                 run = wandb.init(mode=attempt, settings=settings, **options)
                 run.define_metric("*", step_metric="step")
-                return run
             except Exception as error:  # network, key, disk: all of them mean "not this way"
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 self.say(
                     f"W&B cannot record {attempt} ({reason[0]}){'; recording offline' if attempt == 'online' else ''}"
                 )
                 wandb.teardown()  # its service still holds the run's id
-        return None
+                continue
+            self._wandb = run
+            # Offline nobody can say what an earlier process has recorded: taken for all rows up to the checkpoint.
+            self._wandb_next = run.starting_step if attempt == "online" else len(earlier)
+            for number, values in enumerate(earlier):
+                self._to_wandb(number, values)
+            return
+
+    def _to_wandb(self, number: int, values: dict[str, float]) -> None:
+        if self._wandb is not None and number >= self._wandb_next:
+            self._wandb.log(values, step=number)
 
     def say(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
         if self.run_dir is not None:
             self._console.print(line, markup=False, soft_wrap=True)
-            self._text.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+            self._write(self._text, f"{time.strftime('%H:%M:%S')} {line}\n")
+
+    def _write(self, file: TextIO, line: str) -> None:
+        try:
+            file.write(line)
+        except OSError as error:
+            raise ValueError(f"{file.name}: cannot write ({error.strerror}); the last checkpoint counts") from None
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        """One row of metrics.jsonl, which W&B gets too."""
+        """One row of metrics.jsonl, which W&B gets too. What is not finite is null there."""
         if self.run_dir is None:
             return
-        self._rows.write(json.dumps({"step": step, **values}) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **values})
+        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._write(self._rows, json.dumps(row) + "\n")
+        self._to_wandb(self._num_rows, row)
+        self._num_rows += 1
+
+    def secure(self) -> None:
+        """Put all rows so far on the disk: those before a checkpoint are not written again."""
+        self.flush()
+        if self.run_dir is not None:
+            try:
+                os.fsync(self._rows.fileno())
+            except OSError as error:
+                raise ValueError(f"{self._rows.name}: cannot write ({error.strerror})") from None
 
     def train_row(self, step: int, epoch: int, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
         """A row with values that still lie on the GPU. They are copied without waiting and written one row later."""
@@ -176,7 +183,7 @@ class Logger:
         )
         if self._progress is not None:
             self._progress.update(self._task, description=line)
-            self._text.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+            self._write(self._text, f"{time.strftime('%H:%M:%S')} {line}\n")
         else:
             done = step - self._start_step
             left = (time.perf_counter() - self._started) / done * (self._total_steps - step)
@@ -186,19 +193,27 @@ class Logger:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def result(self, confusion: ConfusionMatrix, throughput: dict[str, float], run_dir: Path, best: dict) -> None:
+    def best(self, best: dict[str, list[float]]) -> None:
+        """Tell W&B, which by itself forgets the best value of a run that is continued."""
+        if self._wandb is not None:
+            self._wandb.summary.update({f"best/{name}": value for name, (value, _) in best.items()})
+
+    def result(self, confusion: ConfusionMatrix, throughput: dict[str, float], best: dict[str, list[float]]) -> None:
         """The last thing printed: WAR, UAR, recall per class, clips/s, where everything lies."""
         if self.run_dir is None:
             return
         self.close_progress()
-        print_result(f"{run_dir.name}: last epoch", confusion)
-        self.say(f"best epoch (picked on this list): WAR {best['WAR']:.2f}, UAR {best['UAR']:.2f}")
+        print_result(f"{self.run_dir.name}: last epoch", confusion)
+        self.say(f"best epoch (picked on this list): WAR {best['WAR'][0]:.2f}, UAR {best['UAR'][0]:.2f}")
         self.say(
             f"training: {throughput['total_clips_per_s']:.1f} clips/s "
             f"({throughput['compute_clips_per_s']:.1f} without the {100 * throughput['data_wait_share']:.1f} % "
             f"waiting for data)"
         )
-        self.say(f"everything lies in {run_dir}/: metrics.jsonl predictions.csv config.json log.txt last.pt best_*.pt")
+        self.say(
+            f"everything lies in {self.run_dir}/: metrics.jsonl predictions.csv config.json log.txt checkpoints/ "
+            "best_WAR.safetensors best_UAR.safetensors"
+        )
         if self._wandb is not None:
             import wandb
 
@@ -210,7 +225,6 @@ class Logger:
                 class_names=list(EMOTIONS),
             )
             self._wandb.log({"val/confusion_matrix": plot})
-            self._wandb.summary.update({"best/WAR": best["WAR"], "best/UAR": best["UAR"]})
 
     def close_progress(self) -> None:
         if self._progress is not None:
@@ -250,24 +264,39 @@ def _has_wandb_key() -> bool:
     return any(re.search(r"wandb|coreweave", host) for host in hosts)
 
 
-def _cut_back(rows: Path, step: int) -> None:
-    """Drop the rows after the checkpoint that a run continues from: they will be written again."""
-    if rows.exists():
-        kept = [line for line in rows.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        partial = rows.with_name(rows.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, rows)
+def _cut_back(path: Path, step: int, evaluated: bool) -> list[dict]:
+    """Drop the rows after the checkpoint that a run continues from: they will be written again. Return those kept.
+
+    A row that a kill has torn is dropped too: rows are on the disk before a checkpoint that counts on them.
+    """
+    kept = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            at = row["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if at < step or (at == step and step and (evaluated or "val/WAR" not in row)):
+            kept.append(row)
+    write_whole(path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
+    return kept
 
 
 def write_predictions(
     path: Path, index: ClipIndex, ids: Sequence[int], probabilities: Sequence[Sequence[float]]
 ) -> None:
-    """Write `clip,label,prediction,p_<emotion> ...` rows, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["clip", "label", "prediction", *(f"p_{e}" for e in EMOTIONS)])
-        for video, p in zip(ids, probabilities, strict=True):
-            record = index.records[video]
-            writer.writerow([record.name, record.label, int(np.argmax(p)), *(f"{x:.6f}" for x in p)])
-    os.replace(partial, path)
+    """Write `clip,label,prediction,p_<emotion> ...` rows, whole or not at all.
+
+    Raises:
+        ValueError: in one line, if they cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["clip", "label", "prediction", *(f"p_{e}" for e in EMOTIONS)])
+    for video, p in zip(ids, probabilities, strict=True):
+        record = index.records[video]
+        writer.writerow([record.name, record.label, int(np.argmax(p)), *(f"{x:.6f}" for x in p)])
+    try:
+        write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write ({error})") from None

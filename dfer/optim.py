@@ -1,10 +1,12 @@
-"""Optimizers, the learning-rate schedule, the moving average of weights."""
+"""Optimizers, steps that are not finite and therefore not taken, the learning rate, the moving average of weights."""
 
 import math
+from collections import deque
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -28,7 +30,11 @@ def build_optimizer(
     """One fused kernel per step; momentum 0.9 (Nesterov) for SGD, betas (0.9, 0.999) for AdamW."""
     groups = param_groups(model, weight_decay)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+        for parameter in (p for group in groups for p in group["params"]):
+            # what torch starts with; but where the first step is not taken, it would go on with uninitialised memory
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
@@ -43,3 +49,64 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> flo
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
     """A moving average of weights and batch statistics, or None when `decay` is 0."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+
+
+class FiniteSteps:
+    """Optimizer steps that are taken only if the gradient is finite. No rank waits for its device to know.
+
+    DDP has summed the gradients of all ranks, so all of them skip a step or none. A skipped step leaves the weights,
+    the optimizer's state and the batch statistics (which the forward pass has already changed) as they were.
+    """
+
+    LIMIT = 20  # skipped steps in a row that end a run
+    LAG = 4  # steps that a GPU's counts arrive late
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._statistics = [b for b in model.buffers() if b.is_floating_point()]
+        self._optimizer, self._scaler = optimizer, scaler
+        device = self._parameters[0].device
+        self.skipped: Float[Tensor, " two"] = torch.zeros(2, device=device)  # in all, in a row
+        self._row = torch.tensor([1.0, 0.0], device=device)  # what a good step multiplies these with
+        self._arriving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._pinned = [torch.zeros(2, pin_memory=True) for _ in range(self.LAG + 1)] if device.type == "cuda" else []
+
+    def before_forward(self) -> None:
+        """Remember the batch statistics that a skipped step has to restore."""
+        if self._statistics:
+            self._kept = torch.cat([b.flatten() for b in self._statistics])
+
+    def step(self, clip_norm: float) -> Float[Tensor, ""]:
+        """Clip the gradient (0: do not), take the step or skip it, and return the norm that the gradient had."""
+        self._scaler.unscale_(self._optimizer)
+        if clip_norm:
+            norm = nn.utils.clip_grad_norm_(self._parameters, clip_norm)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        bad = ~norm.isfinite()
+        if not self._scaler.is_enabled():  # an enabled one tells the optimizer itself
+            self._optimizer.grad_scale, self._optimizer.found_inf = None, bad.float()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._statistics:
+            now = torch.cat([b.flatten() for b in self._statistics])
+            parts = torch.where(bad, self._kept, now).split([b.numel() for b in self._statistics])
+            torch._foreach_copy_(self._statistics, [p.view_as(b) for p, b in zip(parts, self._statistics, strict=True)])
+        self.skipped = torch.where(bad, self.skipped + 1, self.skipped * self._row)
+        return norm
+
+    def hopeless(self) -> bool:
+        """Whether LIMIT steps in a row were skipped; on a GPU LAG steps later, the same on all ranks. Once per step."""
+        if not self._pinned:
+            return float(self.skipped[1]) >= self.LIMIT
+        host = self._pinned[0]
+        self._pinned.append(self._pinned.pop(0))
+        host.copy_(self.skipped, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._arriving.append((event, host))
+        if len(self._arriving) <= self.LAG:
+            return False
+        event, host = self._arriving.popleft()
+        event.synchronize()  # that many steps are queued behind it: the device does not run dry
+        return float(host[1]) >= self.LIMIT

@@ -60,7 +60,11 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Parser("evaluate", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="last.pt, best_WAR.pt or best_UAR.pt of a run")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a run's folder (its last checkpoint), its best_WAR.safetensors, or a .pt of its checkpoints/",
+    )
     parser.add_argument("--list", type=Path, help="annotation list; the run's validation list if not given")
     parser.add_argument("--root", type=Path, help="where relative paths in the list start")
     parser.add_argument("--batch-size", type=int, help="clips per process; the run's if not given")

@@ -66,7 +66,7 @@ def test_four_processes_count_every_clip_once_and_score_as_one(clips, tmp_path):
                     "--run.name", "four")  # fmt: skip
     assert done.returncode == 0, done.stderr
     last = [row for row in rows(tmp_path / "four") if "val/WAR" in row][-1]
-    single = run_python("scripts/evaluate.py", str(tmp_path / "four" / "last.pt"), "--json", "--device", "cpu",
+    single = run_python("scripts/evaluate.py", str(tmp_path / "four"), "--json", "--device", "cpu",
                         "--out", str(tmp_path / "single.csv"))  # fmt: skip
     assert single.returncode == 0, single.stderr
     numbers = json.loads(single.stdout.splitlines()[-1])

@@ -97,8 +97,8 @@ def test_views_differ(config, model):
 def test_two_processes_and_the_script_average_alike(config, model, tmp_path):
     saved = with_views(config, 1, False)  # the flags say what the run did not
     state = {"model": model.state_dict(), "ema": None, "config": saved.to_json(), "emotions": list(EMOTIONS)}
-    save_checkpoint(tmp_path / "last.pt", state)
-    done = torchrun(2, "scripts/evaluate.py", str(tmp_path / "last.pt"), "--views", "2", "--mirror-views",
+    save_checkpoint(tmp_path / "checkpoints", state | {"step": 1})
+    done = torchrun(2, "scripts/evaluate.py", str(tmp_path), "--views", "2", "--mirror-views",
                     "--device", "cpu", "--json", "--out", str(tmp_path / "p.csv"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout.splitlines()[-1])

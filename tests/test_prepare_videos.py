@@ -860,7 +860,7 @@ def test_real_videos_become_predictions(tmp_path: Path) -> None:
     done = run_python("train.py", "debug", *lists, *logs, "--data.batch-size", "5", "--optim.epochs", "1")
     assert done.returncode == 0, done.stderr
     predictions = tmp_path / "predictions.csv"
-    checkpoint = str(tmp_path / "logs" / "real" / "last.pt")
+    checkpoint = str(tmp_path / "logs" / "real")
     done = run_python("scripts/evaluate.py", checkpoint, "--list", str(out / "list.txt"), "--out", str(predictions))
     assert done.returncode == 0, done.stderr
     written = [line.split(",")[:2] for line in predictions.read_text().splitlines()[1:]]

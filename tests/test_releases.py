@@ -652,7 +652,7 @@ def test_a_model_trains_and_is_evaluated_on_the_lists(request, tmp_path, release
     done = run_python("train.py", *TINY, *data, "--run.log-dir", str(tmp_path), "--run.name", "run")
     assert done.returncode == 0, done.stderr
     predictions = tmp_path / "predictions.csv"
-    last = str(tmp_path / "run/last.pt")
+    last = str(tmp_path / "run")
     done = run_python("scripts/evaluate.py", last, "--out", str(predictions), "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     listed = rows(lists / f"{test}.txt")

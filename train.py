@@ -82,6 +82,7 @@ def train(
     about = {
         "config": state["config"] if state else config.to_json(),
         "emotions": list(EMOTIONS),
+        "torch": torch.__version__,
         "train_list": fingerprint(train_index),
         "global_batch": state["global_batch"] if state else config.data.batch_size * world.size,
     }

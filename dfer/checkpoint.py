@@ -192,9 +192,9 @@ class _Hashing:
     def __init__(self, file: BinaryIO):
         self.file, self.sha256, self.size = file, hashlib.sha256(), 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.sha256.update(data)
-        self.size += len(data)
+        self.size += memoryview(data).nbytes
         return self.file.write(data)
 
     def flush(self) -> None:
@@ -238,8 +238,6 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
             "file": target.name,
             "bytes": hashing.size,
             "sha256": sha256,
-            "best": state.get("best", {}),
-            "torch": torch.__version__,
         }
         write_whole(manifest, lambda file: file.write((json.dumps(about) + "\n").encode()))
         best = {step for _, step in state.get("best", {}).values()}
@@ -293,8 +291,8 @@ def _read_manifest(manifest: Path) -> dict[str, Any]:
     """Raises ValueError if it is no manifest."""
     try:
         about = json.loads(_read(manifest))
-        known = about["format"] <= FORMAT and _STATE.fullmatch(about["file"])
-        fits = manifest.name == f"step-{about['step']:08d}.json" and len(about["sha256"]) == 64
+        known = about["format"] == FORMAT and _STATE.fullmatch(about["file"])
+        fits = manifest.name == f"step-{about['step']:08d}.json" and about["bytes"] > 0 and len(about["sha256"]) == 64
         if not known or not fits:
             raise ValueError
     except (ValueError, KeyError, TypeError):  # JSON and Unicode errors are ValueErrors
@@ -326,7 +324,7 @@ def read_verified(manifest: Path) -> bytes:
     about = _read_manifest(manifest)
     path = manifest.with_name(about["file"])
     content = _read(path)
-    if hashlib.sha256(content).hexdigest() != about["sha256"]:
+    if len(content) != about["bytes"] or hashlib.sha256(content).hexdigest() != about["sha256"]:
         raise ValueError(f"{path}: damaged: not the {about['bytes']} bytes that were written (SHA-256 differs)")
     return content
 

@@ -13,6 +13,7 @@ ONLY_IN = {
     "timm": {"dfer/model.py"},
     "huggingface_hub": {"dfer/model.py"},
     "wandb": {"dfer/logger.py"},
+    "safetensors": {"dfer/checkpoint.py"},
     "tyro": {"dfer/config.py"},
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py"},
     "cv2": {"dfer/faces.py", "scripts/make_faces.py", "benchmarks/peers.py"},

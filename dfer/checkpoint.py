@@ -239,7 +239,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
             "bytes": hashing.size,
             "sha256": sha256,
         }
-        write_whole(manifest, lambda file: file.write((json.dumps(about) + "\n").encode()))
+        write_whole(manifest, lambda file: file.write(json.dumps(about).encode()))
         best = {step for _, step in state.get("best", {}).values()}
         # Later steps than this one are damaged or of a past that this run has left.
         steps = [step for step in find_manifests(folder) if step <= state["step"]]
@@ -289,8 +289,9 @@ def _delete_all_but(folder: Path, steps: set[int]) -> None:
 
 def _read_manifest(manifest: Path) -> dict[str, Any]:
     """Raises ValueError if it is no manifest."""
+    content = _read(manifest)
     try:
-        about = json.loads(_read(manifest))
+        about = json.loads(content)
         known = about["format"] == FORMAT and _STATE.fullmatch(about["file"])
         fits = manifest.name == f"step-{about['step']:08d}.json" and about["bytes"] > 0 and len(about["sha256"]) == 64
         if not known or not fits:

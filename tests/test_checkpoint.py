@@ -166,7 +166,7 @@ def test_no_damage_is_accepted(tmp_path, suffix):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(good)
     target.symlink_to(elsewhere)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read|damaged"):
         load()
     target.unlink()
     target.write_bytes(good)
@@ -304,6 +304,7 @@ from pathlib import Path
 from dfer.checkpoint import save_checkpoint
 from tests.test_checkpoint import state_of
 folder, last = Path(sys.argv[1]), int(sys.argv[2])
+codes = []
 for k in range(last):  # one tracee each; strace counts the calls of each, and fails the same one of all
     child = os.fork()
     if not child:
@@ -318,8 +319,8 @@ for k in range(last):  # one tracee each; strace counts the calls of each, and f
         except ValueError as error:
             os._exit(3)
         os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(k, code, flush=True)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os.write(1, " ".join(map(str, codes)).encode())  # in one call
 """
 
 
@@ -330,7 +331,7 @@ def test_whatever_system_call_fails_a_checkpoint_remains(tmp_path, call, fault):
     """The same with the kernel's own calls, without touching the code."""
     if subprocess.run(["strace", "-V"], capture_output=True, check=False).returncode:
         pytest.skip("strace is not installed")
-    last = 25
+    last = 8
     (tmp_path / "a").touch()
     for k in range(last):
         for step in (1, 2, 3):
@@ -341,7 +342,7 @@ def test_whatever_system_call_fails_a_checkpoint_remains(tmp_path, call, fault):
         cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    codes = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    codes = [int(code) for code in done.stdout.split()]
     assert len(codes) == last and set(codes) == {0, -9 if fault == "signal=KILL" else 3}
     for k in range(last):
         assert newest_step(tmp_path / str(k)) == (4 if codes[k] == 0 else newest_step(tmp_path / str(k)))

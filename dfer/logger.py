@@ -9,9 +9,9 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from dfer.checkpoint import write_whole
 from dfer.config import Config
 from dfer.index import ClipIndex
 from dfer.metrics import ConfusionMatrix
+
+if TYPE_CHECKING:
+    import wandb
 
 
 class Logger:
@@ -115,8 +118,19 @@ class Logger:
             return
 
     def _to_wandb(self, number: int, values: dict[str, float]) -> None:
-        if self._wandb is not None and number >= self._wandb_next:
-            self._wandb.log(values, step=number)
+        if number >= self._wandb_next:
+            self._tell_wandb(lambda run: run.log(values, step=number))
+
+    def _tell_wandb(self, work: Callable[["wandb.Run"], None]) -> None:
+        """Whatever goes wrong there is said and ends the recording there, not the training."""
+        if self._wandb is None:
+            return
+        try:
+            work(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            self.say(f"W&B failed ({reason[0]}); nothing more goes there, {self._rows.name} has everything")
 
     def say(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
@@ -195,8 +209,8 @@ class Logger:
 
     def best(self, best: dict[str, list[float]]) -> None:
         """Tell W&B, which by itself forgets the best value of a run that is continued."""
-        if self._wandb is not None:
-            self._wandb.summary.update({f"best/{name}": value for name, (value, _) in best.items()})
+        values = {f"best/{name}": value for name, (value, _) in best.items()}
+        self._tell_wandb(lambda run: run.summary.update(values))
 
     def result(self, confusion: ConfusionMatrix, throughput: dict[str, float], best: dict[str, list[float]]) -> None:
         """The last thing printed: WAR, UAR, recall per class, clips/s, where everything lies."""
@@ -214,17 +228,7 @@ class Logger:
             f"everything lies in {self.run_dir}/: metrics.jsonl predictions.csv config.json log.txt checkpoints/ "
             "best_WAR.safetensors best_UAR.safetensors"
         )
-        if self._wandb is not None:
-            import wandb
-
-            labels, predictions = np.nonzero(confusion.counts.cpu().numpy())
-            repeats = confusion.counts.cpu().numpy()[labels, predictions]
-            plot = wandb.plot.confusion_matrix(
-                y_true=np.repeat(labels, repeats).tolist(),
-                preds=np.repeat(predictions, repeats).tolist(),
-                class_names=list(EMOTIONS),
-            )
-            self._wandb.log({"val/confusion_matrix": plot})
+        self._tell_wandb(lambda run: run.log({"val/confusion_matrix": _confusion_plot(confusion)}))
 
     def close_progress(self) -> None:
         if self._progress is not None:
@@ -236,8 +240,7 @@ class Logger:
         if self.run_dir is None:
             return
         self.close_progress()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._tell_wandb(lambda run: run.finish())
         self._text.close()
         self._rows.close()
 
@@ -252,6 +255,19 @@ def print_result(title: str, confusion: ConfusionMatrix) -> None:
     counts = [str(n) for n in confusion.counts.sum(1).tolist()]
     table.add_row("clips", str(confusion.total()), *counts, style="dim")
     Console(highlight=False).print(table)
+
+
+def _confusion_plot(confusion: ConfusionMatrix) -> "wandb.plot.CustomChart":
+    import wandb
+
+    counts = confusion.counts.cpu().numpy()
+    labels, predictions = np.nonzero(counts)
+    repeats = counts[labels, predictions]
+    return wandb.plot.confusion_matrix(
+        y_true=np.repeat(labels, repeats).tolist(),
+        preds=np.repeat(predictions, repeats).tolist(),
+        class_names=list(EMOTIONS),
+    )
 
 
 def _has_wandb_key() -> bool:

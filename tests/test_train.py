@@ -15,9 +15,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def tiny_run(clips, log_dir, name, *extra, expect=0):
+def tiny_run(clips, log_dir, name, *extra, expect=0, **env):
     lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
-    done = run_python("train.py", *TINY, *lists, "--run.log-dir", str(log_dir), "--run.name", name, *extra)
+    done = run_python("train.py", *TINY, *lists, "--run.log-dir", str(log_dir), "--run.name", name, *extra, **env)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 

@@ -1,0 +1,189 @@
+"""W&B's own client, online against a server of ours that fails as servers do: training must not notice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_train import rows, tiny_run
+from tests.wandb_server import FakeWandb
+
+KEY = "0123456789abcdef" * 2 + "canary00"
+# What a training process does with its logger, without the training: so many rows, one for each line that it is given.
+DRIVER = """
+import functools, sys, time, wandb
+from pathlib import Path
+from dfer.config import parse_config
+from dfer.logger import Logger
+bounds = {"init_timeout": float(sys.argv[4]), "finish_timeout": float(sys.argv[5])}
+wandb.Settings = functools.partial(lambda make, **k: make(**k | bounds), wandb.Settings)
+run_dir, start, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+began = time.monotonic()
+config = parse_config(["debug", "--run.wandb", "auto"])
+logger = Logger(run_dir, config, total, start_step=start)
+print("open", time.monotonic() - began, flush=True)
+for step in range(start + 1, total + 1):
+    if not sys.stdin.readline():
+        break
+    began = time.monotonic()
+    logger.row(step, {"train/loss": 1 / step})
+    print(step, time.monotonic() - began, flush=True)
+began = time.monotonic()
+logger.best({"WAR": [50.0, 1], "UAR": [40.0, 1]})
+logger.close()
+print("closed", time.monotonic() - began, flush=True)
+"""
+
+
+@pytest.fixture
+def server():
+    with FakeWandb() as fake:
+        yield fake
+
+
+class Client:
+    """A process that logs, row by row."""
+
+    def __init__(self, server: FakeWandb, run_dir: Path, start=0, total=12, init_timeout=30, finish_timeout=30):
+        run_dir.mkdir(exist_ok=True)
+        self.run_dir = run_dir
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, *map(str, (run_dir, start, total, init_timeout, finish_timeout))],
+            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**environment, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY},
+        )  # fmt: skip
+        self.said: list[str] = []
+        self.opened = self.told("open")
+
+    def told(self, what: str) -> float:
+        """Wait for a line of the driver and return its seconds."""
+        for line in self.process.stdout:
+            self.said.append(line)
+            if line.startswith(f"{what} "):
+                return float(line.split()[1])
+        raise AssertionError(f"no {what!r} in:\n{''.join(self.said)}")
+
+    def rows(self, first: int, last: int) -> float:
+        """Log these rows and return the seconds of the slowest."""
+        slowest = 0.0
+        for step in range(first, last + 1):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            slowest = max(slowest, self.told(str(step)))
+        return slowest
+
+    def close(self) -> float:
+        self.process.stdin.close()
+        seconds = self.told("closed")
+        assert self.process.wait(30) == 0
+        self.process.stdout.close()
+        return seconds
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stdin.close()
+
+
+def recorded(server: FakeWandb, run_dir: Path) -> list[dict]:
+    run = server.runs[(run_dir / "wandb-id.txt").read_text()]
+    assert run.numbers == list(range(len(run.numbers)))  # no row twice, none left out
+    return run.rows
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def test_a_whole_run_online(clips, tmp_path, server):
+    tiny_run(
+        clips, tmp_path, "a", "--run.wandb", "auto",
+        WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY, WANDB_MODE="online",
+    )  # fmt: skip
+    run_dir = tmp_path / "a"
+    ours, theirs = rows(run_dir), recorded(server, run_dir)
+    assert [{k: v for k, v in row.items() if v is not None} for row in ours] == theirs[: len(ours)]
+    (run,) = server.runs.values()
+    assert run.complete and all("confusion" in key for row in theirs[len(ours) :] for key in row)
+    best = max(row["val/WAR"] for row in ours if "val/WAR" in row)
+    assert run.summary["best/WAR"] == pytest.approx(best)
+    assert run.config["data"]["value"]["num_segments"] == 2
+    # No key in any file or upload; no pictures of faces; no more of the machine than the client needs.
+    files = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert not [path for path, data in files.items() if KEY.encode() in data]
+    assert not [name for name, data in run.uploads.items() if KEY.encode() in data]
+    assert not [name for name in run.uploads if name.endswith((".jpg", ".png", ".mp4", ".gif"))]
+
+
+def test_a_killed_run_goes_on_without_duplicates_or_holes(tmp_path, server):
+    run_dir = tmp_path / "a"
+    client = Client(server, run_dir)
+    client.rows(1, 7)
+    wait_for(lambda: any(run.rows for run in server.runs.values()))  # what has not arrived yet is lost with the process
+    client.kill()
+    client = Client(server, run_dir, start=5)  # from a checkpoint at step 5: rows 6 and 7 are written again
+    client.rows(6, 12)
+    client.close()
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, 13))
+    assert recorded(server, run_dir) == rows(run_dir)
+
+
+@pytest.mark.parametrize("outage", ["down", *(pytest.param(o, marks=pytest.mark.slow) for o in ("hanging", "failing"))])
+def test_an_outage_delays_rows_and_nothing_else(outage, tmp_path, server):
+    client = Client(server, tmp_path / "a")
+    client.rows(1, 3)
+    server.state = outage
+    assert client.rows(4, 9) < 2  # seconds; a step that waits for a server would wait for ever
+    server.state = "up"
+    client.rows(10, 12)
+    client.close()
+    assert recorded(server, tmp_path / "a") == rows(tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_a_server_that_never_comes_back_bounds_the_end(tmp_path, server):
+    client = Client(server, tmp_path / "a", finish_timeout=3)
+    client.rows(1, 3)
+    server.state = "hanging"
+    client.rows(4, 12)
+    assert client.close() < 20
+    assert [row["step"] for row in rows(tmp_path / "a")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("state", ["unauthorized", pytest.param("hanging", marks=pytest.mark.slow)])
+def test_a_server_that_refuses_at_the_start_means_offline(state, tmp_path, server):
+    server.state = state
+    client = Client(server, tmp_path / "a", init_timeout=3)
+    assert client.opened < 45
+    client.rows(1, 12)
+    client.close()
+    said = "".join(client.said)
+    assert "recording offline" in said and "Traceback" not in said and KEY not in said
+    assert [row["step"] for row in rows(tmp_path / "a")] == list(range(1, 13))
+    # Nothing is lost: what was recorded offline can be sent when the server is back.
+    server.state = "up"
+    (folder,) = (tmp_path / "a" / "wandb").glob("offline-run-*")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", str(folder)], cwd=tmp_path, check=True, capture_output=True, timeout=60,
+        env={**environment, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY},
+    )  # fmt: skip
+    assert recorded(server, tmp_path / "a") == rows(tmp_path / "a")
+
+
+def test_the_server_counts_a_line_once():
+    with FakeWandb() as fake:
+        fake.stream("x", {"files": {"wandb-history.jsonl": {"offset": 0, "content": ['{"a": 1, "_step": 0}']}}})
+        again = {"offset": 0, "content": ['{"a": 1, "_step": 0}', '{"a": 2, "_step": 1}']}
+        fake.stream("x", {"files": {"wandb-history.jsonl": again}})
+    assert fake.runs["x"].rows == [{"a": 1}, {"a": 2}] and fake.runs["x"].numbers == [0, 1]

@@ -1,0 +1,146 @@
+"""As much of a W&B server as its client needs to record, resume and sync runs, with outages on request."""
+
+import contextlib
+import gzip
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
+
+
+@dataclass
+class Run:
+    """What was recorded of a run: {file: {line number: text}}, as its client streams it."""
+
+    streams: dict[str, dict[int, str]] = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    complete: bool = False
+
+    @property
+    def rows(self) -> list[dict]:
+        """The history without the client's own columns. A line that came twice counts once, as on a real server."""
+        lines = self.streams.get("wandb-history.jsonl", {})
+        rows = [json.loads(lines[number]) for number in sorted(lines)]
+        return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+
+    @property
+    def numbers(self) -> list[int]:
+        """W&B's own number of each row, as it came in."""
+        lines = self.streams.get("wandb-history.jsonl", {})
+        return [json.loads(lines[number])["_step"] for number in sorted(lines)]
+
+    @property
+    def summary(self) -> dict:
+        lines = self.streams.get("wandb-summary.json", {})
+        return json.loads(lines[max(lines)]) if lines else {}
+
+
+class FakeWandb(contextlib.AbstractContextManager):
+    """`with FakeWandb() as server:` serves on `server.url`, in threads of this process.
+
+    `state` may be changed at any time: "up"; "down" cuts every connection; "hanging" never answers;
+    "unauthorized" refuses the key; "failing" answers 500.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.state: Literal["up", "down", "hanging", "unauthorized", "failing"] = "up"
+        self.unknown: list[str] = []  # what it was asked and does not know
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a client that is killed cuts its connections
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> "FakeWandb":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.state = "down"  # lets go of requests that hang
+        self._server.shutdown()
+        self._server.server_close()
+
+    def graphql(self, query: str, variables: dict) -> dict:
+        name = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        name = name.group(1) if name else ""
+        project = {"id": "p", "name": variables.get("project") or "dfer", "entity": {"id": "e", "name": "me"}}
+        if name == "UpsertBucket":
+            run = self.runs.setdefault(variables["name"], Run())
+            run.config |= json.loads(variables.get("config") or "{}")
+            bucket = {"id": "r", "name": variables["name"], "displayName": variables["name"], "config": "{}"}
+            bucket |= {"description": "", "sweepName": "", "historyLineCount": len(run.rows), "project": project}
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if name == "RunResumeStatus":
+            run = self.runs.get(variables["name"])
+            return {"model": project | {"bucket": None if run is None else self._bucket(variables["name"], run)}}
+        if name == "Viewer":
+            return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        if name == "CreateRunFiles":
+            files = [{"name": f, "uploadUrl": f"{self.url}/upload/{variables['run']}/{f}"} for f in variables["files"]]
+            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        self.unknown.append(name)
+        return {}
+
+    def _bucket(self, name: str, run: Run) -> dict:
+        def tail(file: str) -> str:
+            lines = run.streams.get(file, {})
+            return json.dumps([lines[max(lines)]] if lines else [])
+
+        counts = {
+            f"{kind}LineCount": len(run.streams.get(file, {}))
+            for kind, file in (("history", "wandb-history.jsonl"), ("events", "wandb-events.jsonl"))
+        }
+        return counts | {
+            "id": "r", "name": name, "displayName": name, "logLineCount": 0, "wandbConfig": json.dumps({"t": 1}),
+            "historyTail": tail("wandb-history.jsonl"), "eventsTail": tail("wandb-events.jsonl"),
+            "summaryMetrics": json.dumps(run.summary), "config": json.dumps(run.config), "tags": [],
+        }  # fmt: skip
+
+    def stream(self, name: str, body: dict) -> None:
+        run = self.runs.setdefault(name, Run())
+        for file, part in (body.get("files") or {}).items():
+            lines = run.streams.setdefault(file, {})
+            lines |= {part["offset"] + i: text for i, text in enumerate(part["content"])}
+        run.complete |= bool(body.get("complete"))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeWandb
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self) -> None:
+        fake = self.fake
+        while fake.state == "hanging":
+            time.sleep(0.02)
+        if fake.state == "down":
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        code, reply = {"unauthorized": 401, "failing": 500}.get(fake.state, 200), {}
+        if code != 200:
+            reply = {"errors": [{"message": fake.state}]}
+        elif self.path == "/graphql":
+            question = json.loads(body)
+            reply = {"data": fake.graphql(question["query"], question.get("variables") or {})}
+        elif match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
+            fake.stream(match.group(1), json.loads(body))
+        elif match := re.fullmatch(r"/upload/([^/]+)/(.+)", self.path):
+            fake.runs.setdefault(match.group(1), Run()).uploads[match.group(2)] = body
+        data = json.dumps(reply).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = _answer

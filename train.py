@@ -2,7 +2,7 @@
 
 The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped.
 Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT or SIGUSR1 with
-everything saved; 70 stopped by one of them without, since a step did not end in time; 1 a defect, or a peer that died.
+everything saved; 70 stopped by one of them without, since a step did not end in time; 69 another process died or hangs.
 """
 
 import gc
@@ -63,7 +63,7 @@ def main(config: Config) -> int:
         name = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = RunDir(config, distributed.remembered(world, "run", name))
         saved, damage = newest_checkpoint(run.checkpoints)
-    with contextlib.closing(run) if run else contextlib.nullcontext():
+    with contextlib.closing(run) if run else contextlib.nullcontext(), distributed.peers_named(world):
         return train(config, train_index, val_index, votes, world, run, distributed.share(saved, world), damage)
 
 
@@ -82,7 +82,7 @@ def train(
     about = {
         "config": state["config"] if state else config.to_json(),
         "emotions": list(EMOTIONS),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which a checkpoint does not load
         "train_list": fingerprint(train_index),
         "global_batch": state["global_batch"] if state else config.data.batch_size * world.size,
     }

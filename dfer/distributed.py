@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -29,6 +32,7 @@ class World:
 
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, everything is saved, the same command continues
+EXIT_PEER = 69  # EX_UNAVAILABLE: another process died or hangs
 EXIT_GAVE_UP = 70  # stopped by a signal, but the step did not end in time: the last checkpoint counts
 GRACE_S = 8.0  # from a signal to the end of the process, whatever it is waiting for
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -98,6 +102,37 @@ def share(content: bytes | None, world: World) -> bytes | None:
     return shared.cpu().numpy().tobytes()
 
 
+@contextlib.contextmanager
+def peers_named(world: World, patience: float = 3.0) -> Iterator[None]:
+    """Where a rank hangs or has died, end the run with one line that says which, and not how a library noticed.
+
+    All ranks that are waiting notice within moments of each other and leave word in the store: who does not within
+    `patience` seconds is not waiting but the one that is waited for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.store is None or not re.search(r"gloo|nccl|timed? ?out|connection", str(error), re.IGNORECASE):
+            raise
+        try:
+            notes = [f"attempt-{_attempt()}/{rank} waited in vain" for rank in range(world.size)]
+            world.store.set(notes[world.rank], "")
+            time.sleep(patience)
+            silent = [str(rank) for rank, note in enumerate(notes) if not world.store.check([note])]
+        except RuntimeError:  # the store itself is gone, and rank 0 with it
+            silent = ["0"]
+        if not silent:
+            raise
+        ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
+        print(
+            f"train.py: rank {world.rank}: {ranks} of {world.size} died or did not answer within --run.timeout; the "
+            "same command continues from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(EXIT_PEER) from None
+
+
 class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 ask a run to stop, and all ranks learn of it at the same step.
 
@@ -123,9 +158,9 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._asked:
+        if self._asked or kind is not None:
             return  # all that is left of the process is to end, and that stays bounded
-        if kind is None and self._pending is not None:
+        if self._pending is not None:
             self._pending.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)

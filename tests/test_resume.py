@@ -1,15 +1,23 @@
 """Killed, stopped and continued runs are the unbroken run, bit for bit."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dfer.checkpoint import load_checkpoint
-from tests.conftest import ROOT
+from dfer.config import parse_config
+from dfer.distributed import World
+from dfer.index import load_index
+from dfer.sampling import ClipSampler
+from tests.conftest import ROOT, run_python
 from tests.test_train import losses, rows
+from train import same_global_batch
 
 # A CRF, batch statistics and dropout, as the full model has them, at a fraction of its size; 5 steps of 4 clips.
 SMALL = [
@@ -19,13 +27,16 @@ SMALL = [
 ]  # fmt: skip
 
 # Plays train.py once per word of its first argument, in a process each, imported once: a fork has nothing else in it.
-# "3" kills it in its third batch, "3s" while it saves for the third time, "3e" in the third batch of an evaluation,
-# "-" never; other letters of the alphabet send a signal in the batch of that number.
+# Under torchrun the word is that of the attempt, and happens to the last rank. "3" kills it in its third batch, "3s" at
+# its third replacement of a file, "3e" at the third batch or step counted; "3t", "3i", "3u" send a signal in the third
+# batch, "3v" at the third batch or step counted; "3n" makes all losses from the third on NaN, "3m" that one, "3o" lets
+# memory run out there, "3h" stops the process, which then neither ends nor answers; "-" lets it run.
 DRIVER = """
 import os, signal, sys
 import torch
 import train, dfer.checkpoint
 from dfer.config import parse_config
+from dfer.optim import FiniteSteps
 
 torch.set_num_threads(1)
 SENT = {"t": signal.SIGTERM, "i": signal.SIGINT, "u": signal.SIGUSR1}
@@ -40,26 +51,61 @@ def at(number, function, then):
         return function(*args, **kwargs)
     return counting
 
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
 def prepare(word):
+    FiniteSteps.LIMIT = 3
     if word == "-":
         return
     kind = word.lstrip("0123456789")
     number = int(word.removesuffix(kind))
-    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
     if kind == "s":
-        dfer.checkpoint.os.replace = at(number, os.replace, kill)
-    elif kind == "e":
-        train.StopSignals.requested = at(number, train.StopSignals.requested, kill)
+        dfer.checkpoint.os.replace = at(number, os.replace, send(signal.SIGKILL))
+    elif kind in ("e", "v"):
+        then = send(signal.SIGKILL if kind == "e" else signal.SIGTERM)
+        train.StopSignals.requested = at(number, train.StopSignals.requested, then)
+    elif kind in ("n", "m"):
+        loss = train.training_loss
+        calls = 0
+        def poisoned(*args):
+            nonlocal calls
+            calls += 1
+            value, diagnostics = loss(*args)
+            return value * (torch.nan if calls == number or kind == "n" and calls > number else 1), diagnostics
+        train.training_loss = poisoned
     else:
-        send = kill if not kind else lambda: os.kill(os.getpid(), SENT[kind])
-        train.training_loss = at(number, train.training_loss, send)
+        then = {"": send(signal.SIGKILL), "h": send(signal.SIGSTOP), "o": out_of_memory}.get(kind) or send(SENT[kind])
+        train.training_loss = at(number, train.training_loss, then)
 
+def note_the_ids():
+    loss = train.training_loss
+    rank = os.environ.get("RANK", "0")
+    def noting(model, batch, *args):
+        with open(f"{os.environ['IDS']}-{rank}", "a") as file:
+            print(*batch.ids.tolist(), file=file)
+        return loss(model, batch, *args)
+    train.training_loss = noting
+
+def run():
+    if "IDS" in os.environ:
+        note_the_ids()
+    return train.one_line_errors("train.py", lambda: train.main(parse_config(sys.argv[2:])))
+
+words = sys.argv[1].split(",")
+if "RANK" in os.environ:
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    prepare(words[int(os.environ["TORCHELASTIC_RESTART_COUNT"])] if last else "-")
+    sys.exit(run())
 codes = []
-for word in sys.argv[1].split(","):
+for word in words:
     child = os.fork()
     if not child:
         prepare(word)
-        code = train.one_line_errors("train.py", lambda: train.main(parse_config(sys.argv[2:])))
+        code = run()
         sys.stdout.flush()
         os._exit(code)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -67,20 +113,26 @@ print("codes", *codes)
 """
 
 
-def play(words, clips, log_dir, name, *extra):
+def play(words, clips, log_dir, *extra, **env):
     """The exit codes of the processes, and what they printed."""
-    lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
-    command = [sys.executable, "-c", DRIVER, words, *SMALL, *lists, "--run.log-dir", str(log_dir), "--run.name", name]
-    done = subprocess.run(
-        [*command, *extra],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = start([sys.executable, "-c", DRIVER], words, clips, log_dir, extra, env)
     assert done.returncode == 0, done.stdout + done.stderr
     return [int(c) for c in done.stdout.splitlines()[-1].split()[1:]], done.stdout + done.stderr
+
+
+def play_together(processes, words, clips, log_dir, *extra, **env):
+    """The same under torchrun, which is to start the processes again for each further word."""
+    (log_dir / "driver.py").write_text(DRIVER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher.append(f"--max-restarts={words.count(',')}")
+    return start([*launcher, str(log_dir / "driver.py")], words, clips, log_dir, extra, env)
+
+
+def start(launcher, words, clips, log_dir, extra, env):
+    lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
+    command = [*launcher, words, *SMALL, *lists, "--run.log-dir", str(log_dir / "logs"), *extra]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
 
 
 def what_was_computed(run_dir):
@@ -107,25 +159,173 @@ def assert_same(a, b, name="state"):
         assert a == b, name
 
 
+def assert_ends_as(run_dir, unbroken):
+    found, state = what_was_computed(run_dir)
+    assert found == unbroken[0]
+    assert_same(state, unbroken[1])
+
+
 @pytest.fixture(scope="module")
 def unbroken(clips, tmp_path_factory):
-    log_dir = tmp_path_factory.mktemp("unbroken")
-    play("-", clips, log_dir, "x")
-    computed = what_was_computed(log_dir / "x")
-    assert len(computed[0]) == 8 and len(losses(log_dir / "x")) == 6
+    folder = tmp_path_factory.mktemp("unbroken")
+    play("-", clips, folder, "--run.name", "x")
+    computed = what_was_computed(folder / "logs" / "x")
+    assert len(computed[0]) == 8 and len(losses(folder / "logs" / "x")) == 6
     return computed
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        "4,1,3,2,5,-",  # batches, two per step: the second epoch begins with the fourth process
+        "4,1,3,2,5,-",  # batches, two per step: five times in one epoch
         "5s,3s,4s,2s,7s,2e,10e,-",  # in the middle of saving, before and in an evaluation
     ],
 )
 def test_killed_runs_end_as_the_unbroken_one(unbroken, clips, tmp_path, words):
-    codes, printed = play(words, clips, tmp_path, "x")
+    codes, printed = play(words, clips, tmp_path, "--run.name", "x")
     assert codes == [-9] * (len(codes) - 1) + [0], printed
-    found = what_was_computed(tmp_path / "x")
-    assert found[0] == unbroken[0]
-    assert_same(found[1], unbroken[1])
+    assert_ends_as(tmp_path / "logs" / "x", unbroken)
+
+
+def test_stopped_runs_lose_no_step_and_end_as_the_unbroken_one(unbroken, clips, tmp_path):
+    codes, printed = play("3t,1u,2i,3v,-", clips, tmp_path, "--run.name", "x", "--run.save-minutes", "1000")
+    assert codes == [75, 75, 75, 75, 0], printed
+    stops = re.findall(r"stopped by a signal after step (\d+); the same command continues", printed)
+    assert stops == ["2", "3", "4", "5"]  # the last one is in the evaluation after the fifth step
+    assert printed.count("continuing from step") == 4
+    assert_ends_as(tmp_path / "logs" / "x", unbroken)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_a_torn_row_nothing(unbroken, clips, tmp_path):
+    run_dir = tmp_path / "logs" / "x"
+    play("9t", clips, tmp_path, "--run.name", "x")
+    newest = max(run_dir.glob("checkpoints/*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "train/lo')
+    codes, printed = play("-", clips, tmp_path, "--run.name", "x")
+    assert codes == [0] and f"{newest}: damaged" in printed and "an older checkpoint is used" in printed
+    assert_ends_as(run_dir, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("processes", "words"),
+    [
+        (2, "2,2t,-"),
+        pytest.param(2, "2,1,2,1t,2,-", marks=pytest.mark.slow),
+        pytest.param(4, "2,1,2,1t,2,-", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_killed_and_started_again_end_as_unbroken_ones(clips, tmp_path, processes, words):
+    """What happens to the last rank ends them all; torchrun starts them again, in the folder that nobody has named."""
+    for folder in ("whole", "pieced"):
+        (tmp_path / folder).mkdir()
+        extra = ("--optim.accumulate", "1", "--data.batch-size", str(4 // processes))
+        done = play_together(processes, words if folder == "pieced" else "-", clips, tmp_path / folder, *extra)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (whole,), (pieced,) = ((tmp_path / folder / "logs").iterdir() for folder in ("whole", "pieced"))
+    assert done.stdout.count("continuing from step") == words.count(",") and len(losses(whole)) == 6
+    assert_ends_as(pieced, what_was_computed(whole))
+
+
+def test_another_number_of_processes_takes_the_same_clips(clips, tmp_path):
+    extra = ("--run.name", "x", "--optim.accumulate", "1", "--run.save-minutes", "1000")
+    ids = str(tmp_path / "ids")
+    stopped = play_together(2, "2t", clips, tmp_path, *extra, IDS=ids)
+    assert stopped.returncode == 1 and "exitcode  : 75" in stopped.stderr, stopped.stderr
+    parts = [[line.split() for line in Path(f"{ids}-{rank}").read_text().splitlines()] for rank in (0, 1)]
+    assert len(parts[0]) == len(parts[1]) == 3  # the signal of step 2 is known to all at step 3
+    found = [set(a) | set(b) for a, b in zip(*parts, strict=True)]
+    for rank in (0, 1):
+        os.unlink(f"{ids}-{rank}")
+    codes, printed = play("-", clips, tmp_path, *extra, IDS=ids)
+    assert codes == [0] and "continuing from step 3, with 4 clips per step on each of 1 processes" in printed
+    found += [set(line.split()) for line in Path(f"{ids}-0").read_text().splitlines()]
+
+    config = parse_config(SMALL).data
+    sampler = ClipSampler(0, config.num_segments, config.frames_per_segment, "train", config.augmentation)
+    frames = load_index(clips / "train.txt").num_frames
+    orders = [sampler.plan(epoch, frames).order.astype(str).tolist() for epoch in (0, 1)]
+    assert found == [set(order[i : i + 4]) for order in orders for i in range(0, 20, 4)]
+
+
+def test_a_run_keeps_its_clips_per_step():
+    def shares(given: int, processes: int) -> int:
+        command = parse_config([*SMALL, "--run.name", "x", "--data.batch-size", str(given)])
+        world = World(0, processes, 0, 1, torch.device("cpu"))
+        return same_global_batch(
+            command, {"config": parse_config(SMALL).to_json(), "global_batch": 4}, world
+        ).data.batch_size
+
+    # begun with --data.batch-size 2 on two processes
+    assert [shares(*case) for case in ((2, 2), (2, 1), (4, 1), (2, 4), (1, 4))] == [2, 4, 4, 1, 1]
+    with pytest.raises(ValueError, match="x has 4 clips per step, which 3 processes cannot share evenly"):
+        shares(2, 3)
+    with pytest.raises(ValueError, match=r"--data\.batch-size 3: on 1 processes that is 3 clips per step, but x has 4"):
+        shares(3, 1)
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(clips, tmp_path):
+    """The last rank's loss is NaN once: both ranks skip that step, and are one model afterwards."""
+    done = play_together(2, "3m", clips, tmp_path, "--run.name", "x", "--optim.clip-norm", "0")
+    assert done.returncode == 0, done.stderr
+    written = rows(tmp_path / "logs" / "x")
+    assert [r["train/skipped_steps"] for r in written if "train/loss" in r] == [1, 1]
+    assert all(r["train/loss"] is not None for r in written if "train/loss" in r)
+    state = load_checkpoint(tmp_path / "logs" / "x")
+    assert state["skipped"].tolist() == [1, 0] and state["optimizer"]["state"][0]["step"] == state["step"] - 1
+
+
+def test_nothing_but_skipped_steps_ends_the_run_and_spares_the_checkpoint(clips, tmp_path):
+    codes, printed = play("5n", clips, tmp_path, "--run.name", "x")
+    assert codes == [2]
+    run_dir = tmp_path / "logs" / "x"
+    (line,) = (line for line in printed.splitlines() if line.startswith("train.py: "))
+    assert "step 5: 3 steps in a row were skipped" in line and str(run_dir / "skipped_steps.json") in line
+    dump = json.loads((run_dir / "skipped_steps.json").read_text())
+    assert dump["step"] == 5 and len(dump["clips"]) == 2 and "head.2.bias" in dump["gradients that are not finite"]
+    assert not dump["weights that are not finite"]
+    state = load_checkpoint(run_dir)
+    assert state["step"] == 4 and all(t.isfinite().all() for t in state["model"].values() if t.is_floating_point())
+
+
+def test_memory_that_runs_out_is_one_line_that_says_what_to_change(clips, tmp_path):
+    codes, printed = play("2o", clips, tmp_path, "--run.name", "x")
+    (line,) = (line for line in printed.splitlines() if line.startswith("train.py: "))
+    assert codes == [2] and "out of memory with 2 clips of T = 2 frames of 32 px per process" in line
+
+
+BLOCKED = """
+import ctypes, os, signal, sys, threading
+import torch
+from dfer import distributed
+distributed.GRACE_S = 0.3
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+with distributed.StopSignals(distributed.World(0, 1, 0, 1, torch.device("cpu"))) as stop:
+    stop.saved = sys.argv[1] == "saved"
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # for ever, in a library: Python itself never sees the signal
+"""
+
+
+@pytest.mark.parametrize(("saved", "code"), [("saved", 75), ("not saved", 70)])
+def test_a_process_that_cannot_stop_ends(saved, code):
+    done = run_python("-c", BLOCKED, saved, timeout=60)
+    assert done.returncode == code and ("the last checkpoint counts" in done.stderr) == (code == 70)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_by_name(clips, tmp_path):
+    """torchrun itself takes half a minute to kill the process that hangs."""
+    done = play_together(2, "4h", clips, tmp_path, "--run.name", "x", "--run.timeout", "5")
+    assert done.returncode == 1
+    assert "train.py: rank 0: rank 1 of 2 died or did not answer within --run.timeout" in done.stderr
+    assert load_checkpoint(tmp_path / "logs" / "x")["step"] == 1
+
+
+def test_a_rank_that_dies_is_named(clips, tmp_path):
+    done = play_together(2, "5", clips, tmp_path, "--run.name", "x")
+    assert done.returncode == 1
+    assert "train.py: rank 0: rank 1 of 2 died or did not answer" in done.stderr, done.stderr
+    assert load_checkpoint(tmp_path / "logs" / "x")["step"] == 2

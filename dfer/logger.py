@@ -1,5 +1,6 @@
 """What a run tells: the terminal, `logs/<run>/log.txt` and `metrics.jsonl` (the record), Weights & Biases (a view)."""
 
+import contextlib
 import csv
 import io
 import json
@@ -117,7 +118,7 @@ class Logger:
                 self._to_wandb(number, values)
             return
 
-    def _to_wandb(self, number: int, values: dict[str, float]) -> None:
+    def _to_wandb(self, number: int, values: dict[str, int | float | None]) -> None:
         if number >= self._wandb_next:
             self._tell_wandb(lambda run: run.log(values, step=number))
 
@@ -144,7 +145,7 @@ class Logger:
         except OSError as error:
             raise ValueError(f"{file.name}: cannot write ({error.strerror}); the last checkpoint counts") from None
 
-    def row(self, step: int, values: dict[str, float]) -> None:
+    def row(self, step: int, values: dict[str, int | float]) -> None:
         """One row of metrics.jsonl, which W&B gets too. What is not finite is null there."""
         if self.run_dir is None:
             return
@@ -207,12 +208,14 @@ class Logger:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def best(self, best: dict[str, list[float]]) -> None:
+    def best(self, best: dict[str, list[int | float]]) -> None:
         """Tell W&B, which by itself forgets the best value of a run that is continued."""
         values = {f"best/{name}": value for name, (value, _) in best.items()}
         self._tell_wandb(lambda run: run.summary.update(values))
 
-    def result(self, confusion: ConfusionMatrix, throughput: dict[str, float], best: dict[str, list[float]]) -> None:
+    def result(
+        self, confusion: ConfusionMatrix, throughput: dict[str, float], best: dict[str, list[int | float]]
+    ) -> None:
         """The last thing printed: WAR, UAR, recall per class, clips/s, where everything lies."""
         if self.run_dir is None:
             return
@@ -241,8 +244,9 @@ class Logger:
             return
         self.close_progress()
         self._tell_wandb(lambda run: run.finish())
-        self._text.close()
-        self._rows.close()
+        for file in (self._text, self._rows):
+            with contextlib.suppress(OSError):  # said when it was written
+                file.close()
 
 
 def print_result(title: str, confusion: ConfusionMatrix) -> None:

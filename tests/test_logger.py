@@ -1,0 +1,103 @@
+"""Rows of a run that is killed and continued: each once, in metrics.jsonl and at W&B."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from dfer.config import Config, RunConfig
+from dfer.logger import Logger
+
+
+class Server:
+    """W&B as far as a run needs it: rows by number, those below the number that a run starts with are refused."""
+
+    def __init__(self):
+        self.rows, self.summary, self.ids = {}, {}, set()
+
+    def module(self):
+        return types.SimpleNamespace(init=self.init, Settings=lambda **settings: settings, teardown=lambda: None)
+
+    def init(self, mode, id, **options):
+        self.ids.add(id)
+        assert options["settings"]["finish_timeout"] <= 60 and options["settings"]["init_timeout"] <= 60
+        return types.SimpleNamespace(
+            starting_step=max(self.rows, default=-1) + 1,
+            log=self.log,
+            define_metric=lambda *_, **__: None,
+            summary=self.summary,
+            finish=lambda: None,
+        )
+
+    def log(self, values, step):
+        assert step not in self.rows, "a duplicate"
+        self.rows[step] = values
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    monkeypatch.setitem(sys.modules, "wandb", server.module())
+    return server
+
+
+CONFIG = Config(run=RunConfig(wandb="online"))
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def log_steps(logger, first, last):
+    """Rows as a run of three steps per epoch writes them."""
+    for step in range(first, last + 1):
+        logger.row(step, {"train/loss": 1 / step})
+        if step % 3 == 0:
+            logger.row(step, {"val/WAR": float(step)})
+
+
+@pytest.mark.parametrize("arrived", range(9))
+@pytest.mark.parametrize(("checkpoint", "evaluated"), [(0, False), (2, False), (3, False), (3, True), (5, False)])
+def test_no_row_is_lost_or_doubled(server, tmp_path, arrived, checkpoint, evaluated):
+    killed = Logger(tmp_path, CONFIG, 9)
+    log_steps(killed, 1, 6)
+    killed.close()
+    assert len(server.rows) == 8 and list(server.rows.values()) == rows(tmp_path)
+    for number in range(arrived, 8):  # a kill takes the last ones
+        del server.rows[number]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "tra')  # torn
+
+    continued = Logger(tmp_path, CONFIG, 9, checkpoint, evaluated)
+    if checkpoint and checkpoint % 3 == 0 and not evaluated:
+        continued.row(checkpoint, {"val/WAR": float(checkpoint)})
+    log_steps(continued, checkpoint + 1, 9)
+    continued.best({"WAR": [9.0, 9]})
+    continued.close()
+    want = [(s, k) for s in range(1, 10) for k in ("train/loss", "val/WAR") if k == "train/loss" or s % 3 == 0]
+    assert [(row["step"], next(k for k in row if k != "step")) for row in rows(tmp_path)] == want
+    assert [server.rows[number] for number in range(len(want))] == rows(tmp_path) and len(server.rows) == len(want)
+    assert len(server.ids) == 1 and server.summary == {"best/WAR": 9.0}
+
+
+def test_the_id_of_the_checkpoint_is_used_where_its_file_is_gone(server, tmp_path):
+    Logger(tmp_path, CONFIG, 9, wandb_id="abcd1234").close()
+    assert server.ids == {"abcd1234"} and (tmp_path / "wandb-id.txt").read_text() == "abcd1234"
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    logger = Logger(tmp_path, Config(run=RunConfig(wandb="off")), 9)
+    logger.row(1, {"a": float("nan"), "b": float("inf"), "c": 1.5, "epoch": 1})
+    logger.close()
+    assert rows(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 1.5, "epoch": 1}]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    logger = Logger(tmp_path, Config(run=RunConfig(wandb="off")), 9)
+    with open("/dev/full", "a", buffering=1) as full:
+        before, logger._rows = logger._rows, full
+        with pytest.raises(ValueError, match=r"cannot write \(No space left on device\); the last checkpoint counts"):
+            logger.row(1, {"a": 1.0})
+        logger.close()
+    before.close()

@@ -1,6 +1,8 @@
 """What SECURITY.md says of files that a stranger has made: nothing in them is executed."""
 
+import hashlib
 import io
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -51,7 +53,8 @@ def test_the_payload_works(tmp_path):
 
 @pytest.mark.parametrize("form", ["state", "bare pickle", "config", "zip"])
 def test_a_checkpoint_executes_nothing(tmp_path, form):
-    payload, path = Payload(tmp_path / "mark"), tmp_path / "last.pt"
+    """Not even with a manifest that vouches for it: whoever forges the one can forge the other."""
+    payload, path = Payload(tmp_path / "mark"), tmp_path / "forged.pt"
     if form == "bare pickle":
         path.write_bytes(pickle.dumps(payload))
     elif form == "zip":
@@ -59,6 +62,10 @@ def test_a_checkpoint_executes_nothing(tmp_path, form):
     else:
         state = {"model": {"x": torch.zeros(1)}, "config": "{}", "optimizer": {}}
         torch.save(state | ({"config": payload} if form == "config" else {"model": {"x": payload}}), path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    path = path.rename(tmp_path / f"step-00000001-{sha256[:8]}.pt")
+    manifest = {"format": 1, "step": 1, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+    (tmp_path / "step-00000001.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
         load_checkpoint(path)
     assert not payload.mark.exists()

@@ -124,8 +124,9 @@ class RunDir:
                 for leftover in folder.glob("*.partial"):
                     leftover.unlink()
             _delete_all_but(self.checkpoints, set(find_manifests(self.checkpoints)))
-            if not find_manifests(self.checkpoints):
-                write_whole(self.path / "config.json", lambda file: file.write(f"{config.to_json()}\n".encode()))
+            saved = self.path / "config.json"
+            text = _read(saved) if find_manifests(self.checkpoints) else f"{config.to_json()}\n".encode()
+            write_whole(saved, lambda file: file.write(text))  # again too: better now than at the first checkpoint
             free = shutil.disk_usage(self.checkpoints).free
         except (OSError, RuntimeError) as error:
             raise ValueError(f"--run.log-dir: cannot write {self.path} ({_reason(error)})") from None

@@ -1,5 +1,6 @@
 """Checkpoints under every failure of a save, under damage, and the folder that holds them."""
 
+import contextlib
 import errno
 import io
 import json
@@ -107,6 +108,7 @@ def test_whatever_call_of_a_save_fails_a_checkpoint_remains(tmp_path, monkeypatc
                 failed = True
                 assert "\n" not in str(error) and "step-00000004" in str(error)
         outcomes.append((failed, newest_step(folder)))
+        assert kind == "kill" or not list(folder.glob("*.partial"))
         save_checkpoint(folder, state_of(4))  # the same command, after the cause is gone
         assert newest_step(folder) == 4
         assert [n for n in names(folder) if n != "state.partial"] == names_of(1, 3, 4)
@@ -138,9 +140,25 @@ def test_a_step_saved_twice_holds_the_second(tmp_path):
     assert load_checkpoint(tmp_path)["evaluated"] == 1 and names(tmp_path) == names_of(3)
 
 
+def test_whatever_call_of_a_second_save_of_a_step_is_the_last_the_first_or_second_remains(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    found = []
+    for k in range(1, 200):
+        folder = tmp_path / str(k)
+        save_checkpoint(folder, state_of(3) | {"evaluated": 0})
+        with monkeypatch.context() as patch:
+            faults = Faults(patch, k, "kill")
+            with contextlib.suppress(Killed):
+                save_checkpoint(folder, state_of(3) | {"evaluated": 1})
+        found.append(load_checkpoint(folder)["evaluated"])
+        if faults.calls < k:
+            break
+    assert found == sorted(found) and (found[0], found[-1]) == (0, 1) and k > 8
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".json", ".safetensors"])
 def test_no_damage_is_accepted(tmp_path, suffix):
-    """Every bit of a manifest, of the rest some hundred; lengths; and what is no file."""
+    """Every bit of a manifest and of a header, of the rest some hundred; lengths; and what is no file."""
     rng = random.Random(0)
     if suffix == ".safetensors":
         target = tmp_path / "best.safetensors"
@@ -154,7 +172,8 @@ def test_no_damage_is_accepted(tmp_path, suffix):
         (target,) = tmp_path.glob(f"*{suffix}")
         load = lambda: newest_checkpoint(tmp_path)  # noqa: E731
     good = target.read_bytes()
-    bits = range(8 * len(good)) if suffix == ".json" else [*range(256), *rng.sample(range(8 * len(good)), 300)]
+    every = {".json": len(good), ".pt": 32, ".safetensors": 8 + int.from_bytes(good[:8], "little")}[suffix]
+    bits = [*range(8 * every), *rng.sample(range(8 * len(good)), 300)]
     lengths = {0, 1, len(good) - 1, *rng.sample(range(len(good)), min(100, len(good)))}
     damaged = [good[: b // 8] + bytes([good[b // 8] ^ 1 << b % 8]) + good[b // 8 + 1 :] for b in bits]
     for content in damaged + [good[:length] for length in lengths] + [good + b"x"]:

@@ -125,6 +125,7 @@ def train(
         model.compile()
     if world.size > 1:
         ddp = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+        settle_buckets(ddp, votes, amp, config, world)
     else:
         ddp = model
 
@@ -325,6 +326,33 @@ def train_one_epoch(
             save()
     logger.flush()
     return True
+
+
+def settle_buckets(
+    ddp: DistributedDataParallel,
+    votes: Float[Tensor, "N K"] | None,
+    amp: torch.dtype | None,
+    config: Config,
+    world: World,
+) -> None:
+    """One backward pass for nothing, before the first step of a process.
+
+    DDP then sorts the gradients into buckets anew, and a sum over three or more ranks depends on its place in a bucket:
+    otherwise the first step of a continued run would round as the first step of a run, and not as the one it is.
+    """
+    data, buffers = config.data, [b.clone() for b in ddp.module.buffers()]
+    size, frames = data.size, data.num_segments * data.frames_per_segment
+    clips = torch.zeros(data.batch_size, frames, size, size, 3, device=world.device).permute(0, 1, 4, 2, 3)
+    none = torch.zeros(data.batch_size, dtype=torch.int64)
+    labels = none.to(world.device)
+    ddp.train()
+    loss, _ = training_loss(
+        ddp, Batch(clips, labels, torch.ones_like(labels, dtype=torch.bool), none), votes, amp, config
+    )
+    loss.backward()
+    ddp.zero_grad()
+    for buffer, before in zip(ddp.module.buffers(), buffers, strict=True):
+        buffer.copy_(before)
 
 
 def training_loss(

@@ -90,6 +90,15 @@ def note_the_ids():
         return loss(model, batch, *args)
     train.training_loss = noting
 
+loss_of_a_batch, settle = train.training_loss, train.settle_buckets
+
+def settle_uncounted(*args):
+    counted, train.training_loss = train.training_loss, loss_of_a_batch
+    settle(*args)
+    train.training_loss = counted
+
+train.settle_buckets = settle_uncounted
+
 def run():
     if "IDS" in os.environ:
         note_the_ids()

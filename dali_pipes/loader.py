@@ -301,12 +301,12 @@ class ClipLoader:
         if video in self.bad_clips:
             return
         self.bad_clips[video] = str(error)
-        print(f"clip left out: {shown(error)}", file=sys.stderr, flush=True)
         if len(self.bad_clips) > max(1, TOLERATED * len(self.index)):
             raise ValueError(
                 f"{error}; with it, {len(self.bad_clips):,} of {len(self.index):,} clips cannot be read: more than "
                 f"{TOLERATED:.0%} are not left out"
             )
+        print(f"clip left out: {shown(error)}", file=sys.stderr, flush=True)
 
     def _finish(self, pictures: torch.Tensor, plan: torch_stages.DevicePlan, ids: np.ndarray) -> torch.Tensor:
         """What DALI's graph has left out."""

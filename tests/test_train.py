@@ -146,7 +146,7 @@ def test_options_run(clips, tmp_path):
         ("empty list", ("--data.train-list", "{tmp}/empty.txt"), "empty.txt: the annotation list is empty"),
         ("label 7", ("--data.val-list", "{tmp}/label7.txt"), "label7.txt:1: label 7"),
         ("folder gone", ("--data.val-list", "{tmp}/gone.txt"), "gone.txt:1: no such frame folder"),
-        ("broken JPEG", ("--data.train-list", "{tmp}/broken.txt"), "bad frame"),
+        ("broken JPEG", ("--data.train-list", "{tmp}/broken.txt", "--data.bad-clips", "error"), "bad frame"),
         ("batch 0", ("--data.batch-size", "0"), "--data.batch-size 0"),
         ("batch too large", ("--data.batch-size", "64"), "do not fill one step"),
         ("T 0", ("--data.num-segments", "0"), "--data.num-segments 0"),

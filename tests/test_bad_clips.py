@@ -183,6 +183,8 @@ def check_policies(root: Path, source: str, index: ClipIndex, reason: str, name:
                     assert int(label) == index.labels[video]
                     if valid:
                         assert torch.equal(clip, wanted[epoch, int(video)])
+                    elif batch.valid.any():  # another clip stands in, with all that is done to that one
+                        assert torch.equal(clip, batch.clips[batch.valid][0])
         assert list(skipping.bad_clips) == [BAD]
         assert reason in skipping.bad_clips[BAD] and name in skipping.bad_clips[BAD]
         told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clip left out: ")]

@@ -266,10 +266,10 @@ def wide_video(path: Path, width: int = 8256) -> None:
 
 
 def claiming_video(path: Path) -> None:
-    """A VP9 stream whose first frame header claims 65,000 x 65,000; what the container says stays as it is."""
+    """A VP9 stream whose first frame header claims 16,000 x 16,000; what the container says stays as it is."""
     data = bytearray(path.read_bytes())
     place = data.index(b"\x49\x83\x42") + 3  # the sync code; then 4 bits, 16 of width - 1, 16 of height - 1
-    field = int.from_bytes(data[place : place + 5], "big") & ~(0xFFFFFFFF << 4) | (64999 << 20 | 64999 << 4)
+    field = int.from_bytes(data[place : place + 5], "big") & ~(0xFFFFFFFF << 4) | (15999 << 20 | 15999 << 4)
     data[place : place + 5] = field.to_bytes(5, "big")
     path.write_bytes(data)
 
@@ -552,7 +552,10 @@ SCAN, APP = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00", b"\xff\xe1\x00\x20" + f
         (segments(b"\xff\x01\xff\xd0", frame_header(0xC0, 65535, 65535), SCAN), 65535**2),
         (segments(frame_header(0xC4, 5, 7), frame_header(0xC8, 5, 7), frame_header(0xCC, 5, 7), SCAN), 0),
         (segments(frame_header(0xC0, 5, 7), frame_header(0xC0, 500, 700), SCAN), 350_000),
+        (segments(frame_header(0xC0, 500, 700), frame_header(0xC0, 5, 7), SCAN), 350_000),
         (segments(frame_header(0xC0, 5, 7), SCAN, frame_header(0xC0, 500, 700)), 35),
+        (segments(frame_header(0xC0, 5, 7)[:9]), 35),  # cut right behind its width
+        (segments(frame_header(0xC0, 5, 7)[:8]), 0),
         (segments(frame_header(0xC0, 5, 7), b"\xff\xd9"), 35),
         (segments(frame_header(0xC0, 0, 7), SCAN), 0),
         (segments(SCAN, frame_header(0xC0, 5, 7)), 0),
@@ -569,7 +572,7 @@ SCAN, APP = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00", b"\xff\xe1\x00\x20" + f
 def test_what_a_header_claims(data, pixels):
     assert claimed_pixels(np.frombuffer(data, np.uint8)) == pixels
     for end in range(len(data)):  # cut anywhere, it reads no byte beyond the end and claims nothing new
-        assert claimed_pixels(np.frombuffer(data[:end], np.uint8)) in {pixels, 35, 0, -1}
+        assert claimed_pixels(np.frombuffer(data[:end], np.uint8)) in {pixels, 35, 350_000, 0, -1}
 
 
 def test_headers_are_read_as_pillow_reads_them():

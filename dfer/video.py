@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from PIL import Image
 
 MAX_SIDE = 8192  # px; what a hostile header may claim is far more
-# What a stream itself claims, decoders hear before we do: the one that looks ahead when a file is opened, and ours.
+# What a stream itself claims, the decoder hears before we do. It takes two to tell it: said only when a file is opened,
+# or only to the decoder, this is without effect.
 LIMITS = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}
 MAX_REPEATS = 100  # by a constant frame rate, of a frame on average; beyond, the time stamps are broken
 # By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
@@ -255,6 +256,7 @@ def _best_video(container: av.container.InputContainer) -> av.VideoStream:
     if video.codec_context is not None:  # else there is no decoder, which decode() says
         _check_size(video.codec_context)
         video.codec_context.thread_count = 1  # the workers are the parallelism
+        video.codec_context.options = LIMITS
     return video
 
 

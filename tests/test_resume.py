@@ -29,8 +29,8 @@ SMALL = [
 # Plays train.py once per word of its first argument, in a process each, imported once: a fork has nothing else in it.
 # Under torchrun the word is that of the attempt, and happens to the last rank. "3" kills it in its third batch, "3s" at
 # its third replacement of a file, "3e" at the third batch or step counted; "3t", "3i", "3u" send a signal in the third
-# batch, "3v" at the third batch or step counted; "3n" makes all losses from the third on NaN, "3m" that one, "3o" lets
-# memory run out there, "3h" stops the process, which then neither ends nor answers; "-" lets it run.
+# batch, "3v" at the third batch or step counted; "3n" makes all losses from the third on NaN, "3m" that one infinite;
+# "3o" lets memory run out there, "3h" stops the process, which then neither ends nor answers; "-" lets it run.
 DRIVER = """
 import os, signal, sys
 import torch
@@ -75,7 +75,9 @@ def prepare(word):
             nonlocal calls
             calls += 1
             value, diagnostics = loss(*args)
-            return value * (torch.nan if calls == number or kind == "n" and calls > number else 1), diagnostics
+            if kind == "m" and calls == number:
+                value = value + torch.inf  # the gradient is that of a loss as it should be
+            return value * (torch.nan if kind == "n" and calls >= number else 1), diagnostics
         train.training_loss = poisoned
     else:
         then = {"": send(signal.SIGKILL), "h": send(signal.SIGSTOP), "o": out_of_memory}.get(kind) or send(SENT[kind])
@@ -275,7 +277,7 @@ def test_a_run_keeps_its_clips_per_step():
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(clips, tmp_path):
-    """The last rank's loss is NaN once: both ranks skip that step, and are one model afterwards."""
+    """The last rank's loss is infinite once: both ranks skip that step, and are one model afterwards."""
     done = play_together(2, "3m", clips, tmp_path, "--run.name", "x", "--optim.clip-norm", "0")
     assert done.returncode == 0, done.stderr
     written = rows(tmp_path / "logs" / "x")

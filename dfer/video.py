@@ -296,7 +296,14 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
         ends: dict[int, float] = {}
         num_frames, now = 0, -np.inf
         for packet in _packets(container, video, ends):
-            for frame in packet.decode():
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError:
+                if video.codec_context.width:
+                    raise
+                # FFmpeg forgets a size beyond its limit, and says no more than this about it.
+                raise BadVideo(f"damaged, or more than {MAX_SIDE} x {MAX_SIDE} pixels") from None
+            for frame in frames:
                 if frame.is_corrupt:  # FFmpeg has patched over missing data
                     raise BadVideo("damaged")
                 _check_size(frame)

@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test test-slow test-gpu bench bench-gpu lint
+.PHONY: train test test-slow test-gpu faults bench bench-gpu lint
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed data/faces/test.txt
@@ -18,6 +18,11 @@ test-slow: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu $(ARGS)
+
+HOURS ?= 1
+# Breaks runs in every way that machines do, for so long; root can fill disks too.
+faults: $(VENV)/.installed
+	$(RUN) -m tests.faults --hours $(HOURS) $(ARGS)
 
 bench: $(VENV)/.installed-bench data/faces/test.txt
 	$(RUN) benchmarks/loader_speed.py $(ARGS)

@@ -344,7 +344,9 @@ def newest_checkpoint(folder: Path) -> tuple[bytes | None, list[str]]:
         except ValueError as error:
             damage.append(str(error))
     if damage:
-        raise ValueError(f"{folder}: none of {len(damage)} checkpoints can be used: {damage[0]}")
+        raise ValueError(
+            f"{folder}: none of {len(damage)} checkpoints can be used: {damage[0]}; remove the folder to start over"
+        )
     return None, []
 
 

@@ -29,8 +29,13 @@ def smooth_image(rng: np.random.Generator, height: int, width: int) -> Image.Ima
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory) -> Path:
-    """A folder with train.txt (20 clips) and test.txt (9 clips): 3..24 frames, several sizes, all seven labels."""
     root = tmp_path_factory.mktemp("clips")
+    make_clips(root)
+    return root
+
+
+def make_clips(root: Path) -> None:
+    """Fill a folder: train.txt (20 clips) and test.txt (9 clips), 3..24 frames, several sizes, all seven labels."""
     rng = np.random.default_rng(0)
     for name, count in (("train", 20), ("test", 9)):
         rows = []
@@ -43,7 +48,6 @@ def clips(tmp_path_factory) -> Path:
                 smooth_image(rng, height, width).save(folder / f"{frame + 1}.jpg", quality=92)
             rows.append(f"{name} clips/{i:03d} {num_frames} {i % 7}")
         (root / f"{name}.txt").write_text("\n".join(rows) + "\n")
-    return root
 
 
 def run_python(*args: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,39 @@
+"""A page about each run: `python scripts/report.py RUN [RUN ...]` writes RUN/report.html, which opens offline.
+
+Of several runs, each page compares its own with the others, clip by clip. The pages show faces of the data: they stay
+on this machine, and --clips 0 leaves the faces out.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dfer.commandline import Parser, in_range
+from dfer.records import read_run
+from dfer.report import write_report
+from train import build_loader, build_model, one_line_errors
+
+
+def main(args: argparse.Namespace) -> None:
+    runs = [read_run(path) for path in args.runs]
+    if args.figures and len({run.name for run in runs}) < len(runs):
+        raise ValueError("--figures: two of the runs have the same name; draw them one by one, into other folders")
+    for run in runs:
+        others = [other for other in runs if other is not run]
+        figures = args.figures / run.name if args.figures else None
+        print(write_report(run, build_loader, build_model, others, args.clips, figures))
+
+
+if __name__ == "__main__":
+    parser = Parser("report", __doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, logs/NAME")
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also write each figure as DIR/NAME/*.svg and *.png"
+    )
+    parser.add_argument(
+        "--clips", type=in_range(int, 0, 12), default=6, help="right clips and as many wrong ones (6); 0 = no faces"
+    )
+    arguments = parser.parse_args()
+    sys.exit(one_line_errors("report.py", lambda: main(arguments)))

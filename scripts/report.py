@@ -22,18 +22,16 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--figures: two of the runs have the same name; draw them one by one, into other folders")
     for run in runs:
         others = [other for other in runs if other is not run]
-        figures = args.figures / run.name if args.figures else None
-        print(write_report(run, build_loader, build_model, others, args.clips, figures))
+        folder = args.figures / run.name if args.figures else None
+        print(write_report(run, build_loader, build_model, others, args.clips, folder))
 
 
 if __name__ == "__main__":
     parser = Parser("report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, logs/NAME")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also write DIR/NAME/*.svg and *.png")
     parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="also write each figure as DIR/NAME/*.svg and *.png"
-    )
-    parser.add_argument(
-        "--clips", type=in_range(int, 0, 12), default=6, help="right clips and as many wrong ones (6); 0 = no faces"
+        "--clips", type=in_range(int, 0, 12), default=4, help="right clips and as many wrong ones (4); 0 = no faces"
     )
     arguments = parser.parse_args()
     sys.exit(one_line_errors("report.py", lambda: main(arguments)))

@@ -1,0 +1,330 @@
+"""Figures of a run, drawn once for the page and for files: the one place that knows matplotlib.
+
+Colours are those of COLOURS only, so that a page can make variables of them, with a light and a dark value; shades are
+opacity, which looks right on both.
+"""
+
+import contextlib
+import io
+import math
+import re
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Float64, Int64
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+
+from dfer.annotations import EMOTIONS
+from dfer.records import Run, wilson
+
+COLOURS = {"ink": "#20262e", "muted": "#66717e", "grid": "#dde2e8", "accent": "#d9480f", "second": "#0c8599"}
+INK, MUTED, GRID, ACCENT, SECOND = COLOURS.values()
+STYLE = {
+    "svg.hashsalt": "dfer",  # the same records give the same bytes
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.unicode_minus": False,
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "lines.linewidth": 1.5,
+    "legend.frameon": False,
+}
+MAX_POINTS = 300  # of a curve; more rows than that are averaged
+
+# Of each figure: its title, and how to read it.
+TEXTS = {
+    "confusion": (
+        "Confusion matrix, clips",
+        "Rows are what the clips are, columns what they were taken for. Most frequent: {most}.",
+    ),
+    "confusion_normalised": (
+        "Confusion matrix, % of each row",
+        "The diagonal is the recall of each class. A column that is full off the diagonal: a class that others end in.",
+    ),
+    "recall": (
+        "Recall of each class",
+        "Dot: recall; bar: its 95 % confidence interval (Wilson); in brackets: clips. Where two bars overlap widely, "
+        "these clips do not tell which class is recognised better.",
+    ),
+    "loss": (
+        "Loss",
+        "Training: the objective, with label smoothing and the CRF's own term. Evaluation: plain cross-entropy. Their "
+        "distance says little; one rising while the other falls is overfitting.",
+    ),
+    "war_uar": (
+        "WAR and UAR, %",
+        "WAR is accuracy, UAR the mean of the classes' recalls. A gap between them: rare classes are missed.",
+    ),
+    "recalls": (
+        "Recall of each class over time",
+        "One column per evaluation; full colour is 100 %. A row that stays empty is a class that is never found.",
+    ),
+    "grad_norm": (
+        "Norm of the gradient",
+        "Before clipping, of the last step of each row. Peaks are single steps; a steady climb calls for a lower rate.",
+    ),
+    "lr": ("Learning rate", "Warm-up, then half a cosine."),
+    "throughput": (
+        "Throughput",
+        "Where the two lines part, training waits for data; below, the share of the time that it waits. The first row "
+        "includes the start of the loader. If it stays above a few percent: docs/speed.md.",
+    ),
+    "coupling": (
+        "Coupling",
+        "How strongly cells pull at each other (of a Gaussian CRF: its beta). Up to 2, mean field has one optimum.",
+    ),
+    "entropy": (
+        "Entropy of the cells' beliefs, nats",
+        "{undecided:.2f} is a toss-up among all states, 0 is certainty.",
+    ),
+    "compatibility": (
+        "Compatibility of the classes, {kernel} kernel",
+        "Orange: a pair of classes that is rewarded where the {kernel} kernel joins two cells; teal: one that is "
+        "punished. Means over the {states} x {states} states of each pair. The kernel's coupling is {coupling:.2f} of "
+        "at most {most:g}.",
+    ),
+    "widths": (
+        "Widths of the kernels",
+        "How far each kernel reaches: in frames, in shares of the picture's height and width, and between the two "
+        "levels, which are 1 apart. Ring: at the start; dot and number: learned.",
+    ),
+    "free_energy": (
+        "Free energy per iteration, nats per token",
+        "What mean field minimises, less its value before the first iteration, mean of {clips} clips. It may never "
+        "rise. Dashed: the {iterations} iterations of this model; what falls beyond them is what more would bring.",
+    ),
+}
+
+Named = dict[str, tuple[str, str]]  # key of metrics.jsonl -> name, colour
+
+
+def style() -> contextlib.AbstractContextManager[None]:
+    """Everything below is to be called within."""
+    return matplotlib.rc_context(STYLE)
+
+
+def _panel(xlabel: str = "", height: float = 2.5, left: float = 0.11, bottom: float = 0.42) -> tuple[Figure, Axes]:
+    """Margins are given (left as a share, bottom in inches), as matplotlib's own layout doubles the time to draw."""
+    figure = Figure(figsize=(4.0, height))
+    axes = figure.add_axes((left, bottom / height, 0.97 - left, 0.95 - bottom / height))
+    axes.set_xlabel(xlabel)
+    return figure, axes
+
+
+def thin(column: Float64[np.ndarray, " R"]) -> Float64[np.ndarray, " P"]:
+    """At most MAX_POINTS points: means of as many rows each, of those that are not nan."""
+    size = -(-len(column) // MAX_POINTS) or 1
+    chunks = [column[start : start + size] for start in range(0, len(column), size)]
+    return np.array([np.nanmean(c) if np.isfinite(c).any() else math.nan for c in chunks], dtype=np.float64)
+
+
+def _draw_curves(axes: Axes, run: Run, named: Named, scale: float = 1.0) -> None:
+    for key, (name, colour) in named.items():
+        steps, values = (thin(column) for column in run.series(key))
+        if np.isfinite(values).any():
+            marker = "o" if np.isfinite(values).sum() <= 40 else None
+            axes.plot(steps, scale * values, color=colour, label=name, marker=marker, markersize=2.5)
+    if len(named) > 1:
+        axes.legend(handlelength=1.2)
+
+
+def _nothing(run: Run, named: Named) -> str | None:
+    if not any(np.isfinite(run.series(key)[1]).any() for key in named):
+        return f"metrics.jsonl holds no finite value of {' or '.join(named)}"
+    return None
+
+
+def curves_figure(run: Run, named: Named, log: bool = False) -> Figure | str:
+    """Values over steps; or why there is no figure."""
+    why_not = _nothing(run, named)
+    if why_not:
+        return why_not
+    figure, axes = _panel("step", left=0.14)
+    _draw_curves(axes, run, named)
+    lowest = min(np.nanmin(line.get_ydata()) for line in axes.lines)
+    if log and lowest > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    else:
+        axes.set_ylim(bottom=min(0, 1.05 * lowest))
+    return figure
+
+
+def throughput_figure(run: Run, rates: Named, waits: Named) -> Figure | str:
+    """Clips/s, and below it the share of the time spent waiting, in percent."""
+    why_not = _nothing(run, rates)
+    if why_not:
+        return why_not
+    figure, lower = _panel("step", left=0.14)
+    box = lower.get_position()
+    lower.set_position((box.x0, box.y0, box.width, 0.3 * box.height))
+    upper = figure.add_axes((box.x0, box.y0 + 0.4 * box.height, box.width, 0.6 * box.height), sharex=lower)
+    upper.tick_params(labelbottom=False)
+    _draw_curves(upper, run, rates)
+    _draw_curves(lower, run, waits, scale=100)
+    upper.set_ylim(bottom=0)
+    lower.set_ylim(0, max(5, lower.get_ylim()[1]))
+    upper.set_ylabel("clips/s")
+    lower.set_ylabel("wait, %")
+    return figure
+
+
+def _heat(
+    axes: Axes,
+    values: Float64[np.ndarray, "R C"],
+    peak: float,
+    rows: Sequence[str],
+    columns: Sequence[str] = (),
+    texts: Sequence[Sequence[str]] | None = None,
+) -> None:
+    """Cells whose opacity is |value| / peak, in another colour below 0; nan stays empty."""
+    height, width = values.shape
+    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * 0.96 + 0.02
+    cells = [(r, c) for r in range(height) for c in range(width) if np.isfinite(values[r, c])]
+    colours = [(ACCENT if values[at] >= 0 else SECOND, min(float(abs(values[at])) / peak, 1.0)) for at in cells]
+    squares = [corners + np.array([c, r]) for r, c in cells]
+    axes.add_collection(PolyCollection(squares, facecolors=colours, linewidths=0))
+    for (r, c), (_, alpha) in zip(cells, colours, strict=True) if texts is not None else ():
+        axes.text(
+            *(c + 0.5, r + 0.52, texts[r][c]),
+            ha="center",
+            va="center",
+            color="#ffffff" if alpha > 0.6 else INK,
+            fontsize=8,
+        )
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_yticks(np.arange(height) + 0.5, rows, color=INK)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="right", rotation_mode="anchor", color=INK)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def confusion_figure(counts: Int64[np.ndarray, "K K"], normalised: bool) -> Figure:
+    """Rows are labels, columns predictions; `normalised`: in percent of the row, which is empty without clips."""
+    values = counts.astype(np.float64)
+    if normalised:
+        with np.errstate(invalid="ignore"):
+            values = 100 * values / values.sum(1, keepdims=True)
+    figure, axes = _panel("predicted", height=3.6, left=0.21, bottom=0.85)
+    texts = [[f"{v:.0f}" if np.isfinite(v) else "" for v in row] for row in values]
+    _heat(axes, values, 100 if normalised else max(values.max(), 1), EMOTIONS, EMOTIONS, texts)
+    axes.set_ylabel("label")
+    return figure
+
+
+def recall_figure(counts: Int64[np.ndarray, "K K"]) -> Figure:
+    """Recall of each class in percent, with its confidence interval."""
+    figure, axes = _panel("recall, %", height=3.0, left=0.24)
+    totals = counts.sum(1).tolist()
+    for row, (right, total) in enumerate(zip(counts.diagonal().tolist(), totals, strict=True)):
+        if total:
+            axes.plot(wilson(right, total), [row, row], color=ACCENT, alpha=0.45, linewidth=5, solid_capstyle="butt")
+            axes.plot(100 * right / total, row, "o", color=ACCENT, markersize=5, clip_on=False)
+    ticks = [f"{emotion} ({total})" for emotion, total in zip(EMOTIONS, totals, strict=True)]
+    axes.set_yticks(range(len(EMOTIONS)), ticks, color=INK)
+    axes.set(xlim=(0, 100), ylim=(len(EMOTIONS) - 0.5, -0.5))
+    return figure
+
+
+def recalls_figure(run: Run) -> Figure | str:
+    """Recall of each class at each evaluation; or why there is no figure."""
+    steps, _ = run.series("val/WAR")
+    if not len(steps):
+        return "no epoch is evaluated yet"
+    by_step = [dict(zip(*(c.tolist() for c in run.series(f"val/recall/{e}")), strict=True)) for e in EMOTIONS]
+    recalls = np.array([thin(np.array([recall.get(step, math.nan) for step in steps])) for recall in by_step])
+    figure, axes = _panel("evaluation", left=0.18)
+    _heat(axes, recalls, 100, EMOTIONS)
+    axes.set_xticks([0.5, recalls.shape[1] - 0.5][: len(steps)], ["1", str(len(steps))][: len(steps)])
+    return figure
+
+
+def compatibility_figure(matrix: Float[np.ndarray, "C C"]) -> Figure:
+    """Between the classes, background last."""
+    names = [*EMOTIONS, "Background"]
+    figure, axes = _panel(height=3.6, left=0.23, bottom=0.85)
+    texts = [[f"{v:.2f}".replace("-0.00", "0.00") for v in row] for row in matrix]
+    _heat(axes, matrix.astype(np.float64), max(float(np.abs(matrix).max()), 1e-9), names, names, texts)
+    return figure
+
+
+def widths_figure(widths: Sequence[tuple[str, float, float]]) -> Figure:
+    """Rows of (name, at the start, learned), on a logarithmic axis."""
+    figure, axes = _panel("width (sigma)", height=3.6, left=0.42)
+    for row, (_, start, learned) in enumerate(widths):
+        axes.plot([start, learned], [row, row], color=ACCENT, alpha=0.45, linewidth=3)
+        axes.plot(start, row, "o", color=MUTED, markersize=7, markerfacecolor="none")
+        axes.plot(learned, row, "o", color=ACCENT, markersize=4)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_yticks(range(len(widths)), [f"{name}  {learned:.2f}" for name, _, learned in widths], color=INK)
+    axes.set_ylim(len(widths) - 0.5, -0.5)
+    return figure
+
+
+def energy_figure(energies: Float64[np.ndarray, " I"], trained: int) -> Figure:
+    """Free energy after 0, 1, ... iterations, less the first; a mark at the iterations of the model."""
+    figure, axes = _panel("iterations done", left=0.19)
+    axes.plot(energies - energies[0], color=ACCENT, marker="o", markersize=3)
+    axes.axvline(trained, color=SECOND, linestyle="--", linewidth=1)
+    return figure
+
+
+def course_figure(course: Float[np.ndarray, "T K"], predicted: int, label: int) -> Figure:
+    """The share of each emotion, frame by frame; what was predicted and what it is stand out."""
+    figure = Figure(figsize=(5.4, 1.5))
+    axes = figure.add_axes((0.08, 0.29, 0.78, 0.66))
+    frames = np.arange(1, len(course) + 1)
+    for k in sorted(range(len(EMOTIONS)), key=lambda k: (k in (predicted, label), k == predicted)):
+        colour = ACCENT if k == predicted else SECOND if k == label else MUTED
+        named = k in (predicted, label)
+        axes.plot(frames, course[:, k], color=colour, linewidth=2 if named else 0.8, alpha=1 if named else 0.6)
+        if named:
+            place = {"xytext": (4, -3), "textcoords": "offset points"}
+            axes.annotate(EMOTIONS[k], (frames[-1], course[-1, k]), color=colour, annotation_clip=False, **place)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("frame of the clip", labelpad=1)
+    return figure
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """SVG to stand in a page: its colours and font are the page's, its ids its own among all figures."""
+    text = io.StringIO()
+    undated = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(text, format="svg", transparent=True, metadata=undated)
+    code = text.getvalue()
+    code = code[code.index("<svg") :]
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', code))
+    code = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", code)
+    code = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", code)
+    code = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--font)", code)
+    head, rest = code.split(">", 1)  # the size is the page's too: only the view box stays
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    code = f"{head}>{rest}"
+    for variable, colour in COLOURS.items():
+        code = code.replace(colour, f"var(--{variable})")
+    return code
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+    """The content of an .svg or .png file, on white."""
+    content = io.BytesIO()
+    undated = {"Date": None} if kind == "svg" else {}
+    figure.savefig(content, format=kind, dpi=200, facecolor="white", metadata=undated)
+    return content.getvalue()

@@ -14,14 +14,23 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from dfer.annotations import EMOTIONS
 from dfer.records import Run, wilson
 
-COLOURS = {"ink": "#20262e", "muted": "#66717e", "grid": "#dde2e8", "accent": "#d9480f", "second": "#0c8599"}
-INK, MUTED, GRID, ACCENT, SECOND = COLOURS.values()
+COLOURS = {
+    "ink": "#20262e",
+    "muted": "#66717e",
+    "grid": "#dde2e8",
+    "accent": "#c2410c",
+    "second": "#0c8599",
+    "on-accent": "#fffffe",  # not quite white, so that it is no other white
+}
+INK, MUTED, GRID, ACCENT, SECOND, ON_ACCENT = COLOURS.values()
 STYLE = {
     "svg.hashsalt": "dfer",  # the same records give the same bytes
     "svg.fonttype": "none",
@@ -131,6 +140,12 @@ def thin(column: Float64[np.ndarray, " R"]) -> Float64[np.ndarray, " P"]:
     return np.array([np.nanmean(c) if np.isfinite(c).any() else math.nan for c in chunks], dtype=np.float64)
 
 
+def _plain_log_ticks(axis: Axis) -> None:
+    """0.1, 0.2, 0.5, 1 ...: matplotlib's own are powers of ten only, and in its formula language."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+
+
 def _draw_curves(axes: Axes, run: Run, named: Named, scale: float = 1.0) -> None:
     for key, (name, colour) in named.items():
         steps, values = (thin(column) for column in run.series(key))
@@ -156,10 +171,10 @@ def curves_figure(run: Run, named: Named, log: bool = False) -> Figure | str:
     _draw_curves(axes, run, named)
     lowest = min(np.nanmin(line.get_ydata()) for line in axes.lines)
     if log and lowest > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        axes.set_yscale("log", subs=[])
+        _plain_log_ticks(axes.yaxis)
     else:
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=min(0, 1.05 * lowest))
     return figure
 
@@ -203,7 +218,7 @@ def _heat(
             *(c + 0.5, r + 0.52, texts[r][c]),
             ha="center",
             va="center",
-            color="#ffffff" if alpha > 0.6 else INK,
+            color=ON_ACCENT if alpha > 0.75 else INK,
             fontsize=8,
         )
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -270,9 +285,8 @@ def widths_figure(widths: Sequence[tuple[str, float, float]]) -> Figure:
         axes.plot([start, learned], [row, row], color=ACCENT, alpha=0.45, linewidth=3)
         axes.plot(start, row, "o", color=MUTED, markersize=7, markerfacecolor="none")
         axes.plot(learned, row, "o", color=ACCENT, markersize=4)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
+    axes.set_xscale("log", subs=[])
+    _plain_log_ticks(axes.xaxis)
     axes.set_yticks(range(len(widths)), [f"{name}  {learned:.2f}" for name, _, learned in widths], color=INK)
     axes.set_ylim(len(widths) - 0.5, -0.5)
     return figure
@@ -288,15 +302,17 @@ def energy_figure(energies: Float64[np.ndarray, " I"], trained: int) -> Figure:
 
 def course_figure(course: Float[np.ndarray, "T K"], predicted: int, label: int) -> Figure:
     """The share of each emotion, frame by frame; what was predicted and what it is stand out."""
-    figure = Figure(figsize=(5.4, 1.5))
-    axes = figure.add_axes((0.08, 0.29, 0.78, 0.66))
+    figure = Figure(figsize=(4.7, 1.5))
+    axes = figure.add_axes((0.08, 0.29, 0.76, 0.66))
     frames = np.arange(1, len(course) + 1)
     for k in sorted(range(len(EMOTIONS)), key=lambda k: (k in (predicted, label), k == predicted)):
         colour = ACCENT if k == predicted else SECOND if k == label else MUTED
         named = k in (predicted, label)
         axes.plot(frames, course[:, k], color=colour, linewidth=2 if named else 0.8, alpha=1 if named else 0.6)
         if named:
-            place = {"xytext": (4, -3), "textcoords": "offset points"}
+            other = course[-1, label if k == predicted else predicted]  # names do not lie on one another
+            apart = 0 if abs(course[-1, k] - other) > 0.2 * course.max() or predicted == label else 5
+            place = {"xytext": (4, -3 + math.copysign(apart, course[-1, k] - other)), "textcoords": "offset points"}
             axes.annotate(EMOTIONS[k], (frames[-1], course[-1, k]), color=colour, annotation_clip=False, **place)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("frame of the clip", labelpad=1)

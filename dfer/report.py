@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, UInt8
-from matplotlib.figure import Figure
+from jaxtyping import Float, Float64, Int64, UInt8
 from PIL import Image
 from torch import nn
 
@@ -28,7 +27,7 @@ from dfer.commandline import shown
 from dfer.config import config_from_json
 from dfer.crf import SIGMA_APPEARANCE, SIGMA_SMOOTHNESS, STATES_PER_CLASS, MeanFieldCRF
 from dfer.distributed import World
-from dfer.figures import ACCENT, INK, MUTED, SECOND
+from dfer.figures import ACCENT, INK, MUTED, SECOND, Figure
 from dfer.index import load_index
 from dfer.optim import build_ema
 from dfer.records import Predictions, Run, bootstrap, choose, interval, same_clips, wilson
@@ -38,8 +37,8 @@ NUM_FRAMES, TILE = 8, 96  # frames of a clip that are shown, and their size in p
 ENERGY_CLIPS = 4  # whose free energy is followed: the kernel of a long clip is large
 PRIVACY = (
     "<strong>These are faces of your data.</strong> The page lies on your disk only: nothing of it is uploaded, not to "
-    "W&amp;B either. Mind the data's licence before you pass it on; <code>scripts/report.py RUN --clips 0</code> writes "
-    "it without faces."
+    "Weights &amp; Biases either. Mind the data's licence before you pass it on; "
+    "<code>scripts/report.py RUN --clips 0</code> writes it without faces."
 )
 
 
@@ -261,6 +260,20 @@ def headline(run: Run) -> str:
     return f'<div class="tiles">{"".join(cards)}</div>' if cards else ""
 
 
+def _differences(mine: Predictions, theirs: Predictions, order: Int64[np.ndarray, " N"]) -> list[str]:
+    """HTML of theirs less mine, for WAR and UAR; `order`: rows of theirs in the order of mine."""
+    right = np.column_stack([mine.labels == mine.predicted, (theirs.labels == theirs.predicted)[order]])
+    one, other = mine.confusion(), theirs.confusion()
+    texts = []
+    for difference, drawn in zip(
+        (other.war() - one.war(), other.uar() - one.uar()), bootstrap(mine.labels, right), strict=True
+    ):
+        low, high = interval(drawn[:, 1] - drawn[:, 0])
+        kind = ' class="beyond"' if low > 0 or high < 0 else ""
+        texts.append(f"<small{kind}>{difference:+.2f}<br>({low:+.2f} to {high:+.2f})</small>")
+    return texts
+
+
 def comparison(run: Run, others: Sequence[Run]) -> str:
     """A table of the other runs against this one, on the same draws of the same clips."""
     rows, notes = [], []
@@ -269,29 +282,19 @@ def comparison(run: Run, others: Sequence[Run]) -> str:
             notes.append(f"{other.name} has no predictions")
             continue
         confusion = other.predictions.confusion()
-        row = [escape(other.name), str(confusion.total()), f"{confusion.war():.2f}", f"{confusion.uar():.2f}"]
-        if other is run or run.predictions is None:
-            rows.append([*row, "", ""])
-            continue
-        order = same_clips(run.predictions, other.predictions)
-        if order is None:
-            notes.append(f"{other.name} was evaluated on other clips or labels than {run.name}: no difference is given")
-            rows.append([*row, "", ""])
-            continue
-        mine = run.predictions.labels == run.predictions.predicted
-        theirs = (other.predictions.labels == other.predictions.predicted)[order]
-        samples = bootstrap(run.predictions.labels, np.column_stack([mine, theirs]))
-        base = run.predictions.confusion()
-        differences = confusion.war() - base.war(), confusion.uar() - base.uar()
-        for difference, drawn in zip(differences, samples, strict=True):
-            low, high = interval(drawn[:, 1] - drawn[:, 0])
-            text = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
-            row.append(f'<span class="beyond">{text}</span>' if low > 0 or high < 0 else text)
-        rows.append(row)
-    table = _table(["run", "clips", "WAR", "UAR", "WAR, difference", "UAR, difference"], rows, "runs")
+        values, differences = (confusion.war(), confusion.uar()), ["", ""]
+        if other is not run and run.predictions is not None:
+            order = same_clips(run.predictions, other.predictions)
+            if order is None:
+                notes.append(f"{other.name} was evaluated on other clips or labels than {run.name}: no difference")
+            else:
+                differences = _differences(run.predictions, other.predictions, order)
+        cells = [f"{value:.2f}{difference}" for value, difference in zip(values, differences, strict=True)]
+        rows.append([escape(other.name), str(confusion.total()), *cells])
+    table = _table(["run", "clips", "WAR, %", "UAR, %"], rows, "runs")
     remarks = "".join(f'<p class="caption">{escape(note)}.</p>' for note in notes)
     lead = (
-        f"Differences are a run's value less that of {escape(run.name)}, in percentage points, with the 95 % interval "
+        f"Below each value: its difference to that of {escape(run.name)}, in percentage points, with the 95 % interval "
         "of a paired bootstrap over the clips; in orange where it leaves out 0. What another seed would change, it "
         "cannot see."
     )

@@ -15,6 +15,7 @@ ONLY_IN = {
     "wandb": {"dfer/logger.py"},
     "safetensors": {"dfer/checkpoint.py"},
     "tyro": {"dfer/config.py"},
+    "matplotlib": {"dfer/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py"},
     "cv2": {"dfer/faces.py", "scripts/make_faces.py", "benchmarks/peers.py"},
 }

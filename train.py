@@ -64,7 +64,22 @@ def main(config: Config) -> int:
         run = RunDir(config, distributed.remembered(world, "run", name))
         saved, damage = newest_checkpoint(run.checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext(), distributed.peers_named(world):
-        return train(config, train_index, val_index, votes, world, run, distributed.share(saved, world), damage)
+        code = train(config, train_index, val_index, votes, world, run, distributed.share(saved, world), damage)
+    if run and code == 0:
+        print_report(run.path)
+    return code
+
+
+def print_report(path: Path) -> None:
+    """Write the page about a run that is done: whatever goes wrong with it costs one line, not the run."""
+    try:
+        from dfer.records import read_run
+        from dfer.report import write_report  # with its libraries half a second, which only the end pays
+
+        print(f"report: {write_report(read_run(path), build_loader, build_model)}")
+    except (Exception, KeyboardInterrupt) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"no report ({reason}); python scripts/report.py {path} tries again", file=sys.stderr)
 
 
 def train(

@@ -146,7 +146,7 @@ def _plain_log_ticks(axis: Axis) -> None:
     axis.set_major_formatter("{x:g}")
 
 
-def _draw_curves(axes: Axes, run: Run, named: Named, scale: float = 1.0) -> None:
+def _draw_curves(axes: Axes, run: Run, named: Named, scale: int | float = 1) -> None:
     for key, (name, colour) in named.items():
         steps, values = (thin(column) for column in run.series(key))
         if np.isfinite(values).any():
@@ -201,7 +201,7 @@ def throughput_figure(run: Run, rates: Named, waits: Named) -> Figure | str:
 def _heat(
     axes: Axes,
     values: Float64[np.ndarray, "R C"],
-    peak: float,
+    peak: int | float,
     rows: Sequence[str],
     columns: Sequence[str] = (),
     texts: Sequence[Sequence[str]] | None = None,

@@ -1,5 +1,6 @@
 """The page about a run: its numbers are those of the records, nothing is loaded, and what is missing is said."""
 
+import argparse
 import csv
 import dataclasses
 import html
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import scripts.report
 import train
 from dfer import figures, report
 from dfer.annotations import EMOTIONS
@@ -155,13 +157,13 @@ def trained(clips: Path, folder: Path, **model) -> Path:
     return folder
 
 
-def write_page(folder: Path, *others: Path, **options) -> Page:
-    run = read_run(folder)
+def write_page(run_dir: Path, *others: Path, **options) -> Page:
+    run = read_run(run_dir)
     path = report.write_report(
         run, train.build_loader, train.build_model, [read_run(other) for other in others], **options
     )
-    assert path == folder / "report.html" and path.stat().st_size < 5e6 and not list(folder.glob("*.partial"))
-    page = read_page(folder)
+    assert path == run_dir / "report.html" and path.stat().st_size < 5e6 and not list(run_dir.glob("*.partial"))
+    page = read_page(run_dir)
     closed_in_itself(page)
     return page
 
@@ -177,7 +179,7 @@ def whole(clips, tmp_path_factory) -> tuple[Path, Page]:
 
 @pytest.mark.parametrize(("right", "total"), [(0, 5), (1, 1), (3, 24), (29, 58), (2341, 2341), (199, 350)])
 def test_wilson_is_where_the_normal_test_turns(right, total):
-    """The interval holds the shares p that a test with the variance p (1 - p) / n does not reject: found by a search."""
+    """The interval holds the shares p that a test with the variance p (1 - p) / n does not reject, by a search."""
     shares = np.linspace(0, 1, 200_001)
     kept = shares[(right / total - shares) ** 2 <= 1.959964**2 * shares * (1 - shares) / total + 1e-15]
     assert wilson(right, total) == pytest.approx((100 * kept.min(), 100 * kept.max()), abs=1.1e-3)
@@ -226,7 +228,7 @@ def test_bootstrap_is_paired_and_deterministic():
 
 
 def test_bootstrap_interval_covers_the_true_difference():
-    """Two models of known accuracy, correlated over the clips, on 100 test sets: about 95 % of the intervals hold it."""
+    """Two models of known accuracy, correlated over the clips, on 100 test sets: some 95 % of the intervals hold it."""
     rng = np.random.default_rng(3)
     covered = np.zeros(2)
     for _ in range(100):
@@ -563,6 +565,14 @@ def test_the_command(whole, tmp_path):
     done = run_python("scripts/report.py", str(whole[0]), "--clips", "0", "--figures", str(tmp_path / "f"))
     assert done.returncode == 0 and done.stdout == f"{whole[0]}/report.html\n", done.stderr
     assert (tmp_path / "f" / "whole" / "loss.svg").exists()
-    done = run_python("scripts/report.py", str(whole[0]), str(tmp_path))
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"report.py: {tmp_path}: not a run: it holds no config.json\n"
+
+
+def test_errors_of_the_command_are_one_line(whole, tmp_path, capsys):
+    for path, said in ((tmp_path, "not a run: it holds no config.json"), (tmp_path / "x", "no such run")):
+        args = argparse.Namespace(runs=[whole[0], path], figures=None, clips=0)
+        assert train.one_line_errors("report.py", lambda args=args: scripts.report.main(args)) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"report.py: {path}: {said}") and err.count("\n") == 1
+    args = argparse.Namespace(runs=[whole[0], whole[0]], figures=tmp_path, clips=0)
+    assert train.one_line_errors("report.py", lambda: scripts.report.main(args)) == 2
+    assert "same name" in capsys.readouterr().err

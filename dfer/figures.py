@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from dfer.annotations import EMOTIONS
 from dfer.records import Run, wilson
@@ -36,6 +36,7 @@ STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "axes.unicode_minus": False,
+    "axes.formatter.limits": (-2, 5),  # other numbers share a factor, so that they fit into the margin
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -128,7 +129,7 @@ def style() -> contextlib.AbstractContextManager[None]:
 def _panel(xlabel: str = "", height: float = 2.5, left: float = 0.11, bottom: float = 0.42) -> tuple[Figure, Axes]:
     """Margins are given (left as a share, bottom in inches), as matplotlib's own layout doubles the time to draw."""
     figure = Figure(figsize=(4.0, height))
-    axes = figure.add_axes((left, bottom / height, 0.97 - left, 0.95 - bottom / height))
+    axes = figure.add_axes((left, bottom / height, 0.97 - left, 0.93 - bottom / height))
     axes.set_xlabel(xlabel)
     return figure, axes
 
@@ -152,6 +153,7 @@ def _draw_curves(axes: Axes, run: Run, named: Named, scale: int | float = 1) -> 
         if np.isfinite(values).any():
             marker = "o" if np.isfinite(values).sum() <= 40 else None
             axes.plot(steps, scale * values, color=colour, label=name, marker=marker, markersize=2.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     if len(named) > 1:
         axes.legend(handlelength=1.2)
 
@@ -169,13 +171,13 @@ def curves_figure(run: Run, named: Named, log: bool = False) -> Figure | str:
         return why_not
     figure, axes = _panel("step", left=0.14)
     _draw_curves(axes, run, named)
-    lowest = min(np.nanmin(line.get_ydata()) for line in axes.lines)
+    drawn = np.concatenate([line.get_ydata() for line in axes.lines])
+    lowest, highest = np.nanmin(drawn), np.nanmax(drawn)
     if log and lowest > 0:
         axes.set_yscale("log", subs=[])
         _plain_log_ticks(axes.yaxis)
     else:
-        axes.margins(y=0.1)
-        axes.set_ylim(bottom=min(0, 1.05 * lowest))
+        axes.set_ylim(1.08 * min(lowest, 0), 1.08 * max(highest, 0) or 1)
     return figure
 
 
@@ -187,10 +189,11 @@ def throughput_figure(run: Run, rates: Named, waits: Named) -> Figure | str:
     figure, lower = _panel("step", left=0.14)
     box = lower.get_position()
     lower.set_position((box.x0, box.y0, box.width, 0.3 * box.height))
-    upper = figure.add_axes((box.x0, box.y0 + 0.4 * box.height, box.width, 0.6 * box.height), sharex=lower)
+    upper = figure.add_axes((box.x0, box.y0 + 0.4 * box.height, box.width, 0.6 * box.height))
     upper.tick_params(labelbottom=False)
     _draw_curves(upper, run, rates)
     _draw_curves(lower, run, waits, scale=100)
+    upper.margins(y=0.1)
     upper.set_ylim(bottom=0)
     lower.set_ylim(0, max(5, lower.get_ylim()[1]))
     upper.set_ylabel("clips/s")
@@ -294,7 +297,8 @@ def widths_figure(widths: Sequence[tuple[str, float, float]]) -> Figure:
 
 def energy_figure(energies: Float64[np.ndarray, " I"], trained: int) -> Figure:
     """Free energy after 0, 1, ... iterations, less the first; a mark at the iterations of the model."""
-    figure, axes = _panel("iterations done", left=0.19)
+    figure, axes = _panel("iterations done", left=0.14)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.plot(energies - energies[0], color=ACCENT, marker="o", markersize=3)
     axes.axvline(trained, color=SECOND, linestyle="--", linewidth=1)
     return figure

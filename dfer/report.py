@@ -270,7 +270,7 @@ def _differences(mine: Predictions, theirs: Predictions, order: Int64[np.ndarray
     ):
         low, high = interval(drawn[:, 1] - drawn[:, 0])
         kind = ' class="beyond"' if low > 0 or high < 0 else ""
-        texts.append(f"<small{kind}>{difference:+.2f}<br>({low:+.2f} to {high:+.2f})</small>")
+        texts.append(f"<small{kind}>{difference:+.2f}<br>({low:+.1f} to {high:+.1f})</small>")
     return texts
 
 
@@ -290,8 +290,8 @@ def comparison(run: Run, others: Sequence[Run]) -> str:
             else:
                 differences = _differences(run.predictions, other.predictions, order)
         cells = [f"{value:.2f}{difference}" for value, difference in zip(values, differences, strict=True)]
-        rows.append([escape(other.name), str(confusion.total()), *cells])
-    table = _table(["run", "clips", "WAR, %", "UAR, %"], rows, "runs")
+        rows.append([f"{escape(other.name)}<small>{confusion.total()} clips</small>", *cells])
+    table = _table(["run", "WAR, %", "UAR, %"], rows, "runs")
     remarks = "".join(f'<p class="caption">{escape(note)}.</p>' for note in notes)
     lead = (
         f"Below each value: its difference to that of {escape(run.name)}, in percentage points, with the 95 % interval "

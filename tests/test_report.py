@@ -344,12 +344,21 @@ def test_compared(clips, tmp_path):
     words = page.words[page.words.index("Compared") :]
     wars = [100 * sum(r[1] == r[2] for r in rows) / len(rows) for rows in (one, two)]
     at = words.index("b")
-    assert words[at + 1 : at + 4] == ["150", f"{wars[1]:.2f}", f"{wars[1] - wars[0]:+.2f}"]
+    assert words[at + 1 : at + 4] == ["150 clips", f"{wars[1]:.2f}", f"{wars[1] - wars[0]:+.2f}"]
     low, high = (float(x) for x in re.fullmatch(r"\(([-+.\d]+) to ([-+.\d]+)\)", words[at + 4]).groups())
     assert 0 < low < wars[1] - wars[0] < high
-    beyond = [a for tag, a in page.elements if tag == "small"]
-    assert [a.get("class") for a in beyond] == ["beyond", "beyond", None, None]  # b, and e, which is a
-    assert words[words.index("e") + 3 : words.index("e") + 5] == ["+0.00", "(+0.00 to +0.00)"]
+    small = [attributes.get("class") for tag, attributes in page.elements if tag == "small"]
+    assert small == [
+        None,
+        None,
+        "beyond",
+        "beyond",
+        None,
+        None,
+        None,
+        None,
+    ]  # a; b and how it differs; c; e, which is a
+    assert words[words.index("e") + 3 : words.index("e") + 5] == ["+0.00", "(+0.0 to +0.0)"]
     assert (
         "c was evaluated on other clips or labels than a: no difference." in words and "d has no predictions." in words
     )

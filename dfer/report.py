@@ -332,9 +332,11 @@ def _clip_card(number: int, clip: Clip, predictions: Predictions, stride: int) -
     layers = [(predicted, ACCENT), (label, SECOND)][: 1 + (predicted != label)] if clip.maps is not None else []
     pictures, peaks = strip(clip, stride, layers)
     probability = 100 * predictions.probabilities[clip.row, predicted]
-    text = f'taken for <span class="seen">{EMOTIONS[predicted]}</span> with {probability:.0f} %'
-    if predicted != label:
-        text += f', is <span class="label">{EMOTIONS[label]}</span>'
+    text = f'<span class="seen">{EMOTIONS[predicted]}</span>'
+    if predicted == label:
+        text += f", recognised with {probability:.0f} %"
+    else:
+        text = f'<span class="label">{EMOTIONS[label]}</span>, taken for {text} with {probability:.0f} %'
     text = f"<h3>{escape(shown(predictions.clips[clip.row]))}</h3><p>{text}</p>{pictures}"
     if clip.maps is not None:
         kinds = zip(layers, peaks, ("orange", "teal"), strict=False)

@@ -308,7 +308,8 @@ def test_a_whole_page(whole):
     assert "Missing, or to be known" not in page.text and "Not drawn" not in page.text
     titles = [text.split(" {")[0].split(",")[0] for text, _ in figures.TEXTS.values()]
     assert all(any(word.startswith(title) for word in page.words) for title in titles)
-    assert page.text.count("taken for") >= 4 and "uploaded" in page.text
+    assert page.words.count(", taken for") == 2 and "uploaded" in page.text
+    assert sum(word.startswith(", recognised with") for word in page.words) == 2
     pictures = [a["src"] for tag, a in page.elements if tag == "img"]
     assert len(pictures) == 4 * 3  # clips x frames
     before = (folder / "report.html").read_bytes()

@@ -34,7 +34,6 @@ INK, MUTED, GRID, ACCENT, SECOND, ON_ACCENT = COLOURS.values()
 STYLE = {
     "svg.hashsalt": "dfer",  # the same records give the same bytes
     "svg.fonttype": "none",
-    "text.parse_math": False,
     "axes.unicode_minus": False,
     "axes.formatter.limits": (-2, 5),  # other numbers share a factor, so that they fit into the margin
     "font.size": 9,

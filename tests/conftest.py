@@ -58,5 +58,6 @@ def run_python(*args: str, timeout: float = 120, **env: str) -> subprocess.Compl
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "WANDB_MODE": "offline", **env},
+        # One thread each: several tests run at once, and threads that wait for each other wait long then.
+        env={**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **env},
     )

@@ -489,7 +489,7 @@ def draw(path: Path, report: dict, designs: Sequence[str]) -> None:
     for axes, title in ((left, "forward + backward, ms per clip"), (right, "kept for backward, MB per clip")):
         axes.set(xscale="log", yscale="log", xlabel="N, tokens of a clip")
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xticks(list(cells), [str(n) for n in cells])
+        axes.set_xticks(list(cells), [str(n) for n in cells], fontsize=8)
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)

@@ -14,14 +14,14 @@ def classification_loss(
     label_smoothing: float,
     aux_weight: float,
 ) -> Float[Tensor, ""]:
-    """Mean over the valid clips of CE(head) + aux_weight * -log marginal of the label; float32.
+    """CE(head) + aux_weight * -log marginal of the label, summed over the valid clips and divided by all B; float32.
 
-    `marginals` are log-probabilities. `labels` are class ids or distributions over the classes (rows sum to 1). A batch
-    without a valid clip has loss 0.
+    So a clip weighs the same whatever clips are left out beside it, on whichever rank. `marginals` are
+    log-probabilities. `labels` are class ids or distributions over the classes (rows sum to 1).
     """
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="none")
     if marginals is not None:  # at weight 0 too: distributed training wants a gradient for every parameter
         # of log-probabilities, cross_entropy is the negative log-likelihood: it normalises what is normalised already
         loss = loss + aux_weight * F.cross_entropy(marginals.float(), labels, reduction="none")
     # where, not a product: 0 * nan is nan, and padding must not be able to harm.
-    return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)
+    return torch.where(valid, loss, 0.0).mean()

@@ -45,9 +45,15 @@ def test_loss_ignores_padding_even_if_it_is_nan():
     want = sum(
         F.cross_entropy(logits[i], labels[i], label_smoothing=0.1) - 0.3 * marginals[i, labels[i]] for i in (0, 1, 3, 5)
     )
-    torch.testing.assert_close(loss, want / 4)
+    torch.testing.assert_close(loss, want / 6)
     loss.backward()
     assert logits.grad[[0, 1, 3, 5]].isfinite().all() and not logits.grad[4].any()
+    # On two ranks, one of which has nothing but good clips, each clip weighs what it weighs here.
+    parts = [
+        classification_loss(logits[s], marginals[s], labels[s], valid[s], label_smoothing=0.1, aux_weight=0.3)
+        for s in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
+    torch.testing.assert_close(sum(parts) / 3, loss)
     nothing = classification_loss(logits, None, labels, torch.zeros(6, dtype=torch.bool), 0.0, 0.3)
     assert nothing == 0
 
@@ -60,7 +66,7 @@ def test_loss_of_distributions_equals_the_sum_over_classes():
     want = sum(
         -votes[i, c] * (F.log_softmax(logits[i], 0)[c] + 0.3 * marginals[i, c]) for i in (0, 2) for c in range(7)
     )
-    torch.testing.assert_close(classification_loss(logits, marginals, votes, valid, 0.0, 0.3), want / 2)
+    torch.testing.assert_close(classification_loss(logits, marginals, votes, valid, 0.0, 0.3), want / 3)
     hard = classification_loss(logits, marginals, labels, valid, 0.1, 0.3)
     torch.testing.assert_close(
         classification_loss(logits, marginals, F.one_hot(labels, 7).float(), valid, 0.1, 0.3), hard

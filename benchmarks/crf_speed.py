@@ -59,7 +59,6 @@ SHAPES = {
 }
 PICTURES = {104: (8, 13), 256: (16, 16), 784: (28, 28), 1040: (26, 40), 1568: (28, 56), 3920: (56, 70)}
 WINDOW = 11  # ConvCRF's own default
-HEADLINE = (1040, 8)
 
 
 class Problem(NamedTuple):

@@ -48,8 +48,7 @@ def train(variant: str, flags: list[str], seed: int, log_dir: Path, extra: list[
     """Train once, from a shell as a user would, and read the last evaluation. A run that was cut off is continued."""
     name = f"comparison-{variant}-seed{seed}"
     command = [sys.executable, "train.py", "faces", *flags, "--seed", str(seed), "--run.name", name]
-    resume = ["--resume"] if (log_dir / name / "last.pt").exists() else []
-    settings = ["--run.log-dir", str(log_dir), "--run.wandb", "off", *resume, *extra]
+    settings = ["--run.log-dir", str(log_dir), "--run.wandb", "off", *extra]
     subprocess.run([*command, *settings], cwd=ROOT, check=True)
     rows = [json.loads(line) for line in (log_dir / name / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "val/WAR" in row][-1]

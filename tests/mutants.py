@@ -87,7 +87,7 @@ def mutate(root: Path, edits: list[tuple[str, str, str]]) -> None:
 
 def killer(root: Path) -> str | None:
     """The first test that fails, or None. The name of an error in collecting counts: such a mutant is none."""
-    words = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=no", "-k", TOO_SLOW]
+    words = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", "-k", TOO_SLOW]
     run = subprocess.run([sys.executable, "-m", "pytest", *words, *TESTS], cwd=root, capture_output=True, text=True)
     if run.returncode == 0:
         return None

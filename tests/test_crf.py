@@ -1,6 +1,6 @@
 """Mean-field inference against loops in plain Python, enumeration of all labelings, and its own guarantees.
 
-Bounds and cases follow docs/crf.md; tests/mutants.py breaks the code in twelve ways and looks whether this notices.
+Bounds and cases follow docs/crf.md; tests/mutants.py breaks the code in many ways and looks whether this notices.
 """
 
 import math

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dfer.crf_pairs import (
     Backend,
+    DifferentiablePairs,
     Pairs,
     SdpaPairs,
     Smoothness,
@@ -272,7 +273,7 @@ def _(to_marginals, to_swept, unary, points, frames, cells, compatibility, valid
 
 
 def _differentiate(
-    pairs: Pairs,
+    pairs: DifferentiablePairs,
     to_marginals: Tensor,
     to_swept: Tensor | None,
     unary: Tensor,

@@ -76,6 +76,11 @@ class Pairs(ABC):
         logits = (1 - eta) * logits + eta * (unary + message)
         return logits, logits.softmax(-1), heard, swept
 
+
+class DifferentiablePairs(Pairs):
+    """Pairs whose gradient is written by hand; through those of `sdpa` goes autograd."""
+
+    @abstractmethod
     def gradient(
         self, left: Float[Tensor, "B N R"], right: Float[Tensor, "B N R"], columns: Float[Tensor, "B N"]
     ) -> Float[Tensor, "B N d"]:
@@ -83,7 +88,6 @@ class Pairs(ABC):
 
         `columns` are the column sums sum_i S_ij <left_i, right_j>, which the adjoint sweeps have left behind.
         """
-        raise NotImplementedError
 
 
 class Smoothness:
@@ -128,7 +132,7 @@ def rounded(x: Tensor, valid: Tensor, operands: torch.dtype, accumulate: torch.d
     return torch.where(valid[..., None], x, 0).to(operands).to(accumulate)
 
 
-class DensePairs(Pairs):
+class DensePairs(DifferentiablePairs):
     """All pairs of a few clips in memory. A product's operands are rounded; its sum has the type of `accumulate`."""
 
     def __init__(
@@ -230,7 +234,7 @@ def grouped(
     operands: torch.dtype,
     accumulate: torch.dtype,
     scale: Tensor | None = None,
-) -> Iterator[tuple[slice, Pairs]]:
+) -> Iterator[tuple[slice, DifferentiablePairs]]:
     """The clips that are worked on together and their kernel: all, or as many as may have their pairs in memory."""
     if backend == "triton":
         from dfer.crf_triton import TritonPairs  # not everybody has Triton

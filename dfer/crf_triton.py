@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dfer.crf_pairs import NEVER, Pairs, rounded
+from dfer.crf_pairs import NEVER, DifferentiablePairs, rounded
 
 # Compiled for compute capabilities 7.5 to 9.0, these need at most 48 KiB of shared memory, and no bf16 kernel spills.
 BLOCK_SHORT, BLOCK_LONG = 64, 32  # tokens, both ways, for operands of 16 and of 32 bits
@@ -192,7 +192,7 @@ def _gradient_kernel(
     _store(out + clip * N * D, rows, total - weight[:, None] * z_i.to(tl.float32), D, D, N)
 
 
-class TritonPairs(Pairs):
+class TritonPairs(DifferentiablePairs):
     """All clips of a batch at once; float32 in, float32 out."""
 
     def __init__(

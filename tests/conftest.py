@@ -50,6 +50,15 @@ def make_clips(root: Path) -> None:
         (root / f"{name}.txt").write_text("\n".join(rows) + "\n")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small models and products only wait for a second thread, for ever where other tests run beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run_python(*args: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
     """Run a script of the repository as a user would."""
     return subprocess.run(

@@ -76,7 +76,7 @@ def print_report(path: Path) -> None:
         from dfer.records import read_run
         from dfer.report import write_report  # with its libraries half a second, which only the end pays
 
-        print(f"report: {write_report(read_run(path), build_loader, build_model)}")
+        print(f"report: {write_report(read_run(path), build_loader, trained_model)}")
     except (Exception, KeyboardInterrupt) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(f"no report ({reason}); python scripts/report.py {path} tries again", file=sys.stderr)
@@ -551,6 +551,19 @@ def memory_advice(config: Config) -> Iterator[None]:
             f"of {data.size} px per process: halve --data.batch-size and double --optim.accumulate, or lower "
             f"--data.num-segments ({data.num_segments}) or --data.size"
         ) from None
+
+
+def trained_model(state: dict[str, Any], config: Config) -> nn.Module:
+    """The model of a checkpoint, on the CPU and set to evaluate: with the averaged weights if there are any."""
+    # The weights are in the checkpoint: nothing is to be downloaded or looked for.
+    settings = dataclasses.replace(config.model, weights=None)
+    model = build_model(settings, config.data.num_segments * config.data.frames_per_segment)
+    if state["ema"] is None:
+        model.load_state_dict(state["model"])
+        return model.eval()
+    averaged = build_ema(model, config.optim.ema)
+    averaged.load_state_dict(state["ema"])
+    return averaged.module.eval()
 
 
 def amp_dtype(config: Config, world: World) -> torch.dtype | None:

@@ -29,7 +29,6 @@ from dfer.crf import SIGMA_APPEARANCE, SIGMA_SMOOTHNESS, STATES_PER_CLASS, MeanF
 from dfer.distributed import World
 from dfer.figures import ACCENT, INK, MUTED, SECOND, Figure
 from dfer.index import load_index
-from dfer.optim import build_ema
 from dfer.records import Predictions, Run, bootstrap, choose, interval, same_clips, wilson
 from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD
 
@@ -61,22 +60,19 @@ class Look(NamedTuple):
 
 
 @torch.inference_mode()
-def look(run: Run, num_clips: int, build_loader: Callable[..., Any], build_model: Callable[..., nn.Module]) -> Look:
+def look(run: Run, num_clips: int, build_loader: Callable[..., Any], trained_model: Callable[..., nn.Module]) -> Look:
     """Load the run's newest checkpoint and up to `num_clips` right and as many wrong clips, on the CPU in float32.
 
-    `build_loader` and `build_model` are train.py's.
+    `build_loader` and `trained_model` are train.py's.
     """
     try:
         state = load_checkpoint(run.path)
         config = config_from_json(state["config"], run.path)
         data = dataclasses.replace(config.data, batch_size=1, cache="off", views=1, mirror_views=False)
-        settings = dataclasses.replace(config.model, weights=None, crf_backend="auto")
-        model = build_model(settings, data.num_segments * data.frames_per_segment)
+        settings = dataclasses.replace(config.model, crf_backend="auto")
+        model = trained_model(state, dataclasses.replace(config, model=settings))
     except ValueError as error:
         return Look([f"no gallery, and of the CRF its curves only: {error}"], [])
-    averaged = build_ema(model, config.optim.ema) if state["ema"] is not None else None
-    (averaged or model).load_state_dict(state["ema"] if averaged else state["model"])
-    model = (averaged.module if averaged else model).eval()
 
     notes, crf = [], getattr(model, "crf", None)
     steps, _ = run.series("val/WAR")
@@ -417,7 +413,7 @@ def page(run: Run, others: Sequence[Run], seen: Look) -> tuple[str, list[Card]]:
 def write_report(
     run: Run,
     build_loader: Callable[..., Any],
-    build_model: Callable[..., nn.Module],
+    trained_model: Callable[..., nn.Module],
     others: Sequence[Run] = (),
     num_clips: int = 4,
     folder: Path | None = None,
@@ -427,7 +423,7 @@ def write_report(
     Raises:
         ValueError: in one line, if they cannot be written.
     """
-    seen = look(run, num_clips, build_loader, build_model)
+    seen = look(run, num_clips, build_loader, trained_model)
     path = run.path / "report.html"
     with figures.style():
         text, cards = page(run, others, seen)

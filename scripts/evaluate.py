@@ -17,8 +17,7 @@ from dfer.commandline import Parser, in_range
 from dfer.config import RunConfig, config_from_json
 from dfer.index import load_index
 from dfer.logger import print_result, write_predictions
-from dfer.optim import build_ema
-from train import amp_dtype, build_loader, build_model, evaluate, one_line_errors
+from train import amp_dtype, build_loader, evaluate, one_line_errors, trained_model
 
 
 def main(args: argparse.Namespace) -> None:
@@ -34,19 +33,11 @@ def main(args: argparse.Namespace) -> None:
         mirror_views=config.data.mirror_views if args.mirror_views is None else args.mirror_views,
     )
     run = dataclasses.replace(config.run, device=args.device, amp=args.amp or config.run.amp)
-    # The weights are in the checkpoint: nothing is to be downloaded or looked for.
-    config = dataclasses.replace(config, data=data, run=run, model=dataclasses.replace(config.model, weights=None))
+    config = dataclasses.replace(config, data=data, run=run)
     index = load_index(data.val_list, data.root)
     world = distributed.setup(config.run.device)
     loader = build_loader(config, index, "eval", world)
-    model = build_model(config.model, loader.sampler.clip_length)
-    if state["ema"] is not None:
-        ema = build_ema(model, config.optim.ema)
-        ema.load_state_dict(state["ema"])
-        model = ema.module
-    else:
-        model.load_state_dict(state["model"])
-    model.to(world.device)
+    model = trained_model(state, config).to(world.device)
     result = evaluate(model, loader, world, amp_dtype(config, world), config.run.channels_last)
     if not world.is_main:
         return

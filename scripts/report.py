@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.commandline import Parser, in_range
 from dfer.records import read_run
 from dfer.report import write_report
-from train import build_loader, build_model, one_line_errors
+from train import build_loader, one_line_errors, trained_model
 
 
 def main(args: argparse.Namespace) -> None:
@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> None:
     for run in runs:
         others = [other for other in runs if other is not run]
         folder = args.figures / run.name if args.figures else None
-        print(write_report(run, build_loader, build_model, others, args.clips, folder))
+        print(write_report(run, build_loader, trained_model, others, args.clips, folder))
 
 
 if __name__ == "__main__":

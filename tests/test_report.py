@@ -25,13 +25,7 @@ from tests.conftest import run_python
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model only waits for its second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Page(HTMLParser):
@@ -159,7 +153,7 @@ def trained(clips: Path, folder: Path, **model) -> Path:
 def write_page(run_dir: Path, *others: Path, **options) -> Page:
     run = read_run(run_dir)
     path = report.write_report(
-        run, train.build_loader, train.build_model, [read_run(other) for other in others], **options
+        run, train.build_loader, train.trained_model, [read_run(other) for other in others], **options
     )
     assert path == run_dir / "report.html" and path.stat().st_size < 5e6 and not list(run_dir.glob("*.partial"))
     page = read_page(run_dir)
@@ -503,7 +497,7 @@ def test_what_is_shown_of_a_clip(clips, tmp_path):
     """Frames, maps and course against the loader's and the model's own words."""
     folder = trained(clips, tmp_path / "run")
     run = read_run(folder)
-    seen = report.look(run, 9, train.build_loader, train.build_model)
+    seen = report.look(run, 9, train.build_loader, train.trained_model)
     assert sorted(clip.row for clip in seen.clips) == list(range(9)) and seen.notes == [] and seen.stride == 16
     config = dataclasses.replace(tiny_config(clips), data=dataclasses.replace(tiny_config(clips).data, batch_size=9))
     index = report.load_index(config.data.val_list)

@@ -11,7 +11,8 @@ from dfer.crf_meanfield import MeanField
 from dfer.model import DFERNet
 from tests import crf_oracle
 from tests.conftest import run_python
-from tests.test_crf import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def levels(batch: int = 2, num_frames: int = 4, dim: int = 16, seed: int = 0) -> list[torch.Tensor]:

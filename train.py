@@ -201,6 +201,10 @@ def train(
                 | {f"val/recall/{e}": r for e, r in zip(EMOTIONS, recalls, strict=True) if r == r}
                 | {f"val/{k}": v for k, v in result.throughput.items()},
             )
+            if left_out := distributed.count_distinct(train_loader.bad_clips, len(train_index), world):
+                logger.say(
+                    f"{left_out} of {len(train_index)} training clips could not be read and were left out so far"
+                )
             logger.say(f"epoch {epoch + 1}/{config.optim.epochs}  WAR {war:.2f}  UAR {uar:.2f}  loss {result.loss:.3f}")
             for name, value in (("WAR", war), ("UAR", uar)):
                 if value > trainee.best[name][0]:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -209,6 +209,13 @@ def broadcast_buffers(model: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def count_distinct(rows: Iterable[int], num_rows: int, world: World) -> int:
+    """How many of the rows 0 .. num_rows - 1 any rank has."""
+    own = torch.zeros(num_rows, dtype=torch.uint8, device=world.device)
+    own[list(rows)] = 1
+    return int(gather(own, world).view(world.size, num_rows).amax(0).sum())
 
 
 def gather(tensor: Tensor, world: World) -> Tensor:

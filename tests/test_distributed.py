@@ -23,6 +23,7 @@ model = DistributedDataParallel(frozen_model())
 clips, labels = (part.chunk(world.size)[world.rank] for part in clips_and_labels())
 prediction = model(clips)
 (F.cross_entropy(prediction.logits, labels) + F.nll_loss(prediction.marginals, labels)).backward()
+assert distributed.count_distinct([1, 3 + world.rank], 9, world) == 3 and distributed.count_distinct([], 9, world) == 0
 if world.is_main:
     torch.save({name: p.grad for name, p in model.module.named_parameters()}, sys.argv[1])
 distributed.cleanup()

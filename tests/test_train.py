@@ -139,6 +139,19 @@ def test_options_run(clips, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["WAR"] == last["val/WAR"]  # the averaged weights are evaluated
 
 
+def test_a_clip_that_cannot_be_read_is_left_out_named_and_counted(clips, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "1.jpg").write_bytes(b"not a jpeg")
+    good = [f"{clips}/{line}" for line in (clips / "train.txt").read_text().splitlines()[:11]]
+    (tmp_path / "list.txt").write_text("\n".join([*good, "broken 1 1"]) + "\n")
+    words = ("--data.train-list", str(tmp_path / "list.txt"), "--optim.steps-per-epoch", "3")
+    done = tiny_run(clips, tmp_path, "holes", *words)
+    assert done.stderr.count("clip left out: ") == 1 and "broken" in done.stderr
+    said = "1 of 12 training clips could not be read and were left out so far"
+    assert (tmp_path / "holes" / "log.txt").read_text().count(said) == 2  # once per epoch
+    assert all(math.isfinite(row["train/loss"]) for row in rows(tmp_path / "holes") if "train/loss" in row)
+
+
 @pytest.mark.parametrize(
     ("case", "args", "message"),
     [

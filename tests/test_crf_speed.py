@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import crf_speed
-from benchmarks.crf_speed import STATES, VALUES, make_problem, naive, ours, passes, ratios_of, saved_bytes, window
+from benchmarks import crf_peers, crf_speed
+from benchmarks.crf_peers import STATES, VALUES, make_problem, naive, ours, window
+from benchmarks.crf_speed import passes, ratios_of, saved_bytes
 from dfer.crf import VALUE_DIM
 
 
@@ -17,13 +18,13 @@ def test_the_naive_one_gives_our_numbers_and_gradients():
 
 def test_a_window_over_everything_is_exact(monkeypatch):
     """Without the smoothness kernel, which the window has not, it then has nothing left to approximate."""
-    monkeypatch.setattr(crf_speed, "WINDOW", 25)
+    monkeypatch.setattr(crf_peers, "WINDOW", 25)
     problem = make_problem(104, 2, "cpu")
     problem = problem._replace(compatibility=torch.stack([torch.eye(STATES), torch.zeros(STATES, STATES)]))
     for got, want, exact in zip(window(problem), naive(problem), ours(problem, "dense", torch.float32), strict=True):
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(exact, want, atol=2e-6, rtol=1e-5)
-    monkeypatch.setattr(crf_speed, "WINDOW", 3)
+    monkeypatch.setattr(crf_peers, "WINDOW", 3)
     assert (window(problem)[0] - naive(problem)[0]).abs().max() > 1e-3
 
 

@@ -47,29 +47,32 @@ class TokenGraph(nn.Module):
     Args:
         dim: D, width of the features.
         strides: of the two levels, in pixels.
-        pairs: whether any pair of tokens will be compared; distributed training wants no parameter that is not used.
+        widths: of what is read from a token: log-potentials, embedding, values; 0 for what no one will read, since
+            distributed training wants no parameter that is not used. Without an embedding no pair is ever compared.
     """
 
-    def __init__(self, dim: int, strides: tuple[int, int], pairs: bool = True):
+    def __init__(self, dim: int, strides: tuple[int, int], widths: tuple[int, int, int]):
         super().__init__()
-        self.strides = strides
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in strides)
-        self.level = nn.Parameter(torch.zeros(len(strides), dim))
-        if pairs:
-            self.embedding = nn.Linear(dim, EMBEDDING_DIM)
+        self.strides, self.widths = strides, widths
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in strides)  # their biases tell the levels apart
+        self.project = nn.Linear(dim, sum(widths))  # one product for all three: the tokens are read once
+        if widths[1]:
             self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))  # norm of the embeddings
             self.log_sigma_appearance = nn.Parameter(torch.tensor(SIGMA_APPEARANCE).log())
 
     def no_weight_decay(self) -> set[str]:
         """Logarithms, logits and the compatibility factor: decay would pull them to no neutral value."""
-        names = ("level", "log_scale", "log_sigma_appearance", "log_sigma_smoothness", "coupling_logit", "affinity")
-        return {name for name in (*names, "log_beta") if hasattr(self, name)}
+        names = ("log_scale", "log_sigma_appearance", "log_sigma_smoothness", "coupling_logit", "affinity", "log_beta")
+        return {name for name in names if hasattr(self, name)}
 
-    def tokens(self, levels: list[Float[Tensor, "B T D _ _"]]) -> Float[Tensor, "B N D"]:
-        """Normalised features of all cells of both levels, frame by frame: token (t, c) at row t*P + c."""
+    def read(self, levels: list[Float[Tensor, "B T D _ _"]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-potentials, embedding and values (B, N, width) of all cells of both levels, from normalised features.
+
+        Frame by frame: token (t, c) is row t*P + c.
+        """
         flat = [level.flatten(3).mT for level in levels]  # (B, T, h*w, D) each
-        flat = [norm(x) + offset for norm, x, offset in zip(self.norms, flat, self.level, strict=True)]
-        return torch.cat(flat, dim=2).flatten(1, 2)
+        read = torch.cat([self.project(norm(x)) for norm, x in zip(self.norms, flat, strict=True)], dim=2)
+        return read.flatten(1, 2).split(self.widths, dim=-1)
 
     def points(self, embedded: Float[Tensor, "B N e"], time: Tensor, cells: Tensor) -> Float[Tensor, "B N d"]:
         """(embedding of fixed norm, position / sigma): tokens are close where both are."""
@@ -81,7 +84,7 @@ class TokenGraph(nn.Module):
         return torch.cat([embedded, position.expand(len(embedded), -1, -1)], dim=-1)
 
     def positions(self, levels: list[Tensor]) -> tuple[Float[Tensor, "T 1"], Float[Tensor, "P 3"]]:
-        time = torch.arange(levels[0].shape[1], device=levels[0].device, dtype=self.level.dtype)[:, None]
+        time = torch.arange(levels[0].shape[1], device=levels[0].device, dtype=self.project.weight.dtype)[:, None]
         cells = cell_positions([level.shape[-2:] for level in levels], self.strides, levels[0].device)
         return time, cells.to(time.dtype)
 
@@ -115,19 +118,17 @@ class MeanFieldCRF(TokenGraph):
         backend: Backend = "auto",
     ):
         reads_values = readout in ("value", "both")
-        super().__init__(dim, strides, pairs=iterations > 0 or reads_values)
+        num_states = STATES_PER_CLASS * (num_classes + 1)
+        pairs = iterations > 0 or reads_values
+        super().__init__(dim, strides, (num_states, EMBEDDING_DIM * pairs, VALUE_DIM * reads_values))
         self.num_classes, self.iterations, self.backend = num_classes, iterations, backend
-        self.max_coupling = max_coupling
-        self.num_states = STATES_PER_CLASS * (num_classes + 1)
+        self.max_coupling, self.num_states = max_coupling, num_states
         self.reads_labels, self.reads_values = readout in ("labels", "both"), reads_values
-        self.unary = nn.Linear(dim, self.num_states)
         if iterations > 0:
             self.log_sigma_smoothness = nn.Parameter(torch.tensor(SIGMA_SMOOTHNESS).log())
             share = min(INITIAL_COUPLING / max_coupling, 0.5)
             self.coupling_logit = nn.Parameter(torch.full((2,), math.log(share / (1 - share))))
             self.affinity = nn.Parameter(torch.eye(self.num_states).repeat(2, 1, 1))
-        if self.reads_values:
-            self.value = nn.Linear(dim, VALUE_DIM)
         if readout != "none":
             width = self.num_states * self.reads_labels + VALUE_DIM * self.reads_values
             self.readout = nn.Linear(width, dim, bias=False)
@@ -148,13 +149,11 @@ class MeanFieldCRF(TokenGraph):
     ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
         """`levels`: fine and coarse features of all frames; `valid`: frames that take part, all if not given."""
         valid, valid_tokens = _valid_tokens(levels, valid)
-        tokens = self.tokens(levels)
-        unary = _precise(self.unary(tokens))
-        values = self.value(tokens) if self.reads_values else None
+        unary, embedded, values = self.read(levels)
+        unary = _precise(unary)
         field, diagnostics = None, {}
         if self.iterations or self.reads_values:
-            embedded = self.embedding(tokens)
-            with torch.autocast(tokens.device.type, enabled=False):  # degrees, softmax and energy want float32
+            with torch.autocast(unary.device.type, enabled=False):  # degrees, softmax and energy want float32
                 time, cells = self.positions(levels)
                 features = Features(self.points(embedded, time, cells))
                 compatibility = unary.new_zeros(1, self.num_states, self.num_states)
@@ -170,7 +169,7 @@ class MeanFieldCRF(TokenGraph):
                     compatibility,
                     valid_tokens,
                     self.iterations,
-                    values=values,
+                    values=values if self.reads_values else None,
                     backend=self.backend,
                     operands=embedded.dtype,
                 )
@@ -211,9 +210,8 @@ class GaussianCRF(TokenGraph):
     """
 
     def __init__(self, dim: int, strides: tuple[int, int], backend: Backend = "auto"):
-        super().__init__(dim, strides)
+        super().__init__(dim, strides, (0, EMBEDDING_DIM, VALUE_DIM))
         self.backend = backend
-        self.value = nn.Linear(dim, VALUE_DIM)
         self.log_beta = nn.Parameter(torch.zeros(()))
         self.readout = nn.Linear(VALUE_DIM, dim, bias=False)
         nn.init.zeros_(self.readout.weight)
@@ -222,9 +220,8 @@ class GaussianCRF(TokenGraph):
         self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
     ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
         _, valid_tokens = _valid_tokens(levels, valid)
-        tokens = self.tokens(levels)
-        embedded, values = self.embedding(tokens), self.value(tokens)
-        with torch.autocast(tokens.device.type, enabled=False):
+        _, embedded, values = self.read(levels)
+        with torch.autocast(values.device.type, enabled=False):
             points = self.points(embedded, *self.positions(levels))
             beta = self.log_beta.clamp(math.log(0.01), math.log(4)).exp()
             x = gaussian_field(points, values, beta, valid_tokens, backend=self.backend, operands=embedded.dtype)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 Backend = Literal["auto", "dense", "triton", "sdpa"]
 
-# Pairs in memory at a time: on a CPU what its caches hold, on a GPU half a gigabyte of float32.
-PAIRS_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}
+# Pairs in memory at a time, as float32: on a CPU 10 MB, which its caches hold, on a GPU half a gigabyte.
+PAIRS_AT_ONCE = {"cpu": 5 * 2**19, "cuda": 2**27}
 NEVER = 1e5  # a log-distance at which exp is 0 in every type
 
 

@@ -73,12 +73,10 @@ def test_the_layer_reads_out_marginals_and_messages_of_values():
     with torch.no_grad():
         outputs, crf_output = crf(inputs)
         tokens = torch.cat([x.flatten(3).mT for x in inputs], dim=2)  # (1, T, P, D)
-        normed = torch.cat(
-            [crf.norms[k](t) + crf.level[k] for k, t in enumerate(tokens.split([12, 4], dim=2))], dim=2
-        ).flatten(1, 2)
+        normed = torch.cat([crf.norms[k](t) for k, t in enumerate(tokens.split([12, 4], dim=2))], dim=2).flatten(1, 2)
+        unary, embedding, values = crf.project(normed).split([16, 28, 64], dim=-1)
         cells = cell_positions([torch.Size((3, 4)), torch.Size((2, 2))], (16, 32), torch.device("cpu"))
         sigma_a, sigma_s = crf.log_sigma_appearance.exp(), crf.log_sigma_smoothness.exp()
-        embedding = crf.embedding(normed)
         embedding = embedding / embedding.norm(dim=-1, keepdim=True) * crf.log_scale.exp()
         position = [[t, *c] for t in range(4) for c in cells.tolist()]
         points = [
@@ -88,9 +86,9 @@ def test_the_layer_reads_out_marginals_and_messages_of_values():
         smooth = [[x / s for x, s in zip(p, sigma_s.tolist(), strict=True)] for p in position]
         everywhere = [True] * len(points)
         kernels = [crf_oracle.kernel(points, everywhere), crf_oracle.kernel(smooth, everywhere)]
-        q = crf_oracle.meanfield(crf.unary(normed)[0].tolist(), kernels, crf.compatibility().tolist(), 3, 0.0)[-1]
+        q = crf_oracle.meanfield(unary[0].tolist(), kernels, crf.compatibility().tolist(), 3, 0.0)[-1]
         assert crf_output.diagnostics["crf/damping"] == 0
-        gathered = torch.cat([torch.tensor(q), torch.tensor(kernels[0]) @ crf.value(normed)[0]], dim=1)
+        gathered = torch.cat([torch.tensor(q), torch.tensor(kernels[0]) @ values[0]], dim=1)
         want = tokens[0].flatten(0, 1) + gathered @ crf.readout.weight.T
         got = torch.cat([x.flatten(3).mT for x in outputs], dim=2)[0].flatten(0, 1)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -134,7 +132,8 @@ def test_reduced_precision_and_extreme_features_stay_finite():
 def test_damping_is_a_clips_own():
     crf, inputs = moved_layer(), levels()
     crf.coupling_logit.data += 10
-    crf.log_sigma_appearance.data -= 3  # hardly any neighbours: large 1/degree
+    crf.log_scale.data += 3  # embeddings far apart, hardly any neighbours: large 1/degree
+    crf.log_sigma_appearance.data += 3
     for level in inputs:
         level[1] = level[1, :1, :, :1, :1]  # but here all tokens look alike
     together = crf(inputs)

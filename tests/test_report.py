@@ -525,7 +525,7 @@ def test_free_energies(clips):
     config = tiny_config(clips, max_coupling=8.0)
     torch.manual_seed(0)
     crf = train.build_model(config.model, 3).crf.eval()
-    crf.unary.weight.data *= 5
+    crf.project.weight.data[: crf.num_states] *= 5
     levels = [torch.randn(2, 3, 16, 4, 4), torch.randn(2, 3, 16, 2, 2)]
     with torch.inference_mode():
         energies = report.free_energies(crf, levels)

@@ -13,7 +13,8 @@ values, float32 on a CPU and bf16 operands on a GPU. The designs take turns; pri
   limit                 what the arithmetic of `dense` takes at the speeds of matrix product and exp measured here
 
 Memory is what forward keeps for backward and the peak of both passes. `--step` measures the share of a training step:
-the model with the CRF, with the naive one in its place, and without, in turns.
+the model with the CRF, with the naive one in its place, and without, in turns. On a CPU the trainer has the C library
+keep freed memory, and so has `--step`; the designs run with the C library's defaults unless --keep-memory is given.
 """
 
 import argparse
@@ -57,7 +58,11 @@ from benchmarks.loader_speed import BENCH_HINT, machine
 from benchmarks.quiet import Usage, wait_for_quiet
 from dfer.commandline import Parser, in_range
 from dfer.crf import MeanFieldCRF
+from dfer.distributed import keep_freed_memory
 from dfer.model import DFERNet
+
+# Pixels, frames and clips of the training steps.
+STEPS = {"cpu": [(48, 8, 16), (112, 16, 8)], "cuda": [(112, 16, 64), (112, 16, 256)]}
 
 # ---- Measurements.
 
@@ -231,10 +236,9 @@ class NoCRF(nn.Module):
 def measure_steps(args: argparse.Namespace) -> dict:
     """Training steps with our CRF, with the naive one, and with none: {"48 px, T=8, B=16": {"ms": ...}}."""
     gpu = args.device == "cuda"
-    sizes = [(112, 16, 64), (112, 16, 256)] if gpu else [(48, 8, 16), (112, 16, 8)]
     native = gpu or torch.cpu._is_avx512_bf16_supported()
     report = {}
-    for size, num_frames, batch in sizes:
+    for size, num_frames, batch in STEPS[args.device]:
         clips = torch.randn(batch, num_frames, 3, size, size, device=args.device)
         labels = torch.arange(batch, device=args.device) % 7
         steps = {}
@@ -370,6 +374,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=whole(1, 1000), default=5)
     parser.add_argument("--limit", type=number(0.01, 3600), default=8.0, help="seconds that one pass may take (8)")
     parser.add_argument("--patience", type=number(0, 86400), default=30.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--keep-memory", action="store_true", help="keep freed memory, as the trainer does on a CPU")
     parser.add_argument("--step", action="store_true", help="share of a training step, too")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg|png")
@@ -390,9 +395,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     report = {"command": " ".join(["python", "benchmarks/crf_speed.py", *words]), "machine": machine()}
+    if args.keep_memory:
+        keep_freed_memory()
     report |= measure(args)
     report["ratios"] = ratios_of(report["cells"])
     if args.step:
+        if args.device == "cpu":
+            keep_freed_memory()  # as in training
         report["steps"] = measure_steps(args)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     print_report(report, args.designs, console)

@@ -54,6 +54,32 @@ def test_the_whole_command(tmp_path, capsys):
     assert "104, 2" in capsys.readouterr().out
 
 
+def test_the_share_of_a_step(monkeypatch, tmp_path, capsys):
+    """Each kind of step is warmed up for real; then its time is given."""
+    monkeypatch.setitem(crf_speed.STEPS, "cpu", [(32, 2, 2)])
+    naive_calls = []
+
+    def steps_of(model, optimizer, clips, labels, amp, naive):
+        step = crf_speed_step_of(model, optimizer, clips, labels, amp, naive)
+        step.cost = (200 if isinstance(model.crf, crf_speed.NoCRF) else 250) + 150 * naive
+        return step
+
+    def naive_meanfield(*args, **options):
+        naive_calls.append(1)
+        return crf_peers.naive_meanfield(*args, **options)
+
+    crf_speed_step_of = crf_speed.step_of
+    monkeypatch.setattr(crf_speed, "step_of", steps_of)
+    monkeypatch.setattr(crf_speed, "naive_meanfield", naive_meanfield)
+    monkeypatch.setattr(crf_speed, "timed", lambda run, device: getattr(run, "cost", 1))
+    words = ["--tokens", "104", "--batches", "1", "--designs", "dense", "--rounds", "1", "--patience", "0"]
+    assert crf_speed.main([*words, "--step", "--device", "cpu", "--json", f"{tmp_path}/r.json"]) == 0
+    (report,) = json.loads((tmp_path / "r.json").read_text())["steps"].values()
+    assert report["share"] == {"ours": 1 - 200 / 250, "naive dense": 0.5}
+    assert len(naive_calls) == 1  # the warm-up of that step, and of no other
+    assert "ours 20.0 %, naive dense 50.0 %" in capsys.readouterr().out
+
+
 def test_what_would_take_too_long_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(crf_speed, "timed", lambda run, device: 1.0)
     words = ["--tokens", "104", "256", "--batches", "1", "--designs", "dense", "--rounds", "1", "--patience", "0"]

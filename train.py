@@ -258,9 +258,9 @@ class Trainee:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        put_weights(self.model, state["model"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            put_weights(self.ema, state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps.skipped.copy_(state["skipped"])
@@ -563,11 +563,30 @@ def trained_model(state: dict[str, Any], config: Config) -> nn.Module:
     settings = dataclasses.replace(config.model, weights=None)
     model = build_model(settings, config.data.num_segments * config.data.frames_per_segment)
     if state["ema"] is None:
-        model.load_state_dict(state["model"])
+        put_weights(model, state["model"])
         return model.eval()
     averaged = build_ema(model, config.optim.ema)
-    averaged.load_state_dict(state["ema"])
+    put_weights(averaged, state["ema"])
     return averaged.module.eval()
+
+
+def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a checkpoint's weights.
+
+    Raises:
+        ValueError: in one line, if they are those of another version of the model.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        ours = model.state_dict()
+        missing, unknown = sorted(ours.keys() - weights.keys()), sorted(weights.keys() - ours.keys())
+        shapes = sorted(k for k in ours.keys() & weights.keys() if ours[k].shape != weights[k].shape)
+        parts = (("lacks", missing), ("has besides", unknown), ("has in another shape", shapes))
+        told = "; ".join(f"{what} {', '.join(names[:2])}{' ...' * (len(names) > 2)}" for what, names in parts if names)
+        raise ValueError(
+            f"the checkpoint is of another version of the model ({told}): use the version that wrote it, or train anew"
+        ) from None
 
 
 def amp_dtype(config: Config, world: World) -> torch.dtype | None:

@@ -15,6 +15,7 @@ sums over pairs are exact: no lattice, no window. docs/crf.md has the bounds and
 For comparison: `GaussianCRF`, continuous and linear, and `BranchMessages`, the messages of the original method.
 """
 
+import contextlib
 import math
 from typing import Literal, NamedTuple
 
@@ -78,10 +79,10 @@ class TokenGraph(nn.Module):
         """(embedding of fixed norm, position / sigma): tokens are close where both are."""
         embedded = F.normalize(_precise(embedded), dim=-1) * self.log_scale.clamp(math.log(0.25), math.log(8)).exp()
         sigma = self.log_sigma_appearance.exp()
-        over_time = (time / sigma[0])[:, None].expand(-1, len(cells), -1)
-        over_cells = (cells / sigma[1:])[None].expand(len(time), -1, -1)
+        over_time = (time / sigma[0])[:, None].expand(-1, cells.shape[0], -1)
+        over_cells = (cells / sigma[1:])[None].expand(time.shape[0], -1, -1)
         position = torch.cat([over_time, over_cells], dim=-1).flatten(0, 1)  # (N, 4)
-        return torch.cat([embedded, position.expand(len(embedded), -1, -1)], dim=-1)
+        return torch.cat([embedded, position.expand(embedded.shape[0], -1, -1)], dim=-1)
 
     def positions(self, levels: list[Tensor]) -> tuple[Float[Tensor, "T 1"], Float[Tensor, "P 3"]]:
         time = torch.arange(levels[0].shape[1], device=levels[0].device, dtype=self.project.weight.dtype)[:, None]
@@ -153,13 +154,13 @@ class MeanFieldCRF(TokenGraph):
         unary = _precise(unary)
         field, diagnostics = None, {}
         if self.iterations or self.reads_values:
-            with torch.autocast(unary.device.type, enabled=False):  # degrees, softmax and energy want float32
+            with _without_autocast(unary.device.type):  # degrees, softmax and energy want float32
                 time, cells = self.positions(levels)
                 features = Features(self.points(embedded, time, cells))
                 compatibility = unary.new_zeros(1, self.num_states, self.num_states)
                 if self.iterations:
                     sigma = self.log_sigma_smoothness.exp()
-                    over_time = (time / sigma[0]).expand(len(valid), -1, -1)
+                    over_time = (time / sigma[0]).expand(valid.shape[0], -1, -1)
                     factors = normalised_kernel(over_time, valid), normalised_kernel(cells / sigma[1:])
                     features = Features(features.points, *factors)
                     compatibility = self.compatibility()
@@ -221,7 +222,7 @@ class GaussianCRF(TokenGraph):
     ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
         _, valid_tokens = _valid_tokens(levels, valid)
         _, embedded, values = self.read(levels)
-        with torch.autocast(values.device.type, enabled=False):
+        with _without_autocast(values.device.type):
             points = self.points(embedded, *self.positions(levels))
             beta = self.log_beta.clamp(math.log(0.01), math.log(4)).exp()
             x = gaussian_field(points, values, beta, valid_tokens, backend=self.backend, operands=embedded.dtype)
@@ -253,7 +254,7 @@ class BranchMessages(nn.Module):
         updates = []
         for level, to_static, to_dynamic in zip(levels, self.to_static, self.to_dynamic, strict=True):
             static = level.flatten(3).mT  # (B, T, h*w, D)
-            dynamic = torch.cat([static[:, 1:] - static[:, :-1], static[:, :1] - static[:, -1:]], dim=1)
+            dynamic = static.roll(-1, dims=1) - static
             told = F.relu(static + F.relu(to_static(dynamic))), F.relu(dynamic + F.relu(to_dynamic(static)))
             updates.append(self.readout(torch.cat(told, dim=-1)))
         return _added(levels, torch.cat(updates, dim=2).flatten(1, 2)), CRFOutput(None, None, {})
@@ -262,6 +263,12 @@ class BranchMessages(nn.Module):
 def _precise(x: Tensor) -> Tensor:
     """At least float32, whatever autocast has made of it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Where it is off anyway there is no switch: an exported program cannot be saved with one in it."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def _valid_tokens(levels: list[Tensor], valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -173,7 +173,7 @@ def _infer(
         swept = pairs.sweep(values)
     with torch.no_grad():
         residual = (q - before).abs().amax((1, 2))
-    energies = torch.stack(energies, dim=1) if energies else unary.new_zeros(len(unary), 0)
+    energies = torch.stack(energies, dim=1) if energies else unary.new_zeros(unary.shape[0], 0)
     swept = unary.new_zeros(*unary.shape[:2], 0) if swept is None else swept
     return q, swept, pairs.scale, damping, residual, energies
 

@@ -112,7 +112,7 @@ class Smoothness:
     def over_cells(self, q: Tensor) -> Tensor:
         num_cells = len(self.cells)
         every_frame = q.reshape(-1, num_cells, q.shape[-1])
-        return torch.bmm(self.cells.expand(len(every_frame), -1, -1), every_frame).view_as(q)
+        return torch.bmm(self.cells.expand(every_frame.shape[0], -1, -1), every_frame).view_as(q)
 
     def gradient(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of sum <left_i, (S^0 right)_i> with respect to frames and cells; left and right are (B, N, R)."""

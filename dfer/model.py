@@ -10,6 +10,7 @@ import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -130,18 +131,29 @@ class TemporalBlock(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        x = x + self.position
+        x = x + self.positions(x.shape[1])
         x = x + self.conv(self.conv_norm(x).transpose(1, 2)).transpose(1, 2)
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(x)
 
+    def positions(self, num_frames: int) -> Float[Tensor, "T D"]:
+        """Of a clip with another number of frames than in training: the same course of time, interpolated."""
+        trained = len(self.position)
+        if not torch.compiler.is_exporting() and num_frames == trained:  # an exported program asks nothing of T
+            return self.position
+        at = torch.arange(num_frames, device=self.position.device) * ((trained - 1) / max(num_frames - 1, 1))
+        distance = (at[:, None] - torch.arange(trained, device=self.position.device)).abs()
+        return ((1 - distance).clamp(min=0)[..., None] * self.position).sum(1)  # (T, trained, D), small
 
-class DFERNet(nn.Module):
+
+class DFERNet(nn.Module, PyTorchModelHubMixin):
     """The full model. Everything after the backbone works clip by clip: frames of two clips never mix.
 
+    `DFERNet.from_pretrained` reads the folders that scripts/export.py writes.
+
     Args:
-        num_frames: T, frames of a clip.
+        num_frames: T, frames of a clip in training; at other T the positions in time are interpolated.
         dim: D, width of the pyramid.
         crf: the mean-field CRF, or for comparison the messages of the original method or the continuous Gaussian CRF,
             neither of which has marginals or heeds the other options.
@@ -208,7 +220,7 @@ class DFERNet(nn.Module):
         return self.crf.emotion_maps(self._levels(clips))
 
 
-class MeanPoolNet(nn.Module):
+class MeanPoolNet(nn.Module, PyTorchModelHubMixin):
     """The baseline: the same backbone, mean-pooled over space and time. It cannot see the order of frames."""
 
     def __init__(

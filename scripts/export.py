@@ -1,0 +1,255 @@
+"""A trained model as others can use it: `python scripts/export.py logs/NAME --out DIR`.
+
+DIR is new and holds model.safetensors, config.json and a model card (`DFERNet.from_pretrained(DIR)`, or push it to a
+model hub), model.pt2 (torch.export) and model.onnx. The programs take float32 clips (batch, frames, 3, size, size),
+normalised as config.json says, and return logits; batch and frames are free. Each is run beside the model on 20 random
+shapes first, and written only if it agrees.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import shutil
+import string
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dfer.annotations import EMOTIONS
+from dfer.checkpoint import load_checkpoint
+from dfer.commandline import Parser, shown
+from dfer.config import Config, config_from_json
+from dfer.records import Predictions, read_run, wilson
+from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD
+from train import one_line_errors, trained_model
+
+FORMATS = ("hub", "pt2", "onnx")
+TOLERANCE = 1e-4  # of logits, absolute
+NUM_SHAPES = 20
+CARD = Path(__file__).resolve().parents[1] / "dfer" / "model_card.md"
+
+# What the data sets' owners ask for: neither may be handed on, nor used for anything but research.
+DATA = {
+    "dfew": (
+        "dfew-research-only",
+        "DFEW (Jiang et al., 2020), 11,697 single-labelled clips of films in five folds, fold as in the run's lists. "
+        "It is handed out on request, for non-commercial research only, and may not be redistributed; the weights are "
+        "derived from it.",
+        "DFEW's own aligned faces (`clip_224x224`), the whole picture resized.",
+    ),
+    "ferv39k": (
+        "ferv39k-research-only",
+        "FERV39k (Wang et al., 2022), 38,935 clips of 22 scenes. It is handed out on request, for non-commercial "
+        "research only, and may not be redistributed; the weights are derived from it.",
+        "FERV39k's own face crops (`2_ClipsforFaceCrop`), the whole picture resized.",
+    ),
+    "faces": (
+        "mit",
+        "The trainer's embedded data set of drawn faces: 1,400 clips to train on, no real face among them. The model "
+        "shows that everything works and is of no use on real faces.",
+        "Drawn, one face filling the frame.",
+    ),
+}
+
+
+class Logits(nn.Module):
+    """clips (B, T, 3, H, W) -> logits (B, K), and nothing else: what a program returns."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.model(clips).logits
+
+
+def exported(model: nn.Module, num_frames: int, size: int) -> torch.export.ExportedProgram:
+    """A program of plain torch operators for any number of clips and of frames from 2."""
+    example = torch.zeros(2, max(num_frames, 3), 3, size, size)  # 1 would be taken for a constant
+    free = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("frames", min=2, max=1024)}
+    with torch.no_grad():
+        return torch.export.export(Logits(model).eval(), (example,), dynamic_shapes={"clips": free})
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, config: dict[str, Any]) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it finds torchvision's operators badly annotated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself
+        result = torch.onnx.export(program, input_names=["clips"], output_names=["logits"], verbose=False)
+    result.model.metadata_props.update({name: json.dumps(value) for name, value in config.items()})
+    result.save(path, external_data=False)
+
+
+def runner(path: Path) -> Callable[[Tensor], Tensor]:
+    """The program in a file, as whoever gets the file would run it."""
+    if path.suffix == ".pt2":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about itself
+            return torch.export.load(path).module()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda clips: torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])
+
+
+@torch.no_grad()
+def largest_difference(program: Callable[[Tensor], Tensor], model: nn.Module, num_frames: int, size: int) -> float:
+    """Of logits, over NUM_SHAPES random shapes of random clips."""
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for _ in range(NUM_SHAPES):
+        shape = int(rng.integers(1, 5)), int(rng.integers(2, num_frames + 9)), 3, size, size
+        clips = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        worst = max(worst, (program(clips) - model(clips).logits).abs().max().item())
+    return worst
+
+
+def hub_config(config: Config, model: nn.Module) -> dict[str, Any]:
+    """What `from_pretrained` builds the model from, and what its user has to know about its input."""
+    data, settings = config.data, config.model
+    shared = {"num_classes": len(EMOTIONS), "backbone": settings.backbone, "dropout": settings.dropout}
+    if settings.name == "dfernet":
+        names = ("dim", "crf", "readout", "iterations", "max_coupling")
+        shared |= {name: getattr(settings, name) for name in names}
+    num_frames = data.num_segments * data.frames_per_segment
+    about = {"classes": list(EMOTIONS), "size": data.size, "segments": data.num_segments}
+    about |= {"mean": IMAGENET_MEAN.tolist(), "std": IMAGENET_STD.tolist(), "network": type(model).__name__}
+    return {"num_frames": num_frames} | shared | about
+
+
+def results_table(predictions: Predictions) -> str:
+    """WAR, UAR and recall per class with 95 % intervals, as Markdown."""
+    confusion = predictions.confusion()
+    lines = [
+        f"{len(predictions.labels):,} clips of the run's validation list, last epoch: **WAR {confusion.war():.2f} %, "
+        f"UAR {confusion.uar():.2f} %**.",
+        "",
+        "| class | clips | recall | 95 % interval |",
+        "|---|---|---|---|",
+    ]
+    for k, emotion in enumerate(EMOTIONS):
+        total = int((predictions.labels == k).sum())
+        right = int(((predictions.labels == k) & (predictions.predicted == k)).sum())
+        if total:
+            low, high = wilson(right, total)
+            lines.append(f"| {emotion} | {total} | {100 * right / total:.1f} % | {low:.1f} to {high:.1f} % |")
+        else:
+            lines.append(f"| {emotion} | 0 | - | - |")
+    return "\n".join(lines)
+
+
+def model_card(config: Config, hub: dict[str, Any], run: str, predictions: Predictions | None) -> str:
+    name = next((name for name in DATA if name in config.data.train_list.parts), None)
+    unknown = (
+        "unknown",
+        f"The lists `{config.data.train_list.name}` and `{config.data.val_list.name}` of the run. **To be filled in by "
+        "whoever publishes it: what the clips are, their licence, whether the people in them agreed.**",
+        "**To be filled in: how faces were found and cropped** (scripts/prepare_videos.py says what it did).",
+    )
+    licence, data, crop = DATA[name] if name else unknown
+    return string.Template(CARD.read_text(encoding="utf-8")).substitute(
+        title=f"{hub['network']}, {hub['backbone']}, trained on {name or 'other clips'}",
+        licence=licence if licence == "mit" else f"other\nlicense_name: {licence}",
+        classes=", ".join(EMOTIONS),
+        run=run,
+        network=hub["network"],
+        num_frames=hub["num_frames"],
+        size=hub["size"],
+        mean=[round(x, 3) for x in hub["mean"]],
+        std=[round(x, 3) for x in hub["std"]],
+        results="Not evaluated." if predictions is None else results_table(predictions),
+        data=data,
+        crop=crop,
+    )
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all.
+
+    Raises:
+        ValueError: in one line, if there is something of that name or it cannot be made.
+    """
+    if path.exists():
+        raise ValueError(f"--out {shown(path)}: exists already: give a new folder")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.absolute().parent))
+    except OSError as error:
+        raise ValueError(f"--out {shown(path)}: cannot be made ({error.strerror})") from None
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(path)
+    except OSError as error:
+        raise ValueError(f"--out {shown(path)}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    state = load_checkpoint(args.checkpoint)
+    config = config_from_json(state["config"], source=args.checkpoint)
+    model = trained_model(state, config)
+    hub = hub_config(config, model)
+    shape = hub["num_frames"], hub["size"]
+    with new_folder(args.out) as folder:
+        if "hub" in args.formats:
+            whole_run = args.checkpoint.is_dir()
+            predictions = read_run(args.checkpoint).predictions if whole_run else None
+            run = args.checkpoint if whole_run else args.checkpoint.parent
+            card = model_card(config, hub, shown(run.resolve().name), predictions)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            model.save_pretrained(folder, config=hub)
+            (folder / "model.safetensors").chmod(0o644)
+            with contextlib.redirect_stdout(io.StringIO()):  # the hub's client tells where it reads from
+                again = type(model).from_pretrained(folder).state_dict()
+            assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+            print(f"{args.out}/model.safetensors: equal to the bit when read again")
+        if {"pt2", "onnx"} & set(args.formats):
+            if config.model.name == "dfernet" and config.model.crf == "gaussian":
+                raise ValueError(
+                    f"{args.checkpoint}: the Gaussian CRF, there for comparison, is no program of plain operators: "
+                    "--formats hub is what it can be exported to"
+                )
+            plain = trained_model(state, config)
+            if hasattr(plain, "crf") and hasattr(plain.crf, "backend"):
+                plain.crf.backend = "sdpa"  # plain operators; the others are one of our own
+            program = exported(plain, *shape)
+            for kind in (kind for kind in ("pt2", "onnx") if kind in args.formats):
+                path = folder / f"model.{kind}"
+                if kind == "pt2":
+                    torch.export.save(program, path, extra_files={"config.json": json.dumps(hub)})
+                else:
+                    write_onnx(program, path, hub)
+                difference = largest_difference(runner(path), model, *shape)
+                if not difference <= TOLERANCE:
+                    raise ValueError(
+                        f"{args.checkpoint}: {path.name} differs from the model by {difference:.2g} in a logit: "
+                        f"nothing was written; leave it out with --formats {' '.join(k for k in FORMATS if k != kind)}"
+                    )
+                megabytes = path.stat().st_size / 1e6
+                print(f"{args.out}/{path.name}: {megabytes:.0f} MB, within {difference:.1e} on {NUM_SHAPES} shapes")
+
+
+def parser() -> Parser:
+    words = Parser("export", __doc__)
+    words.add_argument("checkpoint", type=Path, help="a run's folder, its best_WAR.safetensors, or one checkpoint")
+    words.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    words.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    return words
+
+
+if __name__ == "__main__":
+    arguments = parser().parse_args()
+    sys.exit(one_line_errors("export.py", lambda: main(arguments)))

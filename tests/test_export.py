@@ -1,0 +1,176 @@
+"""What leaves the repository computes what the model computes, and says what it is."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import train
+from dfer.annotations import EMOTIONS
+from dfer.checkpoint import save_checkpoint
+from dfer.config import Config, DataConfig, ModelConfig
+from dfer.model import DFERNet, MeanPoolNet, TemporalBlock
+from dfer.records import Predictions
+from scripts import export
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_shape_checks")
+SIZE, NUM_FRAMES = 32, 4
+
+
+def a_run(folder: Path, **model) -> nn.Module:
+    """A run's folder with one checkpoint; its model, away from where it starts."""
+    data = DataConfig(train_list=Path("data/faces/train.txt"), size=SIZE, num_segments=NUM_FRAMES)
+    config = Config(data=data, model=ModelConfig(backbone="test_resnet", **{"dim": 16, **model}))
+    torch.manual_seed(0)
+    net = train.build_model(config.model, NUM_FRAMES).eval()
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean += 0.1
+    state = {"step": 20, "model": net.state_dict(), "ema": None, "config": config.to_json()}
+    save_checkpoint(folder / "checkpoints", state | {"emotions": list(EMOTIONS)})
+    (folder / "config.json").write_text(config.to_json())
+    (folder / "metrics.jsonl").write_text("")
+    return net
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Symbols that stand for any number, as in an export, are no numbers to the checkers of signatures."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def run_export(*words: str) -> int:
+    args = export.parser().parse_args(words)
+    return train.one_line_errors("export.py", lambda: export.main(args))
+
+
+def random_clips(batch: int, num_frames: int) -> Tensor:
+    return torch.randn(batch, num_frames, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch + num_frames))
+
+
+def test_the_folder_is_the_model(tmp_path, capsys):
+    net = a_run(tmp_path / "run")
+    out = tmp_path / "made" / "out"
+    assert run_export(str(tmp_path / "run"), "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    names = {"README.md", "config.json", "model.safetensors", "model.pt2", "model.onnx"}
+    assert {p.name for p in out.iterdir()} == names and not list(out.parent.glob("*partial*"))
+    assert all(p.stat().st_mode & 0o777 == 0o644 for p in out.iterdir())
+
+    again = DFERNet.from_pretrained(out).eval()
+    program = torch.export.load(out / "model.pt2").module()
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    assert (given.name, given.type, given.shape[2:]) == ("clips", "tensor(float)", [3, SIZE, SIZE])
+    with torch.no_grad():
+        for shape in ((1, 4), (3, 4), (2, 9), (5, 2), (1, 3)):
+            clips = random_clips(*shape)
+            want = net(clips).logits
+            assert torch.equal(again(clips).logits, want)
+            assert (program(clips) - want).abs().max() < 1e-4
+            assert np.abs(session.run(["logits"], {"clips": clips.numpy()})[0] - want.numpy()).max() < 1e-4
+        moved = net(random_clips(2, 4)).logits
+        assert (moved[0] - moved[1]).abs().max() > 1e-2  # it is a model that tells clips apart
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["classes"] == list(EMOTIONS) and config["size"] == SIZE and config["num_frames"] == NUM_FRAMES
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert {name: json.loads(value) for name, value in metadata.items()} == config
+    assert "equal to the bit" in printed and printed.count("on 20 shapes") == 2 and "Loading" not in printed
+
+
+@pytest.mark.parametrize("model", [{"crf": "messages"}, {"name": "mean-pool"}, {"readout": "none", "iterations": 0}])
+def test_other_models_too(tmp_path, capsys, model):
+    net = a_run(tmp_path / "run", **model)
+    assert run_export(str(tmp_path / "run"), "--out", str(tmp_path / "out")) == 0
+    again = type(net).from_pretrained(tmp_path / "out").eval()
+    assert isinstance(again, MeanPoolNet if model.get("name") else DFERNet)
+    with torch.no_grad():
+        assert torch.equal(again(random_clips(2, 4)).logits, net(random_clips(2, 4)).logits)
+    assert capsys.readouterr().out.count("on 20 shapes") == 2
+
+
+def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
+    a_run(tmp_path / "run", crf="gaussian")
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    assert run_export(run, "--out", str(out)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--formats hub" in error and not list(tmp_path.glob("out*"))
+    assert run_export(run, "--out", str(out), "--formats", "hub") == 0
+
+    (out / "mine.txt").write_text("mine")
+    assert run_export(run, "--out", str(out), "--formats", "hub") == 2
+    assert "exists already" in capsys.readouterr().err and (out / "mine.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    assert run_export(run, "--out", str(tmp_path / "file" / "out"), "--formats", "hub") == 2
+    assert "cannot be made" in capsys.readouterr().err
+    assert run_export(str(tmp_path / "gone"), "--out", str(tmp_path / "new")) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_program_that_differs_is_not_written(tmp_path, capsys, monkeypatch):
+    a_run(tmp_path / "run")
+    runner = export.runner
+    monkeypatch.setattr(export, "runner", lambda path: lambda clips: runner(path)(clips) + 2e-4)
+    assert run_export(str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--formats", "pt2") == 2
+    assert "model.pt2 differs from the model by 0.0002" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_card_says_what_is_known_and_what_is_not():
+    labels = np.array([0] * 40 + [1] * 10)
+    predicted = np.array([0] * 30 + [1] * 20)
+    predictions = Predictions([""] * 50, labels, predicted, np.full((50, 7), 1 / 7))
+    config = Config(model=ModelConfig(backbone="test_resnet", dim=16))
+    hub = export.hub_config(config, train.build_model(config.model, 4))
+
+    def card(train_list: str, predictions: Predictions | None = predictions) -> str:
+        data = dataclasses.replace(config.data, train_list=Path(train_list))
+        text = export.model_card(dataclasses.replace(config, data=data), hub, "fold1", predictions)
+        assert "$" not in text and text.startswith("---\n")
+        return text
+
+    dfew = card("lists/dfew/set_1_train.txt")
+    assert "license: other\nlicense_name: dfew-research-only" in dfew and "may not be redistributed" in dfew
+    assert "WAR 80.00 %, UAR 87.50 %" in dfew
+    assert "| Happy | 40 | 75.0 % | 59.8 to 85.8 % |" in dfew and "| Fear | 0 | - | - |" in dfew
+    assert "license: mit\n" in card("data/faces/train.txt") and "of no use on real faces" in card(
+        "data/faces/train.txt"
+    )
+    mine = card("mine/train.txt", None)
+    assert "To be filled in by whoever publishes it" in mine and "license_name: unknown" in mine
+    assert "Not evaluated" in mine and "mine" not in mine.split("## Training data")[0].replace("determine", "")
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5, 8, 16, 31])
+def test_positions_of_other_numbers_of_frames_lie_on_the_same_course(num_frames):
+    block = TemporalBlock(4, 8)
+    trained = block.position.detach().numpy()
+    at = np.linspace(0, 7, num_frames)
+    want = np.stack([np.interp(at, np.arange(8), trained[:, k]) for k in range(4)], axis=1)
+    got = block.positions(num_frames)
+    assert np.allclose(got.detach().numpy(), want, atol=1e-6)
+    if num_frames == 8:
+        assert got is block.position
+
+
+def test_weights_of_another_version_are_named(tmp_path):
+    net = a_run(tmp_path / "run")
+    weights = net.state_dict()
+    weights["crf.old.weight"] = weights.pop("crf.project.weight")
+    weights["head.0.weight"] = weights["head.0.weight"][:-1]
+    with pytest.raises(ValueError, match="another version of the model") as error:
+        train.put_weights(net, weights)
+    text = str(error.value)
+    assert "lacks crf.project.weight" in text and "crf.old.weight" in text and "another shape head.0.weight" in text
+    assert "\n" not in text

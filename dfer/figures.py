@@ -231,7 +231,7 @@ def _heat(
     axes.spines[:].set_visible(False)
 
 
-def confusion_figure(counts: Int64[np.ndarray, "K K"], normalised: bool) -> Figure:
+def confusion_figure(counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K"], normalised: bool) -> Figure:
     """Rows are labels, columns predictions; `normalised`: in percent of the row, which is empty without clips."""
     values = counts.astype(np.float64)
     if normalised:
@@ -244,10 +244,10 @@ def confusion_figure(counts: Int64[np.ndarray, "K K"], normalised: bool) -> Figu
     return figure
 
 
-def recall_figure(counts: Int64[np.ndarray, "K K"]) -> Figure:
-    """Recall of each class in percent, with its confidence interval."""
+def recall_figure(counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K"]) -> Figure:
+    """Recall of each class in percent, with its confidence interval. Counts may be means of runs on the same clips."""
     figure, axes = _panel("recall, %", height=3.0, left=0.24)
-    totals = counts.sum(1).tolist()
+    totals = [round(total) for total in counts.sum(1).tolist()]
     for row, (right, total) in enumerate(zip(counts.diagonal().tolist(), totals, strict=True)):
         if total:
             axes.plot(wilson(right, total), [row, row], color=ACCENT, alpha=0.45, linewidth=5, solid_capstyle="butt")
@@ -268,6 +268,22 @@ def recalls_figure(run: Run) -> Figure | str:
     figure, axes = _panel("evaluation", left=0.18)
     _heat(axes, recalls, 100, EMOTIONS)
     axes.set_xticks([0.5, recalls.shape[1] - 0.5][: len(steps)], ["1", str(len(steps))][: len(steps)])
+    return figure
+
+
+def folds_figure(runs: Sequence[Run], key: str) -> Figure | str:
+    """A value at each evaluation, thin for each run, thick for their mean; or why there is no figure."""
+    curves = [run.series(key)[1] for run in runs]
+    if len({len(curve) for curve in curves}) > 1 or not len(curves[0]):
+        return f"the runs do not all hold {key} of the same number of evaluations"
+    figure, axes = _panel("evaluation", left=0.14)
+    mean = np.mean(curves, axis=0)
+    for curve, colour, width in (*((c, MUTED, 0.8) for c in curves), (mean, ACCENT, 2)):
+        values = thin(curve)
+        at = np.linspace(1, len(curve), len(values)) if len(values) > 1 else [1]
+        axes.plot(at, values, color=colour, linewidth=width, marker="o" if len(curve) <= 40 else None, markersize=2.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_ylim(0, max(1.08 * float(np.nanmax(curves)), 1))
     return figure
 
 

@@ -1,7 +1,7 @@
 """WAR and UAR from one confusion matrix; throughput with the wait for data as its own number."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -17,6 +17,14 @@ class ConfusionMatrix:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         self.counts: Int64[Tensor, "K K"] = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    @classmethod
+    def pooled(cls, matrices: Sequence["ConfusionMatrix"]) -> "ConfusionMatrix":
+        """The matrix of all their clips together."""
+        total = cls(len(matrices[0].counts))
+        for matrix in matrices:
+            total.counts += matrix.counts
+        return total
 
     def update(self, predictions: Int64[Tensor, " B"], labels: Int64[Tensor, " B"], valid: Bool[Tensor, " B"]) -> None:
         """Count the valid clips. Does not wait for the GPU."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,14 @@ class Predictions(NamedTuple):
     probabilities: Float64[np.ndarray, "N K"]
 
     def confusion(self) -> ConfusionMatrix:
-        matrix = ConfusionMatrix(len(EMOTIONS))
-        predicted, labels = torch.from_numpy(self.predicted), torch.from_numpy(self.labels)
-        matrix.update(predicted, labels, torch.ones(len(labels), dtype=torch.bool))
-        return matrix
+        return _confusion(self.labels, self.predicted)
+
+
+def _confusion(labels: Int64[np.ndarray, " N"], predicted: Int64[np.ndarray, " N"]) -> ConfusionMatrix:
+    matrix = ConfusionMatrix(len(EMOTIONS))
+    valid = torch.ones(len(labels), dtype=torch.bool)
+    matrix.update(torch.from_numpy(np.ascontiguousarray(predicted)), torch.from_numpy(labels), valid)
+    return matrix
 
 
 class Run(NamedTuple):
@@ -113,8 +118,11 @@ def read_predictions(path: Path) -> Predictions:
     return Predictions(clips, table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:])
 
 
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, in percent, after Wilson: also for few clips, none or all of them right."""
+def wilson(right: int | float, total: int) -> tuple[float, float]:
+    """95 % confidence interval of a share, in percent, after Wilson: also for few clips, none or all of them right.
+
+    `right` may be a mean over runs on the same clips.
+    """
     if total == 0:
         return math.nan, math.nan
     z2 = 1.959964**2
@@ -125,17 +133,24 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def bootstrap(
-    labels: Int64[np.ndarray, " N"], right: Bool[np.ndarray, "N R"], resamples: int = 4000
+    labels: Int64[np.ndarray, " N"],
+    right: Bool[np.ndarray, "N R"],
+    resamples: int = 4000,
+    within_classes: bool = False,
 ) -> tuple[Float64[np.ndarray, "S R"], Float64[np.ndarray, "S R"]]:
     """WAR and UAR in percent of R runs over `resamples` draws of N clips with replacement, the same for all runs.
 
     Both depend only on how many clips of each kind (label, which runs are right) were drawn, and those counts are
-    multinomial: no clip needs to be drawn by itself. UAR is the mean over the classes that were drawn.
+    multinomial: no clip needs to be drawn by itself. UAR is the mean over the classes that were drawn. With
+    `within_classes` as many clips of each class are drawn as there are: what chance made of the classes' sizes, of
+    which UAR does not speak, is left out.
     """
     table = np.column_stack([labels, right]).astype(np.int64)
     kinds, counts = np.unique(table, axis=0, return_counts=True)
     rng = np.random.Generator(np.random.Philox(0))
-    drawn = rng.multinomial(len(labels), counts / len(labels), size=resamples)  # (S, kinds)
+    groups = [counts[kinds[:, 0] == label] for label in np.unique(labels)] if within_classes else [counts]
+    parts = [rng.multinomial(group.sum(), group / group.sum(), size=resamples) for group in groups]
+    drawn = np.concatenate(parts, axis=1)  # (S, kinds), which are sorted by label
     recalls = []
     for label in np.unique(labels):
         mine = kinds[:, 0] == label
@@ -148,6 +163,56 @@ def interval(samples: Float64[np.ndarray, " S"]) -> tuple[float, float]:
     """The middle 95 %."""
     low, high = np.percentile(samples, (2.5, 97.5))
     return float(low), float(high)
+
+
+class Pool(NamedTuple):
+    """What was predicted on the test clips of all folds: each clip is in one fold, and predicted once per seed."""
+
+    folds: Int64[np.ndarray, " N"]  # 0 .. F - 1
+    labels: Int64[np.ndarray, " N"]
+    predicted: Int64[np.ndarray, "N R"]  # a column per seed
+
+    def confusions(self) -> list[list[ConfusionMatrix]]:
+        """Of each seed and, within it, of each fold."""
+        found = []
+        for predicted in self.predicted.T:
+            found.append([])
+            for fold in range(int(self.folds.max()) + 1):
+                mine = self.folds == fold
+                found[-1].append(_confusion(self.labels[mine], predicted[mine]))
+        return found
+
+    def intervals(self, resamples: int = 4000) -> dict[str, tuple[float, float]]:
+        """95 % bootstrap intervals in percent of WAR (clips resampled) and UAR (within each class), pooled over folds.
+
+        Of several seeds: of their mean. A clip that is drawn brings its predictions of all seeds, as three seeds do not
+        make three clips of it.
+        """
+        right = self.predicted == self.labels[:, None]
+        wars, _ = bootstrap(self.labels, right, resamples)
+        _, uars = bootstrap(self.labels, right, resamples, within_classes=True)
+        return {"WAR": interval(wars.mean(1)), "UAR": interval(uars.mean(1))}
+
+
+def pool(runs: Sequence[Sequence[Predictions]]) -> Pool:
+    """Put together what the runs of each seed predicted on each fold.
+
+    Raises:
+        ValueError: in one line, if two seeds were not evaluated on the same clips and labels.
+    """
+    columns = []
+    for seed in runs:
+        columns.append([])
+        for number, (first, fold) in enumerate(zip(runs[0], seed, strict=True), start=1):
+            order = same_clips(first, fold)
+            if order is None:
+                raise ValueError(f"fold {number} of two seeds was evaluated on other clips or labels")
+            columns[-1].append(fold.predicted[order])
+    return Pool(
+        np.repeat(np.arange(len(runs[0])), [len(fold.labels) for fold in runs[0]]),
+        np.concatenate([fold.labels for fold in runs[0]]),
+        np.stack([np.concatenate(column) for column in columns], axis=1),
+    )
 
 
 def same_clips(one: Predictions, other: Predictions) -> Int64[np.ndarray, " N"] | None:

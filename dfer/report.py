@@ -169,11 +169,11 @@ def training_cards(run: Run) -> list[Card]:
     ]
 
 
-def prediction_cards(predictions: Predictions) -> list[Card]:
-    counts = predictions.confusion().counts.numpy()
-    wrong = [(int(n), *at) for at, n in np.ndenumerate(counts) if n and at[0] != at[1]]
+def prediction_cards(counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K"]) -> list[Card]:
+    """Of a confusion matrix, or of the mean of several on the same clips."""
+    wrong = [(round(float(n)), *at) for at, n in np.ndenumerate(counts) if n and at[0] != at[1]]
     worst = sorted(wrong, key=lambda entry: -entry[0])[:3]
-    most = [f"{EMOTIONS[a]} taken for {EMOTIONS[b]}, {n} of {counts[a].sum()}" for n, a, b in worst]
+    most = [f"{EMOTIONS[a]} taken for {EMOTIONS[b]}, {n} of {counts[a].sum():.0f}" for n, a, b in worst]
     return [
         _card("confusion", figures.confusion_figure(counts, False), most="; ".join(most) or "none is wrong"),
         _card("confusion_normalised", figures.confusion_figure(counts, True)),
@@ -232,6 +232,25 @@ def _range(low: float, high: float) -> str:
     return "-" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
 
 
+def _notes(notes: Sequence[str]) -> list[str]:
+    if not notes:
+        return []
+    items = "".join(f"<li>{escape(shown(note))}</li>" for note in notes)
+    return [f'<div class="notes"><strong>Missing, or to be known</strong><ul>{items}</ul></div>']
+
+
+def _tiles(made: Sequence[tuple[str, str, str]]) -> str:
+    """Of (kind, number, text)."""
+    cards = [f'<div class="card tile {kind}"><b>{number}</b><span>{text}</span></div>' for kind, number, text in made]
+    return f'<div class="tiles">{"".join(cards)}</div>' if cards else ""
+
+
+def _document(title: str, lead: str, body: Sequence[str], writer: str) -> str:
+    return Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+        title=escape(title), lead=escape(shown(lead)), body="\n".join(body), writer=writer
+    )
+
+
 def headline(run: Run) -> str:
     """Tiles with the numbers that are looked for first."""
     made = []
@@ -252,8 +271,7 @@ def headline(run: Run) -> str:
         made.append(("", f"{np.nanmedian(rates):.1f}", "clips/s in training, median of the rows"))
     if np.isfinite(waits).any():
         made.append(("", f"{100 * np.nanmedian(waits):.1f} %", "of the time waiting for data, median of the rows"))
-    cards = [f'<div class="card tile {kind}"><b>{number}</b><span>{text}</span></div>' for kind, number, text in made]
-    return f'<div class="tiles">{"".join(cards)}</div>' if cards else ""
+    return _tiles(made)
 
 
 def _differences(mine: Predictions, theirs: Predictions, order: Int64[np.ndarray, " N"]) -> list[str]:
@@ -371,15 +389,13 @@ def _settings(config: dict[str, Any], prefix: str = "--") -> list[list[str]]:
 def page(run: Run, others: Sequence[Run], seen: Look) -> tuple[str, list[Card]]:
     """The HTML, and the cards whose figures are in it; `others` are compared with the run."""
     training, crf = training_cards(run), crf_cards(run, seen)
-    predicted = prediction_cards(run.predictions) if run.predictions is not None else []
+    predicted = prediction_cards(run.predictions.confusion().counts.numpy()) if run.predictions is not None else []
     notes = [*run.notes, *seen.notes]
     _, skipped = run.series("train/skipped_steps")
     if np.nansum(skipped):
         notes.append(f"{np.nanmax(skipped):g} steps were skipped, as their loss or gradient was not finite")
     body = [headline(run)]
-    if notes:
-        items = "".join(f"<li>{escape(shown(note))}</li>" for note in notes)
-        body.append(f'<div class="notes"><strong>Missing, or to be known</strong><ul>{items}</ul></div>')
+    body += _notes(notes)
     if others:
         body.append(comparison(run, others))
     if predicted:
@@ -404,9 +420,7 @@ def page(run: Run, others: Sequence[Run], seen: Look) -> tuple[str, list[Card]]:
     optim = run.config.get("optim")
     planned = optim.get("epochs", "?") if isinstance(optim, dict) else "?"
     lead = f"{run.config.get('preset', 'run')}, {len(run.series('val/WAR')[0])} of {planned} epochs evaluated"
-    text = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
-        title=escape(run.name), lead=escape(shown(f"{lead}, seed {run.config.get('seed', '?')}")), body="\n".join(body)
-    )
+    text = _document(run.name, f"{lead}, seed {run.config.get('seed', '?')}", body, "scripts/report.py")
     return text, [*predicted, *training, *crf]
 
 
@@ -437,4 +451,113 @@ def write_report(
             write_whole(path, lambda file: file.write(text.encode()))
         except OSError as error:
             raise ValueError(f"{error.filename or path}: cannot write the report ({error.strerror})") from None
+    return path
+
+
+# ---- Of several folds
+
+
+def _tested(results: dict[str, Any]) -> str:
+    """HTML: a row per run, below them what is said of all."""
+    rows = []
+    for row in results["runs"]:
+        last, best = row["last"], row["best"]
+        name = f"fold {row['fold']}" if len(results["seeds"]) == 1 else f"seed {row['seed']}, fold {row['fold']}"
+        cells = [last["WAR"], last["UAR"], best["WAR"], best["UAR"]]
+        rows.append([name, str(last["clips"]), *(f"{cell:.2f}" for cell in cells), str(best["epoch"])])
+    values = [results[kind][what][name] for what in ("mean_of_folds", "pooled") for kind in ("last", "best")
+              for name in ("WAR", "UAR")]  # fmt: skip
+    means = [f"<b>{v['mean']:.2f}</b><small>± {v['sd_of_folds']:.2f}</small>" for v in values[:4]]
+    pooled = [f"<b>{v['mean']:.2f}</b><small>{_range(*v['interval'])}</small>" for v in values[4:]]
+    clips = str(sum(recall["clips"] for recall in results["last"]["recall"].values()))
+    rows.append(["mean of the folds<small>± standard deviation of the folds</small>", "", *means, ""])
+    rows.append(["all clips pooled<small>95 % interval</small>", clips, *pooled, ""])
+    if len(results["seeds"]) > 1:
+        for text, part in (("mean of the folds", values[:4]), ("pooled", values[4:])):
+            spreads = [f"± {v['sd_of_seeds']:.2f}" for v in part]
+            rows.append([f"standard deviation of the seeds<small>{text}</small>", "", *spreads, ""])
+    head = ["", "clips", "last epoch: WAR", "UAR", "best epoch: WAR", "UAR", "epoch"]
+    return f'<div class="card">{_table(head, rows, "runs")}</div>'
+
+
+def _beside_published(results: dict[str, Any]) -> str:
+    """HTML: what others have printed, set off from what was measured here."""
+    rows = []
+    for kind, text in (("last", "this model, last epoch"), ("best", "this model, best epoch")):
+        means = results[kind]["mean_of_folds"]
+        cells = [text, "as in the settings below", *(f"{means[name]['mean']:.2f}" for name in ("WAR", "UAR"))]
+        rows.append([f'<span class="seen">{cell}</span>' for cell in cells])
+    for row in results["published"]["rows"]:
+        rows.append([escape(row["method"]), escape(row["start"]), f"{row['WAR']:.2f}", f"{row['UAR']:.2f}"])
+    table = _table(["method", "starts from", "WAR, %", "UAR, %"], rows, "runs")
+    lead = (
+        "All but the rows in orange are others' figures, as their papers print them: nothing of them was run or "
+        f"checked here. {escape(results['published']['protocol'])}"
+    )
+    return _section("Beside what is published", lead, f'<div class="card others">{table}</div>')
+
+
+def folds_page(results: dict[str, Any], runs: Sequence[Run]) -> str:
+    """The HTML about the results of scripts/crossval.py (its results.json); `runs` have the curves."""
+    seeds, last, best = len(results["seeds"]), results["last"], results["best"]
+    clips = sum(recall["clips"] for recall in last["recall"].values())
+    made = []
+    for name in ("WAR", "UAR"):
+        mean = last["mean_of_folds"][name]
+        text = f"{name}, %: last epoch, mean of {results['folds']} folds, ± {mean['sd_of_folds']:.2f}"
+        made.append(("main", f"{mean['mean']:.2f}", text if seeds == 1 else f"{text}, and of {seeds} seeds"))
+    for name in ("WAR", "UAR"):
+        value = last["pooled"][name]
+        text = f"{name}, %: last epoch, pooled; 95 % (bootstrap): {_range(*value['interval'])}"
+        made.append(("", f"{value['mean']:.2f}", text))
+    for name in ("WAR", "UAR"):
+        text = f"{name}, %: best epoch, mean of folds; picked on the test folds by WAR"
+        made.append(("", f"{best['mean_of_folds'][name]['mean']:.2f}", text))
+    body = [_tiles(made), *_notes(results["notes"])]
+    lead = (
+        "Each clip is tested in one fold, by a model that was not trained on it. The last epoch is the headline; the "
+        "best epoch has seen the test fold, as its weights were picked there. Intervals: bootstrap over the clips, of "
+        "WAR over all of them, of UAR within each class; they do not know what another seed would change."
+    )
+    body.append(_section("Folds", lead, _tested(results)))
+    counts = np.mean(last["confusion_per_seed"], axis=0)
+    rows = []
+    for emotion in EMOTIONS:
+        recalls = [results[kind]["recall"][emotion] for kind in ("last", "best")]
+        cells = [[f"{r['mean']:.1f}", _range(*r["interval"])] if r["clips"] else ["-", "-"] for r in recalls]
+        rows.append([emotion, str(recalls[0]["clips"]), *cells[0], *cells[1]])
+    table = _table(["class", "clips", "last epoch: recall, %", "95 %", "best epoch", "95 %"], rows)
+    cards = [card.html() for card in prediction_cards(counts)]
+    cards.append(f'<div class="card"><h3>In numbers</h3>{table}</div>')
+    lead = f"The last epoch on all {clips:,} clips{'' if seeds == 1 else f', mean of {seeds} seeds'}."
+    body.append(_section("What is recognised", lead, _grid(cards, wide=True)))
+    if results["published"]:
+        body.append(_beside_published(results))
+    caption = "Thin: each run; thick: their mean."
+    curves = [Card(f"folds_{name}", f"{name}, %", caption, figures.folds_figure(runs, f"val/{name}"))
+              for name in ("WAR", "UAR")]  # fmt: skip
+    lead = "On each run's own test fold. The page of each run lies in its folder."
+    body.append(_section("Over the epochs", lead, _grid([card.html() for card in curves], wide=True)))
+    settings = f'<div class="card">{_table([], _settings(runs[0].config), "settings")}</div>'
+    summary = f"all flags of {escape(runs[0].name)}; the others differ in lists, seed and name"
+    body.append(f"<h2>Settings</h2><details><summary>{summary}</summary>{settings}</details>")
+    numbers = ", ".join(map(str, results["seeds"]))
+    lead = f"{results['preset']}, {results['folds']} folds of {results['lists']}, seed{'s' * (seeds > 1)} {numbers}, "
+    lead += f"{results['epochs']} epochs"
+    return _document(results["name"], lead, body, "scripts/crossval.py")
+
+
+def write_folds_report(folder: Path, results: dict[str, Any], runs: Sequence[Run]) -> Path:
+    """Write FOLDER/report.html about the results of scripts/crossval.py.
+
+    Raises:
+        ValueError: in one line, if it cannot be written.
+    """
+    path = folder / "report.html"
+    with figures.style():
+        text = folds_page(results, runs)
+    try:
+        write_whole(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: cannot write the report ({error.strerror})") from None
     return path

@@ -411,16 +411,19 @@ def collect(runs: Sequence[Done], notes: Sequence[str]) -> dict[str, Any]:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    table = Table(title=f"{results['folds']} folds, seeds {', '.join(map(str, results['seeds']))}; ± over the folds, "
-                  "[95 % interval over the clips]", title_justify="left")  # fmt: skip
-    for column in ("", "WAR, folds", "UAR, folds", "WAR, pooled", "UAR, pooled"):
-        table.add_column(column, justify="right" if column else "left")
-    for kind, name in (("last", "last epoch"), ("best", "best epoch (picked on the test folds)")):
-        means, pooled = results[kind]["mean_of_folds"], results[kind]["pooled"]
-        cells = [f"{means[n]['mean']:.2f} ± {means[n]['sd_of_folds']:.2f}" for n in ("WAR", "UAR")]
-        cells += ["{:.2f} [{:.1f}, {:.1f}]".format(pooled[n]["mean"], *pooled[n]["interval"]) for n in ("WAR", "UAR")]
-        table.add_row(name, *(cell.replace("[", r"\[") for cell in cells))
+    table = Table(title=results["name"], title_justify="left")
+    table.add_column("%", no_wrap=True)
+    for name in ("WAR", "UAR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind in ("last", "best"):
+        means, pooled = ([results[kind][what][name] for name in ("WAR", "UAR")] for what in ("mean_of_folds", "pooled"))
+        table.add_row(
+            f"{kind} epoch, mean of folds ± sd", *(f"{m['mean']:.2f} ± {m['sd_of_folds']:.2f}" for m in means)
+        )
+        cells = ("{:.2f} ({:.1f} to {:.1f})".format(p["mean"], *p["interval"]) for p in pooled)
+        table.add_row(f"{kind} epoch, pooled (95 %)", *cells)
     Console(highlight=False).print(table)
+    print("the best epoch is picked on the test folds")
 
 
 # ---- The command

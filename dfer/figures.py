@@ -246,7 +246,7 @@ def confusion_figure(counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K
 
 def recall_figure(counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K"]) -> Figure:
     """Recall of each class in percent, with its confidence interval. Counts may be means of runs on the same clips."""
-    figure, axes = _panel("recall, %", height=3.0, left=0.24)
+    figure, axes = _panel("recall, %", height=3.0, left=0.28)
     totals = [round(total) for total in counts.sum(1).tolist()]
     for row, (right, total) in enumerate(zip(counts.diagonal().tolist(), totals, strict=True)):
         if total:
@@ -283,7 +283,7 @@ def folds_figure(runs: Sequence[Run], key: str) -> Figure | str:
         at = np.linspace(1, len(curve), len(values)) if len(values) > 1 else [1]
         axes.plot(at, values, color=colour, linewidth=width, marker="o" if len(curve) <= 40 else None, markersize=2.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_ylim(0, max(1.08 * float(np.nanmax(curves)), 1))
+    axes.set(xlim=(0.5, len(mean) + 0.5), ylim=(0, max(1.08 * float(np.nanmax(curves)), 1)))
     return figure
 
 

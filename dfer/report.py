@@ -476,7 +476,7 @@ def _tested(results: dict[str, Any]) -> str:
         for text, part in (("mean of the folds", values[:4]), ("pooled", values[4:])):
             spreads = [f"± {v['sd_of_seeds']:.2f}" for v in part]
             rows.append([f"standard deviation of the seeds<small>{text}</small>", "", *spreads, ""])
-    head = ["", "clips", "last epoch: WAR", "UAR", "best epoch: WAR", "UAR", "epoch"]
+    head = ["", "clips", "last WAR", "UAR", "best WAR", "UAR", "epoch"]
     return f'<div class="card">{_table(head, rows, "runs")}</div>'
 
 
@@ -485,11 +485,12 @@ def _beside_published(results: dict[str, Any]) -> str:
     rows = []
     for kind, text in (("last", "this model, last epoch"), ("best", "this model, best epoch")):
         means = results[kind]["mean_of_folds"]
-        cells = [text, "as in the settings below", *(f"{means[name]['mean']:.2f}" for name in ("WAR", "UAR"))]
+        cells = [text, *(f"{means[name]['mean']:.2f}" for name in ("WAR", "UAR"))]
         rows.append([f'<span class="seen">{cell}</span>' for cell in cells])
     for row in results["published"]["rows"]:
-        rows.append([escape(row["method"]), escape(row["start"]), f"{row['WAR']:.2f}", f"{row['UAR']:.2f}"])
-    table = _table(["method", "starts from", "WAR, %", "UAR, %"], rows, "runs")
+        name = f"{escape(row['method'])}<small>{escape(row['start'])}</small>"
+        rows.append([name, f"{row['WAR']:.2f}", f"{row['UAR']:.2f}"])
+    table = _table(["method, and what its weights start from", "WAR, %", "UAR, %"], rows, "runs published")
     lead = (
         "All but the rows in orange are others' figures, as their papers print them: nothing of them was run or "
         f"checked here. {escape(results['published']['protocol'])}"
@@ -504,8 +505,8 @@ def folds_page(results: dict[str, Any], runs: Sequence[Run]) -> str:
     made = []
     for name in ("WAR", "UAR"):
         mean = last["mean_of_folds"][name]
-        text = f"{name}, %: last epoch, mean of {results['folds']} folds, ± {mean['sd_of_folds']:.2f}"
-        made.append(("main", f"{mean['mean']:.2f}", text if seeds == 1 else f"{text}, and of {seeds} seeds"))
+        text = f"{name}, %: last epoch, mean of {results['folds']} folds{f' and {seeds} seeds' if seeds > 1 else ''}"
+        made.append(("main", f"{mean['mean']:.2f}", f"{text}; ± {mean['sd_of_folds']:.2f} over the folds"))
     for name in ("WAR", "UAR"):
         value = last["pooled"][name]
         text = f"{name}, %: last epoch, pooled; 95 % (bootstrap): {_range(*value['interval'])}"
@@ -524,9 +525,9 @@ def folds_page(results: dict[str, Any], runs: Sequence[Run]) -> str:
     rows = []
     for emotion in EMOTIONS:
         recalls = [results[kind]["recall"][emotion] for kind in ("last", "best")]
-        cells = [[f"{r['mean']:.1f}", _range(*r["interval"])] if r["clips"] else ["-", "-"] for r in recalls]
-        rows.append([emotion, str(recalls[0]["clips"]), *cells[0], *cells[1]])
-    table = _table(["class", "clips", "last epoch: recall, %", "95 %", "best epoch", "95 %"], rows)
+        cells = [f"{r['mean']:.1f}<small>{_range(*r['interval'])}</small>" if r["clips"] else "-" for r in recalls]
+        rows.append([emotion, str(recalls[0]["clips"]), *cells])
+    table = _table(["class", "clips", "last, %", "best, %"], rows, "runs")
     cards = [card.html() for card in prediction_cards(counts)]
     cards.append(f'<div class="card"><h3>In numbers</h3>{table}</div>')
     lead = f"The last epoch on all {clips:,} clips{'' if seeds == 1 else f', mean of {seeds} seeds'}."
@@ -543,7 +544,7 @@ def folds_page(results: dict[str, Any], runs: Sequence[Run]) -> str:
     body.append(f"<h2>Settings</h2><details><summary>{summary}</summary>{settings}</details>")
     numbers = ", ".join(map(str, results["seeds"]))
     lead = f"{results['preset']}, {results['folds']} folds of {results['lists']}, seed{'s' * (seeds > 1)} {numbers}, "
-    lead += f"{results['epochs']} epochs"
+    lead += f"{results['epochs']} epoch{'s' * (results['epochs'] > 1)}"
     return _document(results["name"], lead, body, "scripts/crossval.py")
 
 

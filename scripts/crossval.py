@@ -253,6 +253,8 @@ def drive(jobs: Sequence[Job], slots: Sequence[dict[str, str]], folder: Path) ->
                     print(f"crossval.py: {job.name} failed with exit code {code}{where}", file=sys.stderr, flush=True)
                     if code == 2:
                         waiting.clear()
+                else:
+                    print(f"crossval.py: {job.name} is done", flush=True)
                 codes.append(code)
             time.sleep(0.1)
     finally:

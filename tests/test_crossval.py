@@ -17,7 +17,7 @@ import pytest
 
 from dfer import figures, report
 from dfer.annotations import EMOTIONS, read_annotations
-from dfer.checkpoint import save_checkpoint
+from dfer.checkpoint import load_checkpoint, save_checkpoint
 from dfer.config import parse_config
 from dfer.index import load_index
 from dfer.records import Pool, Predictions, bootstrap, pool, read_run, wilson
@@ -106,6 +106,16 @@ def test_seeds_do_not_make_more_clips():
     assert five.predicted.shape == (400, 5)
     for name, (low, high) in single.intervals().items():
         assert five.intervals()[name] == pytest.approx((low, high), abs=1e-9)
+
+
+def test_war_is_resampled_over_all_clips_uar_within_classes_and_seeds_are_averaged():
+    labels, folds = np.repeat([0, 1], 50), np.zeros(100, dtype=np.int64)
+    found = Pool(folds, labels, np.zeros((100, 1), dtype=np.int64)).intervals()  # one class right, one wrong
+    assert found["UAR"] == (50, 50) and found["WAR"] == pytest.approx((40, 60), abs=1)
+    halves = np.arange(100) % 2
+    guesses = np.stack([labels ^ halves, labels ^ 1 ^ halves], axis=1)  # each clip is right with one of two seeds
+    for low, high in Pool(folds, labels, guesses).intervals().values():
+        assert (low, high) == pytest.approx((50, 50))
 
 
 def test_the_folds_sum_to_the_pool_and_all_numbers_are_those_of_loops():
@@ -436,6 +446,11 @@ def test_stopped_in_fold_3_it_goes_on_there(tmp_path, clips, played, capsys):
     for row in results["runs"]:
         assert row["best"]["epoch"] == 1 and row["best"]["WAR"] >= row["last"]["WAR"] and row["last"]["epoch"] == 2
     assert results["published"] is None and "no published figures beside these" in results["notes"][-1]
+    for fold, (_, test) in enumerate(crossval.find_folds(tmp_path / "lists"), start=1):
+        tested = {EMOTIONS[r.label] for r in read_annotations(test)}
+        absent = [e for e in EMOTIONS if e not in tested]
+        want = [f"fold {fold} tests no clip of {', '.join(absent)}: its UAR is of the other classes"] if absent else []
+        assert [note for note in results["notes"] if note.startswith(f"fold {fold}")] == want
     # Once more there is nothing to do, and the same files come out; two more seeds take what is there.
     played.commands, text = [], (tmp_path / "logs" / "cv" / "report.html").read_bytes()
     assert command(tmp_path, clips, capsys=capsys) == (0, "") and played.commands == []
@@ -492,6 +507,16 @@ def test_finished_folds_are_of_the_same_command_or_refused(tmp_path, clips, play
     with open(run / crossval.BEST, "a") as file:
         file.write("x\n")
     refused(f"{run / crossval.BEST}: predictions.csv is damaged")
+
+
+def test_a_run_that_is_not_whole_is_gone_on_with(tmp_path, clips, played, capsys):
+    """Its best epoch is of the past then, and does not stand for a finished run."""
+    assert command(tmp_path, clips, capsys=capsys) == (0, "")
+    run = tmp_path / "logs" / "cv" / "seed0-fold2"
+    save_checkpoint(run / "checkpoints", load_checkpoint(run) | {"step": 30, "evaluated": 1})
+    played.commands, played.commands_left = [], 0
+    assert command(tmp_path, clips, capsys=capsys) == (75, "")
+    assert [p.parent.name for p in run.parent.glob(f"*/{crossval.BEST}")].count("seed0-fold2") == 0
 
 
 def test_best_weights_that_evaluate_otherwise_are_named(tmp_path, clips, played, capsys):
@@ -573,6 +598,9 @@ def test_published_figures_stand_beside_dfew_only():
     fewer[2][0] -= 2
     assert crossval.published(fewer)[0] and "2 of DFEW's 11,697" in crossval.published(fewer)[1]
     fewer[3][6] += 1
+    assert crossval.published(fewer)[0] is None
+    fewer[3][6] -= 1
+    fewer[0][0] -= 200
     assert crossval.published(fewer)[0] is None
     assert crossval.published(DFEW_TEST_COUNTS[:4])[0] is None
     assert crossval.published([[70, 56, 81, 67, 44, 5, 25]] * 5)[0] is None

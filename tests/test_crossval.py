@@ -231,7 +231,8 @@ def test_folds_that_are_none(clips, tmp_path, damage, said):
 # ---- Driving
 
 
-# Plays a command: NAME.log gets a line at its start and its end, signals are answered as train.py does.
+# Plays a command: the log gets a line at its start and its end. Told to stop it saves and exits with 75, or with 0 as a
+# run whose last step was done: if its own exit code is 75.
 PLAY = """
 import signal, sys, time
 log, name, seconds, code = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
@@ -240,7 +241,7 @@ def say(word):
         file.write(f"{name} {word}\\n")
 def stop(number, frame):
     say("saved")
-    sys.exit(75)
+    sys.exit(75 - code)
 signal.signal(signal.SIGTERM, stop)
 say("begins")
 end = time.monotonic() + seconds
@@ -303,14 +304,15 @@ def wait_for(condition, child: subprocess.Popen | None = None) -> None:
 
 
 @pytest.mark.parametrize("number", crossval.SIGNALS)
-def test_a_signal_is_handed_on_and_nothing_else_begins(tmp_path, play, number):
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_signal_is_handed_on_and_nothing_else_begins(tmp_path, play, number, code):
     def send() -> None:
         wait_for(lambda: len(log(tmp_path)) == 2)
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=send)
     thread.start()
-    jobs = [crossval.Job(name, [play(name, 600), play(f"{name}2")]) for name in "abc"]
+    jobs = [crossval.Job(name, [play(name, 600, code), play(f"{name}2")]) for name in "abc"]
     assert crossval.drive(jobs, [{}, {}], tmp_path) == 75
     thread.join()
     assert sorted(log(tmp_path)) == ["a begins", "a saved", "b begins", "b saved"]

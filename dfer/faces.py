@@ -1,5 +1,7 @@
 """Faces in a video: detections -> tracks -> the one track of the clip -> a smooth square box per frame -> crops.
 
+A clip to train on is one face in one shot; in a video to predict on, each frame has the best of the tracks it lies in.
+
 Frames are (H, W, 3) uint8, RGB. A box is a row (x, y, side, tilt): the centre of an upright square in pixels, where
 (0, 0) is the picture's upper left corner, the square's side in pixels, and the slope of the line between the eyes in
 radians, positive where the eye on the right lies lower; 0 where the detector knows no eyes.
@@ -45,6 +47,7 @@ class Faces:
 
     times: Float64[np.ndarray, " N"]  # seconds, of all frames
     boxes: Float64[np.ndarray, "N 4"]  # of the chosen face; NaN in frames to leave out, so everywhere if there is none
+    track: Int64[np.ndarray, " N"]  # which track the box is of: 0 is the best one; -1 where there is no box
     most: int  # faces seen at once
     cuts: int
 
@@ -135,8 +138,9 @@ def link_tracks(faces: Sequence[Float64[np.ndarray, "_ 4"]], shots: Int64[np.nda
     samples goes on. Tracks come in the order of their first detection; each detection is in exactly one.
     """
     tracks: list[list[tuple[int, np.ndarray]]] = []
+    live: list[list[tuple[int, np.ndarray]]] = []
     for sample, boxes in enumerate(faces):
-        live = [track for track in tracks if sample - track[-1][0] <= MAX_GAP and shots[track[-1][0]] == shots[sample]]
+        live = [track for track in live if sample - track[-1][0] <= MAX_GAP and shots[track[-1][0]] == shots[sample]]
         pairs = [
             (-overlap, t, k)
             for t, track in enumerate(live)
@@ -149,15 +153,17 @@ def link_tracks(faces: Sequence[Float64[np.ndarray, "_ 4"]], shots: Int64[np.nda
                 live[t].append((sample, boxes[k]))
                 continued.add(t)
                 taken.add(k)
-        tracks += [[(sample, box)] for k, box in enumerate(boxes) if k not in taken]
+        new = [[(sample, box)] for k, box in enumerate(boxes) if k not in taken]
+        tracks += new
+        live += new
     return [Track(np.array([sample for sample, _ in track]), np.stack([box for _, box in track])) for track in tracks]
 
 
-def choose_track(tracks: Sequence[Track], num_samples: int, height: int, width: int) -> tuple[Track | None, int]:
-    """The face that the clip shows: large, central and long, and how many faces are seen at once.
+def rank_tracks(tracks: Sequence[Track], num_samples: int, height: int, width: int) -> tuple[list[Track], int]:
+    """The faces of a video, the one that it shows first: large, central and long; and how many are seen at once.
 
     A track counts for each detection its side, halved towards the corners of the `height` x `width` picture. Tracks of
-    too few detections, or with more samples missed than hit, are false alarms: they are neither chosen nor counted.
+    too few detections, or with more samples missed than hit, are false alarms: they are neither returned nor counted.
     """
     enough = min(MIN_DETECTIONS, -(-num_samples // 2))
     tracks = [
@@ -165,15 +171,14 @@ def choose_track(tracks: Sequence[Track], num_samples: int, height: int, width: 
         for track in tracks
         if len(track.samples) >= enough and 2 * len(track.samples) > track.samples[-1] - track.samples[0]
     ]
-    if not tracks:
-        return None, 0
     middle, at_once = np.array([width, height]) / 2, np.zeros(num_samples, np.int64)
     weights = []
     for track in tracks:
         away = np.linalg.norm(track.boxes[:, :2] - middle, axis=1) / np.linalg.norm(middle)
         weights.append((track.boxes[:, 2] * (1 - away / 2)).sum())
         at_once[track.samples[0] : track.samples[-1] + 1] += 1
-    return tracks[int(np.argmax(weights))], int(at_once.max())
+    best_first = sorted(range(len(tracks)), key=lambda t: -weights[t])
+    return [tracks[t] for t in best_first], int(at_once.max(initial=0))
 
 
 def smooth_boxes(boxes: Float64[np.ndarray, "N 4"], times: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, "N 4"]:
@@ -191,11 +196,14 @@ def smooth_boxes(boxes: Float64[np.ndarray, "N 4"], times: Float64[np.ndarray, "
     return smooth
 
 
-def find_face(frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]], detect: Detector) -> Faces:
+def find_face(
+    frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]], detect: Detector, every_track: bool = False
+) -> Faces:
     """Follow the face of a video. `frames` are times in seconds, rising, and pictures; one is held at a time.
 
     The box is known from the track's first detection to its last, and on to the frame before the next sample or cut;
-    in between it is interpolated, and smoothed.
+    in between it is interpolated, and smoothed. With `every_track` the frames that the best track leaves out have the
+    best of those tracks that know them: the same face after a cut, or another one.
     """
     times: list[float] = []
     samples: list[int] = []  # the frames that were searched, among them the first of each shot
@@ -214,16 +222,19 @@ def find_face(frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]], detect
         times.append(time)
         before, shape = now, frame.shape
     seconds, boxes = np.array(times, np.float64), np.full((len(times), 4), np.nan)
+    of_track = np.full(len(times), -1, np.int64)
     if shape is None:
-        return Faces(seconds, boxes, 0, 0)
-    track, most = choose_track(link_tracks(faces, np.array(shots)), len(samples), *shape[:2])
-    if track is not None:
+        return Faces(seconds, boxes, of_track, 0, 0)
+    tracks, most = rank_tracks(link_tracks(faces, np.array(shots)), len(samples), *shape[:2])
+    for number, track in enumerate(tracks if every_track else tracks[:1]):
         known = np.array(samples)[track.samples]
         end = [*samples, len(times)][track.samples[-1] + 1]
-        kept = slice(known[0], end)
+        kept = np.arange(known[0], end)
         filled = [np.interp(seconds[kept], seconds[known], column) for column in track.boxes.T]
-        boxes[kept] = smooth_boxes(np.stack(filled, axis=1), seconds[kept])
-    return Faces(seconds, boxes, most, shot)
+        smooth = smooth_boxes(np.stack(filled, axis=1), seconds[kept])
+        free = of_track[kept] < 0
+        boxes[kept[free]], of_track[kept[free]] = smooth[free], number
+    return Faces(seconds, boxes, of_track, most, shot)
 
 
 def crop_face(

@@ -149,21 +149,21 @@ def test_the_chosen_face_is_large_central_and_long() -> None:
         (track(0, 10, 20, 15, 62, 0), [track(0, 10, *middle)]),  # twice as large makes up for the place
     ):
         for tracks in ([wanted, *others], [*others, wanted]):
-            chosen, _ = fa.choose_track(tracks, 20, 100, 160)
-            assert chosen is wanted
+            ranked, _ = fa.rank_tracks(tracks, 20, 100, 160)
+            assert ranked[0] is wanted and len(ranked) == len(tracks)
 
 
 def test_false_alarms_are_neither_chosen_nor_counted() -> None:
     face = track(0, 8, 80, 50, 20, 0)
     short, sparse = track(0, fa.MIN_DETECTIONS - 1, 80, 50, 90, 0), track(0, 6, 80, 50, 90, 0, step=3)
-    assert fa.choose_track([short, face, sparse], 20, 100, 160) == (face, 1)
-    assert fa.choose_track([short, sparse], 20, 100, 160) == (None, 0)
-    assert fa.choose_track([], 20, 100, 160) == (None, 0)
-    assert fa.choose_track([short], 2 * len(short.samples), 100, 160)[0] is short  # half of a short video
+    assert fa.rank_tracks([short, face, sparse], 20, 100, 160) == ([face], 1)
+    assert fa.rank_tracks([short, sparse], 20, 100, 160) == ([], 0)
+    assert fa.rank_tracks([], 20, 100, 160) == ([], 0)
+    assert fa.rank_tracks([short], 2 * len(short.samples), 100, 160)[0] == [short]  # half of a short video
     tracks = [track(0, 5, 80, 50, 20, 0), track(5, 5, 80, 50, 20, 0), track(4, 5, 20, 20, 20, 0)]
-    assert fa.choose_track(tracks, 10, 100, 160)[1] == 2
-    assert fa.choose_track(tracks[:2], 10, 100, 160)[1] == 1
-    assert fa.choose_track(tracks[::2], 10, 100, 160)[1] == 2  # in sample 4
+    assert fa.rank_tracks(tracks, 10, 100, 160)[1] == 2
+    assert fa.rank_tracks(tracks[:2], 10, 100, 160)[1] == 1
+    assert fa.rank_tracks(tracks[::2], 10, 100, 160)[1] == 2  # in sample 4
 
 
 def test_smoothing_is_a_weighted_line_through_the_neighbours() -> None:
@@ -277,7 +277,9 @@ def test_cuts_are_other_pictures_not_other_light() -> None:
     assert is_cut(FRAME, scenes[0])
 
 
-def follow(rows: list[np.ndarray], scene: list[int] | None = None, fps: float = 30) -> tuple[fa.Faces, list[int]]:
+def follow(
+    rows: list[np.ndarray], scene: list[int] | None = None, fps: float = 30, every_track: bool = False
+) -> tuple[fa.Faces, list[int]]:
     """`find_face` where frame i shows scene[i] and rows[i] are its faces; and the frames that were searched."""
     rng = np.random.default_rng(4)
     scenes = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
@@ -293,7 +295,7 @@ def follow(rows: list[np.ndarray], scene: list[int] | None = None, fps: float = 
         searched.append(int(frame[0, 0, 0]))
         return rows[searched[-1]]
 
-    return fa.find_face(((i / fps, frame) for i, frame in enumerate(frames)), detect), searched
+    return fa.find_face(((i / fps, frame) for i, frame in enumerate(frames)), detect, every_track), searched
 
 
 def kept(found: fa.Faces) -> list[int]:
@@ -329,6 +331,21 @@ def test_a_cut_ends_the_track_and_is_searched() -> None:
     assert found.cuts == 1
     found, _ = follow([face] * 50 + [boxes()] * 40, [0] * 50 + [1] * 40)
     assert kept(found) == list(range(50))
+
+
+def test_each_frame_has_the_best_track_that_knows_it() -> None:
+    face, other, nothing = (80, 50, 30, 0), (30, 30, 20, 0), boxes()
+    rows = [boxes(other)] * 30 + [boxes(other, face)] * 30 + [boxes(face)] * 40 + [nothing] * 30 + [boxes(face)] * 30
+    scene = [0] * 130 + [1] * 30
+    one, _ = follow(rows, scene)
+    best = list(range(30, 102))  # to the next search
+    assert kept(one) == best and one.track[best].tolist() == [0] * 72 and (np.delete(one.track, best) == -1).all()
+    every, _ = follow(rows, scene, every_track=True)
+    assert every.track.tolist() == [2] * 30 + [0] * 72 + [-1] * 28 + [1] * 30
+    assert np.isnan(every.boxes[:, 0]).tolist() == (every.track < 0).tolist()
+    np.testing.assert_array_equal(every.boxes[best], one.boxes[best])
+    np.testing.assert_allclose(every.boxes[:30], np.tile(other, (30, 1)))  # of the lesser face, while it is alone
+    assert (every.most, every.cuts) == (one.most, one.cuts) == (2, 1)
 
 
 def test_faces_seen_at_once() -> None:

@@ -8,9 +8,11 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -18,10 +20,13 @@ import av
 import numpy as np
 from av.sidedata.sidedata import SideData, Type
 from av.stream import Discard
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from PIL import Image
 
+# What to take from a folder; a file that is named, or listed, may be called anything.
+VIDEO_SUFFIX = re.compile(r"\.(3gp|asf|avi|flv|gif|m2?ts|m4v|mkv|mov|mp4|mpe?g|mxf|ogv|ts|vob|webm|wmv)", re.IGNORECASE)
+MAX_NAME = 200  # bytes of what is named after a video; disks take 255, and a clip's number or a suffix follows
 MAX_SIDE = 8192  # px; what a hostile header may claim is far more
 # What a stream itself claims, the decoder hears before we do. It takes two to tell it: said only when a file is opened,
 # or only to the decoder, this is without effect.
@@ -82,6 +87,53 @@ class VideoScan:
     full_range: bool  # Y, Cb and Cr use 0..255, not 16..235 and 16..240
 
 
+def find_video_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
+    """The videos in a folder and all below it, in no order; through links too, but not through those in a circle.
+
+    `warn` is told, in one line each, what was not looked into.
+    """
+    # Names with a leading dot are what macOS leaves on foreign disks, next to each real file.
+    return [path for path in _walk(folder, warn) if VIDEO_SUFFIX.fullmatch(path.suffix) and path.name[0] != "."]
+
+
+def _walk(source: Path, warn: Callable[[str], None]) -> Iterator[Path]:
+    folders: list[tuple[Path, frozenset[str]]] = [(source, frozenset())]
+    while folders:
+        folder, above = folders.pop()
+        here = os.path.realpath(folder)
+        if here in above:
+            warn(f"{folder}: a link in a circle, not followed")
+            continue
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            warn(f"{folder}: cannot be read ({error.strerror})")
+            continue
+        for path in (folder / name for name in names):
+            if os.path.isdir(path):  # unlike Path's and DirEntry's methods it never raises
+                folders.append((path, above | {here}))
+            else:
+                yield path
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """A name for each relative path: without suffix, unique on any disk and safe in a row of a list."""
+    names: list[str] = []
+    taken = set()
+    for path in paths:
+        stem, _ = os.path.splitext(path)
+        printable = ("".join(c if c.isprintable() else "_" for c in part) for part in Path(stem).parts if part != "..")
+        short = (part.encode()[:MAX_NAME].decode(errors="ignore") for part in printable)
+        name = unique = "/".join(part.strip(" .") or "_" for part in short)
+        number = 1
+        while unique.casefold() in taken:  # a.mp4 beside a.avi, or A.mp4 where the disk ignores case
+            number += 1
+            unique = f"{name}_{number}"
+        taken.add(unique.casefold())
+        names.append(unique)
+    return names
+
+
 class _Lost(Exception):
     """A frame that did not come out where its scan says that it would."""
 
@@ -101,6 +153,49 @@ def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
     for now, frame in _decode(path):
         pixels = rgb.reformat(frame, **TO_RGB).to_ndarray()
         yield now, _upright(Image.fromarray(pixels), frame.side_data.get(Type.DISPLAYMATRIX))
+
+
+def claimed_seconds(path: Path) -> float | None:
+    """How long a video is by its header, which may be wrong; None if it does not say.
+
+    Raises:
+        BadVideo, av.FFmpegError, OSError: if it cannot be opened as a video.
+    """
+    with _open(path) as container:
+        video = _best_video(container)
+        if container.duration is None or container.duration <= 0:
+            return float(video.duration * video.time_base) if video.duration else None
+        return container.duration / av.time_base
+
+
+def write_mp4(path: Path, frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]]) -> None:
+    """Write frames, of one even height and width, at their times in seconds, rising, as H.264 that any browser plays.
+
+    The file is there whole or not at all.
+
+    Raises:
+        OSError, av.FFmpegError: if it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with av.open(str(partial), "w", format="mp4", container_options={"movflags": "faststart"}) as container:
+            options = {"preset": "veryfast", "crf": "21"}
+            video, rgb = container.add_stream("libx264", rate=25, options=options), VideoReformatter()
+            video.pix_fmt, video.codec_context.time_base = "yuv420p", Fraction(1, 90000)
+            # Players guess BT.709 for large pictures that state nothing.
+            video.codec_context.colorspace, video.codec_context.color_range = Colorspace.SMPTE170M, ColorRange.MPEG
+            for time, pixels in frames:
+                video.height, video.width = pixels.shape[:2]
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame = rgb.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, interpolation=EXACT)
+                frame.time_base, frame.pts = video.codec_context.time_base, round(90000 * time)
+                container.mux(video.encode(frame))
+            container.mux(video.encode())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def scan_video(path: Path) -> VideoScan:

@@ -36,14 +36,11 @@ from dfer.commandline import Parser, in_range, shown
 from dfer.dialects import WORDS
 from dfer.faces import crop_face, find_face, make_detector
 from dfer.index import natural_key
-from dfer.video import BadVideo, decode, nearest_frames
+from dfer.video import BadVideo, decode, find_video_files, nearest_frames, unique_names
 
-# What to take from a folder; a file that is named, or listed, may be called anything.
-VIDEO_SUFFIX = re.compile(r"\.(3gp|asf|avi|flv|gif|m2?ts|m4v|mkv|mov|mp4|mpe?g|mxf|ogv|ts|vob|webm|wmv)", re.IGNORECASE)
 LABELS = {word: EMOTIONS.index(emotion) for word, emotion in WORDS.items()}
 LABEL_HELP = "0..6 or " + ", ".join(EMOTIONS)
 LISTS = ("list.txt", "unlabelled.txt")
-MAX_NAME = 200  # bytes of a folder's name; disks take 255, and a clip's number follows
 
 
 @dataclass(frozen=True)
@@ -116,27 +113,6 @@ def read_list(list_path: Path, labelled: bool = True) -> list[tuple[Path, int | 
     return rows
 
 
-def walk(source: Path) -> Iterator[Path]:
-    """All files below a folder, through links too, except those that lead back to a folder they lie in."""
-    folders: list[tuple[Path, frozenset[str]]] = [(source, frozenset())]
-    while folders:
-        folder, above = folders.pop()
-        here = os.path.realpath(folder)
-        if here in above:
-            print(f"prepare_videos: {shown(folder)}: a link in a circle, not followed", file=sys.stderr)
-            continue
-        try:
-            names = os.listdir(folder)
-        except OSError as error:
-            print(f"prepare_videos: {shown(folder)}: cannot be read ({error.strerror})", file=sys.stderr)
-            continue
-        for path in (folder / name for name in names):
-            if os.path.isdir(path):  # unlike Path's and DirEntry's methods it never raises
-                folders.append((path, above | {here}))
-            else:
-                yield path
-
-
 def find_videos(source: Path, label: int | None, unlabelled: bool = False) -> list[Video]:
     """The videos of a folder, a list or a single file, in natural order; `label` is for those that have no other.
 
@@ -145,8 +121,7 @@ def find_videos(source: Path, label: int | None, unlabelled: bool = False) -> li
     """
     labelled: Sequence[tuple[Path, int | None]]
     if source.is_dir():
-        # Names with a leading dot are what macOS leaves on foreign disks, next to each real file.
-        found = [path for path in walk(source) if VIDEO_SUFFIX.fullmatch(path.suffix) and path.name[0] != "."]
+        found = find_video_files(source, lambda line: print(f"prepare_videos: {shown(line)}", file=sys.stderr))
         found.sort(key=lambda path: natural_key(path.relative_to(source).as_posix()))
         labelled = [(path, LABELS.get(path.relative_to(source).parts[0].casefold(), label)) for path in found]
     elif source.suffix.lower() in (".txt", ".csv"):
@@ -157,7 +132,8 @@ def find_videos(source: Path, label: int | None, unlabelled: bool = False) -> li
         raise ValueError(f"{source}: no such folder, video or list")
     if not labelled:
         raise ValueError(f"{source}: no videos in it")
-    names = frame_folders([path for path, _ in labelled], source if source.is_dir() else source.parent)
+    base = source if source.is_dir() else source.parent
+    names = unique_names([os.path.relpath(path, base) for path, _ in labelled])
     videos = []
     for (path, own), name in zip(labelled, names, strict=True):
         if own is None and not unlabelled:
@@ -167,24 +143,6 @@ def find_videos(source: Path, label: int | None, unlabelled: bool = False) -> li
             )
         videos.append(Video(path, name, None if unlabelled else own))
     return videos
-
-
-def frame_folders(paths: Sequence[Path], base: Path) -> list[str]:
-    """A folder name for each video: its path without suffix, unique on any disk and safe in a row of a list."""
-    names: list[str] = []
-    taken = set()
-    for path in paths:
-        stem, _ = os.path.splitext(os.path.relpath(path, base))
-        printable = ("".join(c if c.isprintable() else "_" for c in part) for part in Path(stem).parts if part != "..")
-        short = (part.encode()[:MAX_NAME].decode(errors="ignore") for part in printable)
-        name = unique = "/".join(part.strip(" .") or "_" for part in short)
-        number = 1
-        while unique.casefold() in taken:  # a.mp4 beside a.avi, or A.mp4 where the disk ignores case
-            number += 1
-            unique = f"{name}_{number}"
-        taken.add(unique.casefold())
-        names.append(unique)
-    return names
 
 
 def _remove_frames(folder: Path) -> None:

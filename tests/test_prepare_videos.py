@@ -27,6 +27,7 @@ from PIL import Image
 from dfer.annotations import EMOTIONS, read_annotations
 from dfer.faces import find_face, make_detector
 from dfer.index import build_index
+from dfer.video import MAX_NAME
 from scripts import make_faces as mf
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT, run_python
@@ -681,7 +682,7 @@ def test_hostile_names_and_links_stay_inside(ten: Path, tmp_path: Path, capsys: 
     assert prepare(source, "--out", out, "--label", 0) == 1
     index = build_index(read_annotations(out / "list.txt"))
     assert index.num_frames.tolist() == [10] * 4
-    assert max(len(record.path.name.encode()) for record in index.records) == pv.MAX_NAME
+    assert max(len(record.path.name.encode()) for record in index.records) == MAX_NAME
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 5
     assert f"prepare_videos: {source}/sub/up\\nhere: a link in a circle, not followed" in errors

@@ -9,12 +9,15 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
@@ -51,6 +54,8 @@ STYLE = {
     "lines.linewidth": 1.5,
     "legend.frameon": False,
 }
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+TICKS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 86400)
 MAX_POINTS = 300  # of a curve; more rows than that are averaged
 
 # Of each figure: its title, and how to read it.
@@ -133,9 +138,9 @@ def _panel(xlabel: str = "", height: float = 2.5, left: float = 0.11, bottom: fl
     return figure, axes
 
 
-def thin(column: Float64[np.ndarray, " R"]) -> Float64[np.ndarray, " P"]:
-    """At most MAX_POINTS points: means of as many rows each, of those that are not nan."""
-    size = -(-len(column) // MAX_POINTS) or 1
+def thin(column: Float64[np.ndarray, " R"], size: int | None = None) -> Float64[np.ndarray, " P"]:
+    """Means of `size` rows each, of those that are not nan; if not given, for MAX_POINTS points at most."""
+    size = size or -(-len(column) // MAX_POINTS) or 1
     chunks = [column[start : start + size] for start in range(0, len(column), size)]
     return np.array([np.nanmean(c) if np.isfinite(c).any() else math.nan for c in chunks], dtype=np.float64)
 
@@ -336,6 +341,103 @@ def course_figure(course: Float[np.ndarray, "T K"], predicted: int, label: int) 
     axes.set_ylim(bottom=0)
     axes.set_xlabel("frame of the clip", labelpad=1)
     return figure
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Where things lie, in pixels, in a picture of a course: a lane for each emotion, with a name and a bar beside."""
+
+    width: int  # of all
+    unit: float  # what 1 px is at the size that one reads
+
+    def px(self, length: float) -> int:
+        return round(length * self.unit)
+
+    @property
+    def lane(self) -> int:
+        return self.px(22)
+
+    @property
+    def top(self) -> int:
+        return self.px(24)
+
+    @property
+    def height(self) -> int:
+        """Of all; even."""
+        return (self.top + self.lane * len(EMOTIONS) + self.px(42)) // 2 * 2
+
+    @property
+    def course(self) -> tuple[int, int]:
+        """Columns where the lanes begin and end."""
+        return self.px(78), self.bar[0] - self.px(20)
+
+    @property
+    def bar(self) -> tuple[int, int]:
+        """Columns where a bar begins, and ends at 100 %; its number follows."""
+        return self.width - self.px(118), self.width - self.px(52)
+
+
+def lanes_figure(
+    lanes: Lanes, edges: Float64[np.ndarray, " E"], probabilities: Float64[np.ndarray, "N K"], bars: str
+) -> Figure:
+    """The course of a video: how high a lane is filled is the probability; `bars` is what stands above the bars.
+
+    `edges` are N + 1 times in seconds, rising, where frames begin and end; probabilities are nan without a face.
+    """
+    figure = Figure(figsize=(lanes.width / 100 / lanes.unit, lanes.height / 100 / lanes.unit), dpi=100 * lanes.unit)
+    (left, right), bottom = lanes.course, lanes.height - lanes.top - lanes.lane * len(EMOTIONS)
+    axes = figure.add_axes(
+        (
+            left / lanes.width,
+            bottom / lanes.height,
+            (right - left) / lanes.width,
+            lanes.lane * len(EMOTIONS) / lanes.height,
+        )
+    )
+    size = -(-len(probabilities) // (right - left))  # frames of a column of pixels
+    edges = np.append(edges[:-1:size], edges[-1])
+    means = np.stack([thin(column, size) for column in probabilities.T])  # (K, chunks)
+    seen = np.isfinite(means[0])
+    likeliest = np.nan_to_num(means).argmax(0)
+    for k in range(len(EMOTIONS)):
+        for colour, alpha, mine in ((ACCENT, 1.0, likeliest == k), (MUTED, 0.5, likeliest != k)):
+            height = np.where(mine & seen, k + 1 - 0.92 * means[k], np.nan)
+            axes.stairs(height, edges, baseline=k + 1, fill=True, color=colour, alpha=alpha, linewidth=0)
+    axes.hlines(np.arange(len(EMOTIONS)) + 1, edges[0], edges[-1], color=GRID, linewidth=0.7, zorder=0.5)
+    per_px = (edges[-1] - edges[0]) / (right - left)
+    for first, end in _runs(~seen):
+        axes.axvspan(edges[first], edges[end], color=GRID, alpha=0.7, linewidth=0, zorder=0.4)
+        if (edges[end] - edges[first]) / per_px > lanes.px(60):
+            middle = (edges[first] + edges[end]) / 2, len(EMOTIONS) / 2
+            axes.text(*middle, "no face", ha="center", va="center", color=MUTED)
+    long = edges[-1] - edges[0]
+    most = max(2, (right - left) / lanes.px(60))
+    tick = next((t for t in TICKS_S if long / t <= most), TICKS_S[-1])
+    at = np.arange(0, long + 1e-9, tick)
+    clock = [f"{int(t) // 60}:{int(t) % 60:02d}" for t in at] if long >= 60 else [f"{t:g}" for t in at.round(1)]
+    axes.set_xticks(edges[0] + at, clock)
+    axes.set_xlabel("minutes" if long >= 60 else "seconds", labelpad=1)
+    axes.set_yticks(np.arange(len(EMOTIONS)) + 0.5, EMOTIONS, color=INK)
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(len(EMOTIONS), 0))
+    axes.grid(False)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    figure.text(lanes.bar[0] / lanes.width, 1 - 0.55 * lanes.top / lanes.height, bars, color=MUTED, va="center")
+    return figure
+
+
+def _runs(mask: Bool[np.ndarray, " N"]) -> list[tuple[int, int]]:
+    """Where it is true: (first, one after the last)."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def pixels(figure: Figure) -> UInt8[np.ndarray, "H W 3"]:
+    """The figure on white, at its own size."""
+    figure.set_facecolor("white")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def inline_svg(figure: Figure, name: str) -> str:

@@ -185,7 +185,8 @@ def write_mp4(path: Path, frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3
             # Players guess BT.709 for large pictures that state nothing.
             video.codec_context.colorspace, video.codec_context.color_range = Colorspace.SMPTE170M, ColorRange.MPEG
             for time, pixels in frames:
-                video.height, video.width = pixels.shape[:2]
+                if not video.codec_context.is_open:
+                    video.height, video.width = pixels.shape[:2]
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame = rgb.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, interpolation=EXACT)
                 frame.time_base, frame.pts = video.codec_context.time_base, round(90000 * time)
@@ -196,6 +197,35 @@ def write_mp4(path: Path, frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def record(source: str, path: Path, seconds: float, format: str | None = None) -> None:
+    """Write what a camera or a stream shows for so long, or until the interrupt key, with `write_mp4`.
+
+    `source` is all that FFmpeg opens, `format` its name of the device or container, if the source does not tell.
+
+    Raises:
+        BadVideo, av.FFmpegError, OSError: if nothing comes, or it cannot be written.
+    """
+
+    def frames() -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
+        rgb, first, now, size = VideoReformatter(), None, -np.inf, {}
+        with av.open(source, format=format, metadata_errors="replace", options=LIMITS, timeout=10) as container:
+            video = _best_video(container)
+            with contextlib.suppress(KeyboardInterrupt):
+                for frame in container.decode(video):
+                    _check_size(frame)
+                    if frame.is_corrupt or frame.time is None or frame.time <= now:
+                        continue  # as streams begin
+                    first, now = frame.time if first is None else first, frame.time
+                    if now - first >= seconds:
+                        break
+                    size = size or {"width": max(frame.width // 2 * 2, 2), "height": max(frame.height // 2 * 2, 2)}
+                    yield now - first, rgb.reformat(frame, **TO_RGB, **size).to_ndarray()
+        if first is None:
+            raise BadVideo("no frames")
+
+    write_mp4(path, frames())
 
 
 def scan_video(path: Path) -> VideoScan:

@@ -348,9 +348,9 @@ class Lanes:
     """Where things lie, in pixels, in a picture of a course: a lane for each emotion, with a name and a bar beside."""
 
     width: int  # of all
-    unit: float  # what 1 px is at the size that one reads
+    unit: int | float  # what 1 px is at the size that one reads
 
-    def px(self, length: float) -> int:
+    def px(self, length: int | float) -> int:
         return round(length * self.unit)
 
     @property

@@ -28,7 +28,7 @@ def bar_chart(lanes: Lanes, panel: Image.Image, probabilities: Float64[np.ndarra
 
 
 def course_picture(
-    edges: Float64[np.ndarray, " E"], probabilities: Float64[np.ndarray, "N K"], width: int = 900, unit: float = 2.0
+    edges: Float64[np.ndarray, " E"], probabilities: Float64[np.ndarray, "N K"], width: int = 900, unit: int | float = 2
 ) -> Image.Image:
     """The course of a whole video, with the mean of each emotion beside it. As of `figures.lanes_figure`."""
     lanes = Lanes(round(width * unit), unit)
@@ -72,7 +72,7 @@ class Overlay:
         picture = frame.resize(self._size, Image.Resampling.BILINEAR, reducing_gap=2.0)
         p = self._probabilities[number]
         if np.isnan(p[0]):
-            self._tag(picture, "no face", 0, 0, MUTED)
+            self._tag(picture, "no face", 0.0, 0.0, MUTED)
         else:
             left, top = 0.0, 0.0
             if self._boxes is not None:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import re
+import signal
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -208,24 +209,32 @@ def record(source: str, path: Path, seconds: float, format: str | None = None) -
         BadVideo, av.FFmpegError, OSError: if nothing comes, or it cannot be written.
     """
 
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
     def frames() -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
         rgb, first, now, size = VideoReformatter(), None, -np.inf, {}
         with av.open(source, format=format, metadata_errors="replace", options=LIMITS, timeout=10) as container:
-            video = _best_video(container)
-            with contextlib.suppress(KeyboardInterrupt):
-                for frame in container.decode(video):
-                    _check_size(frame)
-                    if frame.is_corrupt or frame.time is None or frame.time <= now:
-                        continue  # as streams begin
-                    first, now = frame.time if first is None else first, frame.time
-                    if now - first >= seconds:
-                        break
-                    size = size or {"width": max(frame.width // 2 * 2, 2), "height": max(frame.height // 2 * 2, 2)}
-                    yield now - first, rgb.reformat(frame, **TO_RGB, **size).to_ndarray()
+            for frame in container.decode(_best_video(container)):
+                _check_size(frame)
+                if frame.is_corrupt or frame.time is None or frame.time <= now:
+                    continue  # as streams begin
+                first, now = frame.time if first is None else first, frame.time
+                if stopped or now - first >= seconds:
+                    break
+                size = size or {"width": max(frame.width // 2 * 2, 2), "height": max(frame.height // 2 * 2, 2)}
+                yield now - first, rgb.reformat(frame, **TO_RGB, **size).to_ndarray()
         if first is None:
             raise BadVideo("no frames")
 
-    write_mp4(path, frames())
+    before = signal.signal(signal.SIGINT, stop)  # an exception could come anywhere, and cost the file
+    try:
+        write_mp4(path, frames())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def scan_video(path: Path) -> VideoScan:

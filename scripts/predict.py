@@ -13,7 +13,6 @@ checkpoints (folds, seeds) are averaged. Exit code 0: all were read; 2: what was
 import argparse
 import csv
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -127,7 +126,7 @@ class Model:
     @torch.inference_mode()
     def prepare(self, picture: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "S S 3"]:
         """Resized and normalised, on the device."""
-        pixels = torch.from_numpy(np.ascontiguousarray(picture)).to(self._device)[None, None]
+        pixels = torch.tensor(picture, device=self._device)[None, None]
         small = torch_stages.resize(pixels, self._plan.box, self._plan.mirror, self.config.data.size)
         return torch_stages.finish(small, self._plan, torch.zeros(1, dtype=torch.int64, device=self._device))[0, 0]
 
@@ -274,7 +273,7 @@ def write(video: Video, seen: Seen, models: Sequence[Model], out: Path, draw: bo
 
 
 def find_videos(clips: Sequence[Path], out: Path) -> list[Video]:
-    """The videos of files and folders, each once, in natural order; what --out holds is none of them.
+    """The videos of files and folders, each once, in natural order; results in a folder within are none of them.
 
     Raises:
         ValueError: in one line, if there are none, or a result would take the place of a video.
@@ -287,7 +286,8 @@ def find_videos(clips: Sequence[Path], out: Path) -> list[Video]:
         if clip.is_dir():
             found = find_video_files(clip, lambda line: print(f"predict: {shown(line)}", file=sys.stderr))
             own = out.resolve()
-            found = [path for path in found if not path.resolve().is_relative_to(own) or own == clip.resolve()]
+            if own != clip.resolve():
+                found = [path for path in found if not path.resolve().is_relative_to(own)]
             found.sort(key=lambda path: natural_key(path.relative_to(clip).as_posix()))
             if not found:
                 raise ValueError(f"{clip}: no videos in it")
@@ -355,26 +355,6 @@ class Progress:
         self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def main(args: argparse.Namespace) -> int:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no NVIDIA GPU is visible here")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    models = [Model(path, device, args.amp) for path in args.checkpoint]
-    window = args.window or Span(float(np.median([n for m in models for n in m.lengths()])), False)
-    detect = None if args.no_crop else make_detector(args.detector)
-    clips = list(args.clips)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if args.camera:
-            clips.append(args.out / f"recorded-{time.strftime('%Y%m%d-%H%M%S')}.mp4")
-            source, kind = (f"/dev/video{args.camera}", "v4l2") if args.camera.isdecimal() else (args.camera, None)
-            print(f"recording {args.seconds:g} s of {shown(source)}; Ctrl-C ends it earlier", flush=True)
-            record(source, clips[-1], args.seconds, kind)
-    except (OSError, av.FFmpegError, BadVideo) as error:
-        raise ValueError(f"{args.camera or args.out}: {getattr(error, 'strerror', None) or error}") from None
-    return predict(clips, models, detect, window, args)
-
-
 def predict(
     clips: Sequence[Path], models: Sequence[Model], detect: Detector | None, window: Span, args: argparse.Namespace
 ) -> int:
@@ -418,7 +398,29 @@ def parse_span(text: str) -> Span:
     return Span(float(value), kind is float)
 
 
-if __name__ == "__main__":
+def run(args: argparse.Namespace) -> int:
+    """Load the models, record what is to be recorded, and predict. Returns the exit code."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no NVIDIA GPU is visible here")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    models = [Model(path, device, args.amp) for path in args.checkpoint]
+    window = args.window or Span(float(np.median([n for m in models for n in m.lengths()])), False)
+    detect = None if args.no_crop else make_detector(args.detector)
+    clips = list(args.clips)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.camera:
+            clips.append(args.out / "recordings" / f"{time.strftime('%Y%m%d-%H%M%S')}.mp4")
+            clips[-1].parent.mkdir(exist_ok=True)
+            source, kind = (f"/dev/video{args.camera}", "v4l2") if args.camera.isdecimal() else (args.camera, None)
+            print(f"recording {args.seconds:g} s of {shown(source)}; Ctrl-C ends it earlier", flush=True)
+            record(source, clips[-1], args.seconds, kind)
+    except (OSError, av.FFmpegError, BadVideo) as error:
+        raise ValueError(f"{args.camera or args.out}: {getattr(error, 'strerror', None) or error}") from None
+    return predict(clips, models, detect, window, args)
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = Parser("predict", __doc__)
     parser.add_argument("clips", type=Path, nargs="*", metavar="CLIP", help="a video, or a folder of videos")
     parser.add_argument(
@@ -454,10 +456,14 @@ if __name__ == "__main__":
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="the run's if not given")
-    arguments = parser.parse_args()
-    if not (arguments.clips or arguments.camera):
+    args = parser.parse_args(arguments)
+    if not (args.clips or args.camera):
         parser.error("no CLIP: name a video, a folder of videos, or a --camera")
     try:
-        sys.exit(one_line_errors("predict", functools.partial(main, arguments)))
+        return one_line_errors("predict", lambda: run(args))
     except KeyboardInterrupt:
         parser.exit(130, "predict: interrupted; what is written is whole\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

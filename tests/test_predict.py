@@ -1,0 +1,569 @@
+"""Emotions over time: the stream against all frames in a list, the script against evaluation, and what is written."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dfer import overlay as ov
+from dfer.annotations import EMOTIONS, read_annotations, write_annotations
+from dfer.checkpoint import save_checkpoint
+from dfer.config import Config, DataConfig, ModelConfig, RunConfig
+from dfer.course import Course, place_windows, segments
+from dfer.distributed import World
+from dfer.faces import crop_face, find_face, make_detector
+from dfer.figures import ACCENT, Lanes
+from dfer.index import build_index
+from dfer.sampling import ClipSampler
+from dfer.video import BadVideo, record, write_mp4
+from scripts import predict as pr
+from scripts import prepare_videos as pv
+from tests.conftest import ROOT
+from tests.oracle import resize
+from tests.test_prepare_videos import REAL, noise, person, write_video
+from train import build_loader, build_model, evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+# ---- Windows and what is said of a frame
+
+
+def test_windows_cover_each_run_of_a_face_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        track = np.repeat(rng.integers(-1, 3, 6), rng.integers(1, 12, 6))
+        length = int(rng.integers(1, 9))
+        stride = int(rng.integers(1, length + 1))
+        windows = place_windows(track, length, stride).tolist()
+        want, first = [], 0
+        while first < len(track):
+            end = first
+            while end < len(track) and track[end] == track[first]:
+                end += 1
+            if track[first] >= 0:
+                start = first
+                while start + length < end:
+                    want.append([start, start + length])
+                    start += stride
+                want.append([max(end - length, first), end])
+            first = end
+        assert windows == want
+        covered = np.zeros(len(track), bool)
+        for start, end in windows:
+            assert len(set(track[start:end].tolist())) == 1 and end - start <= length
+            covered[start:end] = True
+        assert (covered == (track >= 0)).all()
+    assert place_windows(np.full(5, -1), 4, 2).shape == (0, 2)
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_a_frame_has_the_mean_of_its_windows(case: int) -> None:
+    """Against all pictures in a list; pictures here are single numbers."""
+    rng = np.random.default_rng(case)
+    track = np.repeat(rng.integers(-1, 2, 5), rng.integers(1, 30, 5))
+    track[0] = 0
+    length = int(rng.integers(2, 20))
+    stride, batch = int(rng.integers(1, length + 1)), int(rng.integers(1, 5))
+    sampler = ClipSampler(0, *rng.integers(1, 4, 2).tolist(), "eval", views=1 + case % 3, mirror_views=case % 2 == 1)
+    pictures = rng.random(len(track))
+    weights = rng.standard_normal((sampler.clip_length, len(EMOTIONS)))
+
+    def model(clip: np.ndarray, mirrored: bool) -> np.ndarray:
+        e = np.exp((clip / 255 * (-1 if mirrored else 1)) @ weights)
+        return e / e.sum()
+
+    sizes: list[int] = []
+
+    def look(clips, mirrored):
+        sizes.append(len(clips))
+        return np.stack([model(np.array(clip) / 2, mirrored) for clip in clips])
+
+    windows = place_windows(track, length, stride)
+    course = Course(len(track), windows, sampler, lambda picture: 2 * float(picture[0, 0, 0]), look, batch)
+    most = 0
+    for i, value in enumerate(pictures):
+        if course.wants(i):
+            pixel = np.full((1, 1, 3), round(255 * value), np.uint8)
+            course.add(i, pixel)
+            most = max(most, len(course._held))
+    assert course.complete
+
+    said: list[list[np.ndarray]] = [[] for _ in track]
+    for start, end in windows.tolist():
+        views = []
+        for view in range(sampler.num_views):
+            frames = sampler.plan(view, np.array([end - start])).frames[0] + start
+            views.append(model(np.round(255 * pictures)[frames], view >= sampler.views))
+        for i in range(start, end):
+            said[i].append(np.mean(views, axis=0))
+    want = np.array([np.mean(s, axis=0) if s else np.full(len(EMOTIONS), np.nan) for s in said])
+    np.testing.assert_allclose(course.probabilities(), want, atol=1e-12)
+    assert np.isnan(want[:, 0]).tolist() == (track < 0).tolist()
+    assert most <= length + batch * stride and max(sizes) <= batch
+    assert len(sizes) == -(-len(windows) // batch) * sampler.num_views or batch > 1
+
+
+def test_without_windows_a_course_is_complete_and_empty() -> None:
+    course = Course(3, place_windows(np.full(3, -1), 4, 2), ClipSampler(0, 2, mode="eval"), int, len, 2)
+    assert course.complete and not any(map(course.wants, range(3)))
+    assert np.isnan(course.probabilities()).all() and course.probabilities().shape == (3, len(EMOTIONS))
+
+
+def test_segments_are_runs_of_one_emotion_of_one_face() -> None:
+    track = np.array([-1, 0, 0, 0, 0, 1, 1, -1, 1, 1])
+    likeliest = [2, 0, 0, 3, 3, 3, 3, 3, 3, 0]
+    p = np.eye(7)[likeliest]
+    p[track < 0] = np.nan
+    assert segments(track, p) == [(1, 3, 0), (3, 5, 3), (5, 7, 3), (8, 9, 3), (9, 10, 0)]
+    assert segments(np.full(4, -1), np.full((4, 7), np.nan)) == []
+
+
+# ---- A run whose weights no one trained, but that tells clips apart
+
+
+def save_run(folder: Path, seed: int = 0, **data: object) -> Path:
+    config = Config(
+        data=DataConfig(**{"size": 32, "num_segments": 4, "batch_size": 2, "train_list": folder / "train.txt"} | data),
+        model=ModelConfig(dim=16),
+        run=RunConfig(device="cpu", amp="off"),
+    )
+    torch.manual_seed(seed)
+    model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    state = {"model": model.state_dict(), "ema": None, "config": config.to_json(), "emotions": list(EMOTIONS)}
+    save_checkpoint(folder / "checkpoints", state | {"step": 7})
+    write_annotations(folder / "train.txt", [(f"clip{n}", n, 0) for n in (8, 12, 30)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run"))
+
+
+def moving(identity: int, count: int) -> list[np.ndarray]:
+    """A drawn face that drifts, on a moving ground."""
+    face = person(identity)
+    frames = []
+    for i in range(count):
+        frame = np.full((256, 320, 3), 90 + i, np.uint8)
+        frame[16:240, 40 + i : 264 + i] = face
+        frame[:, :, 1] = np.roll(frame[:, :, 1], i % 3, 0)
+        frames.append(frame)
+    return frames
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a face throughout, of one and then, after a cut, another, and of none."""
+    folder = tmp_path_factory.mktemp("videos")
+    nothing = [np.asarray(Image.fromarray(noise(1)[0][:4, :4]).resize((320, 256), Image.Resampling.BICUBIC))]
+    write_video(folder / "one.mp4", moving(0, 31))
+    times = [40 * i + 15 * (i % 2) for i in range(66)]
+    write_video(folder / "sub" / "two.mp4", moving(0, 24) + nothing * 20 + moving(1, 22), pts_ms=times)
+    write_video(folder / "none.mp4", nothing * 9)
+    return folder
+
+
+def predict(*arguments: object) -> int:
+    return pr.main([*map(str, arguments), "--device", "cpu"])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def probabilities(path: Path) -> np.ndarray:
+    """(N, K), nan for empty cells."""
+    return np.array([[float(row[f"p_{e}"] or "nan") for e in EMOTIONS] for row in rows(path)])
+
+
+def all_frames(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+# ---- Against all frames in a list, and against evaluation
+
+
+@pytest.mark.parametrize(("name", "window", "stride"), [("one", 12, 3), ("sub/two", 10, 7), ("one", 99, 5)])
+def test_the_stream_says_what_a_list_of_all_frames_does(
+    run: Path, videos: Path, tmp_path: Path, name: str, window: int, stride: int
+) -> None:
+    assert predict(videos, "--checkpoint", run, "--out", tmp_path, "--window", window, "--stride", stride,
+                   "--no-video") == 0  # fmt: skip
+    model = pr.Model(run, torch.device("cpu"), None)
+    times, frames = zip(*((t, np.asarray(image)) for t, image in pr.decode(videos / f"{name}.mp4")), strict=True)
+    for mine, plain in zip(frames, all_frames(videos / f"{name}.mp4"), strict=True):
+        assert np.abs(mine.astype(int) - plain).mean() < 3  # PyAV's own colours are cheaper ones
+    faces = find_face(zip(times, frames, strict=True), make_detector(), every_track=True)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    said: list[list[np.ndarray]] = [[] for _ in frames]
+    for face in set(faces.track.tolist()) - {-1}:
+        own = np.flatnonzero(faces.track == face)
+        assert (np.diff(own) == 1).all()
+        length = min(window, len(own))
+        for first in sorted({*range(0, len(own) - length, stride), len(own) - length}):
+            inside = own[first : first + length]
+            picked = [inside[int((s + 0.5) * max(length, 1) / 4)] for s in range(4)]
+            clip = [(resize(crop_face(frames[i], faces.boxes[i], 224, 0.1), 32) / 255 - mean) / std for i in picked]
+            tensor = torch.tensor(np.stack(clip), dtype=torch.float32).permute(0, 3, 1, 2)[None]
+            with torch.inference_mode():
+                p = F.softmax(model._net(tensor).logits, 1)[0].numpy()
+            for i in inside:
+                said[i].append(p)
+    want = np.array([np.mean(s, axis=0) if s else np.full(7, np.nan) for s in said])
+    found = probabilities(tmp_path / f"{name}.csv")
+    assert (~np.isnan(want[:, 0])).sum() >= {"one": 31, "sub/two": 40}[name]
+    np.testing.assert_allclose(found, want, atol=1e-4)
+    assert np.ptp(want[~np.isnan(want[:, 0])], axis=0).max() > 1e-3 or window == 99  # else nothing is shown
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_it_agrees_with_evaluation(run: Path, videos: Path, tmp_path: Path, views: int) -> None:
+    """On the clips that prepare_videos.py makes, but for JPEG's loss; on a video as it is, but for roundings."""
+    checkpoint = save_run(tmp_path / "run", views=views, mirror_views=views > 1)
+    prepared = tmp_path / "prepared"
+    assert pv.main([str(videos / "one.mp4"), "--out", str(prepared), "--label", "0", "--workers", "1",
+                    "--clip-length", "10", "--quality", "100"]) == 0  # fmt: skip
+    write_annotations(tmp_path / "list.txt", [(str(videos / "one.mp4"), 31, 0)])
+    model = pr.Model(checkpoint, torch.device("cpu"), None)
+    cases = (
+        (prepared / "list.txt", ("--window", "10", "--stride", "10"), slice(0, 30, 10), 0.02),
+        (tmp_path / "list.txt", ("--window", "31", "--no-crop"), slice(0, 1), 0.005),
+    )
+    for list_path, flags, clips, tolerance in cases:
+        index = build_index(read_annotations(list_path))
+        result = evaluate(model._net, build_loader(model.config, index, "eval", WORLD), WORLD, None, True)
+        out = tmp_path / f"out{len(flags)}{list_path.parent.name}"
+        assert predict(videos / "one.mp4", "--checkpoint", checkpoint, "--out", out, "--no-video", *flags) == 0
+        found = probabilities(out / "one.csv")[clips]
+        np.testing.assert_allclose(found, result.probabilities, atol=tolerance)
+
+
+def test_an_ensemble_is_the_mean_of_its_members(run: Path, videos: Path, tmp_path: Path) -> None:
+    other = save_run(tmp_path / "other", seed=1, size=48, num_segments=3)
+    for name, checkpoints in (("a", [run]), ("b", [other]), ("both", [run, other])):
+        flags = ("--out", tmp_path / name, "--window", 9, "--no-video")
+        assert predict(videos / "one.mp4", "--checkpoint", *checkpoints, *flags) == 0
+    a, b, both = (probabilities(tmp_path / name / "one.csv") for name in ("a", "b", "both"))
+    assert np.abs(a - b).max() > 0.01
+    np.testing.assert_allclose(both, (a + b) / 2, atol=2e-6)
+    models = json.loads((tmp_path / "both" / "one.json").read_text())["models"]
+    assert [(m["checkpoint"], m["step"], m["frames"], m["size"]) for m in models] == [
+        (str(run), 7, 4, 32),
+        (str(other), 7, 3, 48),
+    ]
+
+
+# ---- What is written
+
+
+def test_a_folder_with_a_bad_video_and_one_without_a_face(
+    run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "in" / "out"
+    for name in ("one.mp4", "sub/two.mp4", "none.mp4"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(videos / name, source / name)
+    (source / "bad.mp4").write_bytes(b"nonsense" * 100)
+    (source / "cut.mp4").write_bytes((videos / "one.mp4").read_bytes()[:9000])
+    for _ in range(2):  # again: what it wrote is not taken for a video
+        assert predict(source, "--checkpoint", run, "--out", out, "--window", 12) == 2
+        captured = capsys.readouterr()
+        bad = sorted(captured.err.splitlines())
+        assert len(bad) == 2 and bad[0].startswith(f"predict: {source}/bad.mp4: Invalid data")
+        assert bad[1].startswith(f"predict: {source}/cut.mp4: ")
+        lines = captured.out.splitlines()
+        assert lines[0] == "none: no face in 9 frames"
+        assert lines[1].startswith("one: ") and lines[1].endswith(" %")
+        assert lines[2].startswith("sub/two: ") and "a face in 46 of 66 frames" in lines[2]
+    written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert written == ["none.csv", "none.json", *(f"{name}.{suffix}" for name in ("one", "sub/two")
+                                                  for suffix in ("csv", "json", "mp4", "png"))]  # fmt: skip
+
+    about = {name: json.loads((out / f"{name}.json").read_text()) for name in ("none", "one", "sub/two")}
+    assert [about[n]["outcome"] for n in about] == ["no face", "ok", "ok"]
+    assert about["none"]["emotion"] is None and about["none"]["mean_probabilities"] is None
+    assert about["none"]["segments"] == [] and about["none"]["frames"] == 9
+    two, table = about["sub/two"], rows(out / "sub" / "two.csv")
+    assert (two["frames"], two["frames_with_face"], two["cuts"], two["faces_at_once"]) == (66, 46, 2, 1)
+    assert (two["width"], two["height"], two["window_frames"], two["stride_frames"]) == (320, 256, 12, 3)
+    times = np.array([40 * i + 15 * (i % 2) for i in range(66)]) / 1000
+    assert [row["frame"] for row in table] == [str(i) for i in range(66)]
+    np.testing.assert_allclose([float(row["time"]) for row in table], times, atol=1e-3)
+    p = probabilities(out / "sub" / "two.csv")
+    np.testing.assert_allclose(np.nansum(p, 1), [1.0] * 24 + [0.0] * 20 + [1.0] * 22, atol=1e-5)
+    for row, likely in zip(table, p, strict=True):
+        cells = [row[c] for c in ("box_x", "box_y", "box_side", "box_tilt", "emotion")]
+        assert all(cells) if likely[0] == likely[0] else not any(cells)
+        assert row["emotion"] in ("", EMOTIONS[int(np.nan_to_num(likely).argmax())])
+    mean = np.nanmean(p, axis=0)
+    np.testing.assert_allclose([two["mean_probabilities"][e] for e in EMOTIONS], mean, atol=2e-6)
+    assert two["emotion"] == EMOTIONS[int(mean.argmax())]
+    spans = [(s["first_frame"], s["last_frame"]) for s in two["segments"]]
+    assert spans[0][0] == 0 and spans[-1][1] == 65
+    assert sum(last - first + 1 for first, last in spans) == 46
+    for span in two["segments"]:
+        emotions = {row["emotion"] for row in table[span["first_frame"] : span["last_frame"] + 1]}
+        assert emotions == {span["emotion"]}
+
+    with av.open(str(out / "sub" / "two.mp4")) as container:
+        frames = list(container.decode(video=0))
+    np.testing.assert_allclose([frame.time for frame in frames], times, atol=1e-3)
+    assert frames[0].width == 480 and frames[0].height % 2 == 0
+    with Image.open(out / "one.png") as image:
+        assert image.width == 1800
+
+
+def test_the_square_is_where_the_face_is(run: Path, videos: Path, tmp_path: Path) -> None:
+    assert predict(videos / "one.mp4", "--checkpoint", run, "--out", tmp_path, "--margin", 0, "--no-video") == 0
+    wide = tmp_path / "wide"
+    assert predict(videos / "one.mp4", "--checkpoint", run, "--out", wide, "--margin", 0.5, "--no-video") == 0
+    for i, (near, far) in enumerate(zip(rows(tmp_path / "one.csv"), rows(wide / "one.csv"), strict=True)):
+        assert abs(float(near["box_x"]) - (152 + i)) < 20 and abs(float(near["box_y"]) - 128) < 25
+        assert float(far["box_side"]) == pytest.approx(2 * float(near["box_side"]), abs=0.2)
+    assert np.abs(probabilities(tmp_path / "one.csv") - probabilities(wide / "one.csv")).max() > 1e-3
+    assert json.loads((wide / "one.json").read_text())["window_frames"] == 12  # the median of the training's clips
+
+
+def test_nothing_is_left_half_written(
+    run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (videos / "one.mp4", "--checkpoint", run, "--out", tmp_path, "--window", 12)
+    assert predict(*flags) == 0
+    draw = ov.Overlay.draw
+
+    def stopped(self: ov.Overlay, number: int, frame: Image.Image) -> np.ndarray:
+        if number == 9:
+            raise KeyboardInterrupt
+        return draw(self, number, frame)
+
+    monkeypatch.setattr(ov.Overlay, "draw", stopped)
+    with pytest.raises(SystemExit) as stop:
+        predict(*flags)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "predict: interrupted; what is written is whole\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.csv", "one.png"]  # of this call, and whole
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pr, "write_mp4", full)
+    assert predict(*flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"predict: {tmp_path}/one: cannot be written ([Errno 28] No space left on device)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("{v}/gone.mp4",), "gone.mp4: no such video or folder"),
+        (("{t}",), "{t}: no videos in it"),
+        ((), "no CLIP: name a video, a folder of videos, or a --camera"),
+        (("{v}/one.mp4", "--checkpoint", "{t}"), "{t}: holds no checkpoint"),
+        (("{v}/one.mp4", "--window", "0"), "argument --window: '0' is not a whole number from 1 to 10,000,000"),
+        (("{v}/one.mp4", "--window", "xs"), "argument --window: 'x' is not a number from 0.01 to 100,000.0"),
+        (("{v}/one.mp4", "--detector", "{v}/one.mp4"), "one.mp4: not a YuNet model"),
+        (("{v}/one.mp4", "--out", "{v}"), "--out {v}: one.mp4 lies there and would be overwritten"),
+        (("{v}/one.mp4", "--out", "{v}/one.mp4"), "{v}/one.mp4: File exists"),
+        (("--camera", "{v}/gone.mp4"), "{v}/gone.mp4: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
+) -> None:
+    before = (videos / "one.mp4").read_bytes()
+    (tmp_path / "t").mkdir()
+    given = [flag.format(v=videos, t=tmp_path / "t") for flag in flags]
+    for name, default in (("--checkpoint", run), ("--out", tmp_path / "out")):
+        given += [] if name in given else [name, str(default)]
+    try:
+        assert predict(*given) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("predict: ") and message.format(v=videos, t=tmp_path / "t") in line
+    assert (videos / "one.mp4").read_bytes() == before
+
+
+def test_a_run_whose_list_is_gone_wants_a_window(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run")
+    (run / "train.txt").unlink()
+    assert predict(videos / "none.mp4", "--checkpoint", run, "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("say --window FRAMES") and str(run / "train.txt") in line
+    assert predict(videos / "none.mp4", "--checkpoint", run, "--out", tmp_path / "out", "--window", "2.5s") == 0
+    assert json.loads((tmp_path / "out" / "none.json").read_text())["window_frames"] == 62  # at 25 frames a second
+
+
+# ---- Pictures
+
+
+def test_bars_are_as_long_as_probabilities_and_the_likeliest_is_in_colour() -> None:
+    lanes = Lanes(800, 1.0)
+    panel = Image.new("RGB", (lanes.width, lanes.height), "white")
+    p = np.array([0.05, 0.1, 0.5, 0.0, 0.25, 0.1, 0.0])
+    ov.bar_chart(lanes, panel, p)
+    left, right = lanes.bar
+    for k in range(7):
+        row = np.asarray(panel)[lanes.top + k * lanes.lane + lanes.lane // 2, left:right]
+        empty = (row == [0xDD, 0xE2, 0xE8]).all(1)
+        filled = (~empty).sum()
+        assert filled == round(p[k] * (right - left)) and (k in (3, 6)) == (filled == 0)
+        accent = tuple(int(ACCENT[i : i + 2], 16) for i in (1, 3, 5))
+        assert ((row == accent).all(1).sum() > 0) == (k == 2)
+
+
+def test_lanes_are_filled_as_high_as_probabilities() -> None:
+    p = np.full((100, 7), 0.1)
+    p[:50, 0], p[50:, 3] = 0.4, 0.4
+    p[70:] = np.nan
+    image = np.asarray(ov.course_picture(np.arange(101) / 10, p, unit=1.0)).astype(int)
+    lanes = Lanes(900, 1.0)
+    left, right = lanes.course
+    orange = (image[:, :, 0] - image[:, :, 2]) > 100
+    for k, share in ((0, 0.25), (3, 0.6)):
+        x = round(left + share * (right - left))
+        lane = orange[lanes.top + k * lanes.lane : lanes.top + (k + 1) * lanes.lane, x]
+        assert lane.sum() == pytest.approx(0.4 * 0.92 * lanes.lane, abs=1)
+    assert not orange[:, round(left + 0.75 * (right - left)) : right].any()
+    assert not orange[lanes.top : lanes.top + lanes.lane, round(left + 0.52 * (right - left)) : right].any()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "shown"),
+    [(64, 48, (480, 360)), (3840, 2160, (1280, 720)), (1080, 1920, (720, 1280)), (101, 999, (100, 1000))],
+)
+def test_frames_of_any_size_become_legible_ones(width: int, height: int, shown: tuple[int, int]) -> None:
+    edges, p = np.arange(4) / 10, np.eye(7)[[0, 1, 2]]
+    p[2] = np.nan
+    boxes = np.tile([width / 2, height / 2, min(width, height) / 2, 0.2], (3, 1))
+    overlay = ov.Overlay(height, width, edges, boxes, p)
+    frame = Image.new("RGB", (width, height), (40, 200, 90))
+    drawn = [overlay.draw(i, frame) for i in range(3)]
+    assert overlay._size == shown
+    (whole,) = {image.shape for image in drawn}
+    assert whole[0] % 2 == 0 and whole[1] % 2 == 0 and whole[1] == max(shown[0], 480)
+    green = (drawn[0] == [40, 200, 90]).all(2)
+    assert not green[shown[1] :].any() and green[: shown[1]].sum() > 0.5 * shown[0] * shown[1]
+    # The cursor: the darkest column of the lanes moves a third of the course with each frame.
+    lanes = overlay._lanes
+    strip = [image[shown[1] + lanes.top + 2 : shown[1] + lanes.top + 4, slice(*lanes.course)] for image in drawn]
+    at = [int(s.astype(int).sum((0, 2)).argmin()) for s in strip]
+    span = lanes.course[1] - lanes.course[0]
+    np.testing.assert_allclose(at, [span / 6, span / 2, 5 * span / 6], atol=3)
+
+
+def test_the_box_is_drawn_where_the_crop_is_taken() -> None:
+    """What `crop_face` cuts out of a picture of the drawn outline has the outline along its edges."""
+    for tilt in (0.0, 0.3):
+        boxes = np.array([[300.0, 200.0, 160.0, tilt]])
+        overlay = ov.Overlay(400, 600, np.arange(2) / 10, boxes, np.eye(7)[[0]])
+        drawn = overlay.draw(0, Image.new("RGB", (600, 400)))[:400]
+        crop = crop_face(drawn, boxes[0], 160).astype(int).sum(2)
+        crop[:, :60] = 0  # the tag may cover a corner
+        assert (crop[:2, 70:150].mean() > 200) and (crop[-2:, 70:150].mean() > 200) and (crop[30:150, -2:].mean() > 200)
+        assert crop[20:140, 70:140].max() == 0
+
+
+# ---- Cameras and long videos
+
+
+def test_a_stream_is_recorded(tmp_path: Path) -> None:
+    record("testsrc=size=65x48:rate=20", tmp_path / "a.mp4", 1.5, "lavfi")
+    frames = all_frames(tmp_path / "a.mp4")
+    assert len(frames) == 30 and frames[0].shape == (48, 64, 3)
+    with pytest.raises(BadVideo, match="no frames"):
+        record("testsrc=size=64x48:rate=20:duration=0", tmp_path / "b.mp4", 1.0, "lavfi")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    record("testsrc=size=640x480:rate=30", tmp_path / "c.mp4", 1e6, "lavfi")  # until the interrupt key
+    assert len(all_frames(tmp_path / "c.mp4")) > 1
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # which then is what it was
+
+
+def test_a_camera_is_recorded_and_predicted_on(
+    run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def fake(source: str, path: Path, seconds: float, format: str | None) -> None:
+        opened.append((source, seconds, format))
+        path.write_bytes((videos / "one.mp4").read_bytes())
+
+    monkeypatch.setattr(pr, "record", fake)
+    flags = ("--checkpoint", run, "--out", tmp_path, "--window", 12, "--no-video")
+    assert predict("--camera", 0, "--seconds", 3, *flags) == 0
+    assert predict("--camera", "rtsp://host/a", *flags, "--out", tmp_path / "b") == 0
+    assert opened == [("/dev/video0", 3.0, "v4l2"), ("rtsp://host/a", 10.0, None)]
+    (recording,) = (tmp_path / "recordings").iterdir()
+    assert len(rows(tmp_path / f"{recording.stem}.csv")) == 31
+
+
+def test_frames_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def broken():
+        yield 0.0, np.zeros((32, 32, 3), np.uint8)
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        write_mp4(tmp_path / "a.mp4", broken())
+    assert not list(tmp_path.iterdir())
+    colours = [np.full((32, 48, 3), c, np.uint8) for c in ([200, 30, 30], [30, 200, 30], [30, 30, 200])]
+    write_mp4(tmp_path / "a.mp4", ((t, c) for t, c in zip((0.0, 0.5, 0.51), colours, strict=True)))
+    found = list(pr.decode(tmp_path / "a.mp4"))
+    np.testing.assert_allclose([time for time, _ in found], [0, 0.5, 0.51], atol=1e-4)
+    for (_, image), colour in zip(found, colours, strict=True):
+        np.testing.assert_allclose(np.asarray(image).mean((0, 1)), colour[0, 0], atol=4)
+
+
+@pytest.mark.slow
+def test_ten_minutes_stay_below_two_gigabytes(run: Path, tmp_path: Path) -> None:
+    """Of 4K, where a hundred frames would be 2.5 GB: 60 s; and of 10 minutes, in a process of its own each."""
+    small, large = moving(0, 50), [np.kron(f, np.ones((8, 12, 1), np.uint8)) for f in moving(0, 2)]
+    long = write_video(tmp_path / "long.mp4", (small + small[::-1]) * 150)
+    wide = write_video(tmp_path / "wide.mp4", large * 100)
+    for video, frames in ((long, 15000), (wide, 200)):
+        command = [
+            sys.executable,
+            "scripts/predict.py",
+            str(video),
+            "--checkpoint",
+            str(run),
+            "--out",
+            str(tmp_path / "o"),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(rows(tmp_path / "o" / f"{video.stem}.csv")) == frames
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2e6  # kB
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
+def test_real_videos(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = (REAL / "single_face.mp4", REAL / "no_face.mp4", REAL / "face_noface.mov")
+    assert predict(*clips, "--checkpoint", run, "--out", tmp_path, "--window", "1s") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "no_face: no face in 95 frames" and lines[2].endswith("a face in 72 of 169 frames")
+    assert np.isfinite(probabilities(tmp_path / "single_face.csv")).all()
+    assert len(all_frames(tmp_path / "single_face.mp4")) == 72
+    assert json.loads((tmp_path / "single_face.json").read_text())["window_frames"] == 30

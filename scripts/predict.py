@@ -154,6 +154,7 @@ def watch(
     What is held of it does not grow but for some numbers per frame. `tick` is shown each frame as it is read.
 
     Raises:
+        ValueError: in one line, if the windows do not touch.
         BadVideo, av.FFmpegError: as `decode`.
     """
     size = (0, 0)
@@ -174,7 +175,9 @@ def watch(
     times = times - times[0]
     fps = (len(times) - 1) / times[-1] if len(times) > 1 else 25.0
     length = window.frames(fps)
-    step = min(stride.frames(fps), length) if stride else max(length // 4, 1)
+    step = stride.frames(fps) if stride else max(length // 4, 1)
+    if step > length:
+        raise ValueError(f"--stride: {step} frames are more than the window's {length}: some would not be seen")
     windows = place_windows(track, length, step)
     courses = [Course(len(times), windows, m.sampler, m.prepare, m.look, m.batch_size) for m in models]
     end = int(windows[:, 1].max(initial=0))

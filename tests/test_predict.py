@@ -377,6 +377,10 @@ def test_nothing_is_left_half_written(
         ((), "no CLIP: name a video, a folder of videos, or a --camera"),
         (("{v}/one.mp4", "--checkpoint", "{t}"), "{t}: holds no checkpoint"),
         (("{v}/one.mp4", "--window", "0"), "argument --window: '0' is not a whole number from 1 to 10,000,000"),
+        (
+            ("{v}/one.mp4", "--stride", "20"),
+            "--stride: 20 frames are more than the window's 12: some would not be seen",
+        ),
         (("{v}/one.mp4", "--window", "xs"), "argument --window: 'x' is not a number from 0.01 to 100,000.0"),
         (("{v}/one.mp4", "--detector", "{v}/one.mp4"), "one.mp4: not a YuNet model"),
         (("{v}/one.mp4", "--out", "{v}"), "--out {v}: one.mp4 lies there and would be overwritten"),
@@ -481,6 +485,19 @@ def test_the_box_is_drawn_where_the_crop_is_taken() -> None:
         crop[:, :60] = 0  # the tag may cover a corner
         assert (crop[:2, 70:150].mean() > 200) and (crop[-2:, 70:150].mean() > 200) and (crop[30:150, -2:].mean() > 200)
         assert crop[20:140, 70:140].max() == 0
+
+
+def test_progress_counts_seconds_of_video(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    paths = [videos / "none.mp4", videos / "one.mp4", videos / "gone.mp4"]
+    progress = pr.Progress([pr.Video(path, path.stem) for path in paths], passes=2)
+    (task,) = progress._bar.tasks
+    assert task.total == pytest.approx(2 * (9 + 31) / 25, abs=0.1)
+    progress.begin(1, "one")
+    assert task.completed == pytest.approx(2 * 9 / 25, abs=0.1)
+    for _ in range(2):
+        assert len(list(progress.tick(pr.decode(paths[1])))) == 31
+    assert task.completed == pytest.approx(task.total, abs=0.2) and task.fields["rate"] > 0
 
 
 # ---- Cameras and long videos

@@ -69,7 +69,7 @@ class Overlay:
     def draw(self, number: int, frame: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
         """Frame `number` of the video, annotated."""
         whole = Image.new("RGB", (self._lanes.width, self._size[1] + self._lanes.height), "black")
-        picture = frame.resize(self._size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        picture = frame.resize(self._size, Image.Resampling.BILINEAR, reducing_gap=1.0)
         p = self._probabilities[number]
         if np.isnan(p[0]):
             self._tag(picture, "no face", 0.0, 0.0, MUTED)

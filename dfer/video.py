@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 import av
 import numpy as np
-from av.sidedata.sidedata import SideData, Type
+from av.sidedata.sidedata import SideData, SideDataContainer, Type
 from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
@@ -153,7 +153,7 @@ def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
     rgb = VideoReformatter()
     for now, frame in _decode(path):
         pixels = rgb.reformat(frame, **TO_RGB).to_ndarray()
-        yield now, _upright(Image.fromarray(pixels), frame.side_data.get(Type.DISPLAYMATRIX))
+        yield now, _upright(Image.fromarray(pixels), _display_matrix(frame))
 
 
 def claimed_seconds(path: Path) -> float | None:
@@ -296,7 +296,7 @@ def scan_video(path: Path) -> VideoScan:
             shown = range(len(shown))
     times = np.sort(np.array(shown, dtype=np.int64))
     starts = [pts for pts, starts, discard in packets if starts and not discard] if stores_times else []
-    picture = _upright(Image.new("1", (first.width, first.height)), first.side_data.get(Type.DISPLAYMATRIX))
+    picture = _upright(Image.new("1", (first.width, first.height)), _display_matrix(first))
     return VideoScan(
         pts=times,
         key=np.isin(times, np.array(starts, dtype=np.int64)),
@@ -477,7 +477,7 @@ class _Taken:
             self._prepare(frame)
         if not self._parts:
             pixels = self._rgb.reformat(frame, **TO_RGB).to_ndarray()
-            matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+            matrix = _display_matrix(frame)
             self.frames[name] = np.array(_upright(Image.fromarray(pixels), matrix))
             return
         place = len(self.frames)
@@ -493,7 +493,7 @@ class _Taken:
             and not height % 2
             and not width % 2
             and (MATRICES.get(frame.colorspace), _is_full_range(frame)) == self._colours
-            and _turn(frame.side_data.get(Type.DISPLAYMATRIX)) is None
+            and _turn(_display_matrix(frame)) is None
         ):
             self._planar = np.empty((len(self.wanted), height * 3 // 2, width, 1), np.uint8)
             chroma = self._planar[:, height:].reshape(-1, 2, height // 2, width // 2)
@@ -619,6 +619,12 @@ def _is_full_range(frame: av.VideoFrame) -> bool:
 def _check_size(picture: av.VideoCodecContext | av.VideoFrame) -> None:
     if max(picture.width, picture.height) > MAX_SIDE:
         raise BadVideo(f"{picture.width} x {picture.height} pixels, more than {MAX_SIDE} on a side")
+
+
+def _display_matrix(frame: av.VideoFrame) -> SideData | None:
+    # Not frame.side_data, which refers to the frame that keeps it: then only the garbage collector, which counts
+    # objects and not their size, would free frames, by the hundred.
+    return SideDataContainer(frame).get(Type.DISPLAYMATRIX)
 
 
 def _turn(matrix: SideData | None) -> Image.Transpose | None:

@@ -1,6 +1,7 @@
 """Emotions over time: the stream against all frames in a list, the script against evaluation, and what is written."""
 
 import csv
+import gc
 import json
 import os
 import signal
@@ -549,6 +550,18 @@ def test_frames_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     np.testing.assert_allclose([time for time, _ in found], [0, 0.5, 0.51], atol=1e-4)
     for (_, image), colour in zip(found, colours, strict=True):
         np.testing.assert_allclose(np.asarray(image).mean((0, 1)), colour[0, 0], atol=4)
+
+
+def test_decoded_frames_are_freed_at_once(videos: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+        assert sum(1 for _ in pr.decode(videos / "one.mp4")) == 31
+        after = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after - before < 3
 
 
 @pytest.mark.slow

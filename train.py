@@ -156,7 +156,8 @@ def train(
         if run:
             run.save(trainee.state() | about | {"wandb_id": logger.wandb_id})
 
-    with StopSignals(world) as stop, contextlib.closing(logger), memory_advice(config):
+    patience = timedelta(seconds=config.run.timeout)
+    with StopSignals(world, patience) as stop, contextlib.closing(logger), memory_advice(config):
         num_parameters = sum(p.numel() for p in model.parameters())
         logger.say(
             f"{config.preset}: {len(train_index)} train and {len(val_index)} validation clips ({train_index.source}), "

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -130,23 +130,58 @@ def peers_named(world: World, patience: float = 3.0) -> Iterator[None]:
     except RuntimeError as error:
         if world.store is None or not re.search(r"gloo|nccl|timed? ?out|connection", str(error), re.IGNORECASE):
             raise
+        silent = _silent_ranks(world, patience)
+        if silent == []:
+            raise
+        if silent is None:
+            who = f"neither a rank nor the store on {os.environ['MASTER_ADDR']} answered within --run.timeout; is the "
+            who += "network down?"
+        else:
+            who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))} of {world.size} died or did not "
+            who += "answer within --run.timeout;"
+        line = f"train.py: rank {world.rank}: {who} the same command continues from the last checkpoint"
+        print(line, file=sys.stderr, flush=True)
+        if silent is None:
+            _end_with_launcher(world)
+        raise SystemExit(EXIT_PEER) from None
+
+
+def _silent_ranks(world: World, patience: float) -> list[int] | None:
+    """Those who do not leave word in the store within `patience` seconds; None if the store does not answer."""
+    found: list[list[int]] = []
+
+    def look() -> None:
         try:
             notes = [f"attempt-{_attempt()}/{rank} waited in vain" for rank in range(world.size)]
             world.store.set(notes[world.rank], "")
             time.sleep(patience)
-            silent = [str(rank) for rank, note in enumerate(notes) if not world.store.check([note])]
+            found.append([rank for rank, note in enumerate(notes) if not world.store.check([note])])
         except RuntimeError:  # the store itself is gone, and rank 0 with it
-            silent = ["0"]
-        if not silent:
-            raise
-        ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
-        print(
-            f"train.py: rank {world.rank}: {ranks} of {world.size} died or did not answer within --run.timeout; the "
-            "same command continues from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        raise SystemExit(EXIT_PEER) from None
+            found.append([0])
+
+    # A store that cannot be reached any more is waited for until TCP gives up, which takes a quarter of an hour.
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(2 * patience)
+    return found[0] if found else None
+
+
+def _end_with_launcher(world: World) -> NoReturn:
+    """End this process, and torchrun if it waits for the same store: that it does without a limit and deaf to signals.
+
+    Nothing else would end it: it does not even notice that its processes have ended.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        launcher = os.getppid()
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_PEER))  # if it hears, it ends its processes
+        # One after the other, as torchrun stumbles over a second signal; all but the first mostly have nothing to do.
+        for wait, number in ((4.0 * world.local_rank, signal.SIGTERM), (2.0, signal.SIGKILL)):
+            give_up = time.monotonic() + wait
+            while os.getppid() == launcher and time.monotonic() < give_up:
+                time.sleep(0.05)
+            if os.getppid() == launcher:
+                os.kill(launcher, number)
+    os._exit(EXIT_PEER)  # not by the interpreter's ways, as a thread still waits for the store
 
 
 class StopSignals:
@@ -157,8 +192,9 @@ class StopSignals:
     hangs) the process ends all the same, `GRACE_S` after the signal, without another word to its peers.
     """
 
-    def __init__(self, world: World):
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+    def __init__(self, world: World, timeout: timedelta = timedelta(minutes=10)):
+        # Its time-out is not that of the other group by itself: an evaluation waits for nothing but this.
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         self._asked = False
         self._sum, self._pending = torch.zeros(1, dtype=torch.uint8), None
         self.saved = False  # what there is to save is saved: giving up costs nothing any more

@@ -30,7 +30,8 @@ SMALL = [
 # Under torchrun the word is that of the attempt, and happens to the last rank. "3" kills it in its third batch, "3s" at
 # its third replacement of a file, "3e" at the third batch or step counted; "3t", "3i", "3u" send a signal in the third
 # batch, "3v" at the third batch or step counted; "3n" makes all losses from the third on NaN, "3m" that one infinite;
-# "3o" lets memory run out there, "3h" stops the process, which then neither ends nor answers; "-" lets it run.
+# "3o" lets memory run out there, "3h" stops the process, which then neither ends nor answers, "3w" does so at the third
+# batch or step counted; "-" lets it run.
 DRIVER = """
 import os, signal, sys
 import torch
@@ -65,8 +66,8 @@ def prepare(word):
     number = int(word.removesuffix(kind))
     if kind == "s":
         dfer.checkpoint.os.replace = at(number, os.replace, send(signal.SIGKILL))
-    elif kind in ("e", "v"):
-        then = send(signal.SIGKILL if kind == "e" else signal.SIGTERM)
+    elif kind in ("e", "v", "w"):
+        then = send({"e": signal.SIGKILL, "v": signal.SIGTERM, "w": signal.SIGSTOP}[kind])
         train.StopSignals.requested = at(number, train.StopSignals.requested, then)
     elif kind in ("n", "m"):
         loss = train.training_loss
@@ -327,9 +328,10 @@ def test_a_process_that_cannot_stop_ends(saved, code):
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_run_by_name(clips, tmp_path):
-    """torchrun itself takes half a minute to kill the process that hangs."""
-    done = play_together(2, "4h", clips, tmp_path, "--run.name", "x", "--run.timeout", "5")
+@pytest.mark.parametrize("word", ["4h", "4w"])
+def test_a_rank_that_hangs_ends_the_run_by_name(clips, tmp_path, word):
+    """In training and in an evaluation. torchrun itself takes half a minute to kill the process that hangs."""
+    done = play_together(2, word, clips, tmp_path, "--run.name", "x", "--run.timeout", "15")
     assert done.returncode == 1
     assert "train.py: rank 0: rank 1 of 2 died or did not answer within --run.timeout" in done.stderr
     assert load_checkpoint(tmp_path / "logs" / "x")["step"] == 1

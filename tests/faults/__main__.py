@@ -32,6 +32,7 @@ from dfer.checkpoint import read_verified
 from dfer.commandline import Parser, in_range
 from tests.conftest import ROOT, make_clips
 from tests.test_resume import SMALL, assert_same, what_was_computed
+from tests.test_two_nodes import WHY_NOT, cable, torchrun_on, two_nodes
 from tests.wandb_server import FakeWandb
 
 PATIENCE_S = 180.0  # after which a process hangs
@@ -84,6 +85,7 @@ class Trial:
     rng: random.Random
     server: FakeWandb
     processes: int = 1
+    nodes: list[str] = field(default_factory=list)  # network namespaces that share the processes
     words: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
 
@@ -116,17 +118,22 @@ class Process:
 
     def __init__(self, trial: Trial, nursery: subprocess.Popen):
         self.trial, self.nursery = trial, nursery
-        self.torchrun: subprocess.Popen | None = None
+        self.torchruns: list[subprocess.Popen] = []
         self.code: int | None = None
+        if trial.nodes:
+            both = [(0, "c10d"), (1, "c10d")]
+            self.torchruns = [torchrun_on(trial.nodes, *on, trial.command(), trial.out) for on in both]
+            self.pid = self.torchruns[0].pid
+            return
         if trial.processes > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
             env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | trial.env
             with open(trial.out, "a") as out:
-                self.torchrun = subprocess.Popen(
+                torchrun = subprocess.Popen(
                     [*launcher, f"--nproc_per_node={trial.processes}", "train.py", *trial.command()],
                     cwd=ROOT, stdout=out, stderr=out, env=env | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
                 )  # fmt: skip
-            self.pid = self.torchrun.pid
+            self.torchruns, self.pid = [torchrun], torchrun.pid
             return
         order = {"words": trial.command(), "log": str(trial.out), "env": trial.env}
         nursery.stdin.write(json.dumps(order) + "\n")
@@ -134,8 +141,8 @@ class Process:
         self.pid = int(nursery.stdout.readline())
 
     def alive(self) -> bool:
-        if self.torchrun is not None:
-            return self.torchrun.poll() is None
+        if self.torchruns:
+            return None in [torchrun.poll() for torchrun in self.torchruns]
         try:  # a zombie has ended
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except FileNotFoundError:
@@ -143,10 +150,10 @@ class Process:
 
     def ranks(self) -> list[int]:
         """The training processes."""
-        if self.torchrun is None:
+        if not self.torchruns:
             return [self.pid]
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        return [int(pid) for pid in children.read_text().split()] if self.alive() else []
+        running = [torchrun.pid for torchrun in self.torchruns if torchrun.poll() is None]
+        return [int(child) for pid in running for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def send(self, pid: int, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -163,11 +170,12 @@ class Process:
         give_up = time.monotonic() + PATIENCE_S
         while self.alive():
             if time.monotonic() > give_up:
-                for pid in [*self.ranks(), self.pid]:
+                for pid in [*self.ranks(), *(torchrun.pid for torchrun in self.torchruns), self.pid]:
                     self.send(pid, signal.SIGKILL)
                 raise Lost("hangs")
             time.sleep(0.02)
-        self.code = self.torchrun.wait() if self.torchrun is not None else int(self.nursery.stdout.readline())
+        codes = [torchrun.wait() for torchrun in self.torchruns] or [int(self.nursery.stdout.readline())]
+        self.code = next(filter(None, codes), 0)
         return self.code
 
 
@@ -284,6 +292,18 @@ def read_only_disk(trial: Trial, process: Process) -> None:
         raise Lost(f"exit code {code} on a read-only disk")
 
 
+def link_cut(trial: Trial, process: Process) -> None:
+    """Both nodes end by themselves, and find the link again when they are started again."""
+    node = trial.rng.choice(trial.nodes)
+    cable(node, "down")
+    give_up = time.monotonic() + PATIENCE_S
+    while process.alive() and time.monotonic() < give_up:
+        time.sleep(0.02)
+    cable(node, "up")
+    if process.wait() == 0:
+        raise Lost("exit code 0 without a link")
+
+
 def remount(trial: Trial, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", str(trial.folder / "logs")], check=True)
 
@@ -337,7 +357,9 @@ TOGETHER: dict[str, Fault] = {
     "kill -9 of torchrun and its ranks": killed_all,
     "SIGTERM to torchrun": signalled(signal.SIGTERM),
 }
-KINDS = ONE_PROCESS | ON_A_SMALL_DISK | WITH_WANDB | TOGETHER
+ON_TWO_NODES: dict[str, Fault] = {"the link between two nodes is cut": link_cut}
+FAMILIES = (ONE_PROCESS, ON_A_SMALL_DISK, WITH_WANDB, TOGETHER, ON_TWO_NODES)
+KINDS = ONE_PROCESS | ON_A_SMALL_DISK | WITH_WANDB | TOGETHER | ON_TWO_NODES
 
 
 # ---- Trials.
@@ -360,6 +382,18 @@ def small_disk(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def place_of(trial: Trial, kinds: dict[str, Fault]) -> Iterator[None]:
+    if kinds is ON_A_SMALL_DISK:
+        with small_disk(trial.folder / "logs"):
+            yield
+    elif kinds is ON_TWO_NODES:  # the unbroken run is on one
+        with two_nodes() as trial.nodes:
+            yield
+    else:
+        yield
 
 
 def play(trial: Trial, faults: list[str], nursery: subprocess.Popen, count: Count) -> None:
@@ -393,6 +427,9 @@ def trial_of(kinds: dict[str, Fault], folder: Path, clips: Path, rng: random.Ran
     if kinds is TOGETHER:
         trial.processes = 2
         trial.words = ["--data.batch-size", "1", "--run.timeout", "30"]
+    if kinds is ON_TWO_NODES:
+        trial.processes = 4
+        trial.words = ["--optim.accumulate", "1", "--data.batch-size", "1", "--run.timeout", "30"]
     if kinds is WITH_WANDB:
         trial.words = ["--run.wandb", "online"]
         trial.env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
@@ -402,7 +439,7 @@ def trial_of(kinds: dict[str, Fault], folder: Path, clips: Path, rng: random.Ran
 
 def faults_of(args: argparse.Namespace, rng: random.Random) -> tuple[dict[str, Fault], list[str]]:
     """What the next trial is about: one family of faults, some of them."""
-    families = [kinds for kinds in (ONE_PROCESS, ON_A_SMALL_DISK, WITH_WANDB, TOGETHER) if set(kinds) & set(args.kinds)]
+    families = [kinds for kinds in FAMILIES if set(kinds) & set(args.kinds)]
     kinds = rng.choices(families, [len(set(k) & set(args.kinds)) for k in families])[0]
     choice = [kind for kind in kinds if kind in args.kinds]
     return kinds, [rng.choice(choice) for _ in range(rng.randrange(1, 4))]
@@ -434,8 +471,7 @@ def work(args: argparse.Namespace, folder: Path) -> tuple[Count, list[str]]:
                 play(whole, [], nursery, Count())
                 unbroken[trial.processes] = what_was_computed(whole.run_dir)
             trial.folder.mkdir()
-            place = small_disk(trial.folder / "logs") if kinds is ON_A_SMALL_DISK else contextlib.nullcontext()
-            with place:
+            with place_of(trial, kinds):
                 verdict = judge(trial, faults, nursery, count, unbroken[trial.processes])
             count.runs += 1
             if verdict:
@@ -496,6 +532,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if os.geteuid() and set(args.kinds) & set(ON_A_SMALL_DISK):
         print("left out, as only root can mount a small disk:", ", ".join(ON_A_SMALL_DISK), file=sys.stderr)
         args.kinds = [kind for kind in args.kinds if kind not in ON_A_SMALL_DISK]
+    if WHY_NOT and set(args.kinds) & set(ON_TWO_NODES):
+        print(f"left out, as {WHY_NOT}:", ", ".join(ON_TWO_NODES), file=sys.stderr)
+        args.kinds = [kind for kind in args.kinds if kind not in ON_TWO_NODES]
     return args
 
 

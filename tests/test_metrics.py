@@ -1,14 +1,22 @@
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dfer import distributed
+from dfer.batch import Batch
+from dfer.distributed import World
 from dfer.losses import classification_loss
 from dfer.metrics import ConfusionMatrix, Throughput
 from dfer.optim import build_ema, build_optimizer, lr_at, param_groups
+from dfer.sampling import shard
+from train import Evaluation, evaluate
 
 
 @pytest.mark.parametrize("num_clips", [1, 7, 500])
@@ -32,6 +40,74 @@ def test_war_and_uar_equal_a_loop_over_samples(num_clips):
     assert confusion.war() == pytest.approx(100 * sum(right) / sum(seen), abs=1e-12)
     assert confusion.uar() == pytest.approx(sum(recalls) / len(recalls), abs=1e-12)
     assert math.isnan(confusion.per_class_recall()[5])
+
+
+class Ranks:
+    """Threads that exchange tensors as processes would."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch):
+        self.size, self.parts, self.mine = size, [None] * size, threading.local()
+        self.barrier = threading.Barrier(size, timeout=60)
+        monkeypatch.setattr(distributed, "gather", lambda tensor, world: torch.cat(self.exchange(tensor)))
+        monkeypatch.setattr(ConfusionMatrix, "all_reduce", lambda m: m.counts.copy_(sum(self.exchange(m.counts))))
+
+    def exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.parts[self.mine.rank] = tensor.clone()
+        self.barrier.wait()
+        parts = list(self.parts)
+        self.barrier.wait()
+        return parts
+
+    def evaluate(self, rank: int, order: np.ndarray, labels: np.ndarray, guesses: np.ndarray, size: int) -> Evaluation:
+        self.mine.rank = rank
+        ids, valid = shard(order, rank, self.size, size, pad=True)
+
+        def batches(epoch: int):
+            for row, row_valid in zip(ids, valid, strict=True):
+                # What fills up the last batch is guessed wrong: it would show.
+                guess = torch.from_numpy(np.where(row_valid, guesses[row], (labels[row] + 1) % 7))
+                clips = guess.float()[:, None, None, None, None].expand(-1, 1, 3, 1, 1)
+                yield Batch(clips, torch.from_numpy(labels[row]), torch.from_numpy(row_valid), torch.from_numpy(row))
+
+        class Loader(SimpleNamespace):
+            def __call__(self, epoch: int):
+                return batches(epoch)
+
+            def __len__(self) -> int:
+                return len(ids)
+
+        class Index(SimpleNamespace):
+            def __len__(self) -> int:
+                return len(self.labels)
+
+        class Model(torch.nn.Module):
+            def forward(self, clips: torch.Tensor) -> SimpleNamespace:
+                return SimpleNamespace(logits=3.0 * F.one_hot(clips[:, 0, 0, 0, 0].long(), 7))
+
+        loader = Loader(index=Index(labels=labels), sampler=SimpleNamespace(num_views=1))
+        world = World(rank, self.size, rank, self.size, torch.device("cpu"))
+        try:
+            return evaluate(Model(), loader, world, None, True)
+        except BaseException:
+            self.barrier.abort()
+            raise
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_clip_counts_once_for_any_number_of_clips_ranks_and_batch(world, monkeypatch, one_thread):
+    """train.py's own evaluation, from the shards to the gathered probabilities, on threads in place of processes."""
+    rng, ranks = np.random.default_rng(world), Ranks(world, monkeypatch)
+    with ThreadPoolExecutor(world) as pool:
+        for n, size in itertools.product(range(1, 34), range(1, 9)):
+            order, labels, guesses = rng.permutation(n), rng.integers(0, 7, n), rng.integers(0, 7, n)
+            counts = np.zeros((7, 7), dtype=np.int64)
+            for label, guess in zip(labels, guesses, strict=True):
+                counts[label, guess] += 1
+            jobs = [pool.submit(ranks.evaluate, rank, order, labels, guesses, size) for rank in range(world)]
+            for found in [job.result() for job in jobs]:
+                assert np.array_equal(found.confusion.counts, counts), (n, size)
+                assert found.ids == list(range(n))
+                assert np.array_equal(np.argmax(found.probabilities, axis=1), guesses), (n, size)
 
 
 def test_loss_ignores_padding_even_if_it_is_nan():

@@ -13,7 +13,7 @@ from tests.test_two_nodes import WHY_NOT
         pytest.param(ON_A_SMALL_DISK, 4, marks=pytest.mark.slow),
         pytest.param(WITH_WANDB, 4, marks=pytest.mark.slow),
         pytest.param(TOGETHER, 4, marks=pytest.mark.slow),
-        pytest.param(ON_TWO_NODES, 3, marks=[pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]),
+        pytest.param(ON_TWO_NODES, 2, marks=[pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]),
     ],
 )
 def test_runs_that_are_broken_lose_nothing(kinds, count, capsys, tmp_path):

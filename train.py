@@ -51,8 +51,9 @@ gc.freeze()  # and none of it is looked at again in training
 
 def main(config: Config) -> int:
     """The whole story of a run. Returns the exit code."""
-    train_index = load_index(config.data.train_list, config.data.root, config.data.source)
-    val_index = load_index(config.data.val_list, config.data.root, config.data.source)
+    data = config.data
+    train_index = load_index(data.train_list, data.root, data.source, bad_videos=data.bad_clips)
+    val_index = load_index(data.val_list, data.root, data.source)
     votes = None
     if config.loss.soft_labels:
         votes = torch.from_numpy(read_votes(config.loss.soft_labels, train_index.records))

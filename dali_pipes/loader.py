@@ -80,6 +80,8 @@ class ClipLoader:
         self._graph = graph or ("operators" if device == "gpu" else "fused")
         self._resident = ResidentClips(index, self._device) if cached else None
         self._in_flight = False
+        for video, reason in index.bad.items():
+            self._leave_out(video, BadClip(reason), tell=rank == 0)
         if dtype == torch.uint8 and (self._graph == "operators" or cached):
             raise ValueError("clips of uint8 come from the CPU kernel only")
         if cached:
@@ -160,7 +162,7 @@ class ClipLoader:
             try:
                 source.fetch(video, np.arange(num_frames))
             except BadClip as error:
-                self._leave_out(video, error)
+                self._leave_out(video, error, tell=self.rank == 0)
 
     def _schedule(
         self, fetched: list[Future], ids: np.ndarray, plan: EpochPlan, rest: torch_stages.DevicePlan | None
@@ -294,8 +296,8 @@ class ClipLoader:
         record = self.index.records[video]
         raise BadClip(f"{record.source}: decoding clip {record.name} ({record.path}) failed: {message}")
 
-    def _leave_out(self, video: int, error: BadClip) -> None:
-        """What the policy says about a bad clip."""
+    def _leave_out(self, video: int, error: BadClip, tell: bool = True) -> None:
+        """What the policy says about a bad clip. `tell`: not where all ranks find the same one at the same time."""
         if self._policy == "error":
             raise error from None
         if video in self.bad_clips:
@@ -306,7 +308,8 @@ class ClipLoader:
                 f"{error}; with it, {len(self.bad_clips):,} of {len(self.index):,} clips cannot be read: more than "
                 f"{TOLERATED:.0%} are not left out"
             )
-        print(f"clip left out: {shown(error)}", file=sys.stderr, flush=True)
+        if tell:
+            print(f"clip left out: {shown(error)}", file=sys.stderr, flush=True)
 
     def _finish(self, pictures: torch.Tensor, plan: torch_stages.DevicePlan, ids: np.ndarray) -> torch.Tensor:
         """What DALI's graph has left out."""

@@ -113,6 +113,8 @@ class VideoFiles:
             BadClip: if the file cannot be read, is too large a picture or a frame does not come out of the decoder.
         """
         store, record = self.store, self.index.records[video]
+        if video in self.index.bad:  # even if it is mended by now: the index knows nothing of it
+            raise BadClip(self.index.bad[video])
         if self.index.hashes is not None:
             _read_video(self.index, video)
         part = slice(store.first[video], store.first[video + 1])
@@ -148,6 +150,8 @@ class VideoBytes:
         Raises:
             BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or does not fit its hash.
         """
+        if video in self.index.bad:
+            raise BadClip(self.index.bad[video])
         try:
             check_claims(self.index.records[video].path)
         except (BadVideo, av.FFmpegError, OSError) as error:

@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -63,10 +63,11 @@ class ClipIndex:
     """The videos of one list and where their frames were found."""
 
     records: list[VideoRecord]
-    num_frames: Int64[np.ndarray, " N"]  # as found, whatever is listed
+    num_frames: Int64[np.ndarray, " N"]  # as found, whatever is listed; as listed where nothing can be found
     labels: Int64[np.ndarray, " N"]
     store: FrameFiles | VideoFiles | Packed
     hashes: Hashes | None = None  # of each frame, or of each video file, if what is read is to be verified
+    bad: dict[int, str] = field(default_factory=dict)  # videos of which nothing is in the store -> why, in one line
 
     def __len__(self) -> int:
         return len(self.records)
@@ -92,12 +93,14 @@ def load_index(
     root: str | Path | None = None,
     source: Literal["auto", "frames", "video", "shards", "raw"] = "auto",
     hashed: bool = True,
+    bad_videos: Literal["error", "skip"] = "error",
 ) -> ClipIndex:
     """The index of a list: a pack's own, else from the cache where nothing has changed since, else by a scan.
 
     `source` says what the list has to be; "auto" takes what is there: a pack if the list's header names one, else
     folders of frames or video files. `root` is where paths start, which packed clips have no use for. `hashed`: with
-    the hashes of the clips, if there are any beside the list.
+    the hashes of the clips, if there are any beside the list. `bad_videos`: what becomes of a video file that is there
+    but cannot be used: "error", or "skip": its row stays, and `bad` says why it is bad.
 
     Safe for any number of processes at once: the cache is replaced as a whole. Where it cannot be written, everything
     is scanned at every start.
@@ -106,7 +109,7 @@ def load_index(
         ValueError: in one line naming list, row and file, as read_annotations, build_index, load_packed and read_hashes
             do; or if the list is not of the given source.
     """
-    index = _load(list_path, root, source)
+    index = _load(list_path, root, source, bad_videos)
     if not hashed:
         return index
     num_parts = np.ones(len(index), dtype=np.int64) if index.source == "video" else index.num_frames
@@ -114,7 +117,10 @@ def load_index(
 
 
 def _load(
-    list_path: str | Path, root: str | Path | None, source: Literal["auto", "frames", "video", "shards", "raw"]
+    list_path: str | Path,
+    root: str | Path | None,
+    source: Literal["auto", "frames", "video", "shards", "raw"],
+    bad_videos: Literal["error", "skip"],
 ) -> ClipIndex:
     records = read_annotations(list_path, root)
     packed = packed_index(list_path)
@@ -130,11 +136,17 @@ def _load(
     kind = _kind(records, states, source)
     cache_path = Path(f"{list_path}.index.npz")
     key = hashlib.sha256(os.fsencode("\0".join(os.fspath(record.path) for record in records))).hexdigest()
-    store = _read_cache(cache_path, key, states, kind)
+    store, bad = _read_cache(cache_path, key, states, kind), {}
+    if isinstance(store, VideoFiles) and not store.height.all():  # perhaps it was the disk that could not be read
+        rows = np.flatnonzero(store.height == 0).tolist()
+        _, again = _scan_videos([records[row] for row in rows], bad_videos)
+        bad = {rows[i]: reason for i, reason in again.items()}
+        if len(bad) < len(rows):
+            store = None
     if store is None:
-        store = _scan(records, kind)
+        store, bad = _scan(records, kind, bad_videos)
         _write_cache(cache_path, key, states, store)
-    return _index(records, store)
+    return _index(records, store, bad)
 
 
 def build_index(records: Sequence[VideoRecord], source: Literal["auto", "frames", "video"] = "auto") -> ClipIndex:
@@ -144,13 +156,18 @@ def build_index(records: Sequence[VideoRecord], source: Literal["auto", "frames"
         ValueError: in one line naming list, row and path, if a folder or video is missing, holds no frames, cannot be
             read or is not of the source, or if there are both folders and videos.
     """
-    return _index(records, _scan(records, _kind(records, _look(records), source)))
+    return _index(records, *_scan(records, _kind(records, _look(records), source)))
 
 
-def _index(records: Sequence[VideoRecord], store: FrameFiles | VideoFiles | Packed) -> ClipIndex:
+def _index(
+    records: Sequence[VideoRecord], store: FrameFiles | VideoFiles | Packed, bad: dict[int, str] | None = None
+) -> ClipIndex:
     counts = [len(names) for names in store.names] if isinstance(store, FrameFiles) else np.diff(store.first)
+    counts = np.array(counts, dtype=np.int64)
+    for row in bad or ():  # as if it were good, so that a run finds the clips that it began with when it is mended
+        counts[row] = records[row].num_frames
     labels = np.array([record.label for record in records], dtype=np.int64)
-    return ClipIndex(list(records), np.asarray(counts, dtype=np.int64), labels, store)
+    return ClipIndex(list(records), counts, labels, store, bad=bad or {})
 
 
 def _in_threads(look: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
@@ -202,8 +219,13 @@ def _kind(
     return kind
 
 
-def _scan(records: Sequence[VideoRecord], kind: Literal["frames", "video"]) -> FrameFiles | VideoFiles:
-    return FrameFiles(_in_threads(_scan_folder, records)) if kind == "frames" else _scan_videos(records)
+def _scan(
+    records: Sequence[VideoRecord], kind: Literal["frames", "video"], bad_videos: Literal["error", "skip"] = "error"
+) -> tuple[FrameFiles | VideoFiles, dict[int, str]]:
+    """What there is, and which videos cannot be used, and why."""
+    if kind == "frames":
+        return FrameFiles(_in_threads(_scan_folder, records)), {}
+    return _scan_videos(records, bad_videos)
 
 
 def _scan_folder(record: VideoRecord) -> list[str]:
@@ -216,22 +238,31 @@ def _scan_folder(record: VideoRecord) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-def _scan_videos(records: Sequence[VideoRecord]) -> VideoFiles:
+def _scan_videos(
+    records: Sequence[VideoRecord], bad_videos: Literal["error", "skip"]
+) -> tuple[VideoFiles, dict[int, str]]:
     import av  # takes 0.3 s to load, which lists of frames need not wait for
 
     from dfer.video import BadVideo, VideoScan, scan_video
 
-    def scan(record: VideoRecord) -> VideoScan:
+    # In the place of a video that cannot be used: 0 x 0 pixels.
+    nothing = VideoScan(np.zeros(1, np.int64), np.zeros(1, bool), 0, 0, codec="", matrix="bt601", full_range=False)
+
+    def scan(record: VideoRecord) -> tuple[VideoScan, str]:
         try:
             found = scan_video(record.path)
         except (BadVideo, av.FFmpegError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{record.source}: cannot use the video {record.path} ({reason})") from None
-        assert len(found.pts), record
-        return found
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            line = f"{record.source}: cannot use the video {record.path} ({reason})"
+            if bad_videos == "error":
+                raise ValueError(line) from None
+            return nothing, line
+        assert len(found.pts) and found.height, record
+        return found, ""
 
-    scans = _in_threads(scan, records)
-    return VideoFiles(
+    found = _in_threads(scan, records)
+    scans = [scan for scan, _ in found]
+    store = VideoFiles(
         first=np.cumsum([0, *(len(scan.pts) for scan in scans)], dtype=np.int64),
         pts=np.concatenate([scan.pts for scan in scans]),
         key=np.concatenate([scan.key for scan in scans]),
@@ -241,6 +272,7 @@ def _scan_videos(records: Sequence[VideoRecord]) -> VideoFiles:
         matrix=np.array([scan.matrix for scan in scans]),
         full_range=np.array([scan.full_range for scan in scans]),
     )
+    return store, {row: line for row, (_, line) in enumerate(found) if line}
 
 
 def _read_cache(

@@ -7,6 +7,7 @@ once, what frames there are, `read_frames` then decodes no more than it must for
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import re
 import signal
@@ -25,9 +26,13 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from PIL import Image
 
+# torchvision, once imported, hands FFmpeg's messages to Python's loggers: what they say stands in the errors too.
+logging.getLogger("libav").addHandler(logging.NullHandler())
+
 # What to take from a folder; a file that is named, or listed, may be called anything.
 VIDEO_SUFFIX = re.compile(r"\.(3gp|asf|avi|flv|gif|m2?ts|m4v|mkv|mov|mp4|mpe?g|mxf|ogv|ts|vob|webm|wmv)", re.IGNORECASE)
 MAX_NAME = 200  # bytes of what is named after a video; disks take 255, and a clip's number or a suffix follows
+
 MAX_SIDE = 8192  # px; what a hostile header may claim is far more
 # What a stream itself claims, the decoder hears before we do. It takes two to tell it: said only when a file is opened,
 # or only to the decoder, this is without effect.

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dfer.video
 from dali_pipes import loader as loader_module
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
@@ -29,6 +30,7 @@ from scripts import check_list, hash_clips, pack
 from tests.conftest import run_python, smooth_image
 from tests.oracle import oracle_clip
 from tests.test_dali_pipes import EVERYTHING, SIZE, T, pillow_frames, write_video
+from tests.test_train import TINY
 
 CLIPS, BAD, FRAME = 4, 2, 3  # of the four clips the third one gets a bad fourth frame
 PLAIN = Augmentation(min_crop_area=0.5, colour=0.3)
@@ -171,8 +173,8 @@ def check_policies(root: Path, source: str, index: ClipIndex, reason: str, name:
     assert f"list.txt:{index.records[BAD].source.rpartition(':')[2]}: " in str(error.value)
 
     for batch_size in (CLIPS, 1):
-        skipping = clip_loader(index, "skip", batch_size, **options)
         capsys.readouterr()
+        skipping = clip_loader(index, "skip", batch_size, **options)
         for epoch in (0, 1):
             batches = list(skipping(epoch))
             assert len(batches) == len(skipping) == CLIPS // batch_size
@@ -297,7 +299,7 @@ BAD_VIDEOS = {
 @pytest.mark.parametrize("graph", ["fused", "operators"])
 @pytest.mark.parametrize("kind", BAD_VIDEOS)
 def test_a_bad_video(beside, kind, graph, capsys):
-    """After the index was made; before, making the index ends with the video's name."""
+    """After the index was made."""
     if (kind, graph) == ("claims", "operators"):
         pytest.skip("what a stream claims within its container is between DALI and its decoder")
     index = index_of(beside, "video")
@@ -306,9 +308,86 @@ def test_a_bad_video(beside, kind, graph, capsys):
     check_policies(beside, "video", index, f"{BAD}.webm", "list.txt:3: ", capsys, **augmentation)
     if kind == "truncated":  # this short, the end is within what headers may be wrong by: fewer frames are found
         assert load_index(beside / "videos" / "list.txt").num_miscounted() == 1
-        return
-    with pytest.raises(ValueError, match=rf"list.txt:3: .*{BAD}\.webm"):
-        load_index(beside / "videos" / "list.txt")
+
+
+def long_video(path: Path) -> None:
+    """More than a second of it: what is cut off of it is missed."""
+    rng = np.random.default_rng(0)
+    options = {"crf": "20", "cpu-used": "8"}
+    write_video(path, [np.asarray(smooth_image(rng, 48, 64)) for _ in range(60)], "libvpx-vp9", "yuv420p", options)
+
+
+BAD_AT_ONCE = {kind: spoil for kind, spoil in BAD_VIDEOS.items() if kind not in ("missing", "truncated")} | {
+    "cut short": lambda path: long_video(path) or BAD_VIDEOS["truncated"](path),
+    "text": lambda path: path.write_text("404 not found\n" * 20),
+}
+
+
+@pytest.mark.parametrize("graph", ["fused", "operators"])
+@pytest.mark.parametrize("kind", BAD_AT_ONCE)
+def test_a_video_that_is_bad_when_the_index_is_made(beside, kind, graph, capsys):
+    """An error by default; left out where that is wanted, from the scan as from the cache, and the others as ever."""
+    list_path = beside / "videos" / "list.txt"
+    whole = load_index(list_path)
+    BAD_AT_ONCE[kind](whole.records[BAD].path)
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(ValueError, match=rf"^.*list.txt:3: cannot use the video .*{BAD}\.webm \(.+\)$"):
+            load_index(list_path)
+        index = load_index(list_path, bad_videos="skip")
+        assert list(index.bad) == [BAD] and index.num_frames.tolist() == whole.num_frames.tolist()
+        for name in ("height", "width", "codec", "matrix", "full_range"):
+            was, now = (np.delete(getattr(i.store, name), BAD) for i in (whole, index))
+            assert np.array_equal(was, now)
+        options = {"augmentation": PLAIN, "graph": graph}
+        check_policies(beside, "video", index, "cannot use the video", f"{BAD}.webm", capsys, **options)
+    shutil.copy(beside / "videos" / "1.webm", index.records[BAD].path)  # mended while a run is under way: next time
+    assert [int(b.ids[~b.valid]) for b in clip_loader(index, "skip", **options)(0)] == [BAD]
+    other = clip_loader(index, "skip", **options, rank=1, world_size=2, batch_size=1)
+    assert list(other.bad_clips) == [BAD] and capsys.readouterr().err.count("clip left out") == 1  # rank 0 has said it
+    assert not load_index(list_path, bad_videos="skip").bad
+
+
+def test_a_video_that_could_not_be_read_for_once_is_tried_again(clips, monkeypatch):
+    """It is the same file: nothing but another try can tell."""
+    list_path, calls = clips / "videos" / "list.txt", []
+    want = load_index(list_path, hashed=False)
+    Path(f"{list_path}.index.npz").unlink()
+    real = dfer.video.scan_video
+
+    def scan(path: Path) -> dfer.video.VideoScan:
+        calls.append(path)
+        if path.name == "1.webm" and len(calls) <= 6:
+            raise av.OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(dfer.video, "scan_video", scan)
+    for number, bad in ((4, [1]), (5, [1]), (6, [1]), (11, []), (11, [])):  # scans so far
+        index = load_index(list_path, bad_videos="skip")
+        assert (len(calls), list(index.bad)) == (number, bad)
+    assert np.array_equal(index.store.pts, want.store.pts) and index.num_frames.tolist() == want.num_frames.tolist()
+
+
+def test_too_many_bad_videos_stop_a_run_at_its_start(clips):
+    for video in (0, 2):
+        (clips / "videos" / f"{video}.webm").write_bytes(b"")
+    index = load_index(clips / "videos" / "list.txt", bad_videos="skip")
+    with pytest.raises(ValueError, match=r"2\.webm \(.*\); with it, 2 of 4 clips cannot be read: more than 1% are not"):
+        clip_loader(index, "skip")
+
+
+def test_a_run_leaves_a_bad_video_out_and_evaluates_none(clips, tmp_path):
+    bad, good = (clips / "videos" / f"{name}.txt" for name in ("list", "good"))
+    good.write_text("".join(row for i, row in enumerate(bad.read_text().splitlines(keepends=True)) if i != BAD))
+    (clips / "videos" / f"{BAD}.webm").write_bytes(b"")
+    words = [*TINY, "--optim.epochs", "1", "--data.batch-size", "2", "--run.log-dir", str(tmp_path / "logs")]
+    for train_list, val_list, options in ((good, bad, []), (bad, good, ["--data.bad-clips", "error"])):
+        lists = ["--data.train-list", str(train_list), "--data.val-list", str(val_list)]
+        done = run_python("train.py", *words, *lists, *options)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and line.startswith(f"train.py: {bad}:3: cannot use the video "), line
+    done = run_python("train.py", *words, "--data.train-list", str(bad), "--data.val-list", str(good))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("clip left out: ") == 1 and "1 of 4 training clips could not be read" in done.stdout
 
 
 def test_a_batch_without_a_good_clip_is_zeros(clips, monkeypatch):

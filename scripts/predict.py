@@ -450,7 +450,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--detector", type=Path, metavar="FILE", help="YuNet's .onnx file (default: Haar), as of prepare_videos.py"
     )
     parser.add_argument("--margin", type=in_range(float, 0, 2), default=0.1, help="as of prepare_videos.py (0.1)")
-    parser.add_argument("--no-video", action="store_true", help="write no NAME.mp4, which takes about a fifth of the time")
+    parser.add_argument(
+        "--no-video", action="store_true", help="write no NAME.mp4, which takes about a fifth of the time"
+    )
     parser.add_argument(
         "--camera", metavar="N", help="record from camera N (0) or a stream's URL into DIR, and predict on that"
     )

@@ -334,7 +334,9 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:  # a video without a face takes one pass only
+            self._bar.update(self._task, completed=self._bar.tasks[0].total)
         self._bar.stop()
 
     def begin(self, number: int, name: str) -> None:

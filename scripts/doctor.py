@@ -1,0 +1,161 @@
+"""What this machine has and what is missing: `python scripts/doctor.py`. Attach its output to a report of a problem.
+
+Exit code 2 if training cannot work here; what only costs speed or a feature is named and is no error.
+"""
+
+import argparse
+import ctypes
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dfer.commandline import Parser
+
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 2 GB; a run keeps five checkpoints of 130 MB
+CODECS = {"h264": "most videos", "hevc": "phones", "vp9": "web", "av1": "web", "mpeg4": "older files"}
+# By what they are called when a program looks for them; the first is the driver's.
+GPU_LIBRARIES = {
+    "NVDEC, video decoding": (("libnvcuvid.so.1",), "in a container: NVIDIA_DRIVER_CAPABILITIES=video,compute,utility"),
+    "nvJPEG, image decoding": (("libnvjpeg.so.12", "libnvjpeg.so.13"), "pip install nvidia-nvjpeg-cu12"),
+}
+
+
+class Finding(NamedTuple):
+    what: str
+    found: str
+    state: str  # "ok", "slower" (or a feature less), "missing" (training cannot work)
+    remedy: str = ""
+
+
+def packages(requirements: str) -> Iterator[Finding]:
+    """Every package of requirements.txt against what is installed."""
+    for name, wanted in re.findall(r"^([\w.-]+)==([\w.]+)", requirements, re.MULTILINE):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, "not installed", "missing", f"pip install {name}=={wanted}")
+            continue
+        same = version.split("+")[0] == wanted
+        yield Finding(name, version, "ok" if same else "slower", "" if same else f"tested with {wanted}")
+
+
+def imports(*modules: str) -> Iterator[Finding]:
+    """Modules with compiled parts, each in a process of its own: one that crashes takes nothing along."""
+    for module in modules:
+        done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        if done.returncode:
+            yield Finding(f"import {module}", reason, "missing", "pip install -r requirements.txt, in a new venv")
+        else:
+            yield Finding(f"import {module}", "works", "ok")
+
+
+def gpus() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = f"none that torch {torch.__version__} can use"
+        remedy = "training works on the CPU; for a GPU: its driver (nvidia-smi must list it), then this again"
+        if shutil.which("nvidia-smi"):
+            remedy = (
+                f"nvidia-smi is there: its driver may be too old for CUDA {torch.version.cuda}, or no GPU is visible"
+            )
+        yield Finding("GPU", why, "slower", remedy)
+        return
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+        memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        yield Finding(f"GPU {number}", f"{about.name}, {memory}, sm_{about.major}{about.minor}, {bf16}", "ok")
+    for what, (names, remedy) in GPU_LIBRARIES.items():
+        found = next((name for name in names if loads(name)), None)
+        yield Finding(what, found or f"no {names[0]}", "ok" if found else "slower", "" if found else remedy)
+
+
+def loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def codecs() -> Finding:
+    """Which of the usual videos FFmpeg's libraries inside PyAV decode."""
+    import av
+
+    missing = [f"{name} ({where})" for name, where in CODECS.items() if name not in av.codecs_available]
+    if missing:
+        return Finding("video codecs", f"no {', '.join(missing)}", "slower", "pip install av: its wheels have them all")
+    return Finding("video codecs", " ".join(CODECS), "ok")
+
+
+def room(folder: Path) -> Iterator[Finding]:
+    """Free memory, disk, and shared memory, which processes talk through."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        (line,) = (x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
+        yield enough("memory", 1024 * int(line.split()[1]) / 1e9, "close other programs, or lower --data.batch-size")
+    yield enough("disk", shutil.disk_usage(folder).free / 1e9, f"make room in {folder}, or --run.log-dir elsewhere")
+    if not os.access(folder, os.W_OK):
+        yield Finding("folder", f"{folder} cannot be written", "missing", "--run.log-dir elsewhere")
+
+
+def enough(what: str, free_gb: float, remedy: str) -> Finding:
+    ok = free_gb >= MIN_FREE_GB[what]
+    return Finding(f"free {what}", f"{free_gb:.1f} GB", "ok" if ok else "slower", "" if ok else remedy)
+
+
+def python() -> Finding:
+    version = sys.version_info[:2]
+    ok = (3, 11) <= version <= (3, 13)
+    remedy = "" if ok else "Python 3.11 to 3.13: make PYTHON=python3.12 ..."
+    return Finding("Python", platform.python_version(), "ok" if ok else "missing", remedy)
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Everything, in the order in which one thing needs another."""
+    findings = [python(), *packages(REQUIREMENTS.read_text(encoding="utf-8"))]
+    findings += imports("torch", "nvidia.dali", "numba", "cv2", "timm")
+    works = {f.what for f in findings if f.state != "missing"}
+    if "import torch" in works:
+        findings += gpus()
+    if "av" in works:
+        findings.append(codecs())
+    return [*findings, *room(folder)]
+
+
+def main() -> int:
+    findings = examine(Path.cwd())
+    table = Table(title=f"{platform.platform()}, {os.cpu_count()} cores")
+    for column in ("", "what", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    marks = {"ok": "[green]ok", "slower": "[yellow]!", "missing": "[red]missing"}
+    for finding in findings:
+        table.add_row(marks[finding.state], *(escape(x) for x in (finding.what, finding.found, finding.remedy)))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    missing = [finding.what for finding in findings if finding.state == "missing"]
+    if missing:
+        print(f"doctor: training cannot work here: {', '.join(missing)}: see above", file=sys.stderr)
+    return 2 if missing else 0
+
+
+if __name__ == "__main__":
+    parser = Parser("doctor", __doc__)
+    parser.parse_args(namespace=argparse.Namespace())
+    sys.exit(main())

@@ -10,6 +10,7 @@ import gc
 gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
 import contextlib
 import dataclasses
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -627,4 +628,5 @@ def _is_ours(error: ValueError) -> bool:
 
 
 if __name__ == "__main__":
+    faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
     sys.exit(one_line_errors("train.py", lambda: main(parse_config(sys.argv[1:]))))

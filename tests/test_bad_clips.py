@@ -216,6 +216,32 @@ def test_a_bad_image_in_dalis_operators(beside, kind, capsys):
     check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph="operators")
 
 
+@pytest.mark.parametrize("source", ["shards", "raw"])
+def test_a_shard_that_is_cut_while_it_is_mapped(clips, source, capsys):
+    """Touching what is not there any more would kill the process."""
+    if source == "raw":
+        arguments = ["--out", str(clips / "raw"), "--format", "raw", "--workers", "1"]
+        assert pack.main([str(clips / "list.txt"), *arguments]) == 0
+    index = load_index(clips / {"shards": "tar", "raw": "raw"}[source] / "list.txt")
+    store, frame = index.store, T - 2
+    policies = {policy: clip_loader(index, policy, 1) for policy in ("skip", "error")}
+    want = {int(batch.ids): batch.clips for batch in policies["error"](0)}
+    last = int(store.offset[store.first[:-1]].argmax())
+    row = int(store.first[last]) + frame
+    os.truncate(store.paths[0], int(store.offset[row] + store.length[row]) - 1)
+    where = rf"bad frame [{frame}{frame + 1}] of clip {index.records[last].name} in .*: the file was cut to \d"
+    for batch in policies["skip"](0):
+        assert bool(batch.valid) == (int(batch.ids) != last)
+        assert not batch.valid or torch.equal(batch.clips, want[int(batch.ids)])
+    assert list(policies["skip"].bad_clips) == [last] and re.search(where, policies["skip"].bad_clips[last])
+    assert capsys.readouterr().err.count("clip left out: ") == 1
+    with pytest.raises(ValueError, match=where):
+        list(policies["error"](0))
+    os.truncate(store.paths[0], 0)
+    with pytest.raises(ValueError, match="of 4 clips cannot be read: more than 1% are not left out"):
+        list(policies["skip"](0))
+
+
 @pytest.mark.parametrize("missing", [2, 20, 200])
 def test_an_image_without_its_end(beside, missing, capsys):
     """Where the crop needs what is missing: else its pixels are all there, and right."""
@@ -388,6 +414,28 @@ def test_a_run_leaves_a_bad_video_out_and_evaluates_none(clips, tmp_path):
     done = run_python("train.py", *words, "--data.train-list", str(bad), "--data.val-list", str(good))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("clip left out: ") == 1 and "1 of 4 training clips could not be read" in done.stdout
+
+
+SHORTENED = """
+import mmap, runpy, sys
+import dfer.config
+
+def touch(words):
+    with open(sys.argv[1], "r+b") as file:
+        bytes_of_it = mmap.mmap(file.fileno(), 0)
+        file.truncate(0)
+        return bytes_of_it[0]
+
+dfer.config.parse_config = touch
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_process_that_is_killed_by_the_memory_it_touches_says_so(tmp_path):
+    """What remains of it: a file that is cut between the look at its size and the one at its bytes."""
+    (tmp_path / "file").write_bytes(bytes(5000))
+    done = run_python("-c", SHORTENED, str(tmp_path / "file"))
+    assert done.returncode == -7 and done.stderr.startswith("Fatal Python error: Bus error\n"), done.stderr
 
 
 def test_a_batch_without_a_good_clip_is_zeros(clips, monkeypatch):

@@ -77,18 +77,19 @@ def test_four_processes_count_every_clip_once_and_score_as_one(clips, tmp_path):
 
 
 def test_freed_memory_is_kept():
-    """Counted in pages that come anew in the third backward pass; 40 MB are 10,000 of them."""
+    """Counted in pages that come anew in ten backward passes; 40 MB are 10,000 of them. A heap has holes, so not none."""
     code = """
 import resource, sys, torch
 from dfer.distributed import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 x = torch.ones(10_000_000, requires_grad=True)
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for number in range(12):
+    if number == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x.exp().mul(2).sin().sum().backward()
     x.grad = None
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     given_back, kept = (int(run_python("-c", code, word).stdout) for word in ("given back", "kept"))
-    assert given_back > 10_000 and kept < 1_000
+    assert given_back > 100_000 and kept < given_back / 2

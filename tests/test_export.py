@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import jaxtyping
@@ -19,7 +20,7 @@ from dfer.model import DFERNet, MeanPoolNet, TemporalBlock
 from dfer.records import Predictions
 from scripts import export
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_shape_checks")
+pytestmark = pytest.mark.usefixtures("one_thread", "exports_as_outside")
 SIZE, NUM_FRAMES = 32, 4
 
 
@@ -42,8 +43,11 @@ def a_run(folder: Path, **model) -> nn.Module:
 
 
 @pytest.fixture
-def no_shape_checks():
-    """Symbols that stand for any number, as in an export, are no numbers to the checkers of signatures."""
+def exports_as_outside(monkeypatch):
+    """Symbols that stand for any number are no numbers to the checkers of signatures; and where somebody listens to
+    all loggers, as pytest does, torch writes down every step of an export, which takes five times as long.
+    """
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -120,8 +124,13 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
 
 def test_a_program_that_differs_is_not_written(tmp_path, capsys, monkeypatch):
     a_run(tmp_path / "run")
+
+    def off_by_a_little(path: Path):
+        program = runner(path)
+        return lambda clips: program(clips) + 2e-4
+
     runner = export.runner
-    monkeypatch.setattr(export, "runner", lambda path: lambda clips: runner(path)(clips) + 2e-4)
+    monkeypatch.setattr(export, "runner", off_by_a_little)
     assert run_export(str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--formats", "pt2") == 2
     assert "model.pt2 differs from the model by 0.0002" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

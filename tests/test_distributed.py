@@ -77,7 +77,7 @@ def test_four_processes_count_every_clip_once_and_score_as_one(clips, tmp_path):
 
 
 def test_freed_memory_is_kept():
-    """Counted in pages that come anew in ten backward passes; 40 MB are 10,000 of them. A heap has holes, so not none."""
+    """Counted in pages that come anew in ten backward passes; 40 MB are 10,000. Heaps have holes: some still do."""
     code = """
 import resource, sys, torch
 from dfer.distributed import keep_freed_memory

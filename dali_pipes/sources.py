@@ -83,7 +83,7 @@ class Shards:
         store, shard = self.store, self.store.shard[video]
         data, rows = self._bytes[shard], store.first[video] + frames
         ends = (store.offset[rows] + store.length[rows]).tolist()
-        # Whoever touches a map behind the end of its file is killed. Asking takes a microsecond per clip; to read
+        # Whoever touches a map behind the end of its file is killed. Asking takes half a microsecond; to read
         # instead of mapping would take a quarter of a raw clip's time.
         size = self._maps[shard].size()  # of the file, as it is now
         for frame, end in zip(frames.tolist(), ends, strict=True) if max(ends) > size else ():

@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
     """Has the C library keep freed memory for what is allocated next, where it can be told to (glibc).
 
     A step on a CPU frees its activations and asks for as much again. Given back to the system in between, their pages
-    come back empty, one fault each: 37,000 in a step of 16 clips at 48 px, 100,000 of 8 clips at 112 px.
+    come back empty, one fault each: some 30,000 in a step of 16 clips at 48 px, 100,000 of 8 clips at 112 px.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -3,7 +3,6 @@
 Exit code 2 if training cannot work here; what only costs speed or a feature is named and is no error.
 """
 
-import argparse
 import ctypes
 import importlib.metadata
 import os
@@ -156,6 +155,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    parser = Parser("doctor", __doc__)
-    parser.parse_args(namespace=argparse.Namespace())
+    Parser("doctor", __doc__).parse_args()
     sys.exit(main())

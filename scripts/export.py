@@ -40,19 +40,20 @@ TOLERANCE = 1e-4  # of logits, absolute
 NUM_SHAPES = 20
 CARD = Path(__file__).resolve().parents[1] / "dfer" / "model_card.md"
 
-# What the data sets' owners ask for: neither may be handed on, nor used for anything but research.
+# Licence, data and crop as the card names them, by the folder that a run's lists lie in.
 DATA = {
     "dfew": (
-        "dfew-research-only",
+        "dfew-agreement",
         "DFEW (Jiang et al., 2020), 11,697 single-labelled clips of films in five folds, fold as in the run's lists. "
-        "It is handed out on request, for non-commercial research only, and may not be redistributed; the weights are "
-        "derived from it.",
+        "It is handed out on request, under an agreement with its owners, and may not be redistributed; that agreement "
+        "says what the weights, which are derived from it, may be used for.",
         "DFEW's own aligned faces (`clip_224x224`), the whole picture resized.",
     ),
     "ferv39k": (
-        "ferv39k-research-only",
-        "FERV39k (Wang et al., 2022), 38,935 clips of 22 scenes. It is handed out on request, for non-commercial "
-        "research only, and may not be redistributed; the weights are derived from it.",
+        "ferv39k-agreement",
+        "FERV39k (Wang et al., 2022), 38,935 clips of 22 scenes. It is handed out on request, under an agreement with "
+        "its owners, and may not be redistributed; that agreement says what the weights, which are derived from it, "
+        "may be used for.",
         "FERV39k's own face crops (`2_ClipsforFaceCrop`), the whole picture resized.",
     ),
     "faces": (

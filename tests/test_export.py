@@ -150,7 +150,7 @@ def test_the_card_says_what_is_known_and_what_is_not():
         return text
 
     dfew = card("lists/dfew/set_1_train.txt")
-    assert "license: other\nlicense_name: dfew-research-only" in dfew and "may not be redistributed" in dfew
+    assert "license: other\nlicense_name: dfew-agreement" in dfew and "may not be redistributed" in dfew
     assert "WAR 80.00 %, UAR 87.50 %" in dfew
     assert "| Happy | 40 | 75.0 % | 59.8 to 85.8 % |" in dfew and "| Fear | 0 | - | - |" in dfew
     assert "license: mit\n" in card("data/faces/train.txt") and "of no use on real faces" in card(

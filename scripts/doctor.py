@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.commandline import Parser
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
-MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 1.3 GB; a run keeps up to five checkpoints of 160 MB
+MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 1.3 GB; a run keeps up to 5 checkpoints of 160 MB
 CODECS = {"h264": "most videos", "hevc": "phones", "vp9": "web", "av1": "web", "mpeg4": "older files"}
 # By what they are called when a program looks for them; the first is the driver's.
 GPU_LIBRARIES = {

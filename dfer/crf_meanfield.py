@@ -24,6 +24,7 @@ from dfer.crf_pairs import (
     SdpaPairs,
     Smoothness,
     adjoint_sweep,
+    adjoint_sweep_both,
     grouped,
     resolve_backend,
     rounded,
@@ -164,10 +165,9 @@ def _infer(
         smooth = None if smoothness is None else smoothness.sweep(q) @ compatibility[1]
         first = values if iteration == 0 else None
         before = q
-        logits, q, heard, carried = pairs.step(q, logits, unary, smooth, compatibility[0], eta, first)
+        logits, q, message, carried = pairs.step(q, logits, unary, smooth, compatibility[0], eta, first)
         swept = carried if iteration == 0 else swept
         with torch.no_grad():
-            message = heard @ compatibility[0] + (0 if smooth is None else smooth)
             energies.append(free_energy(unary, before, message, valid))
     if values is not None and iterations == 0:
         swept = pairs.sweep(values)
@@ -291,20 +291,17 @@ def _differentiate(
     unary = torch.where(valid[..., None], unary, 0)
     logits, q = unary, unary.softmax(-1)
     smoothness = None if frames is None else Smoothness(frames, cells)
-    marginals, heard, smooth_heard = [], [], []
+    marginals = []
     for _ in range(iterations):
         marginals.append(q)
-        smooth = None
-        if smoothness is not None:
-            smooth_heard.append(smoothness.sweep(q))
-            smooth = smooth_heard[-1] @ compatibility[1]
-        logits, q, message, _ = pairs.step(q, logits, unary, smooth, compatibility[0], eta, None)
-        heard.append(message)
+        smooth = None if smoothness is None else smoothness.sweep(q) @ compatibility[1]
+        logits, q, _, _ = pairs.step(q, logits, unary, smooth, compatibility[0], eta, None)
     eta = eta[:, None, None]
 
     adjoint = torch.where(valid[..., None], to_marginals, 0)
     carried = to_unary = torch.zeros_like(unary)  # carried: gradient of the logits of one iteration later
-    to_logits, lefts, smooth_lefts = [], [], []
+    lefts, smooth_lefts = [], []  # steps M^h, what the gradients of S^h are made of
+    steps, smooth_steps = [], []  # S^h steps: as S is symmetric, (S q)^T step is q^T (S step)
     columns = unary.new_zeros(unary.shape[:2])
     to_values = unary.new_zeros(0)
     if values is not None:
@@ -314,19 +311,18 @@ def _differentiate(
         carried = _softmax_adjoint(q, adjoint) + (1 - eta) * carried
         step = eta * carried
         to_unary = to_unary + step
-        left = step @ compatibility[0].mT
-        if values is not None and not lefts:  # the values' sweep rides along
-            both = adjoint_sweep(pairs, torch.cat([left, to_swept], dim=-1), operands)
-            swept, to_values = both[..., : left.shape[-1]], both[..., left.shape[-1] :]
+        if values is not None and not steps:  # the values' sweep rides along
+            swept, to_values = adjoint_sweep_both(pairs, step, to_swept, operands)
         else:
-            swept = adjoint_sweep(pairs, left, operands)
-        columns += (swept * before).sum(-1)
-        adjoint = swept
-        to_logits.append(step)
-        lefts.append(left)
+            swept = adjoint_sweep(pairs, step, operands)
+        adjoint = swept @ compatibility[0].mT
+        columns += (adjoint * before).sum(-1)
+        lefts.append(step @ compatibility[0].mT)
+        steps.append(swept)
         if smoothness is not None:
             smooth_lefts.append(step @ compatibility[1].mT)
-            adjoint = adjoint + smoothness.sweep(smooth_lefts[-1])
+            smooth_steps.append(smoothness.sweep(step))
+            adjoint = adjoint + smooth_steps[-1] @ compatibility[1].mT
         q = before
     to_unary = to_unary + _softmax_adjoint(q, adjoint) + (1 - eta) * carried
 
@@ -334,10 +330,10 @@ def _differentiate(
     to_compatibility = torch.zeros_like(compatibility)
     rights = marginals[::-1]
     if iterations:
-        steps = torch.cat(to_logits).flatten(0, 1)  # (I*B*N, L)
-        to_compatibility[0] = torch.cat(heard[::-1]).flatten(0, 1).mT @ steps
+        all_q = torch.cat(rights).flatten(0, 1).mT  # (L, I*B*N)
+        to_compatibility[0] = all_q @ torch.cat(steps).flatten(0, 1)
     if iterations and smoothness is not None:
-        to_compatibility[1] = torch.cat(smooth_heard[::-1]).flatten(0, 1).mT @ steps
+        to_compatibility[1] = all_q @ torch.cat(smooth_steps).flatten(0, 1)
         to_frames, to_cells = smoothness.gradient(torch.cat(smooth_lefts, dim=-1), torch.cat(rights, dim=-1))
     if values is not None:
         if not iterations:

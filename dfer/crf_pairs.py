@@ -52,6 +52,13 @@ class Pairs(ABC):
     def sweep(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         """S x."""
 
+    def sweep_both(
+        self, states: Float[Tensor, "B N L"], values: Float[Tensor, "B N C"]
+    ) -> tuple[Float[Tensor, "B N L"], Float[Tensor, "B N C"]]:
+        """S states and S values, whose sums may be rounded as operands are: what takes them on rounds them anyway."""
+        swept = self.sweep(torch.cat([states, values], dim=-1))
+        return swept[..., : states.shape[-1]], swept[..., states.shape[-1] :]
+
     def step(
         self,
         q: Float[Tensor, "B N L"],
@@ -62,19 +69,16 @@ class Pairs(ABC):
         eta: Float[Tensor, " B"],
         values: Float[Tensor, "B N C"] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """One iteration: the new logits, their softmax, S q and S values, which ride on the sweep of the marginals.
+        """One iteration: the new logits, their softmax, the message that made them (S q M and `smooth`), and S values.
 
         `smooth` is what the smoothness kernel has to say, compatibility applied.
         """
-        num_states = q.shape[-1]
-        heard = self.sweep(q if values is None else torch.cat([q, values], dim=-1))
-        heard, swept = heard[..., :num_states], heard[..., num_states:] if values is not None else None
+        heard, swept = (self.sweep(q), None) if values is None else self.sweep_both(q, values)
         message = heard @ compatibility
         if smooth is not None:
             message = message + smooth
-        eta = eta[:, None, None]
-        logits = (1 - eta) * logits + eta * (unary + message)
-        return logits, logits.softmax(-1), heard, swept
+        logits = torch.lerp(logits, unary + message, eta[:, None, None])
+        return logits, logits.softmax(-1), message, swept
 
 
 class DifferentiablePairs(Pairs):
@@ -157,6 +161,11 @@ class DensePairs(DifferentiablePairs):
     def on_tensor_cores(self) -> bool:
         return self.points.is_cuda and self.operands in (torch.bfloat16, torch.float16)
 
+    @property
+    def rounds_sums(self) -> bool:
+        """A CPU multiplies bf16 two to three times as fast as float32, but has no product that keeps the sum."""
+        return not self.points.is_cuda and self.operands is torch.bfloat16
+
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """a @ b. A CPU has no product of short operands with a long sum: it multiplies the rounded ones as they are."""
         if self.on_tensor_cores:
@@ -169,6 +178,13 @@ class DensePairs(DifferentiablePairs):
             scaled = scaled.to(self.operands).to(self.accumulate)
         return self.scale[..., None] * self.product(self.kernel, scaled)
 
+    def sweep_both(self, states: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.rounds_sums:
+            return super().sweep_both(states, values)
+        scaled = (self.scale[..., None] * values).to(self.operands)
+        swept = torch.bmm(self.kernel.to(self.operands), scaled).to(self.accumulate)
+        return self.sweep(states), self.scale[..., None] * swept
+
     def gradient(self, left: Tensor, right: Tensor, columns: Tensor) -> Tensor:
         """With P_ij = S_ij <left_i, right_j> and e_i = (row sum + column sum of P)_i / 2 d_i, what the degree is worth:
         G = P - e_i K_ij,  dz_i = -sum_j (G_ij + G_ji) (z_i - z_j). Rows come in blocks that fit the cache.
@@ -176,11 +192,13 @@ class DensePairs(DifferentiablePairs):
         batch, num_tokens, _ = self.points.shape
         left, right = self.scale[..., None] * left, self.scale[..., None] * right
         kernel = self.kernel.to(self.accumulate)
+        if self.rounds_sums:  # these sums are operands next: of the products with the points
+            left, right = left.to(self.operands), right.to(self.operands)
         to_points, weight = torch.zeros_like(self.points), torch.zeros_like(columns)  # (G + G^T) z, (G + G^T) 1
         blocks = -(-batch * num_tokens**2 // PAIRS_AT_ONCE[self.points.device.type])
         rows = -(-num_tokens // blocks)
         for block in (slice(i, i + rows) for i in range(0, num_tokens, rows)):
-            pairs = torch.bmm(left[:, block], right.mT).mul_(kernel[:, block])
+            pairs = torch.bmm(left[:, block], right.mT).to(self.accumulate).mul_(kernel[:, block])
             worth = 0.5 * (pairs.sum(-1) + columns[:, block]) * self.scale[:, block].square()
             pairs.addcmul_(kernel[:, block], worth[..., None], value=-1)
             to_points[:, block] += torch.bmm(pairs, self.points)
@@ -255,6 +273,19 @@ def adjoint_sweep(pairs: Pairs, x: Tensor, operands: torch.dtype) -> Tensor:
     """S x for a gradient, which carries the loss scale: each clip's is brought near 1 before it is rounded to fp16."""
     if operands is not torch.float16:
         return pairs.sweep(x)
+    size = _size(x)
+    return pairs.sweep(x / size) * size
+
+
+def adjoint_sweep_both(pairs: Pairs, x: Tensor, values: Tensor, operands: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same for `sweep_both`."""
+    if operands is not torch.float16:
+        return pairs.sweep_both(x, values)
+    sizes = _size(x), _size(values)
+    swept = pairs.sweep_both(x / sizes[0], values / sizes[1])
+    return swept[0] * sizes[0], swept[1] * sizes[1]
+
+
+def _size(x: Tensor) -> Tensor:
     largest = x.abs().amax((1, 2), keepdim=True)
-    largest = torch.where(largest > 0, largest, 1)
-    return pairs.sweep(x / largest) * largest
+    return torch.where(largest > 0, largest, 1)

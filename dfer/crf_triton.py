@@ -115,7 +115,7 @@ def _sweep_kernel(
 @triton.jit
 def _step_kernel(
     points, half_norm, scale, x, values, unary, smooth, logits, compatibility, eta,
-    new_logits, new_q, heard_out, swept_out,
+    new_logits, new_q, message_out, swept_out,
     N: tl.constexpr, D: tl.constexpr, L: tl.constexpr, L_PADDED: tl.constexpr,
     C: tl.constexpr, C_PADDED: tl.constexpr, SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr, NEVER: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,14 +141,13 @@ def _step_kernel(
     if C > 0:
         _store(swept_out + clip * N * C, rows, swept * scale_i[:, None], C, C_PADDED, N)
 
-    heard = heard * scale_i[:, None]
-    _store(heard_out + clip * N * L, rows, heard, L, L_PADDED, N)
     states = tl.arange(0, L_PADDED)
     inside = (states < L)[:, None] & (states < L)[None, :]
     m = tl.load(compatibility + states[:, None] * L + states[None, :], mask=inside, other=0.0)
-    message = tl.dot(heard, m, input_precision="ieee")
+    message = tl.dot(heard * scale_i[:, None], m, input_precision="ieee")
     if SMOOTH:
         message += _block(smooth + clip * N * L, rows, 0, L, L_PADDED, N)
+    _store(message_out + clip * N * L, rows, message, L, L_PADDED, N)
     eta_b = tl.load(eta + clip)
     target = _block(unary + clip * N * L, rows, 0, L, L_PADDED, N) + message
     a = (1 - eta_b) * _block(logits + clip * N * L, rows, 0, L, L_PADDED, N) + eta_b * target

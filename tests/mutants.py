@@ -62,7 +62,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what 
         )
     ],
     "softmax in bfloat16": [
-        (PAIRS, "return logits, logits.softmax(-1), heard", "return logits, logits.bfloat16().softmax(-1).to(q), heard")
+        (
+            PAIRS,
+            "return logits, logits.softmax(-1), message",
+            "return logits, logits.bfloat16().softmax(-1).to(q), message",
+        )
     ],
     "height and width swapped": [(LAYER, "torch.stack([y, x, torch", "torch.stack([x, y, torch")],
     "gradient of one side of each pair": [

@@ -7,6 +7,7 @@
 *Smoothness* is the product of one factor over frames and one over the cells of a frame.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Literal
@@ -20,6 +21,7 @@ Backend = Literal["auto", "dense", "triton", "sdpa"]
 
 # Pairs in memory at a time, as float32: on a CPU 10 MB, which its caches hold, on a GPU half a gigabyte.
 PAIRS_AT_ONCE = {"cpu": 5 * 2**19, "cuda": 2**27}
+LOG2_E = math.log2(math.e)
 NEVER = 1e5  # a log-distance at which exp is 0 in every type
 
 
@@ -152,7 +154,8 @@ class DensePairs(DifferentiablePairs):
         self.points = rounded(points, valid, operands, accumulate)
         half_norm = torch.where(valid, 0.5 * self.points.square().sum(-1), NEVER)
         kernel = self.product(self.points, self.points.mT, None if workspace is None else workspace[: len(points)])
-        kernel = kernel.sub_(half_norm[:, :, None]).sub_(half_norm[:, None, :]).clamp_(max=0).exp_()
+        kernel = kernel.sub_(half_norm[:, :, None]).sub_(half_norm[:, None, :]).clamp_(max=0)
+        kernel = kernel.mul_(LOG2_E).exp2_()  # on a CPU a third of the time of exp_
         kernel.diagonal(dim1=-2, dim2=-1).zero_()  # a token sends itself nothing
         self.scale = (1 + kernel.sum(-1)).rsqrt() * valid if scale is None else scale
         self.kernel = kernel.to(operands) if self.on_tensor_cores else kernel

@@ -121,17 +121,14 @@ def certified_damping(max_self: Float[Tensor, "B H"], bounds: Float[Tensor, "H 2
 
 
 def free_energy(
-    unary: Float[Tensor, "B N L"],
-    q: Float[Tensor, "B N L"],
-    message: Float[Tensor, "B N L"],
-    valid: Bool[Tensor, "B N"],
-) -> Float[Tensor, " B"]:
+    unary: Float[Tensor, "B *#I N L"],
+    q: Float[Tensor, "B *#I N L"],
+    message: Float[Tensor, "B *#I N L"],
+    valid: Bool[Tensor, "B *#I N"],
+) -> Float[Tensor, "B *#I"]:
     """F(q) in nats, given message = sum_h S^h q M^h; invalid tokens do not count."""
-    return torch.where(valid, _token_energy(unary, q, message), 0).sum(1)
-
-
-def _token_energy(unary: Tensor, q: Tensor, message: Tensor) -> Tensor:
-    return (torch.special.xlogy(q, q) - q * (unary + 0.5 * message)).sum(-1)
+    per_token = (torch.special.xlogy(q, q) - q * (unary + 0.5 * message)).sum(-1)
+    return torch.where(valid, per_token, 0).sum(-1)
 
 
 def _infer(
@@ -159,21 +156,23 @@ def _infer(
     unary = torch.where(valid[..., None], unary, 0)
     if values is not None:
         values = rounded(values, valid, operands, unary.dtype)
-    logits, q, before = unary, unary.softmax(-1), unary.softmax(-1)
-    energies, swept = [], None
+    logits, q = unary, unary.softmax(-1)
+    swept, energies = None, unary.new_zeros(unary.shape[0], 0)
+    marginals, messages = [], []
     for iteration in range(iterations):
         smooth = None if smoothness is None else smoothness.sweep(q) @ compatibility[1]
         first = values if iteration == 0 else None
-        before = q
+        marginals.append(q)
         logits, q, message, carried = pairs.step(q, logits, unary, smooth, compatibility[0], eta, first)
+        messages.append(message)
         swept = carried if iteration == 0 else swept
-        with torch.no_grad():
-            energies.append(free_energy(unary, before, message, valid))
     if values is not None and iterations == 0:
         swept = pairs.sweep(values)
     with torch.no_grad():
-        residual = (q - before).abs().amax((1, 2))
-    energies = torch.stack(energies, dim=1) if energies else unary.new_zeros(unary.shape[0], 0)
+        residual = (q - (marginals[-1] if iterations else q)).abs().amax((1, 2))
+        if iterations:
+            each = torch.stack(marginals, dim=1), torch.stack(messages, dim=1)
+            energies = free_energy(unary[:, None], *each, valid[:, None])
     swept = unary.new_zeros(*unary.shape[:2], 0) if swept is None else swept
     return q, swept, pairs.scale, damping, residual, energies
 
@@ -252,15 +251,14 @@ def _meanfield_backward_op(
                     damping[clips], own[1], iterations, operands,
                 )
             )  # fmt: skip
-    to_unary, to_points, to_frames, to_cells, to_compatibility, to_values = zip(*parts, strict=True)
-    return (
-        torch.cat(to_unary),
-        torch.cat(to_points),
-        torch.cat(to_frames),
-        sum(to_cells[1:], to_cells[0]),
-        sum(to_compatibility[1:], to_compatibility[0]),
-        torch.cat(to_values),
-    )
+        to_unary, to_points, to_values, q, steps, *swept = (torch.cat(part) for part in zip(*parts, strict=True))
+        # As S is symmetric, (S q)^T step is q^T (S step).
+        to_compatibility = [q.flatten(0, 2).mT @ x.flatten(0, 2) for x in swept[: len(compatibility)]]
+        to_frames, to_cells = (unary.new_zeros(0) if x is None else torch.zeros_like(x) for x in (frames, cells))
+        if iterations and frames is not None:
+            left = (steps @ compatibility[1].mT).flatten(2)
+            to_frames, to_cells = Smoothness(frames, cells).gradient(left, q.flatten(2))
+    return to_unary, to_points, to_frames, to_cells, torch.stack(to_compatibility), to_values
 
 
 @_meanfield_backward_op.register_fake
@@ -286,7 +284,11 @@ def _differentiate(
     iterations: int,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """The adjoint of `_infer`, for the clips of one group. What forward did is done again: nothing of it was kept."""
+    """The adjoint of `_infer`, for the clips of one group. What forward did is done again: nothing of it was kept.
+
+    Gradients of unary, points and values; and what the others are made of, (B, N, I, L) each: the marginals that were
+    swept, the steps, which are the gradients of what an iteration adds to the logits, S steps, and S^0 steps.
+    """
     eta = 1 / (1 + damping)
     unary = torch.where(valid[..., None], unary, 0)
     logits, q = unary, unary.softmax(-1)
@@ -300,8 +302,7 @@ def _differentiate(
 
     adjoint = torch.where(valid[..., None], to_marginals, 0)
     carried = to_unary = torch.zeros_like(unary)  # carried: gradient of the logits of one iteration later
-    lefts, smooth_lefts = [], []  # steps M^h, what the gradients of S^h are made of
-    steps, smooth_steps = [], []  # S^h steps: as S is symmetric, (S q)^T step is q^T (S step)
+    steps, swept_steps, smooth_steps = [], [], []
     columns = unary.new_zeros(unary.shape[:2])
     to_values = unary.new_zeros(0)
     if values is not None:
@@ -317,35 +318,27 @@ def _differentiate(
             swept = adjoint_sweep(pairs, step, operands)
         adjoint = swept @ compatibility[0].mT
         columns += (adjoint * before).sum(-1)
-        lefts.append(step @ compatibility[0].mT)
-        steps.append(swept)
+        steps.append(step)
+        swept_steps.append(swept)
         if smoothness is not None:
-            smooth_lefts.append(step @ compatibility[1].mT)
             smooth_steps.append(smoothness.sweep(step))
             adjoint = adjoint + smooth_steps[-1] @ compatibility[1].mT
         q = before
     to_unary = to_unary + _softmax_adjoint(q, adjoint) + (1 - eta) * carried
 
-    to_frames, to_cells = (unary.new_zeros(0) if x is None else torch.zeros_like(x) for x in (frames, cells))
-    to_compatibility = torch.zeros_like(compatibility)
-    rights = marginals[::-1]
-    if iterations:
-        all_q = torch.cat(rights).flatten(0, 1).mT  # (L, I*B*N)
-        to_compatibility[0] = all_q @ torch.cat(steps).flatten(0, 1)
-    if iterations and smoothness is not None:
-        to_compatibility[1] = all_q @ torch.cat(smooth_steps).flatten(0, 1)
-        to_frames, to_cells = smoothness.gradient(torch.cat(smooth_lefts, dim=-1), torch.cat(rights, dim=-1))
+    nothing = unary.new_zeros(*unary.shape[:2], 0, unary.shape[2])
+    by_iteration = [
+        torch.stack(x, dim=2) if x else nothing for x in (marginals[::-1], steps, swept_steps, smooth_steps)
+    ]
+    right, left = by_iteration[0].flatten(2), (by_iteration[1] @ compatibility[0].mT).flatten(2)
     if values is not None:
         if not iterations:
             to_values = adjoint_sweep(pairs, to_swept, operands)
         columns += (to_values * exact_values).sum(-1)
-        lefts, rights = [*lefts, to_swept], [*rights, exact_values]
+        left, right = torch.cat([left, to_swept], dim=-1), torch.cat([right, exact_values], dim=-1)
         to_values = to_values.to(values.dtype)
-    if lefts:
-        to_points = pairs.gradient(torch.cat(lefts, dim=-1), torch.cat(rights, dim=-1), columns)
-    else:
-        to_points = torch.zeros_like(pairs.points)
-    return to_unary, to_points, to_frames, to_cells, to_compatibility, to_values
+    to_points = pairs.gradient(left, right, columns) if left.shape[-1] else torch.zeros_like(pairs.points)
+    return to_unary, to_points, to_values, *by_iteration
 
 
 def _softmax_adjoint(q: Tensor, adjoint: Tensor) -> Tensor:

@@ -21,7 +21,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what 
         (PAIRS, "kernel.diagonal(dim1=-2, dim2=-1).zero_()  # a token", "# a token"),
     ],
     "first message from log-probabilities": [
-        (MEANFIELD, "logits, q, before = unary, unary.softmax(-1)", "logits, q, before = unary, unary.log_softmax(-1)"),
+        (
+            MEANFIELD,
+            "logits, q = unary, unary.softmax(-1)\n    swept",
+            "logits, q = unary, unary.log_softmax(-1)\n    swept",
+        ),
     ],
     "pairs count twice in the energy": [(MEANFIELD, "q * (unary + 0.5 * message)", "q * (unary + message)")],
     "normalised by rows": [

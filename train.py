@@ -336,7 +336,10 @@ def train_one_epoch(
         steps_done = trainee.step - epoch * steps_per_epoch
         if steps_done % config.run.log_every == 0 or steps_done == steps_per_epoch:
             values = {"train/lr": optimizer.param_groups[0]["lr"]}
-            values |= {f"throughput/{k}": v for k, v in throughput.read(since=row_began).items()}
+            rates = throughput.read(since=row_began)
+            rates["per_gpu_clips_per_s"] = rates["total_clips_per_s"] / world.size
+            rates["step_ms"] = 1000 * config.data.batch_size * world.size * accumulate / rates["total_clips_per_s"]
+            values |= {f"throughput/{k}": v for k, v in rates.items()}
             tensors = {"train/loss": losses[0] / losses[1], "train/grad_norm": norm}
             tensors |= {"train/skipped_steps": steps.skipped[0], **diagnostics}
             logger.train_row(trainee.step, epoch + 1, values, tensors)

@@ -8,6 +8,7 @@ import math
 import netrc
 import os
 import re
+import resource
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -26,9 +27,15 @@ from dfer.checkpoint import write_whole
 from dfer.config import Config
 from dfer.index import ClipIndex
 from dfer.metrics import ConfusionMatrix
+from dfer.records import Predictions, read_predictions
 
 if TYPE_CHECKING:
     import wandb
+
+# What W&B draws each row's values over: training by step, evaluations by epoch, which is the same for runs with other
+# numbers of clips per step. Every row has both. No summary="max" here: a continued run forgets its maximum.
+AXES = {"train/*": "step", "throughput/*": "step", "crf/*": "step", "val/*": "epoch"}
+HARDEST = 50  # clips in W&B's table
 
 
 class Logger:
@@ -82,28 +89,42 @@ class Logger:
         if mode == "off":
             return
         if mode == "auto":
-            mode = "online" if _has_wandb_key() else "offline"
+            mode = "online" if has_wandb_key() else "offline"
         import wandb  # its import costs a second, which a run without it need not pay
 
         id_file = self.run_dir / "wandb-id.txt"
         if not id_file.exists():
-            text = wandb_id or secrets.token_hex(4)
+            # A sweep's agent has named the run already, and would not let another name pass.
+            swept = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+            text = wandb_id or swept or secrets.token_hex(4)
             write_whole(id_file, lambda file: file.write(text.encode()))
         self.wandb_id = id_file.read_text()
+        about = _grouping(self._config)
+        fold = [f"fold{about['fold']}"] if about["fold"] else []
         options = {
             "project": "dfer",
+            "group": "-".join([about["dataset"], *fold]),
+            "job_type": "train",
+            "tags": [about["dataset"], *fold, f"seed{self._config.seed}", self._config.model.name],
             "name": self.run_dir.name,
             "id": self.wandb_id,
             "dir": self.run_dir,
-            "config": json.loads(self._config.to_json()),
+            "config": json.loads(self._config.to_json()) | about,
             "resume": "allow",
         }
         # Bounded delays at both ends; no terminal capture, no git or machine details beyond what the run logs itself.
         settings = wandb.Settings(init_timeout=30, finish_timeout=60, console="off", silent=True, disable_git=True)
+        folders = list((self.run_dir / "wandb").glob("*run-*/"))  # of earlier processes
+        sent = any(f.name.startswith("run-") or list(f.glob("*.synced")) for f in folders)
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 run = wandb.init(mode=attempt, settings=settings, **options)
-                run.define_metric("*", step_metric="step")
+                for names, axis in AXES.items():
+                    run.define_metric(names, step_metric=axis)
+                if attempt == "offline" and not sent:
+                    for folder in folders:  # to where `wandb sync` does not look
+                        (folder.parent / "replaced").mkdir(exist_ok=True)
+                        folder.rename(folder.parent / "replaced" / folder.name)
             except Exception as error:  # network, key, disk: all of them mean "not this way"
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 self.say(
@@ -112,8 +133,9 @@ class Logger:
                 wandb.teardown()  # its service still holds the run's id
                 continue
             self._wandb = run
-            # Offline nobody can say what an earlier process has recorded: taken for all rows up to the checkpoint.
-            self._wandb_next = run.starting_step if attempt == "online" else len(earlier)
+            # Offline nobody can say what an earlier process got into its folder. Where nothing was sent yet, this one
+            # gets all rows and takes its place; otherwise that is taken for all rows up to the checkpoint.
+            self._wandb_next = run.starting_step if attempt == "online" else len(earlier) if sent else 0
             for number, values in enumerate(earlier):
                 self._to_wandb(number, values)
             return
@@ -169,6 +191,7 @@ class Logger:
         if self.run_dir is None:
             return
         stacked = torch.stack([t.detach().float() for t in tensors.values()])
+        values = values | {"throughput/memory_gb": _peak_memory_gb(stacked.device)}
         if stacked.is_cuda:
             host = torch.empty(stacked.shape, pin_memory=True)
             host.copy_(stacked, non_blocking=True)
@@ -231,7 +254,8 @@ class Logger:
             f"everything lies in {self.run_dir}/: metrics.jsonl predictions.csv config.json log.txt checkpoints/ "
             "best_WAR.safetensors best_UAR.safetensors"
         )
-        self._tell_wandb(lambda run: run.log({"val/confusion_matrix": _confusion_plot(confusion)}))
+        path, last_row = self.run_dir / "predictions.csv", self._num_rows - 1  # W&B has no row more than metrics.jsonl
+        self._tell_wandb(lambda run: run.log(_tables(confusion, read_predictions(path)), step=last_row))
 
     def close_progress(self) -> None:
         if self._progress is not None:
@@ -261,20 +285,45 @@ def print_result(title: str, confusion: ConfusionMatrix) -> None:
     Console(highlight=False).print(table)
 
 
-def _confusion_plot(confusion: ConfusionMatrix) -> "wandb.plot.CustomChart":
+def _tables(confusion: ConfusionMatrix, predictions: Predictions) -> dict[str, "wandb.plot.CustomChart | wandb.Table"]:
+    """What W&B shows of the last evaluation. Clips are told by their line: a person's name may be what they are called.
+
+    The hardest clips are those whose own class got the lowest probability.
+    """
     import wandb
 
     counts = confusion.counts.cpu().numpy()
-    labels, predictions = np.nonzero(counts)
-    repeats = counts[labels, predictions]
-    return wandb.plot.confusion_matrix(
+    labels, predicted = np.nonzero(counts)
+    repeats = counts[labels, predicted]
+    plot = wandb.plot.confusion_matrix(
         y_true=np.repeat(labels, repeats).tolist(),
-        preds=np.repeat(predictions, repeats).tolist(),
+        preds=np.repeat(predicted, repeats).tolist(),
         class_names=list(EMOTIONS),
     )
+    table = wandb.Table(["line of predictions.csv", "label", "prediction", "p(label)", "p(prediction)"])
+    p_label = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
+    for i in np.argsort(p_label, kind="stable")[:HARDEST].tolist():
+        label, prediction = EMOTIONS[predictions.labels[i]], EMOTIONS[predictions.predicted[i]]
+        table.add_data(i + 2, label, prediction, float(p_label[i]), float(predictions.probabilities[i].max()))
+    return {"val/confusion_matrix": plot, "val/hardest_clips": table}
 
 
-def _has_wandb_key() -> bool:
+def _grouping(config: Config) -> dict[str, str | int | None]:
+    """The data set, as the folder of its lists is called, and the fold if these are the lists of one."""
+    path = config.data.train_list.absolute()
+    folder = path.parent.parent if path.parent.name == "lists" else path.parent  # logs/NAME/lists of crossval.py
+    fold = re.match(r"set_(\d+)_", path.name)
+    return {"dataset": folder.name[:50] or "data", "fold": int(fold[1]) if fold else None}  # a tag may have 64 letters
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    """Most memory so far: what torch has allocated on a GPU; on a CPU, of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+
+
+def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -17,6 +17,7 @@ class Run:
 
     streams: dict[str, dict[int, str]] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    about: dict = field(default_factory=dict)  # its group, job type and tags
     uploads: dict[str, bytes] = field(default_factory=dict)
     complete: bool = False
 
@@ -71,6 +72,7 @@ class FakeWandb(contextlib.AbstractContextManager):
         if name == "UpsertBucket":
             run = self.runs.setdefault(variables["name"], Run())
             run.config |= json.loads(variables.get("config") or "{}")
+            run.about |= {key: variables[key] for key in ("groupName", "jobType", "tags") if variables.get(key)}
             bucket = {"id": "r", "name": variables["name"], "displayName": variables["name"], "config": "{}"}
             bucket |= {"description": "", "sweepName": "", "historyLineCount": len(run.rows), "project": project}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}

@@ -67,7 +67,7 @@ class Logger:
         except OSError as error:
             raise ValueError(f"{run_dir}: cannot write ({error})") from None
         self._num_rows = len(earlier)
-        self._open_wandb(earlier, wandb_id)
+        self._open_wandb(earlier, wandb_id, done=start_evaluated and start_step == total_steps)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -79,7 +79,7 @@ class Logger:
             self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
             self._progress.start()
 
-    def _open_wandb(self, earlier: list[dict], wandb_id: str | None) -> None:
+    def _open_wandb(self, earlier: list[dict], wandb_id: str | None, done: bool) -> None:
         """Start W&B, or go on without: it must never prompt, block or stop a run.
 
         A row has the same number there as in metrics.jsonl. So a continued run skips what W&B has already, and sends
@@ -90,6 +90,10 @@ class Logger:
             return
         if mode == "auto":
             mode = "online" if has_wandb_key() else "offline"
+        folders = list((self.run_dir / "wandb").glob("*run-*/"))  # of earlier processes
+        unsent = [f for f in folders if f.name.startswith("offline-") and not list(f.glob("*.synced"))]
+        if done and (unsent or mode == "offline"):
+            return  # the folder of the process that ended the run has its tables
         import wandb  # its import costs a second, which a run without it need not pay
 
         id_file = self.run_dir / "wandb-id.txt"
@@ -114,17 +118,18 @@ class Logger:
         }
         # Bounded delays at both ends; no terminal capture, no git or machine details beyond what the run logs itself.
         settings = wandb.Settings(init_timeout=30, finish_timeout=60, console="off", silent=True, disable_git=True)
-        folders = list((self.run_dir / "wandb").glob("*run-*/"))  # of earlier processes
-        sent = any(f.name.startswith("run-") or list(f.glob("*.synced")) for f in folders)
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 run = wandb.init(mode=attempt, settings=settings, **options)
                 for names, axis in AXES.items():
                     run.define_metric(names, step_metric=axis)
-                if attempt == "offline" and not sent:
-                    for folder in folders:  # to where `wandb sync` does not look
-                        (folder.parent / "replaced").mkdir(exist_ok=True)
-                        folder.rename(folder.parent / "replaced" / folder.name)
+                # Nobody can say what a process got into its folder offline. Where W&B has all else, or nothing was sent
+                # yet, this process records the rows again, and what is unsent goes where `wandb sync` does not look.
+                # Otherwise that is taken for all rows up to the checkpoint.
+                whole = attempt == "online" or unsent == folders
+                for folder in unsent if whole else ():
+                    (folder.parent / "replaced").mkdir(exist_ok=True)
+                    folder.rename(folder.parent / "replaced" / folder.name)
             except Exception as error:  # network, key, disk: all of them mean "not this way"
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 self.say(
@@ -133,9 +138,7 @@ class Logger:
                 wandb.teardown()  # its service still holds the run's id
                 continue
             self._wandb = run
-            # Offline nobody can say what an earlier process got into its folder. Where nothing was sent yet, this one
-            # gets all rows and takes its place; otherwise that is taken for all rows up to the checkpoint.
-            self._wandb_next = run.starting_step if attempt == "online" else len(earlier) if sent else 0
+            self._wandb_next = run.starting_step if whole else len(earlier)
             for number, values in enumerate(earlier):
                 self._to_wandb(number, values)
             return

@@ -1,17 +1,20 @@
 """W&B's own client, online against a server of ours that fails as servers do: training must not notice."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from csv import DictReader
 from pathlib import Path
 
 import pytest
 
+from dfer.annotations import EMOTIONS
 from tests.conftest import ROOT
-from tests.test_train import rows, tiny_run
-from tests.wandb_server import FakeWandb
+from tests.test_train import TINY, rows, tiny_run
+from tests.wandb_server import FakeWandb, Run
 
 KEY = "0123456789abcdef" * 2 + "canary00"
 TABLES = {"val/confusion_matrix_table", "val/hardest_clips"}
@@ -25,8 +28,8 @@ bounds = {"init_timeout": float(sys.argv[4]), "finish_timeout": float(sys.argv[5
 wandb.Settings = functools.partial(lambda make, **k: make(**k | bounds), wandb.Settings)
 run_dir, start, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 began = time.monotonic()
-config = parse_config(["debug", "--run.wandb", "auto"])
-logger = Logger(run_dir, config, total, start_step=start)
+config = parse_config(["debug", "--run.wandb", sys.argv[6]])
+logger = Logger(run_dir, config, total, start_step=start, start_evaluated=start == total)
 print("open", time.monotonic() - began, flush=True)
 for step in range(start + 1, total + 1):
     if not sys.stdin.readline():
@@ -50,12 +53,14 @@ def server():
 class Client:
     """A process that logs, row by row."""
 
-    def __init__(self, server: FakeWandb, run_dir: Path, start=0, total=12, init_timeout=30, finish_timeout=30):
+    def __init__(
+        self, server: FakeWandb, run_dir: Path, start=0, total=12, init_timeout=30, finish_timeout=30, mode="auto"
+    ):
         run_dir.mkdir(exist_ok=True)
         self.run_dir = run_dir
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, *map(str, (run_dir, start, total, init_timeout, finish_timeout))],
+            [sys.executable, "-c", DRIVER, *map(str, (run_dir, start, total, init_timeout, finish_timeout, mode))],
             cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**environment, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY},
         )  # fmt: skip
@@ -125,8 +130,9 @@ def test_a_whole_run_online(clips, tmp_path, server):
         "groupName": clips.name, "jobType": "train", "tags": [clips.name, "seed0", "dfernet"],
     }  # fmt: skip
     assert run.config["dataset"]["value"] == clips.name and run.config["fold"]["value"] is None
-    print(run.config["_wandb"])
-    best = max(row["val/WAR"] for row in ours if "val/WAR" in row)
+    assert not server.unknown
+    assert axes(run) == {"train/*": "step", "throughput/*": "step", "crf/*": "step", "val/*": "epoch"}
+    best = max(row["val/WAR"] for row in rows(run_dir) if "val/WAR" in row)
     assert run.summary["best/WAR"] == pytest.approx(best)
     assert run.config["data"]["value"]["num_segments"] == 2
     # No key in any file or upload; no pictures of faces; no more of the machine than the client needs.
@@ -134,6 +140,96 @@ def test_a_whole_run_online(clips, tmp_path, server):
     assert not [path for path, data in files.items() if KEY.encode() in data]
     assert not [name for name, data in run.uploads.items() if KEY.encode() in data]
     assert not [name for name in run.uploads if name.endswith((".jpg", ".png", ".mp4", ".gif"))]
+    assert not [name for name, data in run.uploads.items() if b"test clips/" in data]  # nor what the clips are called
+    (table,) = (json.loads(data) for name, data in run.uploads.items() if name.startswith("media/table/val/hardest"))
+    assert table["data"] == hardest(run_dir)
+
+
+def axes(run: Run) -> dict[str, str]:
+    """What each name is drawn over, as the client encodes it: 1 name, 2 names, 5 number of the axis."""
+    metrics = run.config["_wandb"]["value"]["m"]
+    return {metric["2"]: metrics[metric["5"] - 1]["1"] for metric in metrics if "2" in metric}
+
+
+def hardest(run_dir: Path) -> list[list]:
+    with open(run_dir / "predictions.csv", newline="") as file:
+        clips = [
+            (int(r["label"]), int(r["prediction"]), [float(r[f"p_{e}"]) for e in EMOTIONS]) for r in DictReader(file)
+        ]
+    order = sorted(range(len(clips)), key=lambda i: clips[i][2][clips[i][0]])
+    return [
+        [2 + i, EMOTIONS[label], EMOTIONS[predicted], p[label], max(p)]
+        for i, (label, predicted, p) in ((i, clips[i]) for i in order)
+    ]
+
+
+def inspected(folder: Path) -> list[dict]:
+    """The rows of an offline run's file, by W&B's own reader."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    found = [r["history"]["item"] for r in map(json.loads, done.stdout.splitlines()) if r["type"] == "history"]
+    assert [row["_step"] for row in found] == list(range(len(found)))
+    # Of a table it shows parts: "val/hardest_clips.nrows".
+    own = [{key.split(".")[0]: v for key, v in row.items() if not key.startswith("_")} for row in found]
+    return numbers_of(own)
+
+
+def sync(server: FakeWandb, run_dir: Path) -> None:
+    """As docs/wandb.md says."""
+    folders = map(str, (run_dir / "wandb").glob("offline-run-*"))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", *folders], cwd=ROOT, check=True, capture_output=True, timeout=60,
+        env={**environment, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_offline_holds_the_rows_of_metrics_jsonl(killed, clips, tmp_path, server):
+    run_dir, flags = tmp_path / "a", ("--run.wandb", "offline", "--run.save-minutes", "0")
+    if killed:
+        lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
+        where = ("--run.log-dir", str(tmp_path), "--run.name", "a")
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *TINY, *lists, *where, *flags], cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) >= 3, 120)
+        process.kill()
+        process.wait()
+    tiny_run(clips, tmp_path, "a", *flags)
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert len(rows(run_dir)) == 6 and inspected(folder) == rows(run_dir)
+    sync(server, run_dir)
+    assert numbers_of(recorded(server, run_dir)) == rows(run_dir)
+    (run,) = server.runs.values()
+    assert (
+        run.complete
+        and set(run.rows[-1]) > TABLES
+        and run.summary["best/WAR"] == pytest.approx(max(row["val/WAR"] for row in rows(run_dir) if "val/WAR" in row))
+    )
+
+
+@pytest.mark.parametrize("then", ["offline", "sync, offline", "online"])
+def test_a_run_continued_after_an_offline_part_is_recorded_once(then, tmp_path, server):
+    run_dir = tmp_path / "a"
+    client = Client(server, run_dir, mode="offline")
+    client.rows(1, 5 if then == "sync, offline" else 7)
+    client.close()
+    if then == "sync, offline":
+        sync(server, run_dir)
+    client = Client(server, run_dir, start=5, mode=then.split()[-1])
+    client.rows(6, 12)
+    client.close()
+    folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == {"offline": 1, "sync, offline": 2, "online": 0}[then]
+    if then == "offline":
+        assert inspected(folders[0]) == rows(run_dir)
+        Client(server, run_dir, start=12, mode="auto").close()  # nothing is left to do
+        assert sorted((run_dir / "wandb").glob("*run-*")) == folders
+    if folders:
+        sync(server, run_dir)
+    assert recorded(server, run_dir) == rows(run_dir) and len(rows(run_dir)) == 12
 
 
 def test_a_killed_run_goes_on_without_duplicates_or_holes(tmp_path, server):
@@ -183,12 +279,7 @@ def test_a_server_that_refuses_at_the_start_means_offline(state, tmp_path, serve
     assert [row["step"] for row in rows(tmp_path / "a")] == list(range(1, 13))
     # Nothing is lost: what was recorded offline can be sent when the server is back.
     server.state = "up"
-    (folder,) = (tmp_path / "a" / "wandb").glob("offline-run-*")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", str(folder)], cwd=tmp_path, check=True, capture_output=True, timeout=60,
-        env={**environment, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY},
-    )  # fmt: skip
+    sync(server, tmp_path / "a")
     assert recorded(server, tmp_path / "a") == rows(tmp_path / "a")
 
 

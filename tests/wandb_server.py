@@ -49,6 +49,7 @@ class FakeWandb(contextlib.AbstractContextManager):
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
+        self.views: list[dict] = []  # saved workspaces
         self.state: Literal["up", "down", "hanging", "unauthorized", "failing"] = "up"
         self.unknown: list[str] = []  # what it was asked and does not know
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
@@ -84,6 +85,34 @@ class FakeWandb(contextlib.AbstractContextManager):
         if name == "CreateRunFiles":
             files = [{"name": f, "uploadUrl": f"{self.url}/upload/{variables['run']}/{f}"} for f in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        if name == "ArtifactType":  # of artifacts that there are; none is remembered
+            return {"project": {"artifact": None}}
+        if name == "CreateArtifact":
+            artifact = {"id": variables["input"]["runName"], "state": "PENDING"}
+            return {"createArtifact": {"artifact": artifact | {"artifactSequence": {"latestArtifact": None}}}}
+        if name == "CreateArtifactManifest":
+            file = {"id": "f", "uploadHeaders": []}
+            file["uploadUrl"] = f"{self.url}/upload/{variables['runName']}/manifest-{variables['digest']}"
+            return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
+        if name == "CreateArtifactFiles":
+            files = variables["input"]["artifactFiles"]
+            nodes = [
+                {
+                    "uploadUrl": f"{self.url}/upload/{file['artifactID']}/artifact/{file['name']}", "uploadHeaders": [],
+                    "storagePath": file["name"], "uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]},
+                }
+                for file in files
+            ]  # fmt: skip
+            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        if name == "CommitArtifact":
+            return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": ""}}}
+        if name == "ServerFeaturesQuery":
+            return {"serverInfo": {"features": []}}
+        if name == "OrganizationCoreWeaveOrganizationID":
+            return {"entity": {"organization": None}}
+        if name == "UpsertView2":
+            self.views.append(variables)
+            return {"upsertView": {"view": {"id": "v", "name": variables["name"]}, "inserted": True}}
         self.unknown.append(name)
         return {}
 

@@ -13,6 +13,7 @@ ONLY_IN = {
     "timm": {"dfer/model.py"},
     "huggingface_hub": {"dfer/model.py"},
     "wandb": {"dfer/logger.py"},
+    "wandb_workspaces": {"scripts/dashboard.py"},
     "safetensors": {"dfer/checkpoint.py"},
     "tyro": {"dfer/config.py"},
     "matplotlib": {"dfer/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from dfer.config import PRESETS, parse_config
 from dfer.logger import AXES
 from tests.conftest import ROOT
-from tests.test_train import rows, tiny_run
+from tests.test_train import TINY, rows, tiny_run
 from tests.wandb_server import FakeWandb
 
 KEY = "0123456789abcdef" * 2 + "canary00"
@@ -164,5 +165,38 @@ def test_a_sweep_looks_at_what_is_logged(path, logged):
     assert metric["name"] in logged["rows"] and metric["goal"] == "maximize"
 
 
-def test_there_are_sweeps():
+def wandb_command(server, folder, *words):
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # an agent starts `python`
+    env = {**outside, "PATH": path, "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", *words], cwd=ROOT, env=env | {"WANDB_DIR": str(folder)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_sweep_is_created_and_an_agent_works_on_it(clips, tmp_path):
     assert [path.stem for path in SWEEPS] == ["crf", "recipe"]
+    with FakeWandb() as server:
+        for path in SWEEPS:
+            wandb_command(server, tmp_path, "sweep", "--project", "dfer", str(path.relative_to(ROOT)))
+        assert [yaml.safe_load(config) for config in server.sweeps] == [yaml.safe_load(p.read_text()) for p in SWEEPS]
+
+        sweep = yaml.safe_load(SWEEPS[0].read_text())
+        lists = ["--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt"]
+        words = [*TINY, *lists, "--run.log-dir", str(tmp_path), "--run.wandb", "auto"]
+        sweep["command"][3:-1] = words  # for `faces`, which takes minutes
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+        said = wandb_command(server, tmp_path, "sweep", "--project", "dfer", str(tmp_path / "sweep.yaml"))
+        (told,) = re.findall(r"wandb agent (\S+)", said)
+        chosen = {name: {"value": options(parameter)[1]} for name, parameter in sweep["parameters"].items()}
+        server.commands = [{"type": "run", "run_id": "trial1", "program": sweep["program"], "args": chosen}]
+        wandb_command(server, tmp_path, "agent", "--count", "1", told)
+        assert list(server.runs) == ["trial1"] and server.runs["trial1"].complete and not server.unknown
+    (run_dir,) = tmp_path.glob("debug-*")
+    assert (run_dir / "wandb-id.txt").read_text() == "trial1"
+    config = json.loads((run_dir / "config.json").read_text())
+    assert (config["model"]["readout"], config["model"]["max_coupling"], config["seed"]) == ("labels", 8.0, 1)
+    assert server.runs["trial1"].rows[-1]["val/WAR"] == rows(run_dir)[-1]["val/WAR"]

@@ -50,6 +50,8 @@ class FakeWandb(contextlib.AbstractContextManager):
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
         self.views: list[dict] = []  # saved workspaces
+        self.sweeps: list[str] = []  # YAML
+        self.commands: list[dict] = []  # what the next agent that asks is to do
         self.state: Literal["up", "down", "hanging", "unauthorized", "failing"] = "up"
         self.unknown: list[str] = []  # what it was asked and does not know
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
@@ -113,6 +115,18 @@ class FakeWandb(contextlib.AbstractContextManager):
         if name == "UpsertView2":
             self.views.append(variables)
             return {"upsertView": {"view": {"id": "v", "name": variables["name"]}, "inserted": True}}
+        if name == "UpsertSweep":
+            self.sweeps.append(variables["config"])
+            return {"upsertSweep": {"sweep": {"name": f"sweep{len(self.sweeps) - 1}", "project": project}}}
+        if name == "SweepWithRuns":
+            config = self.sweeps[int(variables["sweep"].removeprefix("sweep"))]
+            sweep = {"id": "s", "name": variables["sweep"], "method": "grid", "state": "RUNNING", "config": config}
+            return {"project": {"sweep": sweep | {"runs": {"edges": []}}}}
+        if name == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "a"}}}
+        if name == "Heartbeat":
+            commands, self.commands = self.commands, []
+            return {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(commands)}}
         self.unknown.append(name)
         return {}
 

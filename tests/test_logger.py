@@ -3,10 +3,11 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
-from dfer.config import Config, RunConfig
+from dfer.config import Config, DataConfig, RunConfig
 from dfer.logger import Logger
 
 
@@ -21,6 +22,7 @@ class Server:
 
     def init(self, mode, id, **options):
         self.ids.add(id)
+        self.options = options
         assert options["settings"]["finish_timeout"] <= 60 and options["settings"]["init_timeout"] <= 60
         return types.SimpleNamespace(
             starting_step=max(self.rows, default=-1) + 1,
@@ -84,6 +86,28 @@ def test_no_row_is_lost_or_doubled(server, tmp_path, arrived, checkpoint, evalua
 def test_the_id_of_the_checkpoint_is_used_where_its_file_is_gone(server, tmp_path):
     Logger(tmp_path, CONFIG, 9, wandb_id="abcd1234").close()
     assert server.ids == {"abcd1234"} and (tmp_path / "wandb-id.txt").read_text() == "abcd1234"
+
+
+@pytest.mark.parametrize(
+    ("path", "dataset", "fold"),
+    [
+        ("data/faces/train.txt", "faces", None),
+        ("lists/dfew/set_1_train.txt", "dfew", 1),
+        ("/d/ferv39k/train_All.txt", "ferv39k", None),
+        ("logs/faces-crossval/lists/set_12_train.txt", "faces-crossval", 12),
+        ("set_2_train.txt", Path.cwd().name, 2),
+        ("/train.txt", "data", None),
+        (f"{'x' * 200}/set_1_train.txt", "x" * 50, 1),
+    ],
+)
+def test_runs_are_grouped_by_data_set_and_fold(server, tmp_path, path, dataset, fold):
+    config = Config(seed=3, data=DataConfig(train_list=Path(path)), run=RunConfig(wandb="online"))
+    Logger(tmp_path, config, 9).close()
+    told = server.options
+    assert (told["config"]["dataset"], told["config"]["fold"], told["config"]["seed"]) == (dataset, fold, 3)
+    assert told["group"] == (f"{dataset}-fold{fold}" if fold else dataset) and told["job_type"] == "train"
+    assert told["tags"] == [dataset, *([f"fold{fold}"] if fold else []), "seed3", "dfernet"]
+    assert all(len(tag) <= 64 for tag in told["tags"])
 
 
 def test_numbers_that_json_has_not_are_null(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -289,3 +290,30 @@ def test_the_server_counts_a_line_once():
         again = {"offset": 0, "content": ['{"a": 1, "_step": 0}', '{"a": 2, "_step": 1}']}
         fake.stream("x", {"files": {"wandb-history.jsonl": again}})
     assert fake.runs["x"].rows == [{"a": 1}, {"a": 2}] and fake.runs["x"].numbers == [0, 1]
+
+
+def test_the_commands_of_the_page_work(clips, tmp_path, server):
+    """All of docs/wandb.md in its order, on tiny clips instead of the embedded data set."""
+    text = (ROOT / "docs" / "wandb.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    commands = [c for c in commands if "wandb agent" not in c]  # tests/test_dashboard.py has one work
+    for name in ("train.py", "scripts", "sweeps"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "faces").symlink_to(clips)
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**outside, "HOME": str(tmp_path), "PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-ex", "-c", "\n".join(commands)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env={**env, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not server.unknown and len(server.views) == 1 and len(server.sweeps) == 2
+    online, later, put = server.runs.values()
+    for run in (online, later):
+        assert run.complete and set(run.rows[-1]) > TABLES and run.about["groupName"] == "faces"
+        assert not any("safetensors" in name for name in run.uploads)
+    assert "artifact/best_WAR.safetensors" in put.uploads
+    (view,) = (tmp_path / "logs").glob("*.json")
+    assert json.loads(view.read_text())["section"]

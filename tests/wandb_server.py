@@ -82,7 +82,7 @@ class FakeWandb(contextlib.AbstractContextManager):
         if name == "RunResumeStatus":
             run = self.runs.get(variables["name"])
             return {"model": project | {"bucket": None if run is None else self._bucket(variables["name"], run)}}
-        if name == "Viewer":
+        if name in ("Viewer", "GetDefaultEntity"):
             return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
         if name == "CreateRunFiles":
             files = [{"name": f, "uploadUrl": f"{self.url}/upload/{variables['run']}/{f}"} for f in variables["files"]]
@@ -108,6 +108,16 @@ class FakeWandb(contextlib.AbstractContextManager):
             return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
         if name == "CommitArtifact":
             return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": ""}}}
+        if name == "ArtifactByID":
+            artifact = dict.fromkeys(("description", "metadata", "historyStep", "commitHash"))
+            sequence = {"__typename": "ArtifactSequence", "name": "a", "project": project | {"internalId": "p"}}
+            artifact |= {
+                "__typename": "Artifact", "id": variables["id"], "artifactSequence": sequence, "versionIndex": 0,
+                "artifactType": {"name": "model"}, "ttlDurationSeconds": 0, "ttlIsInherited": False, "tags": [],
+                "state": "COMMITTED", "size": 0, "digest": "d", "fileCount": 1, "createdAt": "2026-01-01T00:00:00Z",
+                "updatedAt": None, "aliases": [],
+            }  # fmt: skip
+            return {"artifact": artifact}
         if name == "ServerFeaturesQuery":
             return {"serverInfo": {"features": []}}
         if name == "OrganizationCoreWeaveOrganizationID":

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,6 +137,8 @@ class Logger:
                     f"W&B cannot record {attempt} ({reason[0]}){'; recording offline' if attempt == 'online' else ''}"
                 )
                 wandb.teardown()  # its service still holds the run's id
+                for folder in set((self.run_dir / "wandb").glob("run-*/")) - set(folders):  # nothing was sent from it
+                    shutil.rmtree(folder, ignore_errors=True)
                 continue
             self._wandb = run
             self._wandb_next = run.starting_step if whole else len(earlier)

@@ -275,6 +275,8 @@ def test_a_server_that_refuses_at_the_start_means_offline(state, tmp_path, serve
     assert client.opened < 45
     client.rows(1, 12)
     client.close()
+    (folder,) = (tmp_path / "a" / "wandb").glob("*run-*")  # none is left of the attempt
+    assert inspected(folder) == rows(tmp_path / "a")
     said = "".join(client.said)
     assert "recording offline" in said and "Traceback" not in said and KEY not in said
     assert [row["step"] for row in rows(tmp_path / "a")] == list(range(1, 13))

@@ -26,7 +26,7 @@ def dashboard(cwd, *words, expect=0, **env):
     outside = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/dashboard.py"), *words],
-        cwd=cwd, env={**outside, "HOME": str(cwd), **env}, capture_output=True, text=True, timeout=120,
+        cwd=cwd, env={**outside, "HOME": str(cwd), **env}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
     return done
@@ -39,7 +39,7 @@ def logged(clips, tmp_path_factory):
     tiny_run(clips, log_dir, "a", "--run.wandb", "offline")
     (folder,) = (log_dir / "a" / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     found = {"rows": set(), "summary": set(), "config": set()}
     for record in map(json.loads, done.stdout.splitlines()):
         if record["type"] == "history":
@@ -171,7 +171,7 @@ def wandb_command(server, folder, *words):
     env = {**outside, "PATH": path, "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
     done = subprocess.run(
         [sys.executable, "-m", "wandb", *words], cwd=ROOT, env=env | {"WANDB_DIR": str(folder)},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -1,14 +1,18 @@
 """Rows of a run that is killed and continued: each once, in metrics.jsonl and at W&B."""
 
+import itertools
 import json
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dfer.annotations import EMOTIONS
 from dfer.config import Config, DataConfig, RunConfig
-from dfer.logger import Logger
+from dfer.logger import Logger, _tables
+from dfer.records import Predictions
 
 
 class Server:
@@ -108,6 +112,23 @@ def test_runs_are_grouped_by_data_set_and_fold(server, tmp_path, path, dataset, 
     assert told["group"] == (f"{dataset}-fold{fold}" if fold else dataset) and told["job_type"] == "train"
     assert told["tags"] == [dataset, *([f"fold{fold}"] if fold else []), "seed3", "dfernet"]
     assert all(len(tag) <= 64 for tag in told["tags"])
+
+
+def test_the_hardest_clips_are_few_and_nameless():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(7), 60)
+    labels, predicted = rng.integers(0, 7, 60), p.argmax(1)
+    predictions = Predictions([f"someone's name {i}" for i in range(60)], labels, predicted, p)
+    tables = _tables(predictions.confusion(), predictions)
+    data = tables["val/hardest_clips"].data
+    hardness = [p[i, labels[i]] for i in range(60)]
+    assert [row[0] - 2 for row in data] == sorted(range(60), key=lambda i: hardness[i])[:50]
+    for line, label, prediction, p_label, p_prediction in data:
+        assert (EMOTIONS.index(label), EMOTIONS.index(prediction)) == (labels[line - 2], predicted[line - 2])
+        assert (p_label, p_prediction) == (hardness[line - 2], max(p[line - 2]))
+    cells = {(a, b): n for a, b, n in tables["val/confusion_matrix"].table.data}
+    for a, b in itertools.product(range(7), repeat=2):
+        assert cells[EMOTIONS[a], EMOTIONS[b]] == sum((labels == a) & (predicted == b))
 
 
 def test_numbers_that_json_has_not_are_null(tmp_path):

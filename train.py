@@ -44,6 +44,7 @@ from dfer.losses import classification_loss
 from dfer.metrics import ConfusionMatrix, Throughput
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.optim import FiniteSteps, build_ema, build_optimizer, lr_at
+from dfer.profiler import TRACE, WARM_UP, Profiler
 from dfer.sampling import ClipSampler
 
 gc.enable()
@@ -122,6 +123,10 @@ def train(
     if config.optim.steps_per_epoch:
         steps_per_epoch = min(steps_per_epoch, config.optim.steps_per_epoch)
     total_steps = steps_per_epoch * config.optim.epochs
+    if config.profile and WARM_UP + config.profile > steps_per_epoch:
+        raise ValueError(
+            f"--profile {config.profile}: an epoch has {steps_per_epoch} steps, of which the first {WARM_UP} warm up"
+        )
 
     torch.manual_seed(config.seed)
     model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
@@ -183,11 +188,12 @@ def train(
             )
 
         throughput = Throughput()
+        profiler = Profiler(config.profile if run else 0, config.optim.accumulate, run and run.path / TRACE, logger.say)
         while trainee.evaluated < config.optim.epochs:
             epoch = trainee.evaluated
             go_on = train_one_epoch(
                 ddp, train_loader, votes, epoch, steps_per_epoch, total_steps, trainee, amp, config, world, run,
-                logger, throughput, save, stop,
+                logger, throughput, profiler, save, stop,
             )  # fmt: skip
             evaluated = trainee.evaluated_model()
             result = evaluate(evaluated, val_loader, world, amp, config.run.channels_last, stop) if go_on else None
@@ -221,6 +227,8 @@ def train(
                 write_predictions(run.path / "predictions.csv", val_index, result.ids, result.probabilities)
             save()
             logger.best(trainee.best)
+        if profiler.num_steps:
+            logger.say(f"no trace: no epoch had --profile {config.profile} and {WARM_UP} more steps left")
         logger.result(result.confusion, throughput.read(), trainee.best)
     return 0
 
@@ -290,6 +298,7 @@ def train_one_epoch(
     run: RunDir | None,
     logger: Logger,
     throughput: Throughput,
+    profiler: Profiler,
     save: Callable[[], None],
     stop: StopSignals,
 ) -> bool:
@@ -300,6 +309,7 @@ def train_one_epoch(
     warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
     first, last = (trainee.step - epoch * steps_per_epoch) * accumulate, steps_per_epoch * accumulate
     batches = throughput.timed(itertools.islice(loader(epoch, first), last - first))
+    batches = profiler.watch(batches, (last - first) // accumulate)
     row_began = throughput.snapshot()
     for micro, batch in enumerate(batches, start=first):
         last_micro = (micro + 1) % accumulate == 0
@@ -311,16 +321,19 @@ def train_one_epoch(
                 group["lr"] = lr_at(trainee.step, total_steps, warmup_steps, optim.lr)
         waits_for_more = isinstance(ddp, DistributedDataParallel) and not last_micro
         with ddp.no_sync() if waits_for_more else contextlib.nullcontext():
-            loss, diagnostics = training_loss(ddp, batch, votes, amp, config)
+            with profiler.named("forward"):
+                loss, diagnostics = training_loss(ddp, batch, votes, amp, config)
             finite = loss.detach().isfinite()
             # The gradient alone tells the other ranks; so a loss that is not finite must not have a gradient that is.
-            trainee.scaler.scale(loss * torch.where(finite, 1 / accumulate, torch.nan)).backward()
+            with profiler.named("backward"):
+                trainee.scaler.scale(loss * torch.where(finite, 1 / accumulate, torch.nan)).backward()
         losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite.float()])
         throughput.num_clips += len(batch.labels) * world.size
         if not last_micro:
             continue
 
-        norm = steps.step(optim.clip_norm)
+        with profiler.named("optimizer"):
+            norm = steps.step(optim.clip_norm)
         if steps.hopeless():
             dump = dump_step(run, trainee.step, batch, loader.index, trainee.model, optimizer) if run else "rank 0's"
             raise ValueError(

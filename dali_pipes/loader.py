@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from dali_pipes import graphs, kernels, torch_stages
 from dali_pipes.readers import Readers
@@ -164,6 +165,7 @@ class ClipLoader:
             except BadClip as error:
                 self._leave_out(video, error, tell=self.rank == 0)
 
+    @record_function("reading")
     def _schedule(
         self, fetched: list[Future], ids: np.ndarray, plan: EpochPlan, rest: torch_stages.DevicePlan | None
     ) -> np.ndarray:
@@ -236,6 +238,7 @@ class ClipLoader:
         except RuntimeError as error:
             return self._one_by_one(ids, good, plan, rest, " ".join(str(error).split()))
 
+    @record_function("DALI")
     def _pictures(self) -> torch.Tensor:
         self._in_flight = False
         stream = torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else None

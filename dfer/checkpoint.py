@@ -33,6 +33,7 @@ _STATE = re.compile(r"step-\d{8,}-[0-9a-f]{8}\.pt")
 # What may differ in the command that continues a run: nothing that is trained depends on it. The size of a batch is
 # looked at by `same_global_batch`, which knows the number of processes.
 _FREE = {"resume", "run.name", "run.log_dir", "run.wandb", "run.save_minutes", "run.timeout", "data.batch_size"}
+_FREE |= {"profile"}
 
 
 class RunDir:

@@ -183,6 +183,10 @@ class Config:
     seed: int = 0
     resume: bool = False
     """Insist that the run --run.name is continued; without it a named run is too, if it has begun."""
+    validate_only: bool = False
+    """Check all there is to check, take a few steps, say what the run will take, and write nothing."""
+    profile: int = 0
+    """Record this many steps: a trace in the run's folder, and a table of where their time goes."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -291,6 +295,7 @@ def validate(config: Config) -> None:
     augmentation = data.augmentation
     checks = [
         ("--seed", config.seed, 0, 2**63 - 1),
+        ("--profile", config.profile, 0, 1000),
         ("--data.size", data.size, 32, 1024),
         ("--data.num-segments", data.num_segments, 1, 1024),
         ("--data.frames-per-segment", data.frames_per_segment, 1, 64),

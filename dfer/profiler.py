@@ -1,0 +1,138 @@
+"""Where the time of a step goes: a trace of a few training steps, and a table of the ranges that are named in it."""
+
+import contextlib
+import gzip
+import itertools
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+from dfer.checkpoint import write_whole
+
+Item = TypeVar("Item")
+
+TRACE = "trace.json.gz"
+WARM_UP = 3  # steps before those that are recorded: memory, machine code, and the profiler's own beginnings
+# The named ranges: how the trace calls them -> how the table does. The CRF's are operators, which torch.compile does
+# not look into: they are there in both passes, compiled or not, and cost nothing when nobody looks.
+RANGES = {
+    "loading": "loading",
+    "reading": "  waiting for files",
+    "DALI": "  waiting for DALI",
+    "forward": "forward",
+    "dfer::meanfield": "  CRF",
+    "dfer::gaussian_field": "  CRF",
+    "backward": "backward",
+    "dfer::meanfield_backward": "  CRF",
+    "dfer::gaussian_field_backward": "  CRF",
+    "optimizer": "optimizer",
+}
+
+
+class Profiler:
+    """Of one process, which it watches once: `num_steps` steps in a row of one epoch, after WARM_UP others.
+
+    Args:
+        num_steps: how many, 0 = none: then what is to be watched is handed back as it is, and a name costs nothing.
+        accumulate: batches per step.
+        path: where the Chrome trace (gzip) goes; None where another process records.
+        say: takes the lines of the table.
+    """
+
+    def __init__(self, num_steps: int, accumulate: int, path: Path | None, say: Callable[[str], None]):
+        self.num_steps = 0 if path is None else num_steps  # still to be recorded
+        self._accumulate, self._path, self._say = accumulate, path, say
+        self._recording = False
+
+    def named(self, name: str) -> contextlib.AbstractContextManager:
+        """What happens within has this name in the trace."""
+        return record_function(name) if self._recording else contextlib.nullcontext()
+
+    def watch(self, batches: Iterable[Item], num_steps: int) -> Iterable[Item]:
+        """The batches of `num_steps` steps. If those are enough, they are passed through and their steps recorded.
+
+        A step is what happens from asking for its first batch to asking for that of the next. The trace of a run that
+        ends before is not written.
+
+        Raises:
+            ValueError: in one line, while passing batches through, if the trace cannot be written.
+        """
+        enough = self.num_steps and num_steps >= WARM_UP + self.num_steps
+        return self._watched(batches) if enough else batches
+
+    def _watched(self, batches: Iterable[Item]) -> Iterator[Item]:
+        batches, last = self._loading(batches), (WARM_UP + self.num_steps) * self._accumulate
+        schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=self.num_steps, repeat=1)
+        self._recording = True
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+        with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as profile:
+            for micro, batch in enumerate(itertools.islice(batches, last), start=1):
+                yield batch
+                if micro % self._accumulate == 0 and micro < last:
+                    profile.step()
+        self._recording, self.num_steps = False, 0
+        for line in (*_written(profile, self._path), f"{self._path}: for ui.perfetto.dev or chrome://tracing"):
+            self._say(line)
+        yield from batches
+
+    def _loading(self, batches: Iterable[Item]) -> Iterator[Item]:
+        iterator = iter(batches)
+        while True:
+            with self.named("loading"):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch
+
+
+def _written(profile: torch.profiler.profile, path: Path) -> list[str]:
+    """Write the trace; its table."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(plain))
+            content = plain.read_bytes()
+        packed = gzip.compress(content, compresslevel=5)
+        write_whole(path, lambda file: file.write(packed))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write the trace ({error.strerror})") from None
+    return table(json.loads(content)["traceEvents"])
+
+
+def table(events: list[dict[str, Any]]) -> list[str]:
+    """The time of each range per step, from the events of a Chrome trace (their times are in us).
+
+    On the host it is the time from a range's beginning to its end. On a GPU it is that of all kernels, copies and
+    fillings that were launched meanwhile, by whatever thread: autograd's is another one than that which waits for it.
+    """
+    spans, launched_at, kernels = defaultdict(list), {}, []
+    for event in events:
+        category, correlation = event.get("cat"), event.get("args", {}).get("correlation")
+        if category in ("user_annotation", "cpu_op"):
+            name = "step" if event["name"].startswith("ProfilerStep#") else event["name"]
+            spans[name].append((event["ts"], event["ts"] + event["dur"]))
+        elif category in ("cuda_runtime", "cuda_driver"):
+            launched_at[correlation] = event["ts"]
+        elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
+            kernels.append((correlation, event["dur"]))
+    num_steps, rows = len(spans["step"]), [("step", "step"), *RANGES.items()]
+    on_gpu = dict.fromkeys((name for name, _ in rows), 0.0)
+    for correlation, duration in kernels:
+        at = launched_at.get(correlation, -1.0)
+        for name in on_gpu:
+            on_gpu[name] += duration * any(start <= at < end for start, end in spans[name])
+    host = {name: sum(end - start for start, end in spans[name]) for name, _ in rows}
+    lines = [f"{num_steps} steps:{'ms':>23}{'share':>8}" + f"{'on GPU: ms':>14}{'share':>8}" * bool(kernels)]
+    for name, shown in rows:
+        if spans[name]:
+            columns = (host, on_gpu) if kernels else (host,)
+            numbers = [f"{c[name] / num_steps / 1000:12.2f}{100 * c[name] / host['step']:6.1f} %" for c in columns]
+            lines.append(f"{shown:20}" + "  ".join(numbers))
+    return lines

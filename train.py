@@ -32,16 +32,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipes.loader import ClipLoader
-from dfer import distributed
+from dfer import distributed, rehearsal
 from dfer.annotations import EMOTIONS, read_votes
 from dfer.batch import Batch
 from dfer.checkpoint import RunDir, decode_state, newest_checkpoint, save_weights, write_whole
 from dfer.config import Config, ModelConfig, config_from_json, parse_config
-from dfer.distributed import EXIT_STOPPED, StopSignals, World
+from dfer.distributed import EXIT_GAVE_UP, EXIT_STOPPED, StopSignals, World
 from dfer.index import ClipIndex, load_index
 from dfer.logger import Logger, write_predictions
 from dfer.losses import classification_loss
-from dfer.metrics import ConfusionMatrix, Throughput
+from dfer.metrics import BEGINNING, ConfusionMatrix, Throughput
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.optim import FiniteSteps, build_ema, build_optimizer, lr_at
 from dfer.profiler import TRACE, WARM_UP, Profiler
@@ -54,12 +54,17 @@ gc.freeze()  # and none of it is looked at again in training
 def main(config: Config) -> int:
     """The whole story of a run. Returns the exit code."""
     data = config.data
-    train_index = load_index(data.train_list, data.root, data.source, bad_videos=data.bad_clips)
-    val_index = load_index(data.val_list, data.root, data.source)
+    keep = not config.validate_only
+    train_index = load_index(data.train_list, data.root, data.source, bad_videos=data.bad_clips, write_cache=keep)
+    val_index = load_index(data.val_list, data.root, data.source, write_cache=keep)
     votes = None
     if config.loss.soft_labels:
         votes = torch.from_numpy(read_votes(config.loss.soft_labels, train_index.records))
     world = distributed.setup(config.run.device, timedelta(seconds=config.run.timeout))
+
+    if config.validate_only:
+        with distributed.peers_named(world):
+            return rehearse(config, train_index, val_index, votes, world)
 
     run, saved, damage = None, None, []
     if world.is_main:
@@ -71,6 +76,52 @@ def main(config: Config) -> int:
     if run and code == 0:
         print_report(run.path)
     return code
+
+
+def rehearse(
+    config: Config, train_index: ClipIndex, val_index: ClipIndex, votes: Float[Tensor, "N K"] | None, world: World
+) -> int:
+    """Everything that a run does but its records, in small, and what the run will take by that. Writes nothing."""
+    optim, global_batch = config.optim, config.data.batch_size * world.size
+    few, throughput = val_index.head(rehearsal.BATCHES * global_batch), Throughput()
+    clock = rehearsal.Clock(config, throughput, world.device)
+    with memory_advice(config), StopSignals(world, timedelta(seconds=config.run.timeout)) as stop:
+        train_loader, val_loader, steps_per_epoch, trainee, ddp, amp = prepare(
+            config, train_index, few, votes, world, None
+        )
+        disk = rehearsal.free_disk(config.run.log_dir, trainee.num_bytes())
+        steps = min(rehearsal.STEPS, steps_per_epoch)
+        go_on = train_one_epoch(
+            ddp, train_loader, votes, 0, steps, steps_per_epoch * optim.epochs, trainee, amp, config, world, None,
+            clock, throughput, Profiler(0, optim.accumulate, None, print), lambda: None, stop,
+        )  # fmt: skip
+        for _ in range(2):  # the first one compiles
+            model, channels_last = trainee.evaluated_model(), config.run.channels_last
+            result = evaluate(model, val_loader, world, amp, channels_last, stop) if go_on else None
+            if result is None:
+                return EXIT_GAVE_UP
+    peak = distributed.gather(torch.tensor([rehearsal.peak_memory(world.device)], device=world.device), world)
+    measured = rehearsal.Rehearsal(
+        optim.epochs,
+        steps_per_epoch,
+        global_batch * optim.accumulate,
+        rehearsal.padded(len(val_index), global_batch) * val_loader.sampler.num_views,
+        throughput.read(since=clock.warm if steps > 1 else BEGINNING),
+        result.throughput,
+        skipped=int(trainee.steps.skipped[0]),
+        peak=int(peak.max()),
+        free=rehearsal.free_memory(world.device),
+        checkpoint=trainee.num_bytes(),
+        disk=disk,
+    )
+    if world.is_main:
+        clips = f"{len(train_index):,} to train, {len(val_index):,} to evaluate ({train_index.source})"
+        title = f"{config.preset} on {world.size} x {world.device.type}: a run could begin; nothing was written"
+        rows = {"clips": clips, **measured.rows()}
+        if config.run.name and (config.run.log_dir / config.run.name).exists():
+            rows["name"] = f"{config.run.name} is there: continued if it is this run, else refused"
+        rehearsal.print_rows(title, rows)
+    return 0
 
 
 def print_report(path: Path) -> None:
@@ -111,45 +162,10 @@ def train(
                 f"{config.data.train_list}: not the clips that {config.run.name} was trained on so far (names, labels "
                 "or numbers of frames have changed); choose another --run.name"
             )
-    train_loader = build_loader(config, train_index, "train", world)
-    val_loader = build_loader(config, val_index, "eval", world)
-    accumulate = config.optim.accumulate
-    steps_per_epoch = len(train_loader) // accumulate
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"{config.data.train_list}: {len(train_index)} clips do not fill one step of "
-            f"{config.data.batch_size} clips x {world.size} processes x {accumulate} batches; lower --data.batch-size"
-        )
-    if config.optim.steps_per_epoch:
-        steps_per_epoch = min(steps_per_epoch, config.optim.steps_per_epoch)
-    total_steps = steps_per_epoch * config.optim.epochs
-    if config.profile and WARM_UP + config.profile > steps_per_epoch:
-        raise ValueError(
-            f"--profile {config.profile}: an epoch has {steps_per_epoch} steps, of which the first {WARM_UP} warm up"
-        )
-
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
-    if config.run.sync_bn:
-        if world.device.type != "cuda":
-            raise ValueError("--run.sync-bn: torch synchronises batch norm between GPUs only")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(world.device)
-    if config.run.channels_last:
-        model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.optim.optimizer, config.optim.lr, config.optim.weight_decay)
-    amp = amp_dtype(config, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
-    trainee = Trainee(model, optimizer, scaler, build_ema(model, config.optim.ema))
-    if state:
-        trainee.restore(state)
-    if config.run.compile:
-        model.compile()
-    if world.size > 1:
-        ddp = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
-        settle_buckets(ddp, votes, amp, config, world)
-    else:
-        ddp = model
+    train_loader, val_loader, steps_per_epoch, trainee, ddp, amp = prepare(
+        config, train_index, val_index, votes, world, state
+    )
+    model, total_steps = trainee.model, steps_per_epoch * config.optim.epochs
 
     if run:
         run.begin(config, trainee.num_bytes())
@@ -231,6 +247,65 @@ def train(
             logger.say(f"no trace: no epoch had --profile {config.profile} and {WARM_UP} more steps left")
         logger.result(result.confusion, throughput.read(), trainee.best)
     return 0
+
+
+class Prepared(NamedTuple):
+    train_loader: ClipLoader
+    val_loader: ClipLoader
+    steps_per_epoch: int
+    trainee: "Trainee"
+    ddp: nn.Module  # the trainee's model, or what distributes it
+    amp: torch.dtype | None
+
+
+def prepare(
+    config: Config,
+    train_index: ClipIndex,
+    val_index: ClipIndex,
+    votes: Float[Tensor, "N K"] | None,
+    world: World,
+    state: dict[str, Any] | None,
+) -> Prepared:
+    """All that a run needs before its first step, fresh or as a checkpoint has it."""
+    train_loader = build_loader(config, train_index, "train", world)
+    val_loader = build_loader(config, val_index, "eval", world)
+    accumulate = config.optim.accumulate
+    steps_per_epoch = len(train_loader) // accumulate
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"{config.data.train_list}: {len(train_index)} clips do not fill one step of "
+            f"{config.data.batch_size} clips x {world.size} processes x {accumulate} batches; lower --data.batch-size"
+        )
+    if config.optim.steps_per_epoch:
+        steps_per_epoch = min(steps_per_epoch, config.optim.steps_per_epoch)
+    if config.profile and WARM_UP + config.profile > steps_per_epoch:
+        raise ValueError(
+            f"--profile {config.profile}: an epoch has {steps_per_epoch} steps, of which the first {WARM_UP} warm up"
+        )
+
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
+    if config.run.sync_bn:
+        if world.device.type != "cuda":
+            raise ValueError("--run.sync-bn: torch synchronises batch norm between GPUs only")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(world.device)
+    if config.run.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config.optim.optimizer, config.optim.lr, config.optim.weight_decay)
+    amp = amp_dtype(config, world)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
+    trainee = Trainee(model, optimizer, scaler, build_ema(model, config.optim.ema))
+    if state:
+        trainee.restore(state)
+    if config.run.compile:
+        model.compile()
+    if world.size > 1:
+        ddp = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+        settle_buckets(ddp, votes, amp, config, world)
+    else:
+        ddp = model
+    return Prepared(train_loader, val_loader, steps_per_epoch, trainee, ddp, amp)
 
 
 @dataclass

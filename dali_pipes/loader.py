@@ -350,7 +350,7 @@ def _stand_ins(ids: np.ndarray, good: np.ndarray) -> np.ndarray:
 def _from_bt601(index: ClipIndex) -> np.ndarray:
     """(N, 3, 4): from the RGB of DALI's decoder, for which every stream is BT.601, to the RGB that the stream means."""
     store, maps = index.store, {}
-    rows = np.empty((len(index), 3, 4), dtype=np.float32)
+    rows = np.empty((len(store.matrix), 3, 4), dtype=np.float32)
     for video, kind in enumerate(zip(store.matrix.tolist(), store.full_range.tolist(), strict=True)):
         if kind not in maps:
             true, taken = yuv_to_rgb(*kind), yuv_to_rgb("bt601", kind[1])

@@ -135,7 +135,7 @@ class VideoFiles:
     def yuv(self) -> Float32[np.ndarray, "N 13"]:
         """How the pixels of each video become RGB: the (3, 4) map, and 1 where chroma lies on even columns."""
         store, known = self.store, {}
-        rows = np.empty((len(self.index), 13), dtype=np.float32)
+        rows = np.empty((len(store.codec), 13), dtype=np.float32)
         streams = zip(store.codec.tolist(), store.matrix.tolist(), store.full_range.tolist(), strict=True)
         for video, (codec, matrix, full_range) in enumerate(streams):
             if (codec, matrix, full_range) not in known:

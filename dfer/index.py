@@ -83,6 +83,12 @@ class ClipIndex:
         assert isinstance(self.store, FrameFiles), self.source
         return os.path.join(self.records[video].path, self.store.names[video][frame])
 
+    def head(self, count: int) -> "ClipIndex":
+        """The same for the first clips only. What is stored of the others is not looked at."""
+        return dataclasses.replace(
+            self, records=self.records[:count], num_frames=self.num_frames[:count], labels=self.labels[:count]
+        )
+
     def num_miscounted(self) -> int:
         """Videos whose listed frame count differs from the one found (which is used)."""
         return int(np.sum(self.num_frames != [record.num_frames for record in self.records]))
@@ -94,6 +100,7 @@ def load_index(
     source: Literal["auto", "frames", "video", "shards", "raw"] = "auto",
     hashed: bool = True,
     bad_videos: Literal["error", "skip"] = "error",
+    write_cache: bool = True,
 ) -> ClipIndex:
     """The index of a list: a pack's own, else from the cache where nothing has changed since, else by a scan.
 
@@ -109,7 +116,7 @@ def load_index(
         ValueError: in one line naming list, row and file, as read_annotations, build_index, load_packed and read_hashes
             do; or if the list is not of the given source.
     """
-    index = _load(list_path, root, source, bad_videos)
+    index = _load(list_path, root, source, bad_videos, write_cache)
     if not hashed:
         return index
     num_parts = np.ones(len(index), dtype=np.int64) if index.source == "video" else index.num_frames
@@ -121,6 +128,7 @@ def _load(
     root: str | Path | None,
     source: Literal["auto", "frames", "video", "shards", "raw"],
     bad_videos: Literal["error", "skip"],
+    write_cache: bool,
 ) -> ClipIndex:
     records = read_annotations(list_path, root)
     packed = packed_index(list_path)
@@ -145,7 +153,8 @@ def _load(
             store = None
     if store is None:
         store, bad = _scan(records, kind, bad_videos)
-        _write_cache(cache_path, key, states, store)
+        if write_cache:
+            _write_cache(cache_path, key, states, store)
     return _index(records, store, bad)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import itertools
 import json
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -70,6 +71,8 @@ class Profiler:
         batches, last = self._loading(batches), (WARM_UP + self.num_steps) * self._accumulate
         schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=self.num_steps, repeat=1)
         self._recording = True
+        if not torch.cuda.is_available():
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or it prints, as an error, that there is no GPU
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
         with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as profile:
             for micro, batch in enumerate(itertools.islice(batches, last), start=1):

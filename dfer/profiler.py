@@ -102,11 +102,13 @@ def _written(profile: torch.profiler.profile, path: Path) -> list[str]:
             plain = Path(folder) / "trace.json"
             profile.export_chrome_trace(str(plain))
             content = plain.read_bytes()
+        lines = table(json.loads(content)["traceEvents"])
         packed = gzip.compress(content, compresslevel=5)
         write_whole(path, lambda file: file.write(packed))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot write the trace ({error.strerror})") from None
-    return table(json.loads(content)["traceEvents"])
+    except (OSError, json.JSONDecodeError) as error:  # torch does not say when the disk was full: the file is cut off
+        reason = getattr(error, "strerror", "torch could not write it")
+        raise ValueError(f"{path}: cannot write the trace ({reason})") from None
+    return lines
 
 
 def table(events: list[dict[str, Any]]) -> list[str]:

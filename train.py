@@ -713,9 +713,8 @@ def _is_ours(error: ValueError) -> bool:
     traceback = error.__traceback__
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    file = Path(traceback.tb_frame.f_code.co_filename).resolve()
-    root = Path(__file__).resolve().parent
-    return file.is_relative_to(root) and not any(p.name in (".venv", "site-packages") for p in file.parents)
+    file, root = Path(traceback.tb_frame.f_code.co_filename).resolve(), Path(__file__).resolve().parent
+    return file == root / "train.py" or any(file.is_relative_to(root / p) for p in ("dfer", "dali_pipes", "scripts"))
 
 
 if __name__ == "__main__":

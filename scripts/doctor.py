@@ -40,6 +40,13 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
+def requirements() -> str:
+    """What is pinned: in requirements.txt, or, where pip has installed this, in what it knows of it."""
+    if REQUIREMENTS.exists():
+        return REQUIREMENTS.read_text(encoding="utf-8")
+    return "\n".join(importlib.metadata.requires("dfer") or [])
+
+
 def packages(requirements: str) -> Iterator[Finding]:
     """Every package of requirements.txt against what is installed."""
     for name, wanted in re.findall(r"^([\w.-]+)==([\w.]+)", requirements, re.MULTILINE):
@@ -129,7 +136,7 @@ def python() -> Finding:
 
 def examine(folder: Path) -> list[Finding]:
     """Everything, in the order in which one thing needs another."""
-    findings = [python(), *packages(REQUIREMENTS.read_text(encoding="utf-8"))]
+    findings = [python(), *packages(requirements())]
     findings += imports("torch", "nvidia.dali", "numba", "cv2", "timm")
     works = {f.what for f in findings if f.state != "missing"}
     if "import torch" in works:

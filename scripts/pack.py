@@ -21,6 +21,7 @@ import datetime
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -265,6 +266,8 @@ def _tar_members(
 
 @functools.cache
 def version() -> str:
+    if not (ROOT / "pyproject.toml").exists():
+        return importlib.metadata.version("dfer")  # installed by pip
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 

@@ -1,0 +1,240 @@
+"""`pip install .` gives the commands that a checkout has, and the files of the container say what they should."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from dfer.__main__ import commands
+from tests.conftest import ROOT, run_python
+from tests.test_train import TINY
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+NAMES = {
+    "train", "check-list", "crossval", "doctor", "evaluate", "export", "hash-clips", "make-faces", "pack", "predict",
+    "prepare-dfew", "prepare-ferv39k", "prepare-videos", "report",
+}  # fmt: skip
+
+
+def test_every_script_is_a_command():
+    files = {ROOT / "train.py", *(p for p in (ROOT / "scripts").rglob("*.py") if p.name != "__init__.py")}
+    assert set(commands().values()) == files and set(commands()) >= NAMES
+    for file in files:
+        last = ast.parse(file.read_text()).body[-1]
+        assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'", file
+
+
+def test_every_entry_point_is_there():
+    assert PROJECT["project"]["scripts"]
+    for target in PROJECT["project"]["scripts"].values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def files_of(package: str) -> set[str]:
+    found = (p.relative_to(ROOT) for p in (ROOT / package).rglob("*") if p.is_file())
+    return {str(p) for p in found if "__pycache__" not in p.parts}
+
+
+def test_all_of_the_project_is_packaged():
+    """But Slurm's scripts, which start what lies in a checkout."""
+    assert SETUPTOOLS["py-modules"] == ["train"]
+    for package in SETUPTOOLS["packages"]:
+        patterns = ["*.py", *SETUPTOOLS["package-data"].get(package, [])]
+        packaged = {str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / package).glob(pattern)}
+        assert f"{package}/__init__.py" in packaged
+        assert {name for name in files_of(package) - packaged if not name.startswith("scripts/slurm/")} == set()
+    outside = {p.parent.name for p in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert outside == set(SETUPTOOLS["packages"]) and {p.stem for p in ROOT.glob("*.py")} == {"train"}
+
+
+def test_there_is_one_list_of_dependencies():
+    assert PROJECT["project"]["dynamic"] == ["dependencies"]
+    assert SETUPTOOLS["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+
+
+def test_the_command_without_being_installed(tmp_path):
+    def dfer(*words):
+        command = [sys.executable, "-m", "dfer", *words]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+
+    for words in ((), ("--help",)):
+        told = dfer(*words)
+        assert told.returncode == 0 and not told.stderr
+        names = [line.split()[1] for line in told.stdout.splitlines()]
+        assert names == [*commands(), "COMMAND"]
+    wrong = dfer("evaluat", "--help")
+    assert wrong.returncode == 2 and not wrong.stdout
+    assert (
+        wrong.stderr.startswith("dfer: unknown command 'evaluat': choose from train, ")
+        and wrong.stderr.count("\n") == 1
+    )
+    assert dfer("doctor", "--help").stdout.startswith("usage: doctor")
+    wrong = dfer("doctor", "--fast")
+    assert wrong.returncode == 2 and wrong.stderr == "doctor: unrecognized arguments: --fast\n"
+
+
+def test_an_error_of_ours_is_told_from_a_librarys(tmp_path):
+    """Wherever the project lies: an environment's folder has a name that libraries' folders have too."""
+    import train
+
+    assert train._is_ours(raised(lambda: train.put_weights(train.nn.Linear(1, 1), {})))
+    assert train._is_ours(raised(lambda: train.rehearsal.free_disk(tmp_path, 10**18)))
+    assert not train._is_ours(raised(lambda: train.torch.arange(3).view(7) or int("x")))
+    assert not train._is_ours(raised(lambda: int("x")))  # here, in tests/
+
+
+def raised(work) -> Exception:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        work()
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What pip makes of the project, in a folder that is named as an environment's."""
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "source").mkdir()
+    for name in ("pyproject.toml", "requirements.txt", "LICENSE", "train.py"):
+        shutil.copy(ROOT / name, folder / "source")
+    for package in SETUPTOOLS["packages"]:
+        shutil.copytree(ROOT / package, folder / "source" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = ("-m", "pip", "--disable-pip-version-check", "--quiet")
+    wheels, target = folder / "wheels", folder / "site-packages"
+    for words in (
+        ("wheel", "--no-build-isolation", "--wheel-dir", str(wheels), str(folder / "source")),
+        ("install", "--target", str(target), "--find-links", str(wheels), "dfer"),
+    ):
+        done = run_python(*pip, *words, "--no-deps", "--no-index", timeout=300)
+        assert done.returncode == 0, done.stderr
+    (folder / "here").mkdir()
+    return folder
+
+
+def dfer(folder, *words, launcher=None, timeout=120):
+    start = launcher or [sys.executable, str(folder / "site-packages" / "bin" / "dfer")]
+    env = {**os.environ, "PYTHONPATH": str(folder / "site-packages"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    command = [*start, *words]
+    return subprocess.run(command, cwd=folder / "here", env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_each_command_starts_where_it_is_installed(installed, name):
+    done = dfer(installed, name, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout and "--help" in done.stdout, done.stderr
+    assert str(ROOT) not in done.stderr and not list((installed / "here").iterdir())
+
+
+@pytest.mark.slow
+def test_an_installed_project_works_from_faces_to_report(installed):
+    here = installed / "here"
+    try:
+        assert dfer(installed, "make-faces", "--size", "0.02").returncode == 0  # in processes that are spawned
+        checked = dfer(installed, "check-list", "data/faces/train.txt", "data/faces/test.txt")
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        words = ("train", *TINY, "--run.wandb", "off", "--optim.epochs", "1")
+        done = dfer(installed, *words, "--run.name", "a")
+        assert done.returncode == 0, done.stderr
+        assert (here / "logs" / "a" / "report.html").exists()
+        evaluated = dfer(installed, "evaluate", "logs/a", "--json")
+        assert evaluated.returncode == 0 and '"WAR"' in evaluated.stdout, evaluated.stderr
+        exported = dfer(installed, "export", "logs/a", "--out", "model", "--formats", "safetensors")
+        assert exported.returncode == 0, exported.stderr
+        packed = dfer(installed, "pack", "data/faces/test.txt", "--out", "packed")
+        assert packed.returncode == 0, packed.stderr
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dfer"]
+        together = dfer(installed, *words, "--validate-only", launcher=launcher)
+        assert together.returncode == 0 and "debug on 2 x cpu" in together.stdout, together.stderr
+        wrong = dfer(installed, *words, "--data.train-list", "gone.txt")
+        assert wrong.returncode == 2 and wrong.stderr == "train.py: gone.txt: no such annotation list\n"
+        healthy = dfer(installed, "doctor")
+        assert healthy.returncode == 0 and "nvidia-dali-cuda120" in healthy.stdout, healthy.stderr
+    finally:
+        for left in here.iterdir():
+            shutil.rmtree(left)
+
+
+# ---- The container, which is not built by any test: what can be read from its files
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's, each with what it is given, lines joined and comments left out."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
+
+
+def ignored(name: str) -> bool:
+    """As Docker reads .dockerignore: the last pattern that fits a path, or a folder that it is in, decides."""
+    decision = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!").strip("/")
+        if not pattern or line.startswith("#"):
+            continue
+        parents = [name, *(str(p) for p in Path(name).parents if str(p) != ".")]
+        patterns = (pattern, pattern.removeprefix("**/"))  # "**/" is also no folder at all
+        if any(
+            fnmatch(p, q) and (q.startswith("**") or p.count("/") == q.count("/")) for p in parents for q in patterns
+        ):
+            decision = not line.startswith("!")
+    return decision
+
+
+def test_the_image_starts_from_a_pinned_one_and_runs_as_nobody_special():
+    steps = instructions()
+    (base,) = [rest for word, rest in steps if word == "FROM"]
+    assert re.fullmatch(r"python:3\.1[123]\.\d+-slim-\w+(@sha256:[0-9a-f]{64})?", base)
+    words = [word for word, _ in steps]
+    (user,) = [rest for word, rest in steps if word == "USER"]
+    assert user not in ("root", "0")
+    assert any(word == "RUN" and rest.startswith("useradd ") and rest.endswith(f" {user}") for word, rest in steps)
+    assert words.index("USER") > max(i for i, word in enumerate(words) if word in ("RUN", "COPY"))
+    assert not re.search(r"secret|password|token|api_key", str(steps), re.IGNORECASE)
+
+
+def test_what_the_image_copies_is_there_and_enough():
+    copied = set()
+    for _, rest in (step for step in instructions() if step[0] == "COPY"):
+        *sources, _ = rest.split()
+        for name in sources:
+            assert (ROOT / name).exists() and not ignored(name), name
+            copied.add(name)
+    needed = {"pyproject.toml", "requirements.txt", "LICENSE", "train.py", *SETUPTOOLS["packages"]}
+    assert copied == needed and "ADD" not in dict(instructions())
+    assert not any(ignored(name) for package in SETUPTOOLS["packages"] for name in files_of(package))
+    assert all(ignored(p.name) != (p.name in needed) for p in ROOT.iterdir())
+    for name in ("data/faces/train.txt", "logs/a/config.json", ".venv/bin/python", ".git/config", "lists/dfew/a.txt",
+                 "wandb/x", ".env", "dfer/__pycache__/model.pyc", "build/lib/train.py", ".netrc"):  # fmt: skip
+        assert ignored(name), name
+
+
+def test_what_the_image_runs_exists():
+    steps = instructions()
+    programs = {"apt-get", "pip", "rm", "grep", "useradd"}  # of Debian and of Python's image
+    for _, rest in (step for step in steps if step[0] == "RUN"):
+        for command in re.split(r"&&|\|", rest):
+            assert shlex.split(command)[0] in programs, command
+    last = dict(steps)
+    (entry,) = ast.literal_eval(last["ENTRYPOINT"])
+    assert entry in PROJECT["project"]["scripts"]
+    assert ast.literal_eval(last["CMD"])[0] in commands()
+    for pattern in re.findall(r"grep -E '([^']+)'", str([rest for _, rest in steps])):
+        found = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if re.search(pattern, line)]
+        assert [line.split("==")[0] for line in found] == ["torch", "torchvision"]
+    arguments = {rest.split("=")[0] for word, rest in steps if word == "ARG"}
+    for used in re.findall(r"\$\{?(\w+)", str(steps)):
+        assert used in arguments, used
+    for offered in re.findall(r"--build-arg (\w+)", (ROOT / "Dockerfile").read_text()):
+        assert offered in arguments, offered

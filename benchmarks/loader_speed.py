@@ -185,6 +185,7 @@ def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     from dfer.logger import Logger
     from dfer.metrics import Throughput
     from dfer.optim import build_optimizer
+    from dfer.profiler import Profiler
 
     task = task_of(args, folder)
     world = distributed.setup("cuda" if args.device == "gpu" else "cpu")
@@ -196,7 +197,7 @@ def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
         model.compile()
     amp = train.amp_dtype(config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
-    logger = Logger(None, config, 1)
+    trainee, logger = train.Trainee(model, optimizer, scaler, None), Logger(None, config, 1)
     loader = our_loader(task, args.design)
     loaded = (batch for epoch in itertools.count() for batch in loader(epoch))
     synthetic = itertools.repeat(next(loaded))
@@ -205,10 +206,11 @@ def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
         """(clips/s, share of the time that the loop waited for a batch)."""
         throughput = Throughput()
         wait_for_gpu(task)
+        trainee.step = 0
         began = time.perf_counter()
         train.train_one_epoch(
-            model, lambda epoch: batches, None, 0, steps, 10**6, optimizer, scaler, None, amp, config, world, logger,
-            throughput,
+            model, lambda *_: batches, None, 0, steps, 10**6, trainee, amp, config, world, None, logger, throughput,
+            Profiler(0, 1, None, print), lambda: None, distributed.StopSignals(world),
         )  # fmt: skip
         wait_for_gpu(task)
         speed = steps * args.batch_size / (time.perf_counter() - began)

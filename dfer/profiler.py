@@ -77,7 +77,7 @@ class Profiler:
         with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as profile:
             for micro, batch in enumerate(itertools.islice(batches, last), start=1):
                 yield batch
-                if micro % self._accumulate == 0 and micro < last:
+                if micro % self._accumulate == 0:
                     profile.step()
         self._recording, self.num_steps = False, 0
         for line in (*_written(profile, self._path), f"{self._path}: for ui.perfetto.dev or chrome://tracing"):

@@ -41,7 +41,7 @@ from dfer.distributed import EXIT_GAVE_UP, EXIT_STOPPED, StopSignals, World
 from dfer.index import ClipIndex, load_index
 from dfer.logger import Logger, write_predictions
 from dfer.losses import classification_loss
-from dfer.metrics import BEGINNING, ConfusionMatrix, Throughput
+from dfer.metrics import BEGINNING, ConfusionMatrix, Throughput, peak_memory
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.optim import FiniteSteps, build_ema, build_optimizer, lr_at
 from dfer.profiler import TRACE, WARM_UP, Profiler
@@ -100,7 +100,7 @@ def rehearse(
             result = evaluate(model, val_loader, world, amp, channels_last, stop) if go_on else None
             if result is None:
                 return EXIT_GAVE_UP
-    peak = distributed.gather(torch.tensor([rehearsal.peak_memory(world.device)], device=world.device), world)
+    peak = distributed.gather(torch.tensor([peak_memory(world.device)], device=world.device), world)
     measured = rehearsal.Rehearsal(
         optim.epochs,
         steps_per_epoch,

@@ -8,7 +8,6 @@ import math
 import netrc
 import os
 import re
-import resource
 import secrets
 import shutil
 import time
@@ -27,7 +26,7 @@ from dfer.annotations import EMOTIONS
 from dfer.checkpoint import write_whole
 from dfer.config import Config
 from dfer.index import ClipIndex
-from dfer.metrics import ConfusionMatrix
+from dfer.metrics import ConfusionMatrix, peak_memory
 from dfer.records import Predictions, read_predictions
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ class Logger:
         if self.run_dir is None:
             return
         stacked = torch.stack([t.detach().float() for t in tensors.values()])
-        values = values | {"throughput/memory_gb": _peak_memory_gb(stacked.device)}
+        values = values | {"throughput/memory_gb": peak_memory(stacked.device) / 1e9}
         if stacked.is_cuda:
             host = torch.empty(stacked.shape, pin_memory=True)
             host.copy_(stacked, non_blocking=True)
@@ -320,13 +319,6 @@ def _grouping(config: Config) -> dict[str, str | int | None]:
     folder = path.parent.parent if path.parent.name == "lists" else path.parent  # logs/NAME/lists of crossval.py
     fold = re.match(r"set_(\d+)_", path.name)
     return {"dataset": folder.name[:50] or "data", "fold": int(fold[1]) if fold else None}  # a tag may have 64 letters
-
-
-def _peak_memory_gb(device: torch.device) -> float:
-    """Most memory so far: what torch has allocated on a GPU; on a CPU, of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
 def has_wandb_key() -> bool:

@@ -1,7 +1,9 @@
-"""WAR and UAR from one confusion matrix; throughput with the wait for data as its own number."""
+"""WAR and UAR from one confusion matrix; throughput with the wait for data as its own number; memory."""
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -100,3 +102,11 @@ class Throughput:
             "compute_clips_per_s": num_clips / max(total_s - wait_s, 1e-9),
             "data_wait_share": wait_s / total_s,
         }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: of the GPU for torch's tensors, else of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # not getrusage: that is also of the process that started this one
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -80,14 +80,6 @@ def padded(num_clips: int, clips_per_batch: int) -> int:
     return math.ceil(num_clips / clips_per_batch) * clips_per_batch
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: of the GPU for torch's tensors, else of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # not getrusage: that is also of the process that started this one
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that are free now, on the GPU or in the machine."""
     if device.type == "cuda":

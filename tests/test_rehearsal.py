@@ -15,7 +15,7 @@ from dali_pipes.loader import ClipLoader
 from dfer import rehearsal
 from dfer.config import parse_config
 from dfer.index import load_index
-from dfer.metrics import Throughput
+from dfer.metrics import Throughput, peak_memory
 from dfer.rehearsal import Clock, Rehearsal, duration, free_disk, padded
 from dfer.sampling import ClipSampler
 from tests.conftest import ROOT, make_clips
@@ -128,9 +128,9 @@ def test_the_first_step_is_not_measured():
 
 
 def test_memory_is_measured():
-    before = rehearsal.peak_memory(torch.device("cpu"))
+    before = peak_memory(torch.device("cpu"))
     held = np.ones(300_000_000 // 8)
-    after = rehearsal.peak_memory(torch.device("cpu"))
+    after = peak_memory(torch.device("cpu"))
     assert after >= held.nbytes and after < before + 2 * held.nbytes  # at most: what was there may have been higher
     assert 0 < rehearsal.free_memory(torch.device("cpu")) < 2**50
 

@@ -48,13 +48,14 @@ class Overlay:
         edges: Float64[np.ndarray, " E"],
         boxes: Float64[np.ndarray, "N 4"] | None,
         probabilities: Float64[np.ndarray, "N K"],
+        longest: int = LONG_SIDE[1],
     ):
-        """`height` and `width` of the video in pixels, upright.
+        """`height` and `width` of the video in pixels, upright; `longest`: of the picture's sides, in pixels.
 
         `boxes` are squares (x, y, side, tilt) as in dfer/faces.py, None to draw none; `edges` and `probabilities` as of
         `figures.lanes_figure`.
         """
-        scale = min(max(max(height, width), LONG_SIDE[0]), LONG_SIDE[1]) / max(height, width)
+        scale = min(max(max(height, width), LONG_SIDE[0]), longest) / max(height, width)
         self._size = tuple(max(round(scale * side / 2) * 2, 2) for side in (width, height))
         whole = max(self._size[0], NARROWEST)
         self._left = (whole - self._size[0]) // 2

@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias
 
 import av
 import numpy as np
+from av.filter.context import FilterContext
 from av.sidedata.sidedata import SideData, SideDataContainer, Type
 from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
@@ -182,22 +183,100 @@ def write_mp4(path: Path, frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3
     Raises:
         OSError, av.FFmpegError: if it cannot be written.
     """
+    with (
+        _whole(path) as partial,
+        av.open(str(partial), "w", format="mp4", container_options={"movflags": "faststart"}) as container,
+    ):
+        options = {"preset": "veryfast", "crf": "21"}
+        video, rgb = container.add_stream("libx264", rate=25, options=options), VideoReformatter()
+        video.pix_fmt, video.codec_context.time_base = "yuv420p", Fraction(1, 90000)
+        # Players guess BT.709 for large pictures that state nothing.
+        video.codec_context.colorspace, video.codec_context.color_range = Colorspace.SMPTE170M, ColorRange.MPEG
+        for time, pixels in frames:
+            if not video.codec_context.is_open:
+                video.height, video.width = pixels.shape[:2]
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = rgb.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, interpolation=EXACT)
+            frame.time_base, frame.pts = video.codec_context.time_base, round(90000 * time)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+
+
+def write_gif(
+    path: Path,
+    frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]],
+    samples: Iterable[UInt8[np.ndarray, "H W 3"]],
+) -> None:
+    """Write frames, of one height and width, as a GIF that repeats, with its 256 colours chosen from the samples.
+
+    Times are in seconds, rising, and rounded to 1/100; browsers slow down what is faster than 50 frames/s. One frame is
+    held at a time. The file is there whole or not at all.
+
+    Raises:
+        OSError, av.FFmpegError: if it cannot be written.
+    """
+    base, first = Fraction(1, 100), True
+    palette = _palette(samples)
+    # Its pattern lies still, where the usual dithering would have all of a frame flicker for one pixel that changes.
+    options = "dither=bayer:bayer_scale=5"
+    with _whole(path) as partial, av.open(str(partial), "w", format="gif") as container:
+        video = container.add_stream("gif", rate=25)
+        video.pix_fmt, video.codec_context.time_base = "pal8", base
+        for time, pixels in frames:
+            if first:
+                video.height, video.width = pixels.shape[:2]
+                graph, first = av.filter.Graph(), False
+                source = graph.add_buffer(width=video.width, height=video.height, format="rgb24", time_base=base)
+                colours = graph.add_buffer(width=16, height=16, format=palette.format.name, time_base=base)
+                mapped, sink = graph.add("paletteuse", options), graph.add("buffersink")
+                source.link_to(mapped, 0, 0)
+                colours.link_to(mapped, 0, 1)
+                mapped.link_to(sink)
+                graph.configure()
+                palette.pts, palette.time_base = 0, base
+                colours.push(palette)
+                colours.push(None)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.time_base, frame.pts = base, round(100 * time)
+            source.push(frame)
+            _drain(sink, container, video)
+        source.push(None)
+        _drain(sink, container, video)
+        container.mux(video.encode())
+
+
+def _palette(samples: Iterable[UInt8[np.ndarray, "H W 3"]]) -> av.VideoFrame:
+    """The colours that many pictures are shown best with."""
+    graph = None
+    for number, pixels in enumerate(samples):
+        if graph is None:
+            graph = av.filter.Graph()
+            height, width = pixels.shape[:2]
+            source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, 100))
+            generator, sink = graph.add("palettegen", "reserve_transparent=1"), graph.add("buffersink")
+            source.link_to(generator)
+            generator.link_to(sink)
+            graph.configure()
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame.time_base, frame.pts = Fraction(1, 100), number
+        source.push(frame)
+    source.push(None)
+    return sink.pull()
+
+
+def _drain(sink: FilterContext, container: av.container.OutputContainer, video: av.VideoStream) -> None:
+    """Write what has come out of a filter."""
+    with contextlib.suppress(BlockingIOError, EOFError):
+        while True:
+            container.mux(video.encode(sink.pull()))
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end; if it comes to that."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with av.open(str(partial), "w", format="mp4", container_options={"movflags": "faststart"}) as container:
-            options = {"preset": "veryfast", "crf": "21"}
-            video, rgb = container.add_stream("libx264", rate=25, options=options), VideoReformatter()
-            video.pix_fmt, video.codec_context.time_base = "yuv420p", Fraction(1, 90000)
-            # Players guess BT.709 for large pictures that state nothing.
-            video.codec_context.colorspace, video.codec_context.color_range = Colorspace.SMPTE170M, ColorRange.MPEG
-            for time, pixels in frames:
-                if not video.codec_context.is_open:
-                    video.height, video.width = pixels.shape[:2]
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                frame = rgb.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, interpolation=EXACT)
-                frame.time_base, frame.pts = video.codec_context.time_base, round(90000 * time)
-                container.mux(video.encode(frame))
-            container.mux(video.encode())
+        yield partial
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -415,6 +494,11 @@ def _packets(
 
 
 def _check_end(container: av.container.InputContainer, video: av.VideoStream, ends: dict[int, float]) -> None:
+    if container.format.name == "gif":  # which states no length, and FFmpeg takes any end for one
+        with open(container.name, "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - 64, 0))
+            if not file.read().rstrip(b"\0\r\n").endswith(b";"):
+                raise BadVideo("truncated")
     # Matroska, and any file cut between two packets, just stops, and only the header tells. Either track may be the
     # longer one; a video that reaches its own stated end is whole whatever the container's says.
     slack = 0.1 + 2 / float(video.average_rate or 25)

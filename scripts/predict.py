@@ -1,11 +1,13 @@
 """What a trained model sees in videos, frame by frame: `python scripts/predict.py CLIP ... --checkpoint RUN --out DIR`.
 
-CLIP is a video or a folder of videos. Of each, DIR gets
+CLIP is a video, an animated GIF among them; a folder of videos, which may lie in folders within it; or a folder of JPEG
+or PNG files, if no video lies in it or in folders within it: the frames of one clip, in natural order (2 before 10).
+Of each video, DIR gets
   NAME.csv   a row per frame: frame (from 0), time in seconds, the square that the model saw (centre x, y and side in
              pixels, tilt in degrees), a probability per emotion, the likeliest; empty where no face is
   NAME.json  the models, the windows, the share of frames with a face, mean probabilities, runs of one emotion
   NAME.png   the course of the emotions
-  NAME.mp4   the video with all of it in the picture
+  NAME.mp4   the video with all of it in the picture; with --annotate gif NAME.gif, smaller and of 15 frames/s at most
 A video without a face has the first two. The face is followed as by prepare_videos.py, but through cuts too. Several
 checkpoints (folds, seeds) are averaged. Exit code 0: all were read; 2: what was not, is named, one per line.
 """
@@ -16,6 +18,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +36,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dali_pipes import torch_stages
+from dali_pipes.headers import MAX_BYTES
 from dfer.annotations import EMOTIONS, read_annotations
 from dfer.checkpoint import load_checkpoint, write_whole
 from dfer.commandline import Parser, in_range, shown
@@ -40,18 +44,24 @@ from dfer.config import config_from_json
 from dfer.course import Course, place_windows, segments
 from dfer.distributed import World
 from dfer.faces import Detector, crop_face, find_face, make_detector
-from dfer.index import natural_key
+from dfer.index import FRAME_SUFFIXES, natural_key
 from dfer.overlay import Overlay, course_picture
 from dfer.sampling import ClipSampler
-from dfer.video import BadVideo, claimed_seconds, decode, find_video_files, record, unique_names, write_mp4
+from dfer.video import BadVideo, claimed_seconds, decode, find_video_files, record, unique_names, write_gif, write_mp4
+from scripts.pack import decode_image
 from train import amp_dtype, one_line_errors, trained_model
 
 CROP_SIZE = 224  # px; of prepare_videos.py, so that a face has the pixels that training's have
 BATCH_PIXELS = 8 * 16 * 112 * 112  # of the clips that a model sees at once: about 0.5 GB; on a GPU eight times as many
+# A GIF is for slides and pages: at a video's size and rate it would be twenty times as large as the video.
+GIF_SIDE = 480  # px, the picture's longer side
+GIF_INTERVAL = 1 / 15  # seconds between two frames, at least
+GIF_SAMPLES = 24  # frames that its 256 colours are chosen from
+ANNOTATED = (".mp4", ".gif")
 
 
 class Video(NamedTuple):
-    path: Path
+    path: Path  # a file, or a folder of frames
     name: str  # of what is written, below --out
 
 
@@ -140,48 +150,87 @@ class Model:
         return F.softmax(logits, 1).double().cpu().numpy()
 
 
-def watch(
-    path: Path,
-    models: Sequence[Model],
-    detect: Detector | None,
-    margin: float,
-    window: Span,
-    stride: Span | None,
-    tick: Callable[[Iterator], Iterator] = iter,
-) -> Seen:
-    """Go through a video twice: for its faces (without `detect`: its times), then for the emotions.
+class Sight(NamedTuple):
+    """What looks at videos, and how."""
+
+    models: list[Model]
+    detect: Detector | None  # None: all of each frame is the face
+    margin: float  # around the face, in its sides
+    window: Span
+    stride: Span | None
+    fps: float  # of folders of frames
+
+
+def frame_names(folder: Path) -> list[str]:
+    """The images in a folder, in natural order. Those with a leading dot are none: see `find_video_files`."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES) and name[0] != "."]
+    return sorted(names, key=natural_key)
+
+
+def pictures(path: Path, fps: float) -> Iterator[tuple[float, Image.Image]]:
+    """As of `decode`; of a folder its images, `fps` of them a second.
+
+    Raises:
+        BadVideo, av.FFmpegError, OSError: as `decode`, or if an image cannot be read, is too large or damaged.
+    """
+    if not path.is_dir():
+        yield from decode(path)
+        return
+    for number, name in enumerate(frame_names(path)):
+        try:
+            if not (path / name).is_file():
+                raise BadVideo("not a file")  # a pipe would never end
+            with open(path / name, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise BadVideo(f"more than {MAX_BYTES:,} bytes")
+            image = decode_image(data)
+        except Exception as error:  # Pillow raises errors of many kinds on damaged files
+            raise BadVideo(f"frame {name}: {reason(error)}") from None
+        yield number / fps, image
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be read, in one line."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
+def watch(path: Path, sight: Sight, tick: Callable[[Iterator], Iterator] = iter) -> Seen:
+    """Go through a video twice: for its faces (without a detector: its times), then for the emotions.
 
     What is held of it does not grow but for some numbers per frame. `tick` is shown each frame as it is read.
 
     Raises:
         ValueError: in one line, if the windows do not touch.
-        BadVideo, av.FFmpegError: as `decode`.
+        BadVideo, av.FFmpegError, OSError: as `pictures`.
     """
     size = (0, 0)
 
     def frames() -> Iterator[tuple[float, np.ndarray]]:
         nonlocal size
-        for moment, image in tick(decode(path)):
+        for moment, image in tick(pictures(path, sight.fps)):
             size = size if size[0] else image.size
             yield moment, np.asarray(image)
 
-    if detect is not None:
-        faces = find_face(frames(), detect, every_track=True)
+    if sight.detect is not None:
+        faces = find_face(frames(), sight.detect, every_track=True)
         times, track, most, cuts = faces.times, faces.track, faces.most, faces.cuts
-        boxes = faces.boxes * (1, 1, 1 + 2 * margin, 1)
+        boxes = faces.boxes * (1, 1, 1 + 2 * sight.margin, 1)
     else:
         times = np.array([moment for moment, _ in frames()])
         track, boxes, most, cuts = np.zeros(len(times), np.int64), None, None, None
+    if not len(times):
+        raise BadVideo("it changed while it was read")
     times = times - times[0]
     fps = (len(times) - 1) / times[-1] if len(times) > 1 else 25.0
-    length = window.frames(fps)
-    step = stride.frames(fps) if stride else max(length // 4, 1)
+    length = sight.window.frames(fps)
+    step = sight.stride.frames(fps) if sight.stride else max(length // 4, 1)
     if step > length:
         raise ValueError(f"--stride: {step} frames are more than the window's {length}: some would not be seen")
     windows = place_windows(track, length, step)
-    courses = [Course(len(times), windows, m.sampler, m.prepare, m.look, m.batch_size) for m in models]
+    courses = [Course(len(times), windows, m.sampler, m.prepare, m.look, m.batch_size) for m in sight.models]
     end = int(windows[:, 1].max(initial=0))
-    for number, (_, image) in enumerate(tick(itertools.islice(decode(path), end))):
+    for number, (_, image) in enumerate(tick(itertools.islice(pictures(path, sight.fps), end))):
         wanting = [course for course in courses if course.wants(number)]
         if wanting:
             picture = np.asarray(image)
@@ -251,10 +300,32 @@ def summary(video: Video, seen: Seen, models: Sequence[Model]) -> dict:
     }
 
 
-def write(video: Video, seen: Seen, models: Sequence[Model], out: Path, draw: bool, tick: Callable = iter) -> dict:
-    """Write all that is to be had of a video; NAME.json comes last, and tells what is in it."""
-    base, about = out / video.name, summary(video, seen, models)
-    for suffix in (".json", ".mp4", ".png"):  # of an earlier call
+def annotated(
+    path: Path, seen: Seen, overlay: Overlay, fps: float, numbers: Sequence[int], tick: Callable = iter
+) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
+    """Times and annotated pictures of those frames, whose numbers rise."""
+    wanted = set(numbers)
+    for number, (_, image) in enumerate(tick(itertools.islice(pictures(path, fps), numbers[-1] + 1))):
+        if number in wanted:
+            yield float(seen.times[number]), overlay.draw(number, image)
+
+
+def spaced(times: Float64[np.ndarray, " N"], interval: float) -> list[int]:
+    """The first frame, and from each one the next that is not sooner than `interval` seconds after it."""
+    numbers = [0]
+    for number, moment in enumerate(times.tolist()):
+        if moment - times[numbers[-1]] >= interval - 1e-3:  # containers round times
+            numbers.append(number)
+    return numbers
+
+
+def write(video: Video, seen: Seen, sight: Sight, out: Path, annotate: str, tick: Callable = iter) -> dict:
+    """Write all that is to be had of a video; NAME.json comes last, and tells what is in it.
+
+    `annotate` is what becomes of the annotated video: "mp4", "gif" or "none".
+    """
+    base, about = out / video.name, summary(video, seen, sight.models)
+    for suffix in (".json", *ANNOTATED, ".png"):  # of an earlier call
         Path(f"{base}{suffix}").unlink(missing_ok=True)
     base.parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(f"{base}.csv"), lambda file: file.write(table(seen).encode()))
@@ -262,14 +333,16 @@ def write(video: Video, seen: Seen, models: Sequence[Model], out: Path, draw: bo
         png = io.BytesIO()
         course_picture(seen.edges, seen.probabilities).save(png, "PNG")
         write_whole(Path(f"{base}.png"), lambda file: file.write(png.getvalue()))
-        if draw:
-            overlay = Overlay(seen.height, seen.width, seen.edges, seen.boxes, seen.probabilities)
-            images = tick(itertools.islice(decode(video.path), len(seen.times)))
-            frames = (
-                (moment, overlay.draw(number, image))
-                for number, (moment, (_, image)) in enumerate(zip(seen.times, images, strict=False))
-            )
-            write_mp4(Path(f"{base}.mp4"), frames)
+        sides = {"longest": GIF_SIDE} if annotate == "gif" else {}
+        overlay = Overlay(seen.height, seen.width, seen.edges, seen.boxes, seen.probabilities, **sides)
+        if annotate == "mp4":
+            numbers = range(len(seen.times))
+            write_mp4(Path(f"{base}.mp4"), annotated(video.path, seen, overlay, sight.fps, numbers, tick))
+        elif annotate == "gif":
+            numbers = spaced(seen.times, GIF_INTERVAL)
+            samples = annotated(video.path, seen, overlay, sight.fps, numbers[:: -(-len(numbers) // GIF_SAMPLES)], tick)
+            frames = annotated(video.path, seen, overlay, sight.fps, numbers, tick)
+            write_gif(Path(f"{base}.gif"), frames, (picture for _, picture in samples))
     content = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     write_whole(Path(f"{base}.json"), lambda file: file.write(content.encode()))
     return about
@@ -279,38 +352,49 @@ def find_videos(clips: Sequence[Path], out: Path) -> list[Video]:
     """The videos of files and folders, each once, in natural order; results in a folder within are none of them.
 
     Raises:
-        ValueError: in one line, if there are none, or a result would take the place of a video.
+        ValueError: in one line, if there are none, or a result would take the place of a video or lie among frames.
     """
     paths, names = [], []
     for clip in clips:
         if not clip.exists():
             raise ValueError(f"{clip}: no such video or folder")
-        found = [clip]
-        if clip.is_dir():
-            found = find_video_files(clip, lambda line: print(f"predict: {shown(line)}", file=sys.stderr))
-            own = out.resolve()
-            if own != clip.resolve():
-                found = [path for path in found if not path.resolve().is_relative_to(own)]
-            found.sort(key=lambda path: natural_key(path.relative_to(clip).as_posix()))
-            if not found:
-                raise ValueError(f"{clip}: no videos in it")
+        if not clip.is_dir():
+            paths.append(clip)
+            names.append(clip.name)
+            continue
+        found = find_video_files(clip, lambda line: print(f"predict: {shown(line)}", file=sys.stderr))
+        own = out.resolve()
+        if own != clip.resolve():
+            found = [path for path in found if not path.resolve().is_relative_to(own)]
+        found.sort(key=lambda path: natural_key(path.relative_to(clip).as_posix()))
         paths += found
-        names += [path.relative_to(clip).as_posix() if clip.is_dir() else path.name for path in found]
+        names += [path.relative_to(clip).as_posix() for path in found]
+        if not found:
+            try:
+                if not frame_names(clip):
+                    raise ValueError(f"{clip}: no videos in it, and no JPEG or PNG frames")
+            except OSError as error:
+                raise ValueError(f"{clip}: cannot be read ({error.strerror})") from None
+            paths.append(clip)
+            names.append(f"{clip.resolve().name}.")  # its last dot begins no suffix
     distinct = {path.resolve(): (path, name) for path, name in zip(reversed(paths), reversed(names), strict=True)}
     paths, names = zip(*reversed(distinct.values()), strict=True)
     videos = [Video(path, name) for path, name in zip(paths, unique_names(names), strict=True)]
     for video in videos:
-        if Path(f"{out / video.name}.mp4").resolve() in distinct:
-            raise ValueError(
-                f"--out {out}: {video.name}.mp4 lies there and would be overwritten; choose another folder"
-            )
+        for suffix in ANNOTATED:
+            if Path(f"{out / video.name}{suffix}").resolve() in distinct:
+                raise ValueError(
+                    f"--out {out}: {video.name}{suffix} lies there and would be overwritten; choose another folder"
+                )
+        if (out / video.name).parent.resolve() in distinct:
+            raise ValueError(f"--out {out}: the results would lie among the frames; choose another folder")
     return videos
 
 
 class Progress:
     """On a terminal a bar with frames/s and the time left, else nothing. Its unit are seconds of video."""
 
-    def __init__(self, videos: Sequence[Video], passes: int):
+    def __init__(self, videos: Sequence[Video], passes: int, fps: float):
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
@@ -324,7 +408,8 @@ class Progress:
         self._claimed = []
         for video in videos if sys.stdout.isatty() else ():
             try:
-                self._claimed.append(claimed_seconds(video.path) or 0.0)
+                folder = video.path.is_dir()
+                self._claimed.append(len(frame_names(video.path)) / fps if folder else claimed_seconds(video.path) or 0)
             except (av.FFmpegError, BadVideo, OSError):  # which reading it will say
                 self._claimed.append(0.0)
         self._passes = passes
@@ -360,25 +445,22 @@ class Progress:
         self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def predict(
-    clips: Sequence[Path], models: Sequence[Model], detect: Detector | None, window: Span, args: argparse.Namespace
-) -> int:
+def predict(clips: Sequence[Path], sight: Sight, out: Path, annotate: str) -> int:
     """All videos, one after the other. Returns the exit code."""
-    videos, code = find_videos(clips, args.out), 0
-    with Progress(videos, 2 if args.no_video else 3) as progress:
+    videos, code = find_videos(clips, out), 0
+    with Progress(videos, {"none": 2, "mp4": 3, "gif": 4}[annotate], sight.fps) as progress:
         for number, video in enumerate(videos):
             progress.begin(number, shown(video.name))
             try:
-                seen = watch(video.path, models, detect, args.margin, window, args.stride, progress.tick)
+                seen = watch(video.path, sight, progress.tick)
             except (av.FFmpegError, BadVideo, OSError) as error:
-                reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-                print(f"predict: {shown(video.path)}: {shown(reason)}", file=sys.stderr, flush=True)
+                print(f"predict: {shown(video.path)}: {shown(reason(error))}", file=sys.stderr, flush=True)
                 code = 2
                 continue
             try:
-                about = write(video, seen, models, args.out, not args.no_video, progress.tick)
+                about = write(video, seen, sight, out, annotate, progress.tick)
             except (av.FFmpegError, BadVideo, OSError) as error:
-                raise ValueError(f"{args.out / video.name}: cannot be written ({error})") from None
+                raise ValueError(f"{out / video.name}: cannot be written ({error})") from None
             progress.say(f"{shown(video.name)}: {told(about)}")
     return code
 
@@ -403,15 +485,24 @@ def parse_span(text: str) -> Span:
     return Span(float(value), kind is float)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Load the models, record what is to be recorded, and predict. Returns the exit code."""
+def look_with(args: argparse.Namespace) -> Sight:
+    """Load the models and the detector that `add_arguments` asks for.
+
+    Raises:
+        ValueError: in one line, if one cannot be had.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no NVIDIA GPU is visible here")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     models = [Model(path, device, args.amp) for path in args.checkpoint]
     window = args.window or Span(float(np.median([n for m in models for n in m.lengths()])), False)
     detect = None if args.no_crop else make_detector(args.detector)
-    clips = list(args.clips)
+    return Sight(models, detect, args.margin, window, args.stride, args.fps)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the models, record what is to be recorded, and predict. Returns the exit code."""
+    sight, clips = look_with(args), list(args.clips)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.camera:
@@ -422,12 +513,11 @@ def run(args: argparse.Namespace) -> int:
             record(source, clips[-1], args.seconds, kind)
     except (OSError, av.FFmpegError, BadVideo) as error:
         raise ValueError(f"{args.camera or args.out}: {getattr(error, 'strerror', None) or error}") from None
-    return predict(clips, models, detect, window, args)
+    return predict(clips, sight, args.out, args.annotate)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("predict", __doc__)
-    parser.add_argument("clips", type=Path, nargs="*", metavar="CLIP", help="a video, or a folder of videos")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What looks at videos, and how: also of scripts/demo.py."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -436,7 +526,6 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="RUN",
         help="a run's folder (its last checkpoint), its best_WAR.safetensors, or a .pt; of several, the mean",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--window",
         type=parse_span,
@@ -453,7 +542,23 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--margin", type=in_range(float, 0, 2), default=0.1, help="as of prepare_videos.py (0.1)")
     parser.add_argument(
-        "--no-video", action="store_true", help="write no NAME.mp4, which takes about a fifth of the time"
+        "--fps", type=in_range(float, 0.1, 1000), default=25.0, help="frames a second of a folder of frames (25)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="the run's if not given")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser("predict", __doc__)
+    parser.add_argument(
+        "clips", type=Path, nargs="*", metavar="CLIP", help="a video, a folder of videos, or a folder of frames"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--annotate",
+        choices=("mp4", "gif", "none"),
+        default="mp4",
+        help="what the annotated video becomes (mp4); without it a fifth of the time is saved",
     )
     parser.add_argument(
         "--camera", metavar="N", help="record from camera N (0) or a stream's URL into DIR, and predict on that"
@@ -461,11 +566,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=in_range(float, 0.1, 86400), default=10.0, help="of --camera, to be recorded (10)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="the run's if not given")
+    add_arguments(parser)
     args = parser.parse_args(arguments)
     if not (args.clips or args.camera):
-        parser.error("no CLIP: name a video, a folder of videos, or a --camera")
+        parser.error("no CLIP: name a video, a folder of videos or frames, or a --camera")
     try:
         return one_line_errors("predict", lambda: run(args))
     except KeyboardInterrupt:

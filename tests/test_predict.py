@@ -206,7 +206,7 @@ def test_the_stream_says_what_a_list_of_all_frames_does(
     run: Path, videos: Path, tmp_path: Path, name: str, window: int, stride: int
 ) -> None:
     assert predict(videos, "--checkpoint", run, "--out", tmp_path, "--window", window, "--stride", stride,
-                   "--no-video") == 0  # fmt: skip
+                   "--annotate", "none") == 0  # fmt: skip
     model = pr.Model(run, torch.device("cpu"), None)
     times, frames = zip(*((t, np.asarray(image)) for t, image in pr.decode(videos / f"{name}.mp4")), strict=True)
     for mine, plain in zip(frames, all_frames(videos / f"{name}.mp4"), strict=True):
@@ -251,7 +251,7 @@ def test_it_agrees_with_evaluation(run: Path, videos: Path, tmp_path: Path, view
         index = build_index(read_annotations(list_path))
         result = evaluate(model._net, build_loader(model.config, index, "eval", WORLD), WORLD, None, True)
         out = tmp_path / f"out{len(flags)}{list_path.parent.name}"
-        assert predict(videos / "one.mp4", "--checkpoint", checkpoint, "--out", out, "--no-video", *flags) == 0
+        assert predict(videos / "one.mp4", "--checkpoint", checkpoint, "--out", out, "--annotate", "none", *flags) == 0
         found = probabilities(out / "one.csv")[clips]
         np.testing.assert_allclose(found, result.probabilities, atol=tolerance)
 
@@ -259,7 +259,7 @@ def test_it_agrees_with_evaluation(run: Path, videos: Path, tmp_path: Path, view
 def test_an_ensemble_is_the_mean_of_its_members(run: Path, videos: Path, tmp_path: Path) -> None:
     other = save_run(tmp_path / "other", seed=1, size=48, num_segments=3)
     for name, checkpoints in (("a", [run]), ("b", [other]), ("both", [run, other])):
-        flags = ("--out", tmp_path / name, "--window", 9, "--no-video")
+        flags = ("--out", tmp_path / name, "--window", 9, "--annotate", "none")
         assert predict(videos / "one.mp4", "--checkpoint", *checkpoints, *flags) == 0
     a, b, both = (probabilities(tmp_path / name / "one.csv") for name in ("a", "b", "both"))
     assert np.abs(a - b).max() > 0.01
@@ -332,9 +332,9 @@ def test_a_folder_with_a_bad_video_and_one_without_a_face(
 
 
 def test_the_square_is_where_the_face_is(run: Path, videos: Path, tmp_path: Path) -> None:
-    assert predict(videos / "one.mp4", "--checkpoint", run, "--out", tmp_path, "--margin", 0, "--no-video") == 0
+    assert predict(videos / "one.mp4", "--checkpoint", run, "--out", tmp_path, "--margin", 0, "--annotate", "none") == 0
     wide = tmp_path / "wide"
-    assert predict(videos / "one.mp4", "--checkpoint", run, "--out", wide, "--margin", 0.5, "--no-video") == 0
+    assert predict(videos / "one.mp4", "--checkpoint", run, "--out", wide, "--margin", 0.5, "--annotate", "none") == 0
     for i, (near, far) in enumerate(zip(rows(tmp_path / "one.csv"), rows(wide / "one.csv"), strict=True)):
         assert abs(float(near["box_x"]) - (152 + i)) < 20 and abs(float(near["box_y"]) - 128) < 25
         assert float(far["box_side"]) == pytest.approx(2 * float(near["box_side"]), abs=0.2)
@@ -374,8 +374,8 @@ def test_nothing_is_left_half_written(
     ("flags", "message"),
     [
         (("{v}/gone.mp4",), "gone.mp4: no such video or folder"),
-        (("{t}",), "{t}: no videos in it"),
-        ((), "no CLIP: name a video, a folder of videos, or a --camera"),
+        (("{t}",), "{t}: no videos in it, and no JPEG or PNG frames"),
+        ((), "no CLIP: name a video, a folder of videos or frames, or a --camera"),
         (("{v}/one.mp4", "--checkpoint", "{t}"), "{t}: holds no checkpoint"),
         (("{v}/one.mp4", "--window", "0"), "argument --window: '0' is not a whole number from 1 to 10,000,000"),
         (
@@ -491,7 +491,7 @@ def test_the_box_is_drawn_where_the_crop_is_taken() -> None:
 def test_progress_counts_seconds_of_video(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     paths = [videos / "none.mp4", videos / "one.mp4", videos / "gone.mp4"]
-    progress = pr.Progress([pr.Video(path, path.stem) for path in paths], passes=2)
+    progress = pr.Progress([pr.Video(path, path.stem) for path in paths], passes=2, fps=25.0)
     (task,) = progress._bar.tasks
     assert task.total == pytest.approx(2 * (9 + 31) / 25, abs=0.1)
     progress.begin(1, "one")
@@ -531,7 +531,7 @@ def test_a_camera_is_recorded_and_predicted_on(
         path.write_bytes((videos / "one.mp4").read_bytes())
 
     monkeypatch.setattr(pr, "record", fake)
-    flags = ("--checkpoint", run, "--out", tmp_path, "--window", 12, "--no-video")
+    flags = ("--checkpoint", run, "--out", tmp_path, "--window", 12, "--annotate", "none")
     assert predict("--camera", 0, "--seconds", 3, *flags) == 0
     assert predict("--camera", "rtsp://host/a", *flags, "--out", tmp_path / "b") == 0
     assert opened == [("/dev/video0", 3.0, "v4l2"), ("rtsp://host/a", 10.0, None)]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import av
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from dfer import overlay as ov
 from dfer.annotations import EMOTIONS, read_annotations, write_annotations
@@ -27,7 +28,7 @@ from dfer.faces import crop_face, find_face, make_detector
 from dfer.figures import ACCENT, Lanes
 from dfer.index import build_index
 from dfer.sampling import ClipSampler
-from dfer.video import BadVideo, record, write_mp4
+from dfer.video import BadVideo, record, write_gif, write_mp4
 from scripts import predict as pr
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT
@@ -256,6 +257,166 @@ def test_it_agrees_with_evaluation(run: Path, videos: Path, tmp_path: Path, view
         np.testing.assert_allclose(found, result.probabilities, atol=tolerance)
 
 
+# ---- Folders of frames, and GIF
+
+
+def save_frames(folder: Path, frames: list[np.ndarray]) -> Path:
+    """Losslessly, as 1.png, 2.PNG, 3.png ... 10.PNG, with what is no frame between them."""
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames, start=1):
+        Image.fromarray(frame).save(folder / f"{i}.{'png' if i % 2 else 'PNG'}", "PNG", compress_level=1)
+    (folder / "._1.png").write_bytes(b"of macOS")
+    (folder / "times.txt").write_text("0\n")
+    return folder
+
+
+def save_gif(path: Path, frames: list[np.ndarray], durations: list[int]) -> list[np.ndarray]:
+    """With Pillow, 256 colours a frame; `durations` in ms. Returns the frames as Pillow reads them."""
+    images = [Image.fromarray(frame).quantize(256) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return read_gif(path)[0]
+
+
+def read_gif(path: Path) -> tuple[list[np.ndarray], list[int]]:
+    """Frames and durations in ms, by Pillow."""
+    with Image.open(path) as image:
+        shown = [(np.asarray(f.convert("RGB")), f.info["duration"]) for f in ImageSequence.Iterator(image)]
+    return [frame for frame, _ in shown], [duration for _, duration in shown]
+
+
+def test_a_folder_of_frames_is_what_its_video_is(run: Path, videos: Path, tmp_path: Path) -> None:
+    frames = [np.asarray(image) for _, image in pr.decode(videos / "one.mp4")]
+    folder = save_frames(tmp_path / "take 1.2", frames)  # no part of the name is a suffix
+    flags = ("--checkpoint", run, "--out", tmp_path / "out", "--window", 12)
+    assert predict(videos / "one.mp4", folder, *flags, "--annotate", "none") == 0
+    assert (tmp_path / "out" / "take 1.2.csv").read_text() == (tmp_path / "out" / "one.csv").read_text()
+    fast = ("--out", tmp_path / "fast", "--fps", 50, "--window", "0.24s", "--annotate", "gif")
+    assert predict(folder, "--checkpoint", run, *fast) == 0
+    about = json.loads((tmp_path / "fast" / "take 1.2.json").read_text())
+    assert (about["frames"], about["fps"], about["seconds"], about["window_frames"]) == (31, 50, 0.62, 12)
+    assert [float(row["time"]) for row in rows(tmp_path / "fast" / "take 1.2.csv")] == [i / 50 for i in range(31)]
+    assert len(read_gif(tmp_path / "fast" / "take 1.2.gif")[0]) == 8  # of 31 every fourth: 12.5 a second
+
+
+def test_an_animated_gif_is_what_its_frames_are(run: Path, videos: Path, tmp_path: Path) -> None:
+    frames = save_gif(tmp_path / "a.gif", moving(0, 20), [40] * 20)
+    folder = save_frames(tmp_path / "frames", frames)
+    flags = ("--checkpoint", run, "--out", tmp_path / "out", "--window", 8, "--annotate", "none")
+    assert predict(tmp_path / "a.gif", folder, *flags) == 0
+    assert (tmp_path / "out" / "a.csv").read_text() == (tmp_path / "out" / "frames.csv").read_text()
+    assert np.ptp(probabilities(tmp_path / "out" / "a.csv"), axis=0).max() > 1e-3
+
+
+def test_a_gif_has_the_times_and_colours_that_pillow_reads(tmp_path: Path) -> None:
+    durations = [40, 80, 20, 100, 250, 10, 30, 70]
+    frames = save_gif(tmp_path / "a.gif", [frame[::4, ::4] for frame in moving(0, 8)], durations)
+    found = list(pr.decode(tmp_path / "a.gif"))
+    np.testing.assert_allclose([time for time, _ in found], np.cumsum([0, *durations[:-1]]) / 1000, atol=1e-6)
+    assert all((np.asarray(image) == frame).all() for (_, image), frame in zip(found, frames, strict=True))
+    whole = (tmp_path / "a.gif").read_bytes()
+    for cut in (len(whole) // 2, len(whole) - 1):  # FFmpeg takes both for whole
+        (tmp_path / "a.gif").write_bytes(whole[:cut])
+        with pytest.raises(BadVideo, match="truncated"):
+            list(pr.decode(tmp_path / "a.gif"))
+    (tmp_path / "a.gif").write_bytes(whole + bytes(3))  # which some programs append
+    assert len(list(pr.decode(tmp_path / "a.gif"))) == 8
+
+
+def test_the_annotated_gif_shows_what_the_overlay_draws(run: Path, videos: Path, tmp_path: Path) -> None:
+    video = videos / "sub" / "two.mp4"
+    flags = ("--checkpoint", run, "--out", tmp_path, "--window", 12)
+    assert predict(video, *flags) == 0 and (tmp_path / "two.mp4").exists()
+    assert predict(video, *flags, "--annotate", "gif") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.csv", "two.gif", "two.json", "two.png"]
+    found, durations = read_gif(tmp_path / "two.gif")
+    decoded = list(pr.decode(video))
+    times = [moment for moment, _ in decoded]
+    kept = [0]
+    while (later := [i for i in range(len(times)) if times[i] - times[kept[-1]] > 0.066]) != []:
+        kept.append(later[0])
+    assert len(kept) > 25 and len(found) == len(kept)
+    np.testing.assert_allclose(np.cumsum([0, *durations[:-1]]) / 1000, [times[i] for i in kept], atol=0.0051)
+
+    table, p = rows(tmp_path / "two.csv"), probabilities(tmp_path / "two.csv")
+    boxes = np.array([[float(r[f"box_{c}"] or "nan") for c in ("x", "y", "side", "tilt")] for r in table])
+    overlay = ov.Overlay(256, 320, np.append(times, times[-1] + np.median(np.diff(times))), boxes, p, longest=480)
+    wanted = [overlay.draw(number, decoded[number][1]).astype(int) for number in kept]
+    for place, image in enumerate(found):
+        assert image.shape == (604, 480, 3) and np.abs(image - wanted[place])[390:].mean() < 1
+        assert np.abs(image - wanted[place]).mean() < 8  # a drawn face of more than 256 colours, on noise
+        assert np.argmin([np.abs(image[410] - want[410]).mean() for want in wanted]) == place  # by the cursor
+    assert predict(video, *flags) == 0 and not (tmp_path / "two.gif").exists()
+
+
+def test_the_picture_of_a_gif_is_small() -> None:
+    overlay = ov.Overlay(1080, 1920, np.arange(2) / 10, None, np.eye(7)[[0]], longest=480)
+    assert overlay.draw(0, Image.new("RGB", (1920, 1080))).shape[1] == overlay._size[0] == 480
+
+
+def test_spaced_frames_are_the_first_that_are_far_enough() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        times = np.cumsum(rng.integers(1, 9, 40)) / 100
+        numbers = pr.spaced(times, 0.05)
+        assert numbers[0] == 0
+        for a, b in zip(numbers, [*numbers[1:], None], strict=True):
+            enough = [i for i in range(a, 40) if times[i] - times[a] > 0.0489]
+            assert b == (enough[0] if enough else None)
+
+
+def test_a_gif_is_written_as_its_frames_come_or_not_at_all(tmp_path: Path) -> None:
+    pictures = noise(60)
+    sizes = []
+
+    def frames():
+        for i, picture in enumerate(pictures):
+            yield i / 10, picture
+            sizes.append((tmp_path / "a.gif.partial").stat().st_size)
+
+    write_gif(tmp_path / "a.gif", frames(), pictures[::20])
+    assert 0 < sizes[40] < sizes[59] and sizes[59] > 0.6 * (tmp_path / "a.gif").stat().st_size  # 256 kB at a time
+
+    def broken():
+        yield 0.0, pictures[0]
+        raise OSError("no more")
+
+    before = (tmp_path / "a.gif").read_bytes()
+    with pytest.raises(OSError, match="no more"):
+        write_gif(tmp_path / "a.gif", broken(), pictures[:1])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"] and (tmp_path / "a.gif").read_bytes() == before
+
+
+def test_images_beside_videos_are_no_frames(run: Path, videos: Path, tmp_path: Path) -> None:
+    save_frames(tmp_path / "in", moving(0, 2))
+    (tmp_path / "in" / "below").mkdir()
+    os.link(videos / "none.mp4", tmp_path / "in" / "below" / "none.mp4")
+    found = pr.find_videos([tmp_path / "in"], tmp_path / "out")
+    assert found == [pr.Video(tmp_path / "in" / "below" / "none.mp4", "below/none")]
+    found = pr.find_videos([tmp_path / "in"], tmp_path / "in" / "below")  # results of an earlier call
+    assert found == [pr.Video(tmp_path / "in", "in")]
+
+
+def test_a_bad_frame_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = moving(0, 4)
+    for name in ("damaged", "pipe", "claims", "long"):
+        save_frames(tmp_path / name, small)
+        (tmp_path / name / "3.png").unlink()
+    whole = (tmp_path / "pipe" / "2.PNG").read_bytes()
+    (tmp_path / "damaged" / "3.png").write_bytes(whole[: len(whole) // 2])
+    os.mkfifo(tmp_path / "pipe" / "3.png")
+    header = whole[12:16] + (80000).to_bytes(4) + whole[20:29]
+    (tmp_path / "claims" / "3.png").write_bytes(whole[:12] + header + zlib.crc32(header).to_bytes(4) + whole[33:])
+    with open(tmp_path / "long" / "3.png", "wb") as file:
+        file.truncate(2**26 + 1)
+    folders = [tmp_path / name for name in ("damaged", "pipe", "claims", "long")]
+    assert predict(*folders, "--checkpoint", run, "--out", tmp_path / "out", "--window", 4) == 2
+    lines = capsys.readouterr().err.splitlines()
+    expected = ("truncated", "not a file", "pixels, more than 16,777,216", "more than 67,108,864 bytes")
+    for folder, line, words in zip(folders, lines, expected, strict=True):
+        assert line.startswith(f"predict: {folder}: frame 3.png: ") and words in line, line
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_an_ensemble_is_the_mean_of_its_members(run: Path, videos: Path, tmp_path: Path) -> None:
     other = save_run(tmp_path / "other", seed=1, size=48, num_segments=3)
     for name, checkpoints in (("a", [run]), ("b", [other]), ("both", [run, other])):
@@ -386,6 +547,9 @@ def test_nothing_is_left_half_written(
         (("{v}/one.mp4", "--detector", "{v}/one.mp4"), "one.mp4: not a YuNet model"),
         (("{v}/one.mp4", "--out", "{v}"), "--out {v}: one.mp4 lies there and would be overwritten"),
         (("{v}/one.mp4", "--out", "{v}/one.mp4"), "{v}/one.mp4: File exists"),
+        (("{f}", "--out", "{f}"), "--out {f}: the results would lie among the frames"),
+        (("{f}/a.gif", "--out", "{f}"), "--out {f}: a.gif lies there and would be overwritten"),
+        (("{v}/one.mp4", "--fps", "0"), "argument --fps: '0' is not a number from 0.1 to 1,000"),
         (("--camera", "{v}/gone.mp4"), "{v}/gone.mp4: No such file or directory"),
     ],
 )
@@ -394,7 +558,11 @@ def test_what_is_wrong_is_said_in_a_line(
 ) -> None:
     before = (videos / "one.mp4").read_bytes()
     (tmp_path / "t").mkdir()
-    given = [flag.format(v=videos, t=tmp_path / "t") for flag in flags]
+    save_frames(tmp_path / "f", moving(0, 1))
+    places = {"v": videos, "t": tmp_path / "t", "f": tmp_path / "f"}
+    if flags[:1] == ("{f}/a.gif",):
+        save_gif(tmp_path / "f" / "a.gif", moving(0, 2), [40, 40])
+    given = [flag.format(**places) for flag in flags]
     for name, default in (("--checkpoint", run), ("--out", tmp_path / "out")):
         given += [] if name in given else [name, str(default)]
     try:
@@ -402,7 +570,7 @@ def test_what_is_wrong_is_said_in_a_line(
     except SystemExit as stop:
         assert stop.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("predict: ") and message.format(v=videos, t=tmp_path / "t") in line
+    assert line.startswith("predict: ") and message.format(**places) in line
     assert (videos / "one.mp4").read_bytes() == before
 
 

@@ -45,6 +45,7 @@ from dfer.course import Course, place_windows, segments
 from dfer.distributed import World
 from dfer.faces import Detector, crop_face, find_face, make_detector
 from dfer.index import FRAME_SUFFIXES, natural_key
+from dfer.model import DFERNet
 from dfer.overlay import Overlay, course_picture
 from dfer.sampling import ClipSampler
 from dfer.video import BadVideo, claimed_seconds, decode, find_video_files, record, unique_names, write_gif, write_mp4
@@ -139,6 +140,25 @@ class Model:
         pixels = torch.tensor(picture, device=self._device)[None, None]
         small = torch_stages.resize(pixels, self._plan.box, self._plan.mirror, self.config.data.size)
         return torch_stages.finish(small, self._plan, torch.zeros(1, dtype=torch.int64, device=self._device))[0, 0]
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a prepared picture from a cell of `maps` to the next."""
+        return self._net.backbone.strides[0]
+
+    @torch.inference_mode()
+    def maps(self, clip: Sequence[Tensor]) -> Float[np.ndarray, "T K h w"]:
+        """Where in prepared pictures which emotion is seen: the CRF's marginals in the cells of the fine level.
+
+        Raises:
+            ValueError: if the model's CRF has no labels, or it has no CRF.
+        """
+        if not isinstance(self._net, DFERNet):
+            raise ValueError(f"{self.config.model.name} has no CRF")
+        batch = torch.stack(list(clip))[None].permute(0, 1, 4, 2, 3)
+        with torch.autocast(self._device.type, dtype=self._amp, enabled=self._amp is not None):
+            fine, _ = self._net.emotion_maps(batch if self.config.run.channels_last else batch.contiguous())
+        return fine[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def look(self, clips: Sequence[Sequence[Tensor]], mirrored: bool) -> Float64[np.ndarray, "B K"]:

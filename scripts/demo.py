@@ -50,7 +50,7 @@ from scripts.predict import (
 )
 from train import one_line_errors
 
-KEPT = 3600  # seconds, of results: as long as someone may look at them
+KEPT, CHECKED = 3600, 60  # seconds that results are kept, as someone may look at them; how often they are checked
 WAITING = 20  # visitors; more are told to come back
 COURSE_WIDTH = 440  # px; legible on a telephone, too
 PASSES = ("following the face", "looking at it", "drawing")  # through a video
@@ -244,7 +244,7 @@ def make_page(gr: Any, sight: Sight, limits: Limits, examples: Sequence[Path]) -
     def look_at_example(path: str | None, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008
         yield from look(path, True, progress)
 
-    with gr.Blocks(title="dfer", analytics_enabled=False, delete_cache=(60, KEPT)) as page:
+    with gr.Blocks(title="dfer", analytics_enabled=False, delete_cache=(CHECKED, KEPT)) as page:
         gr.HTML(
             "<h1>Which emotion a face shows, over time</h1>"
             f'<p class="caption">Videos of up to {limits.seconds:g} s and {limits.megabytes:g} MB. An upload is '

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ import torch
 from PIL import Image
 
 from dfer.annotations import EMOTIONS
+from dfer.commandline import Parser
+from dfer.faces import crop_face
 from scripts import demo
 from scripts import predict as pr
 from tests.conftest import ROOT
-from tests.test_predict import moving, probabilities, run, save_frames, videos  # noqa: F401 (fixtures)
+from tests.oracle import resize
+from tests.test_predict import make_videos, moving, probabilities, save_frames, save_run
 from tests.test_prepare_videos import REAL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,3 +122,269 @@ class Browser:
             self._process.wait()
         os.close(self._read)
         os.close(self._write)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_videos(tmp_path_factory.mktemp("videos"))
+
+
+def sight_of(run: Path, *flags: object) -> pr.Sight:
+    parser = Parser("demo", None)
+    pr.add_arguments(parser)
+    given = ["--checkpoint", run, "--device", "cpu", "--window", 12, *flags]
+    return pr.look_with(parser.parse_args([str(flag) for flag in given]))
+
+
+LIMITS = demo.Limits(10, 20)
+
+
+# ---- What is behind the page
+
+
+def test_the_page_shows_what_predict_writes(run: Path, videos: Path, tmp_path: Path) -> None:
+    said: list[tuple[float, str]] = []
+    video = videos / "sub" / "two.mp4"
+    page = tmp_path / "page"
+    result = demo.analyse(video, sight_of(run), LIMITS, page, lambda *told: said.append(told))
+    assert pr.main([str(video), "--checkpoint", str(run), "--device", "cpu", "--window", "12",
+                    "--out", str(tmp_path / "out")]) == 0  # fmt: skip
+    assert [path.name for path in result.files] == ["two.mp4", "two.png", "two.csv", "two.json"]
+    assert result.video == page / "two.mp4"
+    for path in result.files[1:]:
+        assert path.parent == page and path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert len(list(pr.decode(result.video))) == 66
+    mean = np.nanmean(probabilities(page / "two.csv"), axis=0)
+    np.testing.assert_allclose([result.probabilities[e] for e in EMOTIONS], mean, atol=2e-6)
+    best = EMOTIONS[int(mean.argmax())]
+    assert result.message == f"{best} {100 * mean.max():.0f} %, a face in 46 of 66 frames"
+    assert result.course.size == (2 * demo.COURSE_WIDTH, 440)
+    shares = [share for share, _ in said]
+    assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
+    assert {what for _, what in said} <= set(demo.PASSES) and said[0][1] == demo.PASSES[0]
+
+
+@pytest.mark.parametrize("no_crop", [False, True])
+def test_maps_are_of_the_frames_that_are_shown(
+    run: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, no_crop: bool
+) -> None:
+    """Against all frames in a list, and the network called by hand."""
+    video, sight = videos / "sub" / "two.mp4", sight_of(run, *(["--no-crop"] if no_crop else []))
+    seen = pr.watch(video, sight)
+    drawn = {}
+
+    def strip(clip, stride, layers):
+        drawn.update(clip=clip, stride=stride, layers=layers)
+        return real_strip(clip, stride, layers)
+
+    real_strip = demo.strip
+    monkeypatch.setattr(demo, "strip", strip)
+    html = demo.emotion_maps(video, seen, sight)
+
+    order = np.argsort(-np.nanmean(seen.probabilities, axis=0))
+    assert [k for k, _ in drawn["layers"]] == order[:2].tolist()
+    surest, window = -1.0, None
+    for first in range(len(seen.times)):
+        for end in (first + 12,):
+            starts = [w for w in pr.place_windows(seen.track, 12, 3).tolist() if w == [first, end]]
+            mean = seen.probabilities[first:end, order[0]].mean()
+            if starts and mean > surest:
+                surest, window = mean, (first, end)
+    assert demo.surest_clip(seen, int(order[0])) == window
+    frames = [window[0] + int((s + 0.5) * 12 / 4) for s in range(4)]
+    images = [np.asarray(image) for _, image in pr.decode(video)]
+    crops = [images[i] if no_crop else crop_face(images[i], seen.boxes[i], 224) for i in frames]
+    model = sight.models[0]
+    small = [(resize(crop, 32) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225] for crop in crops]
+    with torch.inference_mode():
+        clip = torch.tensor(np.stack(small), dtype=torch.float32).permute(0, 3, 1, 2)[None]
+        fine, _ = model._net.emotion_maps(clip)
+    assert fine.shape[:3] == (1, 4, 7) and np.ptp(fine.numpy()) > 0.01
+    np.testing.assert_allclose(drawn["clip"].maps, fine[0].numpy(), atol=1e-3)
+    assert drawn["clip"].frames.shape == (4, 224, 224, 3)
+    for shown, crop in zip(drawn["clip"].frames, crops, strict=True):
+        wanted = np.asarray(Image.fromarray(crop).resize((224, 224)))
+        assert np.abs(shown.astype(int) - wanted).max() <= 1
+    assert drawn["stride"] == 224 // 32 * 16  # a cell is 16 px of the 32 that the model sees
+    assert html.count("<figure>") == 4
+    assert f"from {seen.edges[window[0]]:.1f} to {seen.edges[window[1]]:.1f} s" in html
+
+
+def test_a_model_without_a_crf_has_no_maps(videos: Path, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", network="mean-pool")
+    result = demo.analyse(videos / "one.mp4", sight_of(run), LIMITS, tmp_path / "out")
+    assert result.maps == '<p class="caption">No emotion maps: mean-pool has no CRF.</p>'
+    assert result.video.exists() and result.probabilities is not None
+
+
+def test_limits_and_what_cannot_be_read_are_one_line(
+    run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sight, out = sight_of(run), tmp_path / "out"
+    with open(tmp_path / "large.mp4", "wb") as file:
+        file.truncate(11 * 2**20)
+    (tmp_path / "bad.mp4").write_bytes(b"nonsense" * 100)
+    one = videos / "one.mp4"
+    cases = [
+        (tmp_path / "large.mp4", LIMITS, "The video has 11.0 MB, and no more than 10 MB are looked at here."),
+        (one, demo.Limits(10, 0.5), "The video is 1.2 s long, and no more than 0.5 s are looked at here."),
+        (tmp_path / "bad.mp4", LIMITS, "The video cannot be read: Invalid data found when processing input."),
+        (tmp_path / "gone.mp4", LIMITS, "The video cannot be read: No such file or directory."),
+    ]
+    for path, limits, line in cases:
+        with pytest.raises(ValueError) as error:
+            demo.analyse(path, sight, limits, out)
+        assert str(error.value) == line
+    for claim in (None, 0.1):  # by the header
+        monkeypatch.setattr(demo, "claimed_seconds", lambda path, claim=claim: claim)
+        with pytest.raises(ValueError, match=r"^The video is longer than the 0\.5 s that are looked at here\.$"):
+            demo.analyse(one, sight, demo.Limits(10, 0.5), out)
+        assert demo.analyse(one, sight, demo.Limits(10, 1.3), tmp_path / f"out {claim}").video.exists()
+    assert not out.exists()
+
+
+def test_without_a_face_there_is_a_message_and_nothing_else(run: Path, videos: Path, tmp_path: Path) -> None:
+    result = demo.analyse(videos / "none.mp4", sight_of(run), LIMITS, tmp_path / "out")
+    assert result == demo.Result("No face is seen in any of the 9 frames.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_are_videos_that_browsers_play(run: Path, videos: Path, tmp_path: Path) -> None:
+    sight = sight_of(run)
+    frames = save_frames(tmp_path / "frames", [frame[:95, :97] for frame in moving(0, 3)])
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    shutil.copy(videos / "one.mp4", tmp_path / "in" / "sub" / "a.mkv")
+    found = demo.make_examples([videos / "one.mp4", frames, tmp_path / "in"], sight, tmp_path / "out")
+    assert found == [videos / "one.mp4", tmp_path / "out" / "frames.mp4", tmp_path / "out" / "sub" / "a.mp4"]
+    assert [image.size for _, image in pr.decode(found[1])] == [(96, 94)] * 3
+    assert len(list(pr.decode(found[2]))) == 31
+    assert demo.make_examples([], sight, tmp_path) == []
+    (tmp_path / "bad.avi").write_bytes(b"nonsense" * 100)
+    with pytest.raises(ValueError, match=r"^--examples .*bad\.avi: Invalid data"):
+        demo.make_examples([tmp_path / "bad.avi"], sight, tmp_path / "out")
+
+
+def test_without_gradio_a_line_says_how_to_get_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "as it was")  # and is put back
+    assert demo.main(["--checkpoint", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("demo: ") and line.endswith('make demo ARGS="--checkpoint ..." installs and starts it')
+
+
+# ---- The page
+
+MISSING = [
+    what
+    for what, there in (
+        ("Gradio (make demo installs it into .venv-demo/)", importlib.util.find_spec("gradio")),
+        ("Chromium", shutil.which("chromium")),
+        ("the real clips beside this checkout", REAL.is_dir()),
+    )
+    if not there
+]
+# Every connection to another machine is told.
+SERVER = """
+import socket, sys
+
+def hear(event, arguments):
+    if event == "socket.connect" and arguments[0].family != socket.AF_UNIX:
+        if arguments[1][0] not in ("127.0.0.1", "::1", "localhost"):
+            print("OUTSIDE", arguments[1], flush=True)
+
+sys.addaudithook(hear)
+from scripts import demo
+demo.KEPT = demo.CHECKED = 4
+sys.exit(demo.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    browser = Browser("chromium", tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def server(run: Path, videos: Path, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    """The page's address, its process, and the folder that holds its files."""
+    (tmp_path / "files").mkdir()
+    command = [sys.executable, "-c", SERVER, "--checkpoint", str(run), "--window", "12", "--port", "0", "--max-mb", "2"]
+    process = subprocess.Popen(
+        [*command, "--examples", str(videos / "one.mp4")],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path / "files"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+        found = re.match(r"http://\S+", line)
+        assert found, line
+        yield found[0], process, tmp_path / "files"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)}")
+def test_the_page_in_a_browser(server: tuple[str, subprocess.Popen, Path], browser: Browser, tmp_path: Path) -> None:
+    url, process, files = server
+    message = "document.querySelector('#message')?.innerText.trim()"
+    browser.resize(1280)
+    browser.call("Page.navigate", url=url)
+    browser.wait("document.querySelector('input[type=file]') !== null")
+    browser.wait(f"{message} === 'Upload a video: it is looked at right away.'")
+
+    browser.upload(REAL / "single_face.mp4")
+    said = browser.wait(f"/ %/.test({message}) && {message}")
+    assert re.fullmatch(r"\w+ \d+ %", said), said
+    browser.wait("document.querySelectorAll('.strip img').length === 4")
+    browser.wait("[...document.querySelectorAll('video')].some(video => video.readyState === 4)")
+    browser.wait("[...document.querySelectorAll('img')].some(image => image.naturalWidth === 880)")
+    text = browser.evaluate("document.body.innerText")
+    assert all(text.count(emotion) for emotion in EMOTIONS) and "single_face" in text
+    uploaded = (REAL / "single_face.mp4").read_bytes()
+    assert uploaded not in [path.read_bytes() for path in files.rglob("*") if path.is_file()]
+    for width in (1280, 390):
+        browser.resize(width)
+        browser.screenshot(tmp_path / f"{width}.png")
+        with Image.open(tmp_path / f"{width}.png") as image:
+            assert image.width == width and image.height > 900 and len(image.convert("RGB").getcolors(2**20)) > 5000
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+    until = time.monotonic() + 60  # then the results are gone
+    while any(name.startswith("single_face") for name in files_in(files)) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert not any(name.startswith(("single_face", "image")) for name in files_in(files)), files_in(files)
+
+    browser.upload(REAL / "no_face.mp4")
+    browser.wait(f"{message} === 'No face is seen in any of the 95 frames.'")
+    assert not browser.evaluate("document.querySelectorAll('.strip img').length")
+    (tmp_path / "large.mp4").write_bytes(bytes(2**21 + 1))
+    browser.upload(tmp_path / "large.mp4")
+    browser.wait("/exceed the maximum allowed size of 2 Mb/.test(document.body.innerText)")
+    browser.evaluate("document.querySelector('button.gallery-item').click()")
+    browser.wait(f"/^\\w+ \\d+ %$/.test({message})")
+
+    own = (url, "data:", "blob:")
+    assert len(browser.requests) > 20 and not [request for request in browser.requests if not request.startswith(own)]
+    blocked = "fetch('https://example.org/').then(() => 'loaded', () => 'blocked')"
+    assert browser.evaluate(blocked) == "blocked" and browser.evaluate(f"fetch('{url}').then(() => 'loaded')")
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "OUTSIDE" not in rest, rest
+    assert files_in(files) == []

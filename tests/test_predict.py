@@ -135,10 +135,10 @@ def test_segments_are_runs_of_one_emotion_of_one_face() -> None:
 # ---- A run whose weights no one trained, but that tells clips apart
 
 
-def save_run(folder: Path, seed: int = 0, **data: object) -> Path:
+def save_run(folder: Path, seed: int = 0, network: str = "dfernet", **data: object) -> Path:
     config = Config(
         data=DataConfig(**{"size": 32, "num_segments": 4, "batch_size": 2, "train_list": folder / "train.txt"} | data),
-        model=ModelConfig(dim=16),
+        model=ModelConfig(name=network, dim=16),
         run=RunConfig(device="cpu", amp="off"),
     )
     torch.manual_seed(seed)
@@ -170,8 +170,11 @@ def moving(identity: int, count: int) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_videos(tmp_path_factory.mktemp("videos"))
+
+
+def make_videos(folder: Path) -> Path:
     """Of a face throughout, of one and then, after a cut, another, and of none."""
-    folder = tmp_path_factory.mktemp("videos")
     nothing = [np.asarray(Image.fromarray(noise(1)[0][:4, :4]).resize((320, 256), Image.Resampling.BICUBIC))]
     write_video(folder / "one.mp4", moving(0, 31))
     times = [40 * i + 15 * (i % 2) for i in range(66)]

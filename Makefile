@@ -1,10 +1,11 @@
 # Two commands matter: `make train` and `make test`. Everything else follows from requirements.txt.
 PYTHON ?= python3
 VENV := .venv
+DEMO := .venv-demo
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test test-slow test-gpu faults bench bench-gpu lint
+.PHONY: train test test-slow test-gpu faults bench bench-gpu demo lint
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed data/faces/test.txt
@@ -35,6 +36,10 @@ bench-gpu: $(VENV)/.installed-bench data/faces/test.txt
 	$(RUN) benchmarks/crf_speed.py --step --json benchmarks/results/crf_speed_gpu.json --plot docs/img/crf_speed_gpu.svg
 	$(RUN) benchmarks/loader_speed.py --device gpu --soak 2 --designs dfer-frames,dfer-video --json benchmarks/results/soak_gpu.json
 
+# make demo ARGS="--checkpoint logs/NAME": a page to try the model on.
+demo: $(DEMO)/.installed
+	$(DEMO)/bin/python scripts/demo.py $(ARGS)
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -52,6 +57,17 @@ $(VENV)/.installed: requirements.txt
 $(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
 	@echo "installing requirements-bench.txt into $(VENV)/"
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c requirements.txt -r requirements-bench.txt
+	@touch $@
+
+# Gradio wants an older Pillow than requirements.txt pins: what it needs lies in a venv of its own, which finds the rest in
+# the first one, and that stays as it is. No other pin may move.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(DEMO)/.installed: requirements-demo.txt $(VENV)/.installed
+	@echo "installing requirements-demo.txt into $(DEMO)/ (60 MB to download, 240 MB of disk, once)"
+	$(RUN) -m venv $(DEMO)
+	@$(RUN) $(PURELIB) > "$$($(DEMO)/bin/python $(PURELIB))/dfer.pth"
+	@grep -v '^pillow==' requirements.txt > $(DEMO)/constraints.txt
+	$(DEMO)/bin/pip install --quiet --disable-pip-version-check -c $(DEMO)/constraints.txt -r requirements-demo.txt
 	@touch $@
 
 # The test list is the last thing that make_faces.py writes.

@@ -361,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-mb", type=in_range(float, 0.1, 10000), default=100.0, help="of a video (100)")
     parser.add_argument("--max-seconds", type=in_range(float, 0.1, 3600), default=60.0, help="of a video (60)")
     parser.add_argument("--host", default="127.0.0.1", help="whose requests are heard: 0.0.0.0 for all (127.0.0.1)")
-    parser.add_argument("--port", type=in_range(int, 0, 65535), default=7860, help="(7860)")
+    parser.add_argument("--port", type=in_range(int, 1, 65535), default=7860, help="(7860)")
     args = parser.parse_args(arguments)
     try:
         return one_line_errors("demo", lambda: run(args))

@@ -10,6 +10,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -301,7 +302,7 @@ def hear(event, arguments):
 
 sys.addaudithook(hear)
 from scripts import demo
-demo.KEPT = demo.CHECKED = 4
+demo.KEPT, demo.CHECKED = 60, 2
 sys.exit(demo.main(sys.argv[1:]))
 """
 
@@ -317,9 +318,11 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 def server(run: Path, videos: Path, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen, Path]]:
     """The page's address, its process, and the folder that holds its files."""
     (tmp_path / "files").mkdir()
-    command = [sys.executable, "-c", SERVER, "--checkpoint", str(run), "--window", "12", "--port", "0", "--max-mb", "2"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, "--checkpoint", str(run), "--window", "12", "--max-mb", "2"]
     process = subprocess.Popen(
-        [*command, "--examples", str(videos / "one.mp4")],
+        [*command, "--port", str(port), "--examples", str(videos / "one.mp4")],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(tmp_path / "files"), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -332,7 +335,7 @@ def server(run: Path, videos: Path, tmp_path: Path) -> Iterator[tuple[str, subpr
         yield found[0], process, tmp_path / "files"
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def files_in(folder: Path) -> list[str]:
@@ -366,7 +369,7 @@ def test_the_page_in_a_browser(server: tuple[str, subprocess.Popen, Path], brows
             assert image.width == width and image.height > 900 and len(image.convert("RGB").getcolors(2**20)) > 5000
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
 
-    until = time.monotonic() + 60  # then the results are gone
+    until = time.monotonic() + 180  # then the results are gone
     while any(name.startswith("single_face") for name in files_in(files)) and time.monotonic() < until:
         time.sleep(0.5)
     assert not any(name.startswith(("single_face", "image")) for name in files_in(files)), files_in(files)

@@ -379,7 +379,7 @@ def test_the_page_in_a_browser(server: tuple[str, subprocess.Popen, Path], brows
     assert not browser.evaluate("document.querySelectorAll('.strip img').length")
     (tmp_path / "large.mp4").write_bytes(bytes(2**21 + 1))
     browser.upload(tmp_path / "large.mp4")
-    browser.wait("/exceed the maximum allowed size of 2 Mb/.test(document.body.innerText)")
+    browser.wait("/exceed the maximum allowed size of 2(\\.0)? M/i.test(document.body.innerText)")
     browser.evaluate("document.querySelector('button.gallery-item').click()")
     browser.wait(f"/^\\w+ \\d+ %$/.test({message})")
 

@@ -16,7 +16,8 @@ from tests.conftest import ROOT
 from tests.releases import build_dfew, build_ferv39k
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("your-data", "dfew-ferv39k", "multi-node")]
+# In this order: lists that one has prepared are used by another. tests/test_dashboard.py runs those of wandb.md.
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("your-data", "dfew-ferv39k", "multi-node", "speed", "crf")]
 TINY_DATA = "--data.size 32 --data.num-segments 2 --data.batch-size 2"
 TINY = f"{TINY_DATA} --model.dim 16 --optim.epochs 1 --optim.steps-per-epoch 1 --run.wandb off --run.device cpu"
 SMALLER = {  # what is added to a command to make it small, by its script
@@ -24,6 +25,9 @@ SMALLER = {  # what is added to a command to make it small, by its script
     "scripts/crossval.py": f"-- {TINY}",
     "scripts/prepare_dfew.py": "--allow-missing",  # a miniature of the release
     "scripts/prepare_ferv39k.py": "--allow-missing",
+    "benchmarks/loader_speed.py": "--clips 8 --frames 2 --size 32 --batch-size 2 --rounds 1 --seconds 0.1 --patience 0",
+    "benchmarks/crf_speed.py": "--tokens 104 --batches 1 --rounds 1 --patience 0",
+    "benchmarks/model_comparison.py": f"--seeds 1 -- {TINY}",
 }
 
 
@@ -40,7 +44,7 @@ def script_of(words: list[str]) -> int:
 
 
 def test_all_pages_are_read_and_guides_have_commands():
-    assert len(PAGES) >= 8 and all(len(commands(page)) >= 4 for page in GUIDES)
+    assert len(PAGES) >= 8 and all(len(commands(page)) >= 2 for page in GUIDES)
     assert commands(ROOT / "README.md")[:2] == ["make train", "make test"]
 
 
@@ -104,12 +108,11 @@ def checkout(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
-def test_the_commands_of_a_guide_run_one_after_the_other(page, checkout):
+def test_the_commands_of_the_guides_run_one_after_the_other(checkout):
     # `python` and `torchrun` are those that run the tests.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    for command in commands(page):
+    for command in (command for page in GUIDES for command in commands(page)):
         words = shlex.split(command)
         if words[0] == "sbatch":
             continue  # tests/test_slurm.py

@@ -97,7 +97,7 @@ def checkout(tmp_path_factory) -> Path:
     faces = [sys.executable, "scripts/make_faces.py", "--size", "0.03"]
     subprocess.run([*faces, "--out", str(drawn), "--video", "h264"], cwd=ROOT, check=True)
     subprocess.run([*faces, "--out", str(root / "data" / "faces")], cwd=ROOT, check=True)
-    rows = [line.split() for line in (drawn / "train.txt").read_text().splitlines() if not line.startswith("#")]
+    rows = [line.split() for line in (drawn / "train_h264.txt").read_text().splitlines() if not line.startswith("#")]
     for path, _, label in rows[:20]:
         folder = root / "videos" / EMOTIONS[int(label)]
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # In this order: lists that one has prepared are used by another. tests/test_wandb.py runs those of wandb.md.
 GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("your-data", "dfew-ferv39k", "multi-node", "speed", "crf")]
 TINY_DATA = "--data.size 32 --data.num-segments 2 --data.batch-size 2"
-TINY = f"{TINY_DATA} --model.dim 16 --optim.epochs 1 --optim.steps-per-epoch 1 --run.wandb off --run.device cpu"
+# 8 steps: --profile 5 has three to warm up before.
+TINY = f"{TINY_DATA} --model.dim 16 --optim.epochs 1 --optim.steps-per-epoch 8 --run.wandb off --run.device cpu"
 SMALLER = {  # what is added to a command to make it small, by its script
     "train.py": TINY,
     "scripts/crossval.py": f"-- {TINY}",

@@ -299,6 +299,7 @@ def test_the_server_counts_a_line_once():
     assert fake.runs["x"].rows == [{"a": 1}, {"a": 2}] and fake.runs["x"].numbers == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_work(clips, tmp_path, server):
     """All of docs/wandb.md in its order, on tiny clips instead of the embedded data set."""
     text = (ROOT / "docs" / "wandb.md").read_text()

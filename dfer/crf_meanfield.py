@@ -2,7 +2,8 @@
 
 `meanfield` is the door. The backward pass is written by hand: as S is symmetric, the adjoint of one sweep is a sweep,
 and the gradient of the points is one pass over all pairs, of rank I*L + C, whatever the number I of iterations. It
-keeps the inputs and one number per token, never an N x N matrix, and computes the marginals of each iteration again.
+keeps the inputs and one number per token, never an N x N matrix, and computes the marginals of each iteration again;
+short operands take half the room of the inputs, and what that spares the last marginals take.
 
 Backends, which differ only in how they sweep (dfer/crf_pairs.py):
     dense: matrix products, as many clips at once as fit the cache; the default.
@@ -227,6 +228,7 @@ def _(unary, points, frames, cells, compatibility, valid, damping, bounds, value
 def _meanfield_backward_op(
     to_marginals: torch.Tensor,
     to_swept: torch.Tensor | None,
+    result: torch.Tensor | None,
     unary: torch.Tensor,
     points: torch.Tensor,
     frames: torch.Tensor | None,
@@ -240,15 +242,18 @@ def _meanfield_backward_op(
     backend: str,
     operands: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of unary, points, frames, cells, compatibility and values; empty for what was not given."""
+    """Gradients of unary, points, frames, cells, compatibility and values; empty for what was not given.
+
+    `result`: the marginals that forward has returned, if they were kept.
+    """
     parts = []
     with torch.autocast(points.device.type, enabled=False):  # the backward pass may be called from under it
         for clips, pairs in grouped(backend, points, valid, operands, unary.dtype, scale):
-            own = [None if x is None else x[clips] for x in (frames, values, to_swept)]
+            own = [None if x is None else x[clips] for x in (frames, values, to_swept, result)]
             parts.append(
                 _differentiate(
-                    pairs, to_marginals[clips], own[2], unary[clips], own[0], cells, compatibility, valid[clips],
-                    damping[clips], own[1], iterations, operands,
+                    pairs, to_marginals[clips], own[2], own[3], unary[clips], own[0], cells, compatibility,
+                    valid[clips], damping[clips], own[1], iterations, operands,
                 )
             )  # fmt: skip
         to_unary, to_points, to_values, q, steps, *swept = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -262,18 +267,17 @@ def _meanfield_backward_op(
 
 
 @_meanfield_backward_op.register_fake
-def _(to_marginals, to_swept, unary, points, frames, cells, compatibility, valid, scale, damping, values, *_):
+def _(to_marginals, to_swept, result, unary, points, frames, cells, compatibility, valid, scale, damping, values, *_):
+    like = (unary, points.to(unary.dtype), frames, cells, compatibility, values)
     nothing = unary.new_empty(0)
-    return tuple(
-        torch.empty_like(nothing if x is None else x, memory_format=torch.contiguous_format)
-        for x in (unary, points, frames, cells, compatibility, values)
-    )
+    return tuple(torch.empty_like(nothing if x is None else x, memory_format=torch.contiguous_format) for x in like)
 
 
 def _differentiate(
     pairs: DifferentiablePairs,
     to_marginals: Tensor,
     to_swept: Tensor | None,
+    result: Tensor | None,
     unary: Tensor,
     frames: Tensor | None,
     cells: Tensor | None,
@@ -284,7 +288,7 @@ def _differentiate(
     iterations: int,
     operands: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """The adjoint of `_infer`, for the clips of one group. What forward did is done again: nothing of it was kept.
+    """The adjoint of `_infer`, for the clips of one group. What forward did is done again, except a kept `result`.
 
     Gradients of unary, points and values; and what the others are made of, (B, N, I, L) each: the marginals that were
     swept, the steps, which are the gradients of what an iteration adds to the logits, S steps, and S^0 steps.
@@ -294,8 +298,11 @@ def _differentiate(
     logits, q = unary, unary.softmax(-1)
     smoothness = None if frames is None else Smoothness(frames, cells)
     marginals = []
-    for _ in range(iterations):
+    for iteration in range(iterations):
         marginals.append(q)
+        if iteration == iterations - 1 and result is not None:
+            q = result
+            break
         smooth = None if smoothness is None else smoothness.sweep(q) @ compatibility[1]
         logits, q, _, _ = pairs.step(q, logits, unary, smooth, compatibility[0], eta, None)
     eta = eta[:, None, None]
@@ -347,17 +354,21 @@ def _softmax_adjoint(q: Tensor, adjoint: Tensor) -> Tensor:
 
 def _keep(ctx, inputs, output):
     unary, points, frames, cells, compatibility, valid, _, _, values, *options = inputs
-    _, _, scale, damping, residual, energies = output
-    ctx.save_for_backward(unary, points, frames, cells, compatibility, valid, scale, damping, values)
+    result, _, scale, damping, residual, energies = output
+    short = options[-1].itemsize < unary.dtype.itemsize
+    points = points.to(options[-1])  # the kernel is that of the rounded points
+    ctx.save_for_backward(
+        result if short else None, unary, points, frames, cells, compatibility, valid, scale, damping, values
+    )
     ctx.options = options
     ctx.mark_non_differentiable(scale, damping, residual, energies)
 
 
 def _backward(ctx, to_marginals, to_swept, *_):
-    unary, points, frames, cells, compatibility, valid, scale, damping, values = ctx.saved_tensors
+    result, unary, points, frames, cells, compatibility, valid, scale, damping, values = ctx.saved_tensors
     to_unary, to_points, to_frames, to_cells, to_compatibility, to_values = _meanfield_backward_op(
-        to_marginals, None if values is None else to_swept, unary, points, frames, cells, compatibility, valid, scale,
-        damping, values, *ctx.options,
+        to_marginals, None if values is None else to_swept, result, unary, points, frames, cells, compatibility, valid,
+        scale, damping, values, *ctx.options,
     )  # fmt: skip
     to_frames, to_cells = (None, None) if frames is None else (to_frames, to_cells)
     to_values = None if values is None else to_values

@@ -152,10 +152,16 @@ class DensePairs(DifferentiablePairs):
     ):
         self.operands, self.accumulate = operands, accumulate
         self.points = rounded(points, valid, operands, accumulate)
-        half_norm = torch.where(valid, 0.5 * self.points.square().sum(-1), NEVER)
-        kernel = self.product(self.points, self.points.mT, None if workspace is None else workspace[: len(points)])
-        kernel = kernel.sub_(half_norm[:, :, None]).sub_(half_norm[:, None, :]).clamp_(max=0)
-        kernel = kernel.mul_(LOG2_E).exp2_()  # on a CPU a third of the time of exp_
+        scaled = math.sqrt(LOG2_E) * self.points  # e^x = 2^(x log2 e)
+        half_norm = torch.where(valid, 0.5 * scaled.square().sum(-1), NEVER)
+        if self.on_tensor_cores:
+            kernel = self.product(self.points, self.points.mT).mul_(LOG2_E)
+            kernel.sub_(half_norm[:, :, None]).sub_(half_norm[:, None, :])
+        else:  # the norms are two more columns of the product, which cost less than two more passes over all pairs
+            norm, one = half_norm[..., None], torch.ones_like(half_norm)[..., None]
+            left, right = torch.cat([scaled, -norm, one], dim=-1), torch.cat([scaled, one, -norm], dim=-1)
+            kernel = torch.bmm(left, right.mT, out=None if workspace is None else workspace[: len(points)])
+        kernel = kernel.exp2_()  # on a CPU a third of the time of exp_; where two tokens coincide 1 up to rounding
         kernel.diagonal(dim1=-2, dim2=-1).zero_()  # a token sends itself nothing
         self.scale = (1 + kernel.sum(-1)).rsqrt() * valid if scale is None else scale
         self.kernel = kernel.to(operands) if self.on_tensor_cores else kernel
@@ -202,11 +208,12 @@ class DensePairs(DifferentiablePairs):
         rows = -(-num_tokens // blocks)
         for block in (slice(i, i + rows) for i in range(0, num_tokens, rows)):
             pairs = torch.bmm(left[:, block], right.mT).to(self.accumulate).mul_(kernel[:, block])
-            worth = 0.5 * (pairs.sum(-1) + columns[:, block]) * self.scale[:, block].square()
-            pairs.addcmul_(kernel[:, block], worth[..., None], value=-1)
+            row, to_itself = pairs.sum(-1), self.scale[:, block].square()  # 1 / d
+            worth = 0.5 * (row + columns[:, block])  # e d
+            pairs.addcmul_(kernel[:, block], (worth * to_itself)[..., None], value=-1)
             to_points[:, block] += torch.bmm(pairs, self.points)
             to_points.baddbmm_(pairs.mT, self.points[:, block])
-            weight[:, block] += pairs.sum(-1)
+            weight[:, block] += row - worth * (1 - to_itself)  # a row of K sums to d - 1
             weight += pairs.sum(-2)
         return to_points - weight[..., None] * self.points
 

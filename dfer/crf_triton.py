@@ -201,7 +201,7 @@ class TritonPairs(DifferentiablePairs):
         operands: torch.dtype,
         scale: Float[Tensor, "B N"] | None,
     ):
-        assert points.dtype is torch.float32, "the kernels sum in float32"
+        assert points.dtype is not torch.float64, "the kernels sum in float32"
         self.operands, self.width = operands, points.shape[-1]
         exact = rounded(points, valid, operands, torch.float32)
         # Products of matrices want a power of two, 16 or more: zeros change no distance.

@@ -49,8 +49,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what 
         )
     ],
     "degree taken for a constant": [
-        (PAIRS, "worth = 0.5 * (pairs.sum(-1) + columns[:, block])", "worth = 0 * (pairs.sum(-1) + columns[:, block])")
+        (PAIRS, "worth = 0.5 * (row + columns[:, block])", "worth = 0 * (row + columns[:, block])")
     ],
+    "row sums of the kernel taken for the degree": [(PAIRS, "row - worth * (1 - to_itself)", "row - worth")],
+    "the result kept for backward is the start": [(MEANFIELD, "            q = result\n", "")],
     "damping of the whole batch": [
         (
             MEANFIELD,
@@ -61,8 +63,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what 
     "padding counts in the degree": [
         (
             PAIRS,
-            "half_norm = torch.where(valid, 0.5 * self.points.square().sum(-1), NEVER)",
-            "half_norm = 0.5 * self.points.square().sum(-1)",
+            "half_norm = torch.where(valid, 0.5 * scaled.square().sum(-1), NEVER)",
+            "half_norm = 0.5 * scaled.square().sum(-1)",
         )
     ],
     "softmax in bfloat16": [

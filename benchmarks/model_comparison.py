@@ -47,9 +47,9 @@ VARIANTS = {  # the first is what the others are compared with
 def train(variant: str, flags: list[str], seed: int, log_dir: Path, extra: list[str]) -> dict[str, float]:
     """Train once, from a shell as a user would, and read the last evaluation. A run that was cut off is continued."""
     name = f"comparison-{variant}-seed{seed}"
-    command = [sys.executable, "train.py", "faces", *flags, "--seed", str(seed), "--run.name", name]
+    command = [sys.executable, str(ROOT / "train.py"), "faces", *flags, "--seed", str(seed), "--run.name", name]
     settings = ["--run.log-dir", str(log_dir), "--run.wandb", "off", *extra]
-    subprocess.run([*command, *settings], cwd=ROOT, check=True)
+    subprocess.run([*command, *settings], check=True)
     rows = [json.loads(line) for line in (log_dir / name / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "val/WAR" in row][-1]
     return {"seed": seed, "epochs": last["epoch"], "WAR": last["val/WAR"], "UAR": last["val/UAR"]}

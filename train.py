@@ -32,20 +32,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipes.loader import ClipLoader
-from dfer import distributed, rehearsal
-from dfer.annotations import EMOTIONS, read_votes
 from dfer.batch import Batch
-from dfer.checkpoint import RunDir, decode_state, newest_checkpoint, save_weights, write_whole
 from dfer.config import Config, ModelConfig, config_from_json, parse_config
-from dfer.distributed import EXIT_GAVE_UP, EXIT_STOPPED, StopSignals, World
-from dfer.index import ClipIndex, load_index
-from dfer.logger import Logger, write_predictions
+from dfer.lists.annotations import EMOTIONS, read_votes
+from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import classification_loss
 from dfer.metrics import BEGINNING, ConfusionMatrix, Throughput, peak_memory
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.optim import FiniteSteps, build_ema, build_optimizer, lr_at
-from dfer.profiler import TRACE, WARM_UP, Profiler
-from dfer.sampling import ClipSampler
+from dfer.plan.sampling import ClipSampler
+from dfer.run import distributed
+from dfer.run import dry_run as rehearsal
+from dfer.run.checkpoint import RunDir, decode_state, newest_checkpoint, save_weights, write_whole
+from dfer.run.distributed import EXIT_GAVE_UP, EXIT_STOPPED, StopSignals, World
+from dfer.run.logger import Logger, write_predictions
+from dfer.run.profiler import TRACE, WARM_UP, Profiler
 
 gc.enable()
 gc.freeze()  # and none of it is looked at again in training
@@ -127,8 +128,8 @@ def rehearse(
 def print_report(path: Path) -> None:
     """Write the page about a run that is done: whatever goes wrong with it costs one line, not the run."""
     try:
-        from dfer.records import read_run
-        from dfer.report import write_report  # with its libraries half a second, which only the end pays
+        from dfer.report.page import write_report  # with its libraries half a second, which only the end pays
+        from dfer.report.records import read_run
 
         print(f"report: {write_report(read_run(path), build_loader, trained_model)}")
     except (Exception, KeyboardInterrupt) as error:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfer.crf import cell_positions
-from dfer.crf_meanfield import Features, MeanField, certified_damping, curvature_bounds, meanfield
-from dfer.crf_pairs import Smoothness, normalised_kernel
+from dfer.crf.layers import cell_positions
+from dfer.crf.meanfield import Features, MeanField, certified_damping, curvature_bounds, meanfield
+from dfer.crf.pairs import Smoothness, normalised_kernel
 
 STATES, VALUES, ITERATIONS, WIDTH = 16, 64, 3, 256
 # Frames and the sides of both levels' cells; as a picture, for those that know two dimensions only.

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import dfer.crf
+import dfer.crf.layers
 from benchmarks.crf_peers import (
     ITERATIONS,
     SHAPES,
@@ -56,10 +56,10 @@ from benchmarks.crf_peers import (
 )
 from benchmarks.loader_speed import BENCH_HINT, machine
 from benchmarks.quiet import Usage, wait_for_quiet
-from dfer.commandline import Parser, in_range
-from dfer.crf import MeanFieldCRF
-from dfer.distributed import keep_freed_memory
+from dfer.cli import Parser, in_range
+from dfer.crf.layers import MeanFieldCRF
 from dfer.model import DFERNet
+from dfer.run.distributed import keep_freed_memory
 
 # Pixels, frames and clips of the training steps.
 STEPS = {"cpu": [(48, 8, 16), (112, 16, 8)], "cuda": [(112, 16, 64), (112, 16, 256)]}
@@ -230,7 +230,7 @@ def free_bytes(device: str) -> float:
 
 class NoCRF(nn.Module):
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], object]:
-        return levels, dfer.crf.CRFOutput(None, None, {})
+        return levels, dfer.crf.layers.CRFOutput(None, None, {})
 
 
 def measure_steps(args: argparse.Namespace) -> dict:
@@ -271,7 +271,7 @@ def step_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, labels: Tensor, amp: bool, naive: bool
 ) -> Callable[[], None]:
     def step() -> None:
-        place = mock.patch.object(dfer.crf, "meanfield", naive_meanfield) if naive else contextlib.nullcontext()
+        place = mock.patch.object(dfer.crf.layers, "meanfield", naive_meanfield) if naive else contextlib.nullcontext()
         with place:
             with torch.autocast(clips.device.type, torch.bfloat16, enabled=amp):
                 prediction = model(clips)

@@ -52,9 +52,9 @@ from benchmarks.storage import (
     repeat_list,
     warm,
 )
-from dfer.commandline import Parser, in_range, shown
-from dfer.index import load_index
-from dfer.sampling import Augmentation, ClipSampler
+from dfer.cli import Parser, in_range, shown
+from dfer.lists.index import load_index
+from dfer.plan.sampling import Augmentation, ClipSampler
 
 CACHED = "dfer-cached-raw128"  # held in the memory of the GPU
 OURS = [*(f"dfer-{source}" for source in SOURCES), CACHED]
@@ -180,12 +180,12 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
 def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     """The trainer's own loop on the loader's batches and on one batch that lies there, in turn."""
     import train
-    from dfer import distributed
     from dfer.config import Config, DataConfig, RunConfig
-    from dfer.logger import Logger
     from dfer.metrics import Throughput
     from dfer.optim import build_optimizer
-    from dfer.profiler import Profiler
+    from dfer.run import distributed
+    from dfer.run.logger import Logger
+    from dfer.run.profiler import Profiler
 
     task = task_of(args, folder)
     world = distributed.setup("cuda" if args.device == "gpu" else "cpu")

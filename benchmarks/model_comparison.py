@@ -25,7 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.commandline import Parser
+from dfer.cli import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {  # the first is what the others are compared with

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dfer.annotations import read_annotations, write_annotations
-from dfer.commandline import shown
-from dfer.index import build_index, load_index
+from dfer.cli import shown
+from dfer.lists.annotations import read_annotations, write_annotations
+from dfer.lists.index import build_index, load_index
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("frames", "shards224", "shards144", "raw128", "video")

@@ -17,10 +17,10 @@ from dali_pipes.readers import Readers
 from dali_pipes.resident import ResidentClips
 from dali_pipes.sources import BadClip, VideoFiles, source_of
 from dfer.batch import Batch
-from dfer.commandline import shown
-from dfer.index import ClipIndex
-from dfer.sampling import ClipSampler, EpochPlan, shard
-from dfer.video import yuv_to_rgb
+from dfer.cli import shown
+from dfer.lists.index import ClipIndex
+from dfer.plan.sampling import ClipSampler, EpochPlan, shard
+from dfer.video.decode import yuv_to_rgb
 
 TOLERATED = 0.01  # share of the clips that may be bad before it is no accident any more; one clip always may
 AHEAD = 2  # batches that are read, and videos decoded, before the graph needs them

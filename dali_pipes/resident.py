@@ -6,7 +6,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from dali_pipes import torch_stages
-from dfer.index import ClipIndex
+from dfer.lists.index import ClipIndex
 
 
 class ResidentClips:

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
 from dali_pipes.headers import MAX_BYTES, refusal
-from dfer.index import ClipIndex
-from dfer.video import BadVideo, check_claims, read_frames, yuv_to_rgb
+from dfer.lists.index import ClipIndex
+from dfer.video.decode import BadVideo, check_claims, read_frames, yuv_to_rgb
 
 # Codecs whose chroma samples lie on even columns of luma unless a stream says otherwise, which FFmpeg follows; those of
 # all others lie between two columns.

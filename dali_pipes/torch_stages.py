@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from dfer.sampling import EpochPlan
+from dfer.plan.sampling import EpochPlan
 
 
 class DevicePlan:

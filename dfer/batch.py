@@ -1,7 +1,7 @@
 """The batch that passes from the loader to the model, and the letters used for shapes everywhere.
 
 B clips in a batch, T frames of a clip, C channels, H W height and width, h w those of a feature map, D feature width,
-K classes, N videos of a list (in dfer/crf.py: tokens of a clip).
+K classes, N videos of a list (in dfer/crf/layers.py: tokens of a clip).
 """
 
 from typing import NamedTuple

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from dfer.sampling import MAX_RANDAUGMENT, Augmentation
+from dfer.plan.sampling import MAX_RANDAUGMENT, Augmentation
 
 
 @dataclass(frozen=True)

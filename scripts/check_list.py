@@ -24,10 +24,10 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.annotations import EMOTIONS, write_annotations
-from dfer.commandline import Parser, in_range, shown
-from dfer.dialects import Dialect, Row, read_dialect
-from dfer.index import FRAME_SUFFIXES, MAX_PIXELS, natural_key
+from dfer.cli import Parser, in_range, shown
+from dfer.lists.annotations import EMOTIONS, write_annotations
+from dfer.lists.formats import Dialect, Row, read_dialect
+from dfer.lists.index import FRAME_SUFFIXES, MAX_PIXELS, natural_key
 
 NAMED = 10  # problems of a kind that are printed
 UNWRITABLE = ("missing folders", "unreadable folders", "folders without frames", "clips with two labels")

@@ -37,16 +37,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.annotations import EMOTIONS, read_annotations, write_annotations
-from dfer.checkpoint import decode_state, differences, newest_checkpoint, write_whole
-from dfer.commandline import Parser, in_range
+from dfer.cli import Parser, in_range
 from dfer.config import PRESETS, Config, config_from_json, parse_config
-from dfer.distributed import EXIT_STOPPED, SIGNALS, World
-from dfer.index import load_index, natural_key
+from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
+from dfer.lists.index import load_index, natural_key
+from dfer.lists.releases import DFEW_TEST_COUNTS
 from dfer.metrics import ConfusionMatrix
-from dfer.records import Pool, Predictions, Run, pool, read_predictions, read_run, wilson
-from dfer.releases import DFEW_TEST_COUNTS
-from dfer.report import write_folds_report
+from dfer.report.page import write_folds_report
+from dfer.report.records import Pool, Predictions, Run, pool, read_predictions, read_run, wilson
+from dfer.run.checkpoint import decode_state, differences, newest_checkpoint, write_whole
+from dfer.run.distributed import EXIT_STOPPED, SIGNALS, World
 from train import fingerprint, one_line_errors, same_global_batch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,14 +26,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.annotations import EMOTIONS
-from dfer.commandline import Parser, in_range, shown
-from dfer.course import place_windows
-from dfer.faces import crop_face
-from dfer.figures import ACCENT, SECOND
-from dfer.overlay import course_picture
-from dfer.report import Clip, strip
-from dfer.video import BadVideo, claimed_seconds, write_mp4
+from dfer.cli import Parser, in_range, shown
+from dfer.lists.annotations import EMOTIONS
+from dfer.predict.overlay import course_picture
+from dfer.predict.timeline import place_windows
+from dfer.report.figures import ACCENT, SECOND
+from dfer.report.page import Clip, strip
+from dfer.video.decode import BadVideo, claimed_seconds, write_mp4
+from dfer.video.faces import crop_face
 from scripts.predict import (
     CROP_SIZE,
     Seen,

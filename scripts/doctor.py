@@ -21,7 +21,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.commandline import Parser
+from dfer.cli import Parser
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 1.3 GB; a run keeps up to 5 checkpoints of 160 MB

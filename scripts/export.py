@@ -27,18 +27,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.annotations import EMOTIONS
-from dfer.checkpoint import load_checkpoint
-from dfer.commandline import Parser, shown
+from dfer.cli import Parser, shown
 from dfer.config import Config, config_from_json
-from dfer.records import Predictions, read_run, wilson
-from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD
+from dfer.lists.annotations import EMOTIONS
+from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
+from dfer.report.records import Predictions, read_run, wilson
+from dfer.run.checkpoint import load_checkpoint
 from train import one_line_errors, trained_model
 
 FORMATS = ("hub", "pt2", "onnx")
 TOLERANCE = 1e-4  # of logits, absolute
 NUM_SHAPES = 20
-CARD = Path(__file__).resolve().parents[1] / "dfer" / "model_card.md"
+CARD = Path(__file__).resolve().parents[1] / "dfer" / "model" / "model_card.md"
 
 # Licence, data and crop as the card names them, by the folder that a run's lists lie in.
 DATA = {

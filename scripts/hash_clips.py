@@ -16,9 +16,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dali_pipes.sources import BadClip, Source, source_of
-from dfer.commandline import Parser, in_range, shown
-from dfer.hashes import digest, hashes_path, write_hashes
-from dfer.index import load_index
+from dfer.cli import Parser, in_range, shown
+from dfer.lists.hashes import digest, hashes_path, write_hashes
+from dfer.lists.index import load_index
 from scripts.check_list import watch
 
 

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.annotations import EMOTIONS, write_annotations
-from dfer.commandline import Parser, in_range
+from dfer.cli import Parser, in_range
+from dfer.lists.annotations import EMOTIONS, write_annotations
 
 # ---- The data set's grammar: what makes it easy or hard.
 CLASS_SHARES = (0.21, 0.16, 0.23, 0.19, 0.125, 0.015, 0.07)  # as in DFEW

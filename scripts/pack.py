@@ -47,11 +47,11 @@ from jaxtyping import Int32, Int64
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.annotations import EMOTIONS, VideoRecord, packed_index, read_annotations, write_annotations
-from dfer.commandline import Parser, in_range, shown
-from dfer.index import MAX_PIXELS, FrameFiles, build_index
-from dfer.packed import Pack, Packed, match_records, read_pack, shard_problems, write_pack
-from dfer.video import BadVideo, decode
+from dfer.cli import Parser, in_range, shown
+from dfer.lists.annotations import EMOTIONS, VideoRecord, packed_index, read_annotations, write_annotations
+from dfer.lists.index import MAX_PIXELS, FrameFiles, build_index
+from dfer.lists.packed import Pack, Packed, match_records, read_pack, shard_problems, write_pack
+from dfer.video.decode import BadVideo, decode
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIX = {"shards": "tar", "raw": "raw"}

@@ -37,18 +37,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dali_pipes import torch_stages
 from dali_pipes.headers import MAX_BYTES
-from dfer.annotations import EMOTIONS, read_annotations
-from dfer.checkpoint import load_checkpoint, write_whole
-from dfer.commandline import Parser, in_range, shown
+from dfer.cli import Parser, in_range, shown
 from dfer.config import config_from_json
-from dfer.course import Course, place_windows, segments
-from dfer.distributed import World
-from dfer.faces import Detector, crop_face, find_face, make_detector
-from dfer.index import FRAME_SUFFIXES, natural_key
+from dfer.lists.annotations import EMOTIONS, read_annotations
+from dfer.lists.index import FRAME_SUFFIXES, natural_key
 from dfer.model import DFERNet
-from dfer.overlay import Overlay, course_picture
-from dfer.sampling import ClipSampler
-from dfer.video import BadVideo, claimed_seconds, decode, find_video_files, record, unique_names, write_gif, write_mp4
+from dfer.plan.sampling import ClipSampler
+from dfer.predict.overlay import Overlay, course_picture
+from dfer.predict.timeline import Course, place_windows, segments
+from dfer.run.checkpoint import load_checkpoint, write_whole
+from dfer.run.distributed import World
+from dfer.video.decode import (
+    BadVideo,
+    claimed_seconds,
+    decode,
+    find_video_files,
+    record,
+    unique_names,
+    write_gif,
+    write_mp4,
+)
+from dfer.video.faces import Detector, crop_face, find_face, make_detector
 from scripts.pack import decode_image
 from train import amp_dtype, one_line_errors, trained_model
 
@@ -82,7 +91,7 @@ class Seen(NamedTuple):
     height: int  # px, upright
     width: int
     times: Float64[np.ndarray, " N"]  # seconds from the first frame
-    boxes: Float64[np.ndarray, "N 4"] | None  # what the model saw, as in dfer/faces.py; None: the whole picture
+    boxes: Float64[np.ndarray, "N 4"] | None  # what the model saw, as in dfer/video/faces.py; None: the whole picture
     track: Int64[np.ndarray, " N"]
     most: int | None  # faces at once; None: not looked for
     cuts: int | None

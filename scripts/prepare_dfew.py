@@ -16,8 +16,8 @@ from pathlib import Path
 import openpyxl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer import releases
-from dfer.annotations import EMOTIONS
+from dfer.lists import releases
+from dfer.lists.annotations import EMOTIONS
 
 FOLDS = range(1, 6)
 # What the parts are called, in the release and on users' disks.

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer import releases
-from dfer.annotations import EMOTIONS
+from dfer.lists import releases
+from dfer.lists.annotations import EMOTIONS
 
 CLIP_FOLDER = re.compile(rf"(?:2_)?ClipsforFaceCrop{releases.COPY_SUFFIX}", re.IGNORECASE)
 SET_FILE = re.compile(r"(train|test)[ _-]*(\w*)\.csv", re.IGNORECASE)  # of all scenes, or of one

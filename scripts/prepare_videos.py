@@ -31,12 +31,12 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.annotations import EMOTIONS, write_annotations
-from dfer.commandline import Parser, in_range, shown
-from dfer.dialects import WORDS
-from dfer.faces import crop_face, find_face, make_detector
-from dfer.index import natural_key
-from dfer.video import BadVideo, decode, find_video_files, nearest_frames, unique_names
+from dfer.cli import Parser, in_range, shown
+from dfer.lists.annotations import EMOTIONS, write_annotations
+from dfer.lists.formats import WORDS
+from dfer.lists.index import natural_key
+from dfer.video.decode import BadVideo, decode, find_video_files, nearest_frames, unique_names
+from dfer.video.faces import crop_face, find_face, make_detector
 
 LABELS = {word: EMOTIONS.index(emotion) for word, emotion in WORDS.items()}
 LABEL_HELP = "0..6 or " + ", ".join(EMOTIONS)

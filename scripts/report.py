@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.commandline import Parser, in_range
-from dfer.records import read_run
-from dfer.report import write_report
+from dfer.cli import Parser, in_range
+from dfer.report.page import write_report
+from dfer.report.records import read_run
 from train import build_loader, one_line_errors, trained_model
 
 

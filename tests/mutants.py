@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/test_crf.py", "tests/test_crf_layer.py")
 TOO_SLOW = "not compile and not fp16_survives"  # they are about other things
 
-MEANFIELD, PAIRS, LAYER = "dfer/crf_meanfield.py", "dfer/crf_pairs.py", "dfer/crf.py"
+MEANFIELD, PAIRS, LAYER = "dfer/crf/meanfield.py", "dfer/crf/pairs.py", "dfer/crf/layers.py"
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what it becomes)
     "a token hears itself": [
         (PAIRS, "kernel.diagonal(dim1=-2, dim2=-1).zero_()  # a token", "# a token"),

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from dfer.sampling import EpochPlan
+from dfer.plan.sampling import EpochPlan
 
 
 def oracle_clip(pixels: list[np.ndarray], plan: EpochPlan, video: int, size: int) -> np.ndarray:

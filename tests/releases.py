@@ -19,8 +19,8 @@ import openpyxl
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.annotations import EMOTIONS
-from dfer.releases import DFEW_COUNTS, FERV39K_TEST_COUNTS, FERV39K_TRAIN_COUNTS
+from dfer.lists.annotations import EMOTIONS
+from dfer.lists.releases import DFEW_COUNTS, FERV39K_TEST_COUNTS, FERV39K_TRAIN_COUNTS
 from scripts.make_faces import apex_script, frames
 
 PEOPLE = 2

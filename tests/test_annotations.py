@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from dfer.annotations import EMOTIONS, read_annotations, read_votes, write_annotations
-from dfer.index import build_index, natural_key
+from dfer.lists.annotations import EMOTIONS, read_annotations, read_votes, write_annotations
+from dfer.lists.index import build_index, natural_key
 
 
 def write(tmp_path, text: bytes):

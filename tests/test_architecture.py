@@ -10,15 +10,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_IN = {
-    "timm": {"dfer/model.py"},
-    "huggingface_hub": {"dfer/model.py"},
-    "wandb": {"dfer/logger.py"},
+    "timm": {"dfer/model/dfernet.py"},
+    "huggingface_hub": {"dfer/model/dfernet.py"},
+    "wandb": {"dfer/run/logger.py"},
     "wandb_workspaces": {"scripts/dashboard.py"},
-    "safetensors": {"dfer/checkpoint.py"},
+    "safetensors": {"dfer/run/checkpoint.py"},
     "tyro": {"dfer/config.py"},
-    "matplotlib": {"dfer/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
+    "matplotlib": {"dfer/report/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py"},
-    "cv2": {"dfer/faces.py", "scripts/make_faces.py", "benchmarks/peers.py"},
+    "cv2": {"dfer/video/faces.py", "scripts/make_faces.py", "benchmarks/peers.py"},
 }
 
 

@@ -14,9 +14,9 @@ from benchmarks import loader_speed, quiet, storage
 from benchmarks.loader_speed import Results, main
 from benchmarks.peers import PEERS, Clips, Cuts, Order, Task, encoded_clips, raw_clips, tar_keys
 from dali_pipes.loader import ClipLoader
-from dfer.annotations import read_annotations
-from dfer.index import load_index
-from dfer.sampling import IMAGENET_STD, Augmentation, ClipSampler
+from dfer.lists.annotations import read_annotations
+from dfer.lists.index import load_index
+from dfer.plan.sampling import IMAGENET_STD, Augmentation, ClipSampler
 
 SIZE, T = 40, 6
 TINY = ["--frames", "4", "--size", "32", "--batch-size", "4", "--threads", "1", "--warmup", "1", "--seconds", "0.05"]

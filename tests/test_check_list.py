@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dfer.annotations import EMOTIONS, read_annotations, write_annotations
-from dfer.dialects import ORDERS
-from dfer.index import build_index
+from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
+from dfer.lists.formats import ORDERS
+from dfer.lists.index import build_index
 from scripts import check_list as cl
 from tests.conftest import run_python
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfer import checkpoint
-from dfer.annotations import EMOTIONS
-from dfer.checkpoint import RunDir, load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
 from dfer.config import Config, OptimConfig, RunConfig
+from dfer.lists.annotations import EMOTIONS
+from dfer.run import checkpoint
+from dfer.run.checkpoint import RunDir, load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
 from tests.conftest import ROOT
 
 
@@ -256,7 +256,7 @@ def config(log_dir: Path, **optim) -> Config:
 HOLD = """
 import sys
 from pathlib import Path
-from dfer.checkpoint import RunDir
+from dfer.run.checkpoint import RunDir
 from tests.test_checkpoint import config
 run = RunDir(config(Path(sys.argv[1])), "a")
 run.begin(config(Path(sys.argv[1])), 1)
@@ -320,7 +320,7 @@ def test_a_run_folder_is_begun_late_cleaned_and_kept_from_others(tmp_path, monke
 REAL = """
 import os, signal, sys
 from pathlib import Path
-from dfer.checkpoint import save_checkpoint
+from dfer.run.checkpoint import save_checkpoint
 from tests.test_checkpoint import state_of
 folder, last = Path(sys.argv[1]), int(sys.argv[2])
 codes = []

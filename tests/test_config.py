@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dfer.config import PRESETS, RECIPES, Config, DataConfig, config_from_json, parse_config
-from dfer.sampling import Augmentation, ClipSampler
+from dfer.plan.sampling import Augmentation, ClipSampler
 
 
 def num_fields(cls) -> int:

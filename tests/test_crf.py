@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfer import crf_pairs
-from dfer.crf import cell_positions
-from dfer.crf_meanfield import Features, MeanField, certified_damping, curvature_bounds, meanfield
-from dfer.crf_pairs import DensePairs, Smoothness, grouped, normalised_kernel
+from dfer.crf import pairs as crf_pairs
+from dfer.crf.layers import cell_positions
+from dfer.crf.meanfield import Features, MeanField, certified_damping, curvature_bounds, meanfield
+from dfer.crf.pairs import DensePairs, Smoothness, grouped, normalised_kernel
 from tests import crf_oracle
 
 DOUBLE = torch.float64

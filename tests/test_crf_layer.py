@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dfer.crf import BranchMessages, GaussianCRF, MeanFieldCRF, _diagnostics, cell_positions
-from dfer.crf_gaussian import gaussian_field
-from dfer.crf_meanfield import MeanField
+from dfer.crf.gaussian import gaussian_field
+from dfer.crf.layers import BranchMessages, GaussianCRF, MeanFieldCRF, _diagnostics, cell_positions
+from dfer.crf.meanfield import MeanField
 from dfer.model import DFERNet
 from tests import crf_oracle
 from tests.conftest import run_python
@@ -214,7 +214,7 @@ def test_the_whole_model_against_finite_differences(crf):
 
 COMPILED = """
 import torch
-from dfer.crf import GaussianCRF, MeanFieldCRF
+from dfer.crf.layers import GaussianCRF, MeanFieldCRF
 from dfer.model import DFERNet
 
 def run(model, inputs):

@@ -8,7 +8,7 @@ import torch
 from benchmarks import crf_peers, crf_speed
 from benchmarks.crf_peers import STATES, VALUES, make_problem, naive, ours, window
 from benchmarks.crf_speed import passes, ratios_of, saved_bytes
-from dfer.crf import VALUE_DIM
+from dfer.crf.layers import VALUE_DIM
 
 
 def test_the_naive_one_gives_our_numbers_and_gradients():

@@ -8,12 +8,12 @@ import os
 import pytest
 import torch
 
-import dfer.crf_triton
-from dfer.crf import MeanFieldCRF
-from dfer.crf_gaussian import gaussian_field
-from dfer.crf_meanfield import Features, meanfield
-from dfer.crf_pairs import grouped
-from dfer.crf_triton import TritonPairs
+import dfer.crf.triton
+from dfer.crf.gaussian import gaussian_field
+from dfer.crf.layers import MeanFieldCRF
+from dfer.crf.meanfield import Features, meanfield
+from dfer.crf.pairs import grouped
+from dfer.crf.triton import TritonPairs
 from tests.conftest import run_python
 from tests.test_crf import FullSize, Problem, error
 
@@ -119,11 +119,11 @@ def check_blocks(device: str) -> None:
     """Blocks of any size agree, and so do wide matrices in parts."""
     tensors = small()
     want = run(tensors, "triton", torch.float32, device=device)
-    dfer.crf_triton.BLOCK_LONG = 64
+    dfer.crf.triton.BLOCK_LONG = 64
     try:
         got = run(tensors, "triton", torch.float32, device=device)
     finally:
-        dfer.crf_triton.BLOCK_LONG = 32
+        dfer.crf.triton.BLOCK_LONG = 32
     for name, x in got.items():
         torch.testing.assert_close(x, want[name], atol=1e-6 * max(1.0, want[name].abs().max().item()), rtol=1e-6)
     points, valid = tensors["points"].to(device).float(), tensors["valid"].to(device)
@@ -173,7 +173,7 @@ import sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import dfer.crf_triton as kernels
+import dfer.crf.triton as kernels
 from tests.test_crf import FullSize
 
 launches = []

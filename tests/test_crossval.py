@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dfer import figures, report
-from dfer.annotations import EMOTIONS, read_annotations
-from dfer.checkpoint import load_checkpoint, save_checkpoint
 from dfer.config import parse_config
-from dfer.index import load_index
-from dfer.records import Pool, Predictions, bootstrap, pool, read_run, wilson
-from dfer.releases import DFEW_TEST_COUNTS
+from dfer.lists.annotations import EMOTIONS, read_annotations
+from dfer.lists.index import load_index
+from dfer.lists.releases import DFEW_TEST_COUNTS
+from dfer.report import figures
+from dfer.report import page as report
+from dfer.report.records import Pool, Predictions, bootstrap, pool, read_run, wilson
+from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from scripts import crossval
 from tests.conftest import ROOT
 from tests.test_report import Page, closed_in_itself, some_predictions, some_rows, write_run

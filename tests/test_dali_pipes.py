@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from dali_pipes.loader import ClipLoader
-from dfer.annotations import read_annotations
-from dfer.index import ClipIndex, build_index, load_index
-from dfer.sampling import Augmentation, ClipSampler, shard
-from dfer.video import decode
+from dfer.lists.annotations import read_annotations
+from dfer.lists.index import ClipIndex, build_index, load_index
+from dfer.plan.sampling import Augmentation, ClipSampler, shard
+from dfer.video.decode import decode
 from scripts import pack
 from tests.conftest import run_python, smooth_image
 from tests.oracle import oracle_clip
@@ -263,8 +263,8 @@ def test_storage_that_hangs_is_reported_and_not_waited_for(tmp_path):
     (tmp_path / "b" / "3.jpg").unlink()
     os.mkfifo(tmp_path / "b" / "3.jpg")
     script = (
-        "from dali_pipes.loader import ClipLoader; from dfer.index import load_index; "
-        "from dfer.sampling import ClipSampler\n"
+        "from dali_pipes.loader import ClipLoader; from dfer.lists.index import load_index; "
+        "from dfer.plan.sampling import ClipSampler\n"
         f"index = load_index({str(list_path)!r})\n"
         f"loader = ClipLoader(index, ClipSampler(0, {T}, mode='eval'), batch_size=2, size={SIZE}, patience=0.5)\n"
         "try: list(loader(0))\n"

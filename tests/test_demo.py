@@ -23,9 +23,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dfer.annotations import EMOTIONS
-from dfer.commandline import Parser
-from dfer.faces import crop_face
+from dfer.cli import Parser
+from dfer.lists.annotations import EMOTIONS
+from dfer.video.faces import crop_face
 from scripts import demo
 from scripts import predict as pr
 from tests.conftest import ROOT

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dfer.annotations import EMOTIONS, read_annotations, write_annotations
-from dfer.dialects import ORDERS, read_dialect
+from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
+from dfer.lists.formats import ORDERS, read_dialect
 
 ALPHABETICAL = ORDERS["alphabetical"]
 SYNONYMS = {"Happy": "happiness", "Sad": "SADNESS", "Angry": "anger", "Surprise": "Surprised", "Disgust": "disgusted"}
@@ -191,10 +191,10 @@ def test_lists_that_are_no_files(tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "none", "/dev/zero", tmp_path / ("x" * 300)):
         with pytest.raises(ValueError, match=r"no such annotation list|cannot be read"):
             read_dialect(path)
-    monkeypatch.setattr("dfer.dialects.MAX_ROWS", 10)
+    monkeypatch.setattr("dfer.lists.formats.MAX_ROWS", 10)
     with pytest.raises(ValueError, match="too large for a list"):
         read(tmp_path, "a 9 0\n" * 11)
-    monkeypatch.setattr("dfer.dialects.MAX_BYTES", 30)
+    monkeypatch.setattr("dfer.lists.formats.MAX_BYTES", 30)
     with pytest.raises(ValueError, match="too large for a list"):
         read(tmp_path, "a 9 0\n" * 6)
 

@@ -15,7 +15,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from dfer import distributed
+from dfer.run import distributed
 from tests.test_distributed import clips_and_labels, frozen_model
 
 world = distributed.setup("cpu")
@@ -80,7 +80,7 @@ def test_freed_memory_is_kept():
     """Counted in pages that come anew in ten backward passes; 40 MB are 10,000. Heaps have holes: some still do."""
     code = """
 import resource, sys, torch
-from dfer.distributed import keep_freed_memory
+from dfer.run.distributed import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 x = torch.ones(10_000_000, requires_grad=True)

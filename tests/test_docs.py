@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dfer.annotations import EMOTIONS
 from dfer.config import parse_config
+from dfer.lists.annotations import EMOTIONS
 from tests.conftest import ROOT
 from tests.releases import build_dfew, build_ferv39k
 
@@ -67,8 +67,9 @@ def test_commands_name_what_exists(page):
             continue
         source = (ROOT / script.replace("slurm/crossval.sbatch", "crossval.py")).read_text()
         # Some flags of a script are those of a room that several scripts share.
-        rooms = re.findall(r"from dfer(?:\.| import )(\w+)", source)
-        source += "".join((ROOT / f"dfer/{room}.py").read_text() for room in rooms)
+        for room, name in re.findall(r"from (dfer[.\w]*) import (\w+)", source):
+            files = [ROOT / f"{path.replace('.', '/')}.py" for path in (room, f"{room}.{name}")]
+            source += "".join(file.read_text() for file in files if file.exists())
         own = rest[: rest.index("--")] if "--" in rest else rest
         for flag in (word for word in own if word.startswith("--")):
             name = flag.split("=")[0].replace("--no-", "--")

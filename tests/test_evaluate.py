@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfer.annotations import EMOTIONS, read_annotations
-from dfer.checkpoint import save_checkpoint
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
-from dfer.distributed import World
-from dfer.index import build_index
+from dfer.lists.annotations import EMOTIONS, read_annotations
+from dfer.lists.index import build_index
+from dfer.run.checkpoint import save_checkpoint
+from dfer.run.distributed import World
 from tests.test_distributed import torchrun
 from train import build_loader, build_model, evaluate
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import train
-from dfer.annotations import EMOTIONS
-from dfer.checkpoint import save_checkpoint
 from dfer.config import Config, DataConfig, ModelConfig
-from dfer.model import DFERNet, MeanPoolNet, TemporalBlock
-from dfer.records import Predictions
+from dfer.lists.annotations import EMOTIONS
+from dfer.model import DFERNet, MeanPoolNet
+from dfer.model.dfernet import TemporalBlock
+from dfer.report.records import Predictions
+from dfer.run.checkpoint import save_checkpoint
 from scripts import export
 
 pytestmark = pytest.mark.usefixtures("one_thread", "exports_as_outside")

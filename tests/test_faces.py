@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dfer import faces as fa
+from dfer.video import faces as fa
 from scripts import make_faces as mf
 
 FRAME = np.zeros((100, 160, 3), np.uint8)

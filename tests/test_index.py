@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 
-import dfer.video
-from dfer import index as index_module
-from dfer.annotations import read_annotations
-from dfer.index import FrameFiles, VideoFiles, build_index, load_index
+import dfer.video.decode
+from dfer.lists import index as index_module
+from dfer.lists.annotations import read_annotations
+from dfer.lists.index import FrameFiles, VideoFiles, build_index, load_index
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def forbid_scans(monkeypatch):
         raise AssertionError("scanned again")
 
     monkeypatch.setattr(index_module, "_scan_folder", fail)
-    monkeypatch.setattr(dfer.video, "scan_video", fail)
+    monkeypatch.setattr(dfer.video.decode, "scan_video", fail)
 
 
 def test_a_warm_index_equals_the_scan_and_does_not_scan(small, monkeypatch):

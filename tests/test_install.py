@@ -20,6 +20,7 @@ from tests.test_train import TINY
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
+TOP_LEVEL = {package.split(".")[0] for package in SETUPTOOLS["packages"]}
 NAMES = {
     "train", "check-list", "crossval", "doctor", "evaluate", "export", "hash-clips", "make-faces", "pack", "predict",
     "prepare-dfew", "prepare-ferv39k", "prepare-videos", "report",
@@ -49,13 +50,15 @@ def files_of(package: str) -> set[str]:
 def test_all_of_the_project_is_packaged():
     """But Slurm's scripts, which start what lies in a checkout."""
     assert SETUPTOOLS["py-modules"] == ["train"]
+    packaged = set()
     for package in SETUPTOOLS["packages"]:
-        patterns = ["*.py", *SETUPTOOLS["package-data"].get(package, [])]
-        packaged = {str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / package).glob(pattern)}
-        assert f"{package}/__init__.py" in packaged
+        folder, patterns = ROOT / package.replace(".", "/"), ["*.py", *SETUPTOOLS["package-data"].get(package, [])]
+        packaged |= {str(p.relative_to(ROOT)) for pattern in patterns for p in folder.glob(pattern)}
+        assert (folder / "__init__.py").exists()
+    for package in TOP_LEVEL:
         assert {name for name in files_of(package) - packaged if not name.startswith("scripts/slurm/")} == set()
     outside = {p.parent.name for p in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert outside == set(SETUPTOOLS["packages"]) and {p.stem for p in ROOT.glob("*.py")} == {"train"}
+    assert outside == TOP_LEVEL and {p.stem for p in ROOT.glob("*.py")} == {"train"}
 
 
 def test_there_is_one_list_of_dependencies():
@@ -108,7 +111,7 @@ def installed(tmp_path_factory):
     (folder / "source").mkdir()
     for name in ("pyproject.toml", "requirements.txt", "LICENSE", "train.py"):
         shutil.copy(ROOT / name, folder / "source")
-    for package in SETUPTOOLS["packages"]:
+    for package in TOP_LEVEL:
         shutil.copytree(ROOT / package, folder / "source" / package, ignore=shutil.ignore_patterns("__pycache__"))
     pip = ("-m", "pip", "--disable-pip-version-check", "--quiet")
     wheels, target = folder / "wheels", folder / "site-packages"
@@ -212,9 +215,9 @@ def test_what_the_image_copies_is_there_and_enough():
         for name in sources:
             assert (ROOT / name).exists() and not ignored(name), name
             copied.add(name)
-    needed = {"pyproject.toml", "requirements.txt", "LICENSE", "train.py", *SETUPTOOLS["packages"]}
+    needed = {"pyproject.toml", "requirements.txt", "LICENSE", "train.py", *TOP_LEVEL}
     assert copied == needed and "ADD" not in dict(instructions())
-    assert not any(ignored(name) for package in SETUPTOOLS["packages"] for name in files_of(package))
+    assert not any(ignored(name) for package in TOP_LEVEL for name in files_of(package))
     assert all(ignored(p.name) != (p.name in needed) for p in ROOT.iterdir())
     for name in ("data/faces/train.txt", "logs/a/config.json", ".venv/bin/python", ".git/config", "lists/dfew/a.txt",
                  "wandb/x", ".env", "dfer/__pycache__/model.pyc", "build/lib/train.py", ".netrc"):  # fmt: skip

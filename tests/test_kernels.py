@@ -9,7 +9,7 @@ import torch
 
 from dali_pipes import torch_stages
 from dali_pipes.kernels import fused, parameters
-from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD, Augmentation, EpochPlan, epoch_plan
+from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD, Augmentation, EpochPlan, epoch_plan
 from tests.oracle import oracle_clip, resize_weights
 
 SIZE = 24

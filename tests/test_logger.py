@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dfer.annotations import EMOTIONS
 from dfer.config import Config, DataConfig, RunConfig
-from dfer.logger import Logger, _tables
-from dfer.records import Predictions
+from dfer.lists.annotations import EMOTIONS
+from dfer.report.records import Predictions
+from dfer.run.logger import Logger, _tables
 
 
 class Server:

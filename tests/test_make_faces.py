@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dfer.annotations import EMOTIONS
+from dfer.lists.annotations import EMOTIONS
 from scripts import make_faces as mf
 
 TINY = 0.006  # 8 train and 2 test clips

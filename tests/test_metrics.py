@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfer import distributed
 from dfer.batch import Batch
-from dfer.distributed import World
 from dfer.losses import classification_loss
 from dfer.metrics import ConfusionMatrix, Throughput
 from dfer.optim import build_ema, build_optimizer, lr_at, param_groups
-from dfer.sampling import shard
+from dfer.plan.sampling import shard
+from dfer.run import distributed
+from dfer.run.distributed import World
 from train import Evaluation, evaluate
 
 

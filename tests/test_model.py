@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dfer.model import DFERNet, FrameBackbone, MeanPoolNet, upsample_aligned
+from dfer.model.dfernet import DFERNet, FrameBackbone, MeanPoolNet, upsample_aligned
 
 
 @pytest.fixture(scope="module")

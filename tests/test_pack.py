@@ -24,10 +24,10 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from dfer.annotations import EMOTIONS, packed_index, read_annotations, write_annotations
-from dfer.index import ClipIndex, build_index, load_index
-from dfer.packed import Pack, Packed, load_packed, read_pack, write_pack
-from dfer.video import BadVideo, decode
+from dfer.lists.annotations import EMOTIONS, packed_index, read_annotations, write_annotations
+from dfer.lists.index import ClipIndex, build_index, load_index
+from dfer.lists.packed import Pack, Packed, load_packed, read_pack, write_pack
+from dfer.video.decode import BadVideo, decode
 from scripts import pack as pk
 from tests.conftest import ROOT, run_python, smooth_image
 from tests.test_index import write_video
@@ -607,7 +607,7 @@ def test_an_index_of_other_classes_or_versions_is_refused(shards, tmp_path, monk
         ("EMOTIONS", tuple(sorted(EMOTIONS)), "its classes are Angry Disgust"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"dfer.packed.{name}", value)
+            patch.setattr(f"dfer.lists.packed.{name}", value)
             write_pack(tmp_path / "train.npz", whole)
         with pytest.raises(ValueError, match=rf"train\.npz: {message}"):
             load_index(path)

@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageSequence
 
-from dfer import overlay as ov
-from dfer.annotations import EMOTIONS, read_annotations, write_annotations
-from dfer.checkpoint import save_checkpoint
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
-from dfer.course import Course, place_windows, segments
-from dfer.distributed import World
-from dfer.faces import crop_face, find_face, make_detector
-from dfer.figures import ACCENT, Lanes
-from dfer.index import build_index
-from dfer.sampling import ClipSampler
-from dfer.video import BadVideo, record, write_gif, write_mp4
+from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
+from dfer.lists.index import build_index
+from dfer.plan.sampling import ClipSampler
+from dfer.predict import overlay as ov
+from dfer.predict.timeline import Course, place_windows, segments
+from dfer.report.figures import ACCENT, Lanes
+from dfer.run.checkpoint import save_checkpoint
+from dfer.run.distributed import World
+from dfer.video.decode import BadVideo, record, write_gif, write_mp4
+from dfer.video.faces import crop_face, find_face, make_detector
 from scripts import predict as pr
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT

@@ -24,10 +24,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfer.annotations import EMOTIONS, read_annotations
-from dfer.faces import find_face, make_detector
-from dfer.index import build_index
-from dfer.video import MAX_NAME
+from dfer.lists.annotations import EMOTIONS, read_annotations
+from dfer.lists.index import build_index
+from dfer.video.decode import MAX_NAME
+from dfer.video.faces import find_face, make_detector
 from scripts import make_faces as mf
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT, run_python
@@ -703,7 +703,7 @@ def test_hostile_names_and_links_stay_inside(ten: Path, tmp_path: Path, capsys: 
 def test_monstrous_pictures_are_refused_before_they_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dfer.video.VideoReformatter", lambda: None)  # what is decoded would go there
+    monkeypatch.setattr("dfer.video.decode.VideoReformatter", lambda: None)  # what is decoded would go there
     write_video(tmp_path / "in" / "a.mp4", [np.zeros((32, 8200, 3), np.uint8)])
     small = write_video(tmp_path / "small.avi", 3, codec="mjpeg").read_bytes()
     for name, width, height in (("b.avi", 16000, 16000), ("c.avi", 60000, 50000)):  # as the header claims

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import train
-from dfer.checkpoint import differences, load_checkpoint
 from dfer.config import parse_config
-from dfer.profiler import RANGES, TRACE, WARM_UP, Profiler, table
+from dfer.run.checkpoint import differences, load_checkpoint
+from dfer.run.profiler import RANGES, TRACE, WARM_UP, Profiler, table
 from tests.conftest import run_python
 from tests.test_resume import SMALL
 from tests.test_train import losses, rows

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from dali_pipes.loader import ClipLoader
-from dfer import rehearsal
 from dfer.config import parse_config
-from dfer.index import load_index
+from dfer.lists.index import load_index
 from dfer.metrics import Throughput, peak_memory
-from dfer.rehearsal import Clock, Rehearsal, duration, free_disk, padded
-from dfer.sampling import ClipSampler
+from dfer.plan.sampling import ClipSampler
+from dfer.run import dry_run as rehearsal
+from dfer.run.dry_run import Clock, Rehearsal, duration, free_disk, padded
 from tests.conftest import ROOT, make_clips
 from tests.test_train import TINY
 

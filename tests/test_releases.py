@@ -12,9 +12,9 @@ import numpy as np
 import openpyxl
 import pytest
 
-from dfer import releases
-from dfer.annotations import EMOTIONS, read_annotations, read_votes
-from dfer.index import build_index
+from dfer.lists import releases
+from dfer.lists.annotations import EMOTIONS, read_annotations, read_votes
+from dfer.lists.index import build_index
 from scripts import prepare_dfew, prepare_ferv39k
 from tests.conftest import run_python
 from tests.releases import SCENES, build_dfew, build_ferv39k, write_video

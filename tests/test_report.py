@@ -15,11 +15,12 @@ import torch
 
 import scripts.report
 import train
-from dfer import figures, report
-from dfer.annotations import EMOTIONS
-from dfer.checkpoint import save_checkpoint
 from dfer.config import Config, DataConfig, ModelConfig
-from dfer.records import Predictions, bootstrap, choose, interval, read_run, same_clips, wilson
+from dfer.lists.annotations import EMOTIONS
+from dfer.report import figures
+from dfer.report import page as report
+from dfer.report.records import Predictions, bootstrap, choose, interval, read_run, same_clips, wilson
+from dfer.run.checkpoint import save_checkpoint
 from tests.conftest import run_python
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

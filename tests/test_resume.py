@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfer.checkpoint import load_checkpoint
 from dfer.config import parse_config
-from dfer.distributed import World
-from dfer.index import load_index
-from dfer.sampling import ClipSampler
+from dfer.lists.index import load_index
+from dfer.plan.sampling import ClipSampler
+from dfer.run.checkpoint import load_checkpoint
+from dfer.run.distributed import World
 from tests.conftest import ROOT, run_python
 from tests.test_train import losses, rows
 from train import same_global_batch
@@ -37,7 +37,7 @@ SMALL = [
 DRIVER = """
 import os, signal, sys
 import torch
-import train, dfer.checkpoint
+import train, dfer.run.checkpoint
 from dfer.config import parse_config
 from dfer.optim import FiniteSteps
 
@@ -67,7 +67,7 @@ def prepare(word):
     kind = word.lstrip("0123456789")
     number = int(word.removesuffix(kind))
     if kind == "s":
-        dfer.checkpoint.os.replace = at(number, os.replace, send(signal.SIGKILL))
+        dfer.run.checkpoint.os.replace = at(number, os.replace, send(signal.SIGKILL))
     elif kind in ("e", "v", "w"):
         then = send({"e": signal.SIGKILL, "v": signal.SIGTERM, "w": signal.SIGSTOP}[kind])
         train.StopSignals.requested = at(number, train.StopSignals.requested, then)
@@ -328,7 +328,7 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_change(clips, tmp_pa
 BLOCKED = """
 import ctypes, os, signal, sys, threading
 import torch
-from dfer import distributed
+from dfer.run import distributed
 distributed.GRACE_S = 0.3
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()

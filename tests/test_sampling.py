@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from dfer.sampling import (
+from dfer.plan.sampling import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augmentation,

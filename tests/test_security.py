@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dfer.annotations import read_annotations
-from dfer.checkpoint import load_checkpoint
-from dfer.hashes import hashes_path
-from dfer.index import load_index
-from dfer.model import FrameBackbone
-from dfer.packed import read_pack
+from dfer.lists.annotations import read_annotations
+from dfer.lists.hashes import hashes_path
+from dfer.lists.index import load_index
+from dfer.lists.packed import read_pack
+from dfer.model.dfernet import FrameBackbone
+from dfer.run.checkpoint import load_checkpoint
 
 
 class Payload:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dfer.annotations import EMOTIONS
+from dfer.lists.annotations import EMOTIONS
 from tests.conftest import run_python
 
 TINY = [

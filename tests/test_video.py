@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfer import video
-from dfer.video import BadVideo, VideoScan, decode, read_frames, scan_video, yuv_to_rgb
+from dfer.video import decode as video
+from dfer.video.decode import BadVideo, VideoScan, decode, read_frames, scan_video, yuv_to_rgb
 
 F, W, H = 50, 64, 48
 X265 = "log-level=none:pools=none:frame-threads=1:wpp=0:"  # with threads it crashes once in a thousand videos

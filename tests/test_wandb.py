@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dfer.annotations import EMOTIONS
+from dfer.lists.annotations import EMOTIONS
 from tests.conftest import ROOT
 from tests.test_train import TINY, rows, tiny_run
 from tests.wandb_server import FakeWandb, Run
@@ -24,7 +24,7 @@ DRIVER = """
 import functools, sys, time, wandb
 from pathlib import Path
 from dfer.config import parse_config
-from dfer.logger import Logger
+from dfer.run.logger import Logger
 bounds = {"init_timeout": float(sys.argv[4]), "finish_timeout": float(sys.argv[5])}
 wandb.Settings = functools.partial(lambda make, **k: make(**k | bounds), wandb.Settings)
 run_dir, start, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

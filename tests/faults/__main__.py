@@ -28,8 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dfer.checkpoint import read_verified
-from dfer.commandline import Parser, in_range
+from dfer.cli import Parser, in_range
+from dfer.run.checkpoint import read_verified
 from tests.conftest import ROOT, make_clips
 from tests.test_resume import SMALL, assert_same, what_was_computed
 from tests.test_two_nodes import WHY_NOT, cable, torchrun_on, two_nodes
@@ -37,7 +37,7 @@ from tests.wandb_server import FakeWandb
 
 PATIENCE_S = 180.0  # after which a process hangs
 ATTEMPTS = 12  # of the same command, until a run is lost
-CLEAN_EXITS = (0, 2, 69, 70, 75)  # those of dfer/distributed.py; a negative one is a signal
+CLEAN_EXITS = (0, 2, 69, 70, 75)  # those of dfer/run/distributed.py; a negative one is a signal
 
 # Imports train.py once and plays it in forked processes: one line of JSON each, answered by its process id and, when it
 # has ended, by its exit code.

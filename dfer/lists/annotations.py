@@ -86,7 +86,7 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
 
 
 def packed_index(list_path: str | Path) -> Path | None:
-    """The .npz file that a packed list says its clips lie in (see dfer/packed.py); None if the list is not packed.
+    """The .npz file that a packed list says its clips lie in (see packed.py); None if the list is not packed.
 
     Raises:
         ValueError: in one line, if the list cannot be read, or names a file that is not beside it.

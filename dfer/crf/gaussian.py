@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dfer.crf_pairs import Backend, Pairs, SdpaPairs, adjoint_sweep, grouped, resolve_backend
+from dfer.crf.pairs import Backend, Pairs, SdpaPairs, adjoint_sweep, grouped, resolve_backend
 
 
 def gaussian_field(

@@ -20,17 +20,17 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from PIL import Image
 from torch import nn
 
-from dfer import figures
-from dfer.annotations import EMOTIONS
-from dfer.checkpoint import load_checkpoint, write_whole
-from dfer.commandline import shown
+from dfer.cli import shown
 from dfer.config import config_from_json
-from dfer.crf import SIGMA_APPEARANCE, SIGMA_SMOOTHNESS, STATES_PER_CLASS, MeanFieldCRF
-from dfer.distributed import World
-from dfer.figures import ACCENT, INK, MUTED, SECOND, Figure
-from dfer.index import load_index
-from dfer.records import Predictions, Run, bootstrap, choose, interval, same_clips, wilson
-from dfer.sampling import IMAGENET_MEAN, IMAGENET_STD
+from dfer.crf.layers import SIGMA_APPEARANCE, SIGMA_SMOOTHNESS, STATES_PER_CLASS, MeanFieldCRF
+from dfer.lists.annotations import EMOTIONS
+from dfer.lists.index import load_index
+from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
+from dfer.report import figures
+from dfer.report.figures import ACCENT, INK, MUTED, SECOND, Figure
+from dfer.report.records import Predictions, Run, bootstrap, choose, interval, same_clips, wilson
+from dfer.run.checkpoint import load_checkpoint, write_whole
+from dfer.run.distributed import World
 
 NUM_FRAMES, TILE = 8, 96  # frames of a clip that are shown, and their size in pixels
 ENERGY_CLIPS = 4  # whose free energy is followed: the kernel of a long clip is large
@@ -246,7 +246,7 @@ def _tiles(made: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _document(title: str, lead: str, body: Sequence[str], writer: str) -> str:
-    return Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+    return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title), lead=escape(shown(lead)), body="\n".join(body), writer=writer
     )
 

@@ -265,7 +265,7 @@ def grouped(
 ) -> Iterator[tuple[slice, DifferentiablePairs]]:
     """The clips that are worked on together and their kernel: all, or as many as may have their pairs in memory."""
     if backend == "triton":
-        from dfer.crf_triton import TritonPairs  # not everybody has Triton
+        from dfer.crf.triton import TritonPairs  # not everybody has Triton
 
         yield slice(None), TritonPairs(points, valid, operands, scale)
         return

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import av
 
-from dfer.annotations import EMOTIONS, write_annotations
-from dfer.commandline import Parser, shown
-from dfer.index import FRAME_SUFFIXES, natural_key
+from dfer.cli import Parser, shown
+from dfer.lists.annotations import EMOTIONS, write_annotations
+from dfer.lists.index import FRAME_SUFFIXES, natural_key
 
 # Clips per class, in the order of EMOTIONS. A fold of DFEW trains on all that it does not test on.
 DFEW_TEST_COUNTS = (

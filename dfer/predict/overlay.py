@@ -4,9 +4,9 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from dfer import figures
-from dfer.annotations import EMOTIONS
-from dfer.figures import ACCENT, GRID, INK, MUTED, Lanes
+from dfer.lists.annotations import EMOTIONS
+from dfer.report import figures
+from dfer.report.figures import ACCENT, GRID, INK, MUTED, Lanes
 
 LONG_SIDE = (480, 1280)  # px; the longer side of the picture is brought into this range: a face is to be seen
 NARROWEST = 480  # px of the whole; names and bars want so much
@@ -52,7 +52,7 @@ class Overlay:
     ):
         """`height` and `width` of the video in pixels, upright; `longest`: of the picture's sides, in pixels.
 
-        `boxes` are squares (x, y, side, tilt) as in dfer/faces.py, None to draw none; `edges` and `probabilities` as of
+        `boxes` are squares (x, y, side, tilt) as in dfer/video, None to draw none; `edges` and `probabilities` as of
         `figures.lanes_figure`.
         """
         scale = min(max(max(height, width), LONG_SIDE[0]), longest) / max(height, width)

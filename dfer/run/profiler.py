@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from dfer.checkpoint import write_whole
+from dfer.run.checkpoint import write_whole
 
 Item = TypeVar("Item")
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dfer.crf_pairs import NEVER, DifferentiablePairs, rounded
+from dfer.crf.pairs import NEVER, DifferentiablePairs, rounded
 
 # Compiled for compute capabilities 7.5 to 9.0, these need at most 48 KiB of shared memory, and no bf16 kernel spills.
 BLOCK_SHORT, BLOCK_LONG = 64, 32  # tokens, both ways, for operands of 16 and of 32 bits

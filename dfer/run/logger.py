@@ -22,12 +22,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from dfer.annotations import EMOTIONS
-from dfer.checkpoint import write_whole
 from dfer.config import Config
-from dfer.index import ClipIndex
+from dfer.lists.annotations import EMOTIONS
+from dfer.lists.index import ClipIndex
 from dfer.metrics import ConfusionMatrix, peak_memory
-from dfer.records import Predictions, read_predictions
+from dfer.report.records import Predictions, read_predictions
+from dfer.run.checkpoint import write_whole
 
 if TYPE_CHECKING:
     import wandb

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
-from dfer.annotations import EMOTIONS, VideoRecord
+from dfer.lists.annotations import EMOTIONS, VideoRecord
 
 FORMAT = 1  # of the .npz file
 

@@ -14,8 +14,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfer.crf import BranchMessages, GaussianCRF, MeanFieldCRF
-from dfer.crf_pairs import Backend
+from dfer.crf.layers import BranchMessages, GaussianCRF, MeanFieldCRF
+from dfer.crf.pairs import Backend
 
 
 class Prediction(NamedTuple):

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
 
-from dfer.annotations import EMOTIONS
-from dfer.commandline import shown
+from dfer.cli import shown
+from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix
 
 
@@ -89,7 +89,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """What `dfer.logger.write_predictions` wrote.
+    """What `dfer.run.logger.write_predictions` wrote.
 
     Raises:
         ValueError: in one line, if it is missing or damaged.

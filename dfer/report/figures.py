@@ -22,8 +22,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from dfer.annotations import EMOTIONS
-from dfer.records import Run, wilson
+from dfer.lists.annotations import EMOTIONS
+from dfer.report.records import Run, wilson
 
 COLOURS = {
     "ink": "#20262e",

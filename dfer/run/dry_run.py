@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dfer.checkpoint import KEPT
 from dfer.config import Config
-from dfer.logger import Logger
 from dfer.metrics import BEGINNING, Snapshot, Throughput
+from dfer.run.checkpoint import KEPT
+from dfer.run.logger import Logger
 
 STEPS = 5  # of training; the first, which allocates and compiles, is not measured where there are others
 KEPT_AT_MOST = KEPT + 3  # checkpoints: those of the best WAR and UAR, and the one being written

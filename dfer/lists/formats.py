@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dfer.annotations import EMOTIONS, hash_rows, read_header
+from dfer.lists.annotations import EMOTIONS, hash_rows, read_header
 
 ORDERS = {"dfew": EMOTIONS, "alphabetical": tuple(sorted(EMOTIONS))}
 WORDS = {emotion.lower(): emotion for emotion in EMOTIONS}

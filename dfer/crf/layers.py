@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dfer.crf_gaussian import gaussian_field
-from dfer.crf_meanfield import Features, MeanField, meanfield
-from dfer.crf_pairs import Backend, normalised_kernel
+from dfer.crf.gaussian import gaussian_field
+from dfer.crf.meanfield import Features, MeanField, meanfield
+from dfer.crf.pairs import Backend, normalised_kernel
 
 STATES_PER_CLASS = 2
 EMBEDDING_DIM = 28

@@ -23,8 +23,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dfer.annotations import EMOTIONS
 from dfer.config import Config, config_from_json
+from dfer.lists.annotations import EMOTIONS
 
 FORMAT = 1
 KEPT = 2  # newest checkpoints; the best are kept besides

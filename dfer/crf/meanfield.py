@@ -5,9 +5,9 @@ and the gradient of the points is one pass over all pairs, of rank I*L + C, what
 keeps the inputs and one number per token, never an N x N matrix, and computes the marginals of each iteration again;
 short operands take half the room of the inputs, and what that spares the last marginals take.
 
-Backends, which differ only in how they sweep (dfer/crf_pairs.py):
+Backends, which differ only in how they sweep (dfer/crf/pairs.py):
     dense: matrix products, as many clips at once as fit the cache; the default.
-    triton: kernels that never write a pair to memory, for GPUs (dfer/crf_triton.py).
+    triton: kernels that never write a pair to memory, for GPUs (dfer/crf/triton.py).
     sdpa: torch's scaled_dot_product_attention over augmented points, differentiated by autograd: a cross-check that
         shares neither sweeps nor gradients with the others, and plain operators for exporters.
 """
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dfer.crf_pairs import (
+from dfer.crf.pairs import (
     Backend,
     DifferentiablePairs,
     Pairs,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
-from dfer.annotations import EMOTIONS
-from dfer.sampling import ClipSampler
+from dfer.lists.annotations import EMOTIONS
+from dfer.plan.sampling import ClipSampler
 
 Prepare = Callable[[UInt8[np.ndarray, "H W 3"]], object]
 # Clips, each of T prepared pictures, and whether they are mirrored -> the probabilities of each.

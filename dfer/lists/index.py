@@ -1,7 +1,7 @@
 """ClipIndex: where the frames of each video lie. The truth is the disk, not the list.
 
 Folders and videos are scanned once; what was found is kept beside the list, in LIST.index.npz, for as long as none of
-them changes. A packed list (dfer/packed.py) comes with its index.
+them changes. A packed list (dfer/lists/packed.py) comes with its index.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from typing import Literal, TypeVar
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Shaped
 
-from dfer.annotations import VideoRecord, packed_index, read_annotations
-from dfer.hashes import Hashes, read_hashes
-from dfer.packed import Packed, load_packed
+from dfer.lists.annotations import VideoRecord, packed_index, read_annotations
+from dfer.lists.hashes import Hashes, read_hashes
+from dfer.lists.packed import Packed, load_packed
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
 Source = Literal["frames", "video", "shards", "raw"]
@@ -252,7 +252,7 @@ def _scan_videos(
 ) -> tuple[VideoFiles, dict[int, str]]:
     import av  # takes 0.3 s to load, which lists of frames need not wait for
 
-    from dfer.video import BadVideo, VideoScan, scan_video
+    from dfer.video.decode import BadVideo, VideoScan, scan_video
 
     # In the place of a video that cannot be used: 0 x 0 pixels.
     nothing = VideoScan(np.zeros(1, np.int64), np.zeros(1, bool), 0, 0, codec="", matrix="bt601", full_range=False)

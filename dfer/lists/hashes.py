@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from dfer.annotations import VideoRecord
+from dfer.lists.annotations import VideoRecord
 
 FORMAT = 1
 SIZE = 16  # bytes of a hash: the first of SHA-256, which processors calculate faster than any other

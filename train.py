@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipes.loader import ClipLoader
 from dfer.batch import Batch
+from dfer.cli import UserError, one_line_errors
 from dfer.config import Config, ModelConfig, config_from_json, parse_config
 from dfer.lists.annotations import EMOTIONS, read_votes
 from dfer.lists.index import ClipIndex, load_index
@@ -41,8 +41,7 @@ from dfer.metrics import BEGINNING, ConfusionMatrix, Throughput, peak_memory
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.optim import FiniteSteps, build_ema, build_optimizer, lr_at
 from dfer.plan.sampling import ClipSampler
-from dfer.run import distributed
-from dfer.run import dry_run as rehearsal
+from dfer.run import distributed, dry_run
 from dfer.run.checkpoint import RunDir, decode_state, newest_checkpoint, save_weights, write_whole
 from dfer.run.distributed import EXIT_GAVE_UP, EXIT_STOPPED, StopSignals, World
 from dfer.run.logger import Logger, write_predictions
@@ -84,14 +83,14 @@ def rehearse(
 ) -> int:
     """Everything that a run does but its records, in small, and what the run will take by that. Writes nothing."""
     optim, global_batch = config.optim, config.data.batch_size * world.size
-    few, throughput = val_index.head(rehearsal.BATCHES * global_batch), Throughput()
-    clock = rehearsal.Clock(config, throughput, world.device)
+    few, throughput = val_index.head(dry_run.BATCHES * global_batch), Throughput()
+    clock = dry_run.Clock(config, throughput, world.device)
     with memory_advice(config), StopSignals(world, timedelta(seconds=config.run.timeout)) as stop:
         train_loader, val_loader, steps_per_epoch, trainee, ddp, amp = prepare(
             config, train_index, few, votes, world, None
         )
-        disk = rehearsal.free_disk(config.run.log_dir, trainee.num_bytes())
-        steps = min(rehearsal.STEPS, steps_per_epoch)
+        disk = dry_run.free_disk(config.run.log_dir, trainee.num_bytes())
+        steps = min(dry_run.STEPS, steps_per_epoch)
         go_on = train_one_epoch(
             ddp, train_loader, votes, 0, steps, steps_per_epoch * optim.epochs, trainee, amp, config, world, None,
             clock, throughput, Profiler(0, optim.accumulate, None, print), lambda: None, stop,
@@ -102,16 +101,16 @@ def rehearse(
             if result is None:
                 return EXIT_GAVE_UP
     peak = distributed.gather(torch.tensor([peak_memory(world.device)], device=world.device), world)
-    measured = rehearsal.Rehearsal(
+    measured = dry_run.Rehearsal(
         optim.epochs,
         steps_per_epoch,
         global_batch * optim.accumulate,
-        rehearsal.padded(len(val_index), global_batch) * val_loader.sampler.num_views,
+        dry_run.padded(len(val_index), global_batch) * val_loader.sampler.num_views,
         throughput.read(since=clock.warm if steps > 1 else BEGINNING),
         result.throughput,
         skipped=int(trainee.steps.skipped[0]),
         peak=int(peak.max()),
-        free=rehearsal.free_memory(world.device),
+        free=dry_run.free_memory(world.device),
         checkpoint=trainee.num_bytes(),
         disk=disk,
     )
@@ -121,7 +120,7 @@ def rehearse(
         rows = {"clips": clips, **measured.rows()}
         if config.run.name and (config.run.log_dir / config.run.name).exists():
             rows["name"] = f"{config.run.name} is there: continued if it is this run, else refused"
-        rehearsal.print_rows(title, rows)
+        dry_run.print_rows(title, rows)
     return 0
 
 
@@ -159,7 +158,7 @@ def train(
     if state:
         config = same_global_batch(config, state, world)
         if state["train_list"] != about["train_list"]:
-            raise ValueError(
+            raise UserError(
                 f"{config.data.train_list}: not the clips that {config.run.name} was trained on so far (names, labels "
                 "or numbers of frames have changed); choose another --run.name"
             )
@@ -273,14 +272,14 @@ def prepare(
     accumulate = config.optim.accumulate
     steps_per_epoch = len(train_loader) // accumulate
     if steps_per_epoch == 0:
-        raise ValueError(
+        raise UserError(
             f"{config.data.train_list}: {len(train_index)} clips do not fill one step of "
             f"{config.data.batch_size} clips x {world.size} processes x {accumulate} batches; lower --data.batch-size"
         )
     if config.optim.steps_per_epoch:
         steps_per_epoch = min(steps_per_epoch, config.optim.steps_per_epoch)
     if config.profile and WARM_UP + config.profile > steps_per_epoch:
-        raise ValueError(
+        raise UserError(
             f"--profile {config.profile}: an epoch has {steps_per_epoch} steps, of which the first {WARM_UP} warm up"
         )
 
@@ -288,7 +287,7 @@ def prepare(
     model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
     if config.run.sync_bn:
         if world.device.type != "cuda":
-            raise ValueError("--run.sync-bn: torch synchronises batch norm between GPUs only")
+            raise UserError("--run.sync-bn: torch synchronises batch norm between GPUs only")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(world.device)
     if config.run.channels_last:
@@ -412,7 +411,7 @@ def train_one_epoch(
             norm = steps.step(optim.clip_norm)
         if steps.hopeless():
             dump = dump_step(run, trainee.step, batch, loader.index, trainee.model, optimizer) if run else "rank 0's"
-            raise ValueError(
+            raise UserError(
                 f"step {trainee.step + 1}: {steps.LIMIT} steps in a row were skipped, as their loss or gradient is not "
                 f"finite; {dump} has the last one; try a lower --optim.lr, or --run.amp off"
             )
@@ -557,7 +556,7 @@ def build_loader(config: Config, index: ClipIndex, mode: str, world: World) -> C
     )
     gpu = world.device.type == "cuda"
     if data.cache == "gpu" and not gpu:
-        raise ValueError("--data.cache gpu: there is no GPU here")
+        raise UserError("--data.cache gpu: there is no GPU here")
     return ClipLoader(
         index,
         sampler,
@@ -603,12 +602,12 @@ def same_global_batch(config: Config, state: dict[str, Any], world: World) -> Co
     total, given = state["global_batch"], config.data.batch_size
     begun = config_from_json(state["config"], config.run.log_dir).data.batch_size
     if given not in (begun, total / world.size):
-        raise ValueError(
+        raise UserError(
             f"--data.batch-size {given}: on {world.size} processes that is {given * world.size} clips per step, "
             f"but {config.run.name} has {total}; leave it at {begun}, which is shared among the processes there are"
         )
     if total % world.size:
-        raise ValueError(
+        raise UserError(
             f"{config.run.name} has {total} clips per step, which {world.size} processes cannot share evenly; "
             "start another number of them"
         )
@@ -645,7 +644,7 @@ def memory_advice(config: Config) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
             raise
         data = config.data
-        raise ValueError(
+        raise UserError(
             f"out of memory with {data.batch_size} clips of T = {data.num_segments * data.frames_per_segment} frames "
             f"of {data.size} px per process: halve --data.batch-size and double --optim.accumulate, or lower "
             f"--data.num-segments ({data.num_segments}) or --data.size"
@@ -669,7 +668,7 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load a checkpoint's weights.
 
     Raises:
-        ValueError: in one line, if they are those of another version of the model.
+        UserError: in one line, if they are those of another version of the model.
     """
     try:
         model.load_state_dict(weights)
@@ -679,7 +678,7 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         shapes = sorted(k for k in ours.keys() & weights.keys() if ours[k].shape != weights[k].shape)
         parts = (("lacks", missing), ("has besides", unknown), ("has in another shape", shapes))
         told = "; ".join(f"{what} {', '.join(names[:2])}{' ...' * (len(names) > 2)}" for what, names in parts if names)
-        raise ValueError(
+        raise UserError(
             f"the checkpoint is of another version of the model ({told}): use the version that wrote it, or train anew"
         ) from None
 
@@ -688,34 +687,10 @@ def amp_dtype(config: Config, world: World) -> torch.dtype | None:
     """The autocast type, or None for float32 throughout."""
     gpu = world.device.type == "cuda"
     if config.run.amp == "fp16" and not gpu:
-        raise ValueError("--run.amp fp16: needs a GPU; on a CPU use bf16 or off")
+        raise UserError("--run.amp fp16: needs a GPU; on a CPU use bf16 or off")
     native = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     auto = torch.bfloat16 if native else None
     return {"auto": auto, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.run.amp]
-
-
-def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
-    """Do the work and return its exit code: 0 done, 2 the user has to change something, which one line says."""
-    try:
-        return work() or 0
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
-        # What is wrong before the ranks have joined is wrong on all of them: one says it.
-        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.cleanup()
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Was it raised by this project's code? A ValueError from inside a library is a defect and keeps its traceback."""
-    traceback = error.__traceback__
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    file, root = Path(traceback.tb_frame.f_code.co_filename).resolve(), Path(__file__).resolve().parent
-    return file == root / "train.py" or any(file.is_relative_to(root / p) for p in ("dfer", "dali_pipes", "scripts"))
 
 
 if __name__ == "__main__":

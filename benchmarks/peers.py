@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from dfer.images import natural_key
 from dfer.lists.annotations import read_annotations
-from dfer.lists.index import ClipIndex, load_index, natural_key
+from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD, ClipSampler, EpochPlan
 
 LIBRARIES = ("decord", "torchcodec", "webdataset", "simplejpeg")  # of requirements-bench.txt: may be missing

@@ -4,9 +4,8 @@ import numpy as np
 from jaxtyping import UInt8
 from numba import njit
 
-from dfer.lists.index import MAX_PIXELS
+from dfer.images import MAX_PIXELS
 
-MAX_BYTES = 4 * MAX_PIXELS  # of an image file: no JPEG or PNG file of 8-bit colours needs more
 _PNG = (0x89, 0x50, 0x4E, 0x47, 0x0D, 0x0A, 0x1A, 0x0A)
 _IHDR = (0, 0, 0, 13, 0x49, 0x48, 0x44, 0x52)
 

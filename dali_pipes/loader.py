@@ -17,7 +17,7 @@ from dali_pipes.readers import Readers
 from dali_pipes.resident import ResidentClips
 from dali_pipes.sources import BadClip, VideoFiles, source_of
 from dfer.batch import Batch
-from dfer.cli import shown
+from dfer.cli import UserError, shown
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler, EpochPlan, shard
 from dfer.video.decode import yuv_to_rgb
@@ -84,7 +84,7 @@ class ClipLoader:
         for video, reason in index.bad.items():
             self._leave_out(video, BadClip(reason), tell=rank == 0)
         if dtype == torch.uint8 and (self._graph == "operators" or cached):
-            raise ValueError("clips of uint8 come from the CPU kernel only")
+            raise UserError("clips of uint8 come from the CPU kernel only")
         if cached:
             self._verify_all()
             return
@@ -114,7 +114,7 @@ class ClipLoader:
         """Yield the batches of an epoch from `start_step` on. Decoding runs one batch ahead of the consumer.
 
         Raises:
-            ValueError: in one line that names the clip and the file, when a frame is missing or cannot be decoded (with
+            UserError: in one line that names the clip and the file, when a frame is missing or cannot be decoded (with
                 `bad_clips="skip"`, when more than the TOLERATED share of all clips is bad), or storage or a decoder
                 hangs.
         """
@@ -178,7 +178,7 @@ class ClipLoader:
                         raise BadClip(self._bad_frames[video, frame])
                 clips.append(future.result(self._patience))
             except TimeoutError:
-                raise ValueError(self._hung(fetched, ids)) from None
+                raise UserError(self._hung(fetched, ids)) from None
             except BadClip as error:
                 self._leave_out(video, error)
                 good[row] = False
@@ -269,7 +269,7 @@ class ClipLoader:
                 self._leave_out(int(ids[row]), error)
         if len(clips) == good.sum():
             names = ", ".join(self.index.records[v].name for v in ids)
-            raise ValueError(f"decoding failed, though not of any one clip, in the batch of {names}: {message}")
+            raise UserError(f"decoding failed, though not of any one clip, in the batch of {names}: {message}")
         good = np.isin(np.arange(len(ids)), list(clips))
         if not clips:
             return self._outputs(ids, good, plan, rest)
@@ -307,7 +307,7 @@ class ClipLoader:
             return
         self.bad_clips[video] = str(error)
         if len(self.bad_clips) > max(1, TOLERATED * len(self.index)):
-            raise ValueError(
+            raise UserError(
                 f"{error}; with it, {len(self.bad_clips):,} of {len(self.index):,} clips cannot be read: more than "
                 f"{TOLERATED:.0%} are not left out"
             )

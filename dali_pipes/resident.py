@@ -6,6 +6,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from dali_pipes import torch_stages
+from dfer.cli import UserError
 from dfer.lists.index import ClipIndex
 
 
@@ -13,7 +14,7 @@ class ResidentClips:
     """All pictures of a raw source on one device.
 
     Raises:
-        ValueError: in one line, if the source is another one, pictures differ in size, or memory does not hold them.
+        UserError: in one line, if the source is another one, pictures differ in size, or memory does not hold them.
     """
 
     def __init__(self, index: ClipIndex, device: torch.device):
@@ -32,16 +33,16 @@ class ResidentClips:
 def _load(index: ClipIndex, device: torch.device) -> UInt8[Tensor, "F H W 3"]:
     store = index.store
     if index.source != "raw":
-        raise ValueError(f"--data.cache gpu holds raw clips, these are {index.source}: scripts/pack.py --format raw")
+        raise UserError(f"--data.cache gpu holds raw clips, these are {index.source}: scripts/pack.py --format raw")
     sizes = np.unique(np.stack([store.height, store.width], axis=1), axis=0)
     if len(sizes) > 1:
-        raise ValueError("--data.cache gpu: the clips differ in size; scripts/pack.py --format raw --size PX")
+        raise UserError("--data.cache gpu: the clips differ in size; scripts/pack.py --format raw --size PX")
     height, width = sizes[0].tolist()
     needed = int(store.first[-1]) * height * width * 3
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if needed > 0.8 * free:
-            raise ValueError(
+            raise UserError(
                 f"--data.cache gpu: {needed / 2**30:.1f} GiB of pictures, {free / 2**30:.1f} GiB of GPU memory are free"
             )
     pictures = torch.empty((int(store.first[-1]), height, width, 3), dtype=torch.uint8, device=device)

@@ -13,7 +13,9 @@ import av
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from dali_pipes.headers import MAX_BYTES, refusal
+from dali_pipes.headers import refusal
+from dfer.cli import UserError
+from dfer.images import MAX_BYTES
 from dfer.lists.index import ClipIndex
 from dfer.video.decode import BadVideo, check_claims, read_frames, yuv_to_rgb
 
@@ -25,7 +27,7 @@ CHANGED = "its bytes are not those that the hashes beside the list were made of"
 _CHUNK = 65536  # bytes
 
 
-class BadClip(ValueError):
+class BadClip(UserError):
     """A clip that cannot be read, or must not be decoded. The message is one line that names its row and its file."""
 
 

@@ -1,9 +1,44 @@
-"""What the scripts' command lines share: an error is one line and exit code 2, and numbers have a range."""
+"""What all commands share: parsing, errors that are one line, exit codes."""
 
 import argparse
 import contextlib
-from collections.abc import Callable
-from typing import NoReturn
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn, TypeVar
+
+Item = TypeVar("Item")
+
+EXIT_PROBLEMS = 1  # the work is done, and what is wrong with its input was named
+EXIT_USAGE = 2  # something is to be changed, which one line says; nothing was done
+
+
+class UserError(ValueError):
+    """What a user can cause and put right. Its message is one line: what is wrong, in which file, what to do."""
+
+
+def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
+    """Do the work and return its exit code; a UserError becomes one line on stderr and exit code 2.
+
+    Any other error is a defect of ours and keeps its traceback.
+    """
+    try:
+        return work() or 0
+    except UserError as error:
+        # What is wrong before the ranks have joined is wrong on all of them: one says it.
+        if _joined() or os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {shown(error)}", file=sys.stderr)
+        return EXIT_USAGE
+    finally:
+        if _joined():
+            sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _joined() -> bool:
+    """Return whether this process has joined others; a command that never loaded torch pays nothing for the answer."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def shown(text: object) -> str:
@@ -18,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {shown(message)}\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {shown(message)}\n")
 
 
 def in_range(kind: type[int] | type[float], low: int | float, high: int | float) -> Callable[[str], int | float]:
@@ -32,3 +67,36 @@ def in_range(kind: type[int] | type[float], low: int | float, high: int | float)
         raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {low:,} to {high:,}")
 
     return parse
+
+
+def progress(items: Iterable[Item], total: int, what: str, done: int = 0, to_stderr: bool = False) -> Iterator[Item]:
+    """Pass items on and show how many of `total` are done, how many a second, and the time left.
+
+    On a terminal it is a bar, elsewhere a line at each tenth of them.
+
+    Args:
+        items: what is still to be done.
+        total: how many there are with those that were done before.
+        what: what they are called, in the plural.
+        done: how many were done before.
+        to_stderr: show it there, as what is printed is the result.
+    """
+    stream, start, began = sys.stderr if to_stderr else sys.stdout, done, time.monotonic()
+    if stream.isatty():
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+        with Progress(*columns, console=Console(file=stream)) as bar:
+            task = bar.add_task(what, total=total, completed=done, speed="")
+            for done, item in enumerate(items, start=start + 1):
+                speed = (done - start) / max(time.monotonic() - began, 1e-3)
+                bar.update(task, completed=done, speed=f"{speed:,.1f} {what}/s")
+                yield item
+        return
+    for done, item in enumerate(items, start=start + 1):
+        if done * 10 // total > (done - 1) * 10 // total:
+            speed = (done - start) / max(time.monotonic() - began, 1e-3)
+            left = f", about {(total - done) / speed:,.0f} s left" if done < total else ""
+            print(f"{done:,}/{total:,} {what}, {speed:,.1f} {what}/s{left}", file=stream, flush=True)
+        yield item

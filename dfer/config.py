@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from dfer.cli import UserError
 from dfer.plan.sampling import MAX_RANDAUGMENT, Augmentation
 
 
@@ -242,11 +243,11 @@ def parse_config(args: list[str]) -> Config:
     A recipe goes over the preset, and single flags over the recipe, in whatever order they stand.
 
     Raises:
-        ValueError: in one line, for an unknown preset or key, a value of the wrong type, or one out of range.
+        UserError: in one line, for an unknown preset or key, a value of the wrong type, or one out of range.
     """
     preset = args[0] if args and not args[0].startswith("-") else "faces"
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
     rest = args[1:] if args and args[0] == preset else args
     default = PRESETS[preset](torch.cuda.is_available())
     recipe = _recipe(rest)
@@ -266,7 +267,7 @@ def parse_config(args: list[str]) -> Config:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise ValueError(_first_sentence(captured.getvalue())) from None
+        raise UserError(_first_sentence(captured.getvalue())) from None
     validate(config)
     return config
 
@@ -289,7 +290,7 @@ def validate(config: Config) -> None:
     """Check the ranges that types do not express.
 
     Raises:
-        ValueError: one line with the flag, its value and what is allowed.
+        UserError: one line with the flag, its value and what is allowed.
     """
     data, model, optim, loss, run = config.data, config.model, config.optim, config.loss, config.run
     augmentation = data.augmentation
@@ -336,25 +337,31 @@ def validate(config: Config) -> None:
     ]
     for flag, value, low, high in checks:
         if not math.isfinite(value) or not low <= value <= high:
-            raise ValueError(f"{flag} {value}: must be between {low} and {high}")
+            raise UserError(f"{flag} {value}: must be between {low} and {high}")
     if model.dim % 4:
-        raise ValueError(f"--model.dim {model.dim}: must be a multiple of 4, the attention heads")
+        raise UserError(f"--model.dim {model.dim}: must be a multiple of 4, the attention heads")
     if config.resume and run.name is None:
-        raise ValueError("--resume: say which run with --run.name NAME (a folder under --run.log-dir)")
+        raise UserError("--resume: say which run with --run.name NAME (a folder under --run.log-dir)")
     if run.name is not None and (run.name in ("", ".", "..") or Path(run.name).name != run.name):
-        raise ValueError(f"--run.name {run.name!r}: must be a plain folder name")
+        raise UserError(f"--run.name {run.name!r}: must be a plain folder name")
 
 
 def config_from_json(text: str, source: Path) -> Config:
     """The configuration that `to_json` wrote; `source` is named in messages.
 
     Raises:
-        ValueError: in one line, if it is no such configuration.
+        UserError: in one line, if it is no such configuration.
     """
     try:
         return _build(Config, json.loads(text))
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source}: not a run's configuration ({error})") from None
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:  # json's errors are ValueErrors
+        raise UserError(f"{source}: not a run's configuration ({error})") from None
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise ValueError(f"no path has a NUL in it: {text!r}")
+    return Path(text)
 
 
 def _build(cls: type, saved: dict) -> object:
@@ -364,7 +371,7 @@ def _build(cls: type, saved: dict) -> object:
     values = {
         key: _build(nested[key], value)
         if key in nested
-        else Path(value)
+        else _path(value)
         if key in paths and value is not None
         else value
         for key, value in saved.items()

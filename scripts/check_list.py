@@ -24,10 +24,10 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import Parser, in_range, shown
+from dfer.cli import Parser, UserError, in_range, shown
+from dfer.images import FRAME_SUFFIXES, MAX_PIXELS, natural_key
 from dfer.lists.annotations import EMOTIONS, write_annotations
 from dfer.lists.formats import Dialect, Row, read_dialect
-from dfer.lists.index import FRAME_SUFFIXES, MAX_PIXELS, natural_key
 
 NAMED = 10  # problems of a kind that are printed
 UNWRITABLE = ("missing folders", "unreadable folders", "folders without frames", "clips with two labels")
@@ -101,21 +101,21 @@ def open_image(path: str) -> Image.Image:
     """Open an image, its pixels not yet decoded.
 
     Raises:
-        ValueError: "kind: details", if it should not be decoded.
+        UserError: "kind: details", if it should not be decoded.
         Exception: whatever Pillow makes of damage.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise ValueError("not a file")
+        raise UserError("not a file")
     if not status.st_size:
-        raise ValueError("zero bytes")
+        raise UserError("zero bytes")
     try:
         image = Image.open(path, formats=("JPEG", "PNG"))
     except Image.DecompressionBombError:
-        raise ValueError(f"oversized: over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from None
+        raise UserError(f"oversized: over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise ValueError(f"oversized: {image.width}x{image.height}, over {MAX_PIXELS:,} pixels")
+        raise UserError(f"oversized: {image.width}x{image.height}, over {MAX_PIXELS:,} pixels")
     return image
 
 
@@ -301,16 +301,16 @@ def check_outputs(outputs: Sequence[Path | None], list_path: Path, replaceable: 
     """Find out before the work whether files can be written, and that only `replaceable` replaces the list.
 
     Raises:
-        ValueError: in one line.
+        UserError: in one line.
     """
     paths = [path for path in outputs if path]
     for path in paths:
         if paths.count(path) > 1:
-            raise ValueError(f"{path}: would be written twice")
+            raise UserError(f"{path}: would be written twice")
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: cannot be written: {'a folder' if path.is_dir() else 'its folder is missing'}")
+            raise UserError(f"{path}: cannot be written: {'a folder' if path.is_dir() else 'its folder is missing'}")
         if path != replaceable and path.exists() and path.samefile(list_path):
-            raise ValueError(f"{path}: would be overwritten, and --write replaces only canonical lists")
+            raise UserError(f"{path}: would be overwritten, and --write replaces only canonical lists")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -364,8 +364,8 @@ def main(arguments: list[str] | None = None) -> int:
             problems["damaged rows"] += dialect.problems
             check_outputs([args.write, args.picture, args.report], list_path, dialect.canonical and args.write)
         if args.write and args.no_disk and any(clip.row.num_frames is None for clip in clips):
-            raise ValueError(f"{args.lists[0]}: lacks frame counts: --write needs the frames; drop --no-disk")
-    except (OSError, ValueError) as error:
+            raise UserError(f"{args.lists[0]}: lacks frame counts: --write needs the frames; drop --no-disk")
+    except (OSError, UserError) as error:
         parser.error(str(error))
 
     try:
@@ -400,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.report:
             text = "".join(f"{kind}: {line}\n" for kind, lines in found.items() for line in lines)
             args.report.write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         parser.error(f"cannot write: {error}")
     total = sum(map(len, found.values()))
     print(f"{total:,} problems in {len(clips):,} clips" if total else f"no problems in {len(clips):,} clips")

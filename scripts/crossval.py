@@ -37,17 +37,18 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import Parser, in_range
+from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import PRESETS, Config, config_from_json, parse_config
+from dfer.images import natural_key
 from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
-from dfer.lists.index import load_index, natural_key
+from dfer.lists.index import load_index
 from dfer.lists.releases import DFEW_TEST_COUNTS
 from dfer.metrics import ConfusionMatrix
 from dfer.report.page import write_folds_report
 from dfer.report.records import Pool, Predictions, Run, pool, read_predictions, read_run, wilson
 from dfer.run.checkpoint import decode_state, differences, newest_checkpoint, write_whole
 from dfer.run.distributed import EXIT_STOPPED, SIGNALS, World
-from train import fingerprint, one_line_errors, same_global_batch
+from train import fingerprint, same_global_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_FOLDS = 5  # of the embedded data set
@@ -87,30 +88,30 @@ def find_folds(folder: Path) -> list[tuple[Path, Path]]:
     """The pairs of lists, set_1_train.txt and set_1_test.txt, set_2 ...
 
     Raises:
-        ValueError: in one line, if there are fewer than two, or one of a pair is missing.
+        UserError: in one line, if there are fewer than two, or one of a pair is missing.
     """
     names = {path.name for path in folder.glob("set_*_t*.txt")}
     found = {int(m[1]) for m in (re.fullmatch(r"set_([1-9]\d*)_(?:train|test)\.txt", name) for name in names) if m}
     if len(found) < 2:
         hint = "; scripts/prepare_dfew.py writes them" if not found else ""
-        raise ValueError(f"{folder}: needs set_1_train.txt, set_1_test.txt, set_2_train.txt ... of two folds{hint}")
+        raise UserError(f"{folder}: needs set_1_train.txt, set_1_test.txt, set_2_train.txt ... of two folds{hint}")
     folds = [tuple(folder / f"set_{k}_{part}.txt" for part in ("train", "test")) for k in range(1, max(found) + 1)]
     for path in (path for pair in folds for path in pair):
         if path.name not in names:
-            raise ValueError(f"{path}: missing; folds are numbered without gaps, and each has a train and a test list")
+            raise UserError(f"{path}: missing; folds are numbered without gaps, and each has a train and a test list")
     return folds
 
 
 def check_folds(folds: Sequence[tuple[Path, Path]], root: Path | None) -> None:
-    """Raises ValueError, in one line, if a clip is trained and tested on in a fold, or tested on in two."""
+    """Raises UserError, in one line, if a clip is trained and tested on in a fold, or tested on in two."""
     tested: dict[Path, str] = {}
     for train_list, test_list in folds:
         trained = {record.path for record in read_annotations(train_list, root)}
         for record in read_annotations(test_list, root):
             if record.path in trained:
-                raise ValueError(f"{record.source}: clip {record.name} is trained on too, in {train_list}")
+                raise UserError(f"{record.source}: clip {record.name} is trained on too, in {train_list}")
             if record.path in tested:
-                raise ValueError(f"{record.source}: clip {record.name} is tested on before, in {tested[record.path]}")
+                raise UserError(f"{record.source}: clip {record.name} is tested on before, in {tested[record.path]}")
             tested[record.path] = record.source
 
 
@@ -161,13 +162,13 @@ def is_trained(config: Config, train_list: str) -> bool:
     """Whether the run of this configuration has all its epochs. `train_list`: the fingerprint of its training list.
 
     Raises:
-        ValueError: in one line, if the run's folder holds a run of another configuration or of other clips.
+        UserError: in one line, if the run's folder holds a run of another configuration or of other clips.
     """
     path = config.run.log_dir / config.run.name
     content, _ = newest_checkpoint(path / "checkpoints")
     if content is None:
         if (path / BEST).exists():
-            raise ValueError(
+            raise UserError(
                 f"{path}: is of a run that was done, but its checkpoints are gone; remove it to start it over"
             )
         return False  # whatever else lies there, train.py judges
@@ -175,13 +176,13 @@ def is_trained(config: Config, train_list: str) -> bool:
     saved = config_from_json(state["config"], path)
     differing = differences(json.loads(saved.to_json()), json.loads(config.to_json()))
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds a run of another configuration: {'; '.join(differing)}; continue with its own or choose "
             "another --name"
         )
     same_global_batch(config, state, World(0, 1, 0, 1, torch.device("cpu")))
     if state["train_list"] != train_list:
-        raise ValueError(
+        raise UserError(
             f"{config.data.train_list}: not the clips that {path} was trained on (names, labels or numbers of frames "
             "have changed); choose another --name"
         )
@@ -200,7 +201,7 @@ def slots_for(parallel: int, device: str) -> list[dict[str, str]]:
         gpus = list(map(str, range(torch.cuda.device_count())))
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")[: len(gpus)]
         if parallel > len(gpus):
-            raise ValueError(f"--parallel {parallel}: {len(gpus)} GPUs are visible here, and each run takes one")
+            raise UserError(f"--parallel {parallel}: {len(gpus)} GPUs are visible here, and each run takes one")
         slots = [slot | {"CUDA_VISIBLE_DEVICES": gpu} for slot, gpu in zip(slots, gpus, strict=False)]
     return slots
 
@@ -273,7 +274,7 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise ValueError(f"--log-dir: cannot use {folder} ({error})") from None
+        raise UserError(f"--log-dir: cannot use {folder} ({error})") from None
 
 
 # ---- Results
@@ -355,7 +356,7 @@ def read_done(seed: int, fold: int, config: Config) -> Done:
     """Read what a run has predicted.
 
     Raises:
-        ValueError: in one line, if that is damaged or not of the clips of its test list.
+        UserError: in one line, if that is damaged or not of the clips of its test list.
     """
     path = config.run.log_dir / config.run.name
     run = read_run(path)
@@ -364,14 +365,14 @@ def read_done(seed: int, fold: int, config: Config) -> Done:
     for file in ("predictions.csv", BEST):
         try:
             predictions = read_predictions(path / file)
-        except ValueError as error:
-            raise ValueError(f"{path / file}: {error}; remove {path} to train this fold again") from None
+        except UserError as error:
+            raise UserError(f"{path / file}: {error}; remove {path} to train this fold again") from None
         if sorted(zip(predictions.clips, predictions.labels.tolist(), strict=True)) != wanted:
-            raise ValueError(f"{path / file}: not the clips and labels of {config.data.val_list}, which has changed")
+            raise UserError(f"{path / file}: not the clips and labels of {config.data.val_list}, which has changed")
         found.append(predictions)
     _, wars = run.series("val/WAR")
     if not len(wars):
-        raise ValueError(f"{path / 'metrics.jsonl'}: holds no evaluation; remove {path} to train this fold again")
+        raise UserError(f"{path / 'metrics.jsonl'}: holds no evaluation; remove {path} to train this fold again")
     best = int(np.argmax(wars))
     return Done(seed, fold, run, *found, best + 1, float(wars[best]))
 
@@ -435,14 +436,14 @@ def main(args: argparse.Namespace, words: list[str]) -> int:
     for word in words:
         flag = word.split("=")[0].replace("_", "-").replace("--no-resume", "--resume")
         if flag in OWN:
-            raise ValueError(f"{flag} is set here for each run; use {OWN[flag]}")
+            raise UserError(f"{flag} is set here for each run; use {OWN[flag]}")
     if args.preset not in PRESETS:
-        raise ValueError(f"unknown preset {args.preset!r}: choose from {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {args.preset!r}: choose from {', '.join(PRESETS)}")
     words = [args.preset, *words]
     config = parse_config(words)
     name = args.name or f"{args.preset}-crossval"
     if Path(name).name != name or name in (".", ".."):
-        raise ValueError(f"--name {name!r}: must be a plain folder name")
+        raise UserError(f"--name {name!r}: must be a plain folder name")
     folder, lists, notes = args.log_dir / name, args.lists, []
     slots = slots_for(args.parallel, config.run.device)
     if lists is None and config.data.train_list.name == "set_1_train.txt":
@@ -455,9 +456,7 @@ def main(args: argparse.Namespace, words: list[str]) -> int:
             "the embedded data set's lists do not name the drawn people: one of them may be in training and test"
         )
     elif lists is None:
-        raise ValueError(
-            f"{args.preset} has no folds of its own: --lists DIR, with set_1_train.txt, set_1_test.txt ..."
-        )
+        raise UserError(f"{args.preset} has no folds of its own: --lists DIR, with set_1_train.txt, set_1_test.txt ...")
     folds = find_folds(lists)
     check_folds(folds, config.data.root)
 

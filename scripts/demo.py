@@ -26,7 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import Parser, in_range, shown
+from dfer.cli import Parser, UserError, in_range, one_line_errors, shown
 from dfer.lists.annotations import EMOTIONS
 from dfer.predict.overlay import course_picture
 from dfer.predict.timeline import place_windows
@@ -48,7 +48,6 @@ from scripts.predict import (
     watch,
     write,
 )
-from train import one_line_errors
 
 KEPT, CHECKED = 3600, 60  # seconds that results are kept, as someone may look at them; how often they are checked
 WAITING = 20  # visitors; more are told to come back
@@ -96,7 +95,7 @@ def analyse(
     `show` is told, now and then, which share is done, and what is being done.
 
     Raises:
-        ValueError: in one line for the page, if it is too large or too long, or cannot be read.
+        UserError: in one line for the page, if it is too large or too long, or cannot be read.
     """
     done, said = 0, 0.0
 
@@ -106,7 +105,7 @@ def analyse(
         for moment, image in frames:
             first = moment if first is None else first
             if moment - first > limits.seconds:  # headers may claim less
-                raise ValueError(f"The video is longer than the {limits.seconds:g} s that are looked at here.")
+                raise UserError(f"The video is longer than the {limits.seconds:g} s that are looked at here.")
             if time.monotonic() - said > 0.3:
                 said = time.monotonic()
                 share = min((moment - first) / (claimed or limits.seconds), 1)
@@ -117,12 +116,12 @@ def analyse(
     try:
         megabytes = path.stat().st_size / 2**20  # as Gradio counts
         if megabytes > limits.megabytes:
-            raise ValueError(
+            raise UserError(
                 f"The video has {megabytes:,.1f} MB, and no more than {limits.megabytes:g} MB are looked at here."
             )
         claimed = claimed_seconds(path)
         if claimed is not None and claimed > limits.seconds + 0.5:  # what it claims may be a little more than there is
-            raise ValueError(
+            raise UserError(
                 f"The video is {claimed:,.1f} s long, and no more than {limits.seconds:g} s are looked at here."
             )
         seen = watch(path, sight, tick)
@@ -132,7 +131,7 @@ def analyse(
         about = write(video, seen, sight, folder, "mp4", tick)
         maps = emotion_maps(path, seen, sight)
     except (av.FFmpegError, BadVideo, OSError) as error:
-        raise ValueError(f"The video cannot be read: {shown(reason(error))}.") from None
+        raise UserError(f"The video cannot be read: {shown(reason(error))}.") from None
     files = [folder / f"{video.name}{suffix}" for suffix in (".mp4", ".png", ".csv", ".json")]
     course = course_picture(seen.edges, seen.probabilities, COURSE_WIDTH)
     return Result(told(about), about["mean_probabilities"], maps, course, files[0], files)
@@ -173,7 +172,7 @@ def emotion_maps(path: Path, seen: Seen, sight: Sight) -> str:
         raise BadVideo("it changed while it was read")
     try:
         maps = model.maps([model.prepare(crops[number]) for number in frames])
-    except ValueError as error:
+    except UserError as error:
         return f'<p class="caption">No emotion maps: {escape(str(error))}.</p>'
     squares = [np.asarray(Image.fromarray(crops[number]).resize((side, side))) for number in frames]
     layers = [(emotion, ACCENT), (other, SECOND)]
@@ -190,7 +189,7 @@ def make_examples(clips: Sequence[Path], sight: Sight, folder: Path) -> list[Pat
     """Videos to choose from, which browsers play; what they do not becomes one.
 
     Raises:
-        ValueError: in one line, if there are none, or one cannot be read.
+        UserError: in one line, if there are none, or one cannot be read.
     """
     examples = []
     for video in find_videos(clips, folder) if clips else ():
@@ -203,7 +202,7 @@ def make_examples(clips: Sequence[Path], sight: Sight, folder: Path) -> list[Pat
             frames = pictures(video.path, sight.fps)
             write_mp4(examples[-1], ((moment, even(image)) for moment, image in frames))
         except (av.FFmpegError, BadVideo, OSError) as error:
-            raise ValueError(f"--examples {video.path}: {reason(error)}") from None
+            raise UserError(f"--examples {video.path}: {reason(error)}") from None
     return examples
 
 
@@ -222,7 +221,7 @@ def make_page(gr: Any, sight: Sight, limits: Limits, examples: Sequence[Path]) -
         with tempfile.TemporaryDirectory() as folder:
             try:
                 result = analyse(Path(path), sight, limits, Path(folder), lambda share, what: progress(share, what))
-            except ValueError as error:
+            except UserError as error:
                 result = Result(str(error))
             finally:
                 if not keep:
@@ -313,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
             import gradio as gr
             from starlette.middleware import Middleware
         except ImportError as error:
-            raise ValueError(f'{error}: make demo ARGS="--checkpoint ..." installs and starts it') from None
+            raise UserError(f'{error}: make demo ARGS="--checkpoint ..." installs and starts it') from None
         sight = look_with(args)
         examples = make_examples(args.examples, sight, Path(folder))
         limits = Limits(args.max_mb, args.max_seconds)
@@ -337,7 +336,7 @@ def run(args: argparse.Namespace) -> int:
                 app_kwargs={"middleware": [Middleware(OwnOnly)]},
             )
         except OSError as error:
-            raise ValueError(f"--host {args.host} --port {args.port}: cannot be listened on ({error})") from None
+            raise UserError(f"--host {args.host} --port {args.port}: cannot be listened on ({error})") from None
         print(f"http://{args.host}:{page.server_port} shows the page; Ctrl-C ends it", flush=True)
         try:
             while True:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import Parser, in_range
+from dfer.cli import Parser, in_range, one_line_errors
 from dfer.config import RunConfig, config_from_json
 from dfer.lists.index import load_index
 from dfer.run import distributed
 from dfer.run.checkpoint import load_checkpoint
 from dfer.run.logger import print_result, write_predictions
-from train import amp_dtype, build_loader, evaluate, one_line_errors, trained_model
+from train import amp_dtype, build_loader, evaluate, trained_model
 
 
 def main(args: argparse.Namespace) -> None:

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import Parser, shown
+from dfer.cli import Parser, UserError, one_line_errors, shown
 from dfer.config import Config, config_from_json
 from dfer.lists.annotations import EMOTIONS
 from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report.records import Predictions, read_run, wilson
 from dfer.run.checkpoint import load_checkpoint
-from train import one_line_errors, trained_model
+from train import trained_model
 
 FORMATS = ("hub", "pt2", "onnx")
 TOLERANCE = 1e-4  # of logits, absolute
@@ -179,21 +179,21 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all.
 
     Raises:
-        ValueError: in one line, if there is something of that name or it cannot be made.
+        UserError: in one line, if there is something of that name or it cannot be made.
     """
     if path.exists():
-        raise ValueError(f"--out {shown(path)}: exists already: give a new folder")
+        raise UserError(f"--out {shown(path)}: exists already: give a new folder")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.absolute().parent))
     except OSError as error:
-        raise ValueError(f"--out {shown(path)}: cannot be made ({error.strerror})") from None
+        raise UserError(f"--out {shown(path)}: cannot be made ({error.strerror})") from None
     try:
         yield partial
         partial.chmod(0o755)
         partial.rename(path)
     except OSError as error:
-        raise ValueError(f"--out {shown(path)}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--out {shown(path)}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -219,7 +219,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"{args.out}/model.safetensors: equal to the bit when read again")
         if {"pt2", "onnx"} & set(args.formats):
             if config.model.name == "dfernet" and config.model.crf == "gaussian":
-                raise ValueError(
+                raise UserError(
                     f"{args.checkpoint}: the Gaussian CRF, there for comparison, is no program of plain operators: "
                     "--formats hub is what it can be exported to"
                 )
@@ -235,7 +235,7 @@ def main(args: argparse.Namespace) -> None:
                     write_onnx(program, path, hub)
                 difference = largest_difference(runner(path), model, *shape)
                 if not difference <= TOLERANCE:
-                    raise ValueError(
+                    raise UserError(
                         f"{args.checkpoint}: {path.name} differs from the model by {difference:.2g} in a logit: "
                         f"nothing was written; leave it out with --formats {' '.join(k for k in FORMATS if k != kind)}"
                     )

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dali_pipes.sources import BadClip, Source, source_of
-from dfer.cli import Parser, in_range, shown
+from dfer.cli import Parser, UserError, in_range, shown
 from dfer.lists.hashes import digest, hashes_path, write_hashes
 from dfer.lists.index import load_index
 from scripts.check_list import watch
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.verify and not hashes_path(args.list).exists():
-            raise ValueError(f"{hashes_path(args.list)}: no such file; without --verify it is written")
+            raise UserError(f"{hashes_path(args.list)}: no such file; without --verify it is written")
         index = load_index(args.list, args.root, hashed=args.verify)
         source = source_of(index, whole_videos=True)
         videos = range(len(index))
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             path = write_hashes(args.list, index.records, parts)
             print(f"written: {shown(path)}: {sum(map(len, parts)):,} hashes of {len(index):,} clips")
             return 0
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename or args.list}: {error.strerror}")

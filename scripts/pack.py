@@ -47,9 +47,10 @@ from jaxtyping import Int32, Int64
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import Parser, in_range, shown
+from dfer.cli import Parser, UserError, in_range, shown
+from dfer.images import MAX_PIXELS
 from dfer.lists.annotations import EMOTIONS, VideoRecord, packed_index, read_annotations, write_annotations
-from dfer.lists.index import MAX_PIXELS, FrameFiles, build_index
+from dfer.lists.index import FrameFiles, build_index
 from dfer.lists.packed import Pack, Packed, match_records, read_pack, shard_problems, write_pack
 from dfer.video.decode import BadVideo, decode
 
@@ -104,16 +105,16 @@ def read_lists(lists: Sequence[Path], root: Path | None) -> tuple[list[Clip], di
     """The clips of all lists, each once, and the rows of each list as they will be written.
 
     Raises:
-        ValueError: in one line, if a list or a clip of it cannot be used, or one name stands for two clips.
+        UserError: in one line, if a list or a clip of it cannot be used, or one name stands for two clips.
     """
     clips: dict[str, Clip] = {}
     rows: dict[str, list[tuple[str, int, int]]] = {}
     for path in lists:
         if path.stem in rows:
-            raise ValueError(f"{path}: another list has that name too, so one would overwrite the other")
+            raise UserError(f"{path}: another list has that name too, so one would overwrite the other")
         records = read_annotations(path, root)
         if packed_index(path) is not None:
-            raise ValueError(f"{path}: is packed already; pack the list that it was made of")
+            raise UserError(f"{path}: is packed already; pack the list that it was made of")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         index = build_index(records)
         rows[path.stem] = []
@@ -125,7 +126,7 @@ def read_lists(lists: Sequence[Path], root: Path | None) -> tuple[list[Clip], di
             clip = Clip(len(clips), record, frames, int(index.num_frames[video]), listed)
             known = clips.setdefault(record.name, clip)
             if known is not clip and not _same(known.record, record):
-                raise ValueError(
+                raise UserError(
                     f"{record.source}: clip {record.name} is {known.record.source} too, of another label or folder"
                 )
             rows[path.stem].append((record.name, clip.num_frames, record.label))
@@ -148,12 +149,12 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
     except PIL.UnidentifiedImageError:
-        raise ValueError("no JPEG or PNG image") from None
+        raise UserError("no JPEG or PNG image") from None
     with image:
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            raise UserError(f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         if image.mode not in MODES:
-            raise ValueError(f"its pixels are {image.mode}, more than 8 bits")
+            raise UserError(f"its pixels are {image.mode}, more than 8 bits")
         ImageOps.exif_transpose(image, in_place=True)
         return image.convert("RGB")
 
@@ -169,7 +170,7 @@ def read_frames(clip: Clip) -> Iterator[tuple[bytes, Image.Image]]:
     """A clip's frames: the image file, empty for a video, and the picture.
 
     Raises:
-        ValueError: in one line that names the row and the file, if one cannot be read or decoded.
+        UserError: in one line that names the row and the file, if one cannot be read or decoded.
     """
     if clip.frames is None:
         count = 0
@@ -179,9 +180,9 @@ def read_frames(clip: Clip) -> Iterator[tuple[bytes, Image.Image]]:
                 yield b"", image
         except (BadVideo, av.FFmpegError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{clip.where()}: {clip.record.path} cannot be decoded ({reason})") from None
+            raise UserError(f"{clip.where()}: {clip.record.path} cannot be decoded ({reason})") from None
         if count != clip.num_frames:
-            raise ValueError(
+            raise UserError(
                 f"{clip.where()}: {clip.record.path} has {clip.num_frames} frames, but {count} could be decoded"
             )
         return
@@ -191,7 +192,7 @@ def read_frames(clip: Clip) -> Iterator[tuple[bytes, Image.Image]]:
             image = decode_image(data)
         except Exception as error:  # Pillow raises errors of many kinds on damaged files
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{clip.where()}: {path} cannot be decoded ({reason})") from None
+            raise UserError(f"{clip.where()}: {path} cannot be decoded ({reason})") from None
         yield data, image
 
 
@@ -199,7 +200,7 @@ def pack_clip(clip: Clip, options: Options) -> Block:
     """A clip's bytes as they will stand in a shard.
 
     Raises:
-        ValueError: in one line that names the row and the file, if a frame cannot be decoded, or frames differ in size.
+        UserError: in one line that names the row and the file, if a frame cannot be decoded, or frames differ in size.
     """
     frames: list[tuple[bytes, str]] = []  # and the suffix of a tar's member
     size = None
@@ -208,7 +209,7 @@ def pack_clip(clip: Clip, options: Options) -> Block:
             # LANCZOS: of the filters, its results differ least from the original after a training crop.
             image = image.resize((options.size, options.size), Image.Resampling.LANCZOS)
         if size not in (None, image.size):
-            raise ValueError(
+            raise UserError(
                 f"{clip.where()}: frame {len(frames) + 1} is {image.width} x {image.height} pixels, those before are "
                 f"{size[0]} x {size[1]}; --size makes them equal"
             )
@@ -347,7 +348,7 @@ def finished_shards(out: Path, name: str, suffix: str) -> list[dict[str, np.ndar
     """The shards that a run which was stopped has left whole. All that comes after the first bad one is removed.
 
     Raises:
-        ValueError: in one line, if there is a shard that no run of this pack has written.
+        UserError: in one line, if there is a shard that no run of this pack has written.
     """
     state = out / f"{name}.unfinished"
     found: list[dict[str, np.ndarray]] = []
@@ -367,7 +368,7 @@ def finished_shards(out: Path, name: str, suffix: str) -> list[dict[str, np.ndar
         if shard and shard[3]:
             (out / file).unlink()
         elif shard and (int(shard[1]) >= len(found) or shard[2] != suffix):
-            raise ValueError(f"{out / file}: is there already, and not of this pack; choose another --out")
+            raise UserError(f"{out / file}: is there already, and not of this pack; choose another --out")
     return found
 
 
@@ -377,7 +378,7 @@ def pack(
     """Pack the clips of all lists into `out`. Returns the lists to train on, which are written last.
 
     Raises:
-        ValueError: in one line, if a list or clip cannot be used, or if something else is in the way in `out`.
+        UserError: in one line, if a list or clip cannot be used, or if something else is in the way in `out`.
         OSError: if `out` cannot be written.
     """
     clips, rows = read_lists(lists, root)
@@ -387,20 +388,20 @@ def pack(
     key = hash_task(clips, rows, options)
     for target in targets:
         if target.exists() and packed_index(target) != index_path:
-            raise ValueError(f"{target}: is there already, and not of this pack; choose another --out")
+            raise UserError(f"{target}: is there already, and not of this pack; choose another --out")
     if index_path.exists():
         found = read_pack(index_path)
         if found.provenance.get("key") != key:
-            raise ValueError(
+            raise UserError(
                 f"{index_path}: is a pack already, of other lists, clips or options; choose another --out, or delete "
                 f"it with {name}-*"
             )
         for problem in shard_problems(found):
-            raise ValueError(f"{problem}; delete {index_path} and {name}-* and pack again")
+            raise UserError(f"{problem}; delete {index_path} and {name}-* and pack again")
         print(f"{shown(index_path)} is packed already; --verify reads it again")
     else:
         if options.quality is not None and not any(_encoded(clip, options) for clip in clips):
-            raise ValueError("--quality: nothing is encoded: image files are copied as they are without --size")
+            raise UserError("--quality: nothing is encoded: image files are copied as they are without --size")
         with _lock(state, key):
             shards = write_shards(clips, out, name, options, workers)
             write_pack(index_path, _join(clips, shards, out, name, options, _provenance(lists, options, key, command)))
@@ -419,13 +420,13 @@ def _lock(state: Path, key: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{state}: another run is packing there") from None
+            raise UserError(f"{state}: another run is packing there") from None
         except OSError:
             pass  # a file system without locks
         file.seek(0)
         if file.read() != key:
             if any(state.glob("*.npz")):
-                raise ValueError(
+                raise UserError(
                     f"{state}: is left of a run with other lists, clips or options; delete it and the shards beside "
                     "it to start anew, or choose another --out"
                 )
@@ -496,7 +497,7 @@ def check_space(clips: Sequence[Clip], left: Sequence[Clip], out: Path, options:
     """Say how large the pack will be, judging by a sample of the clips.
 
     Raises:
-        ValueError: in one line, if the disk has no room for what is left to write.
+        UserError: in one line, if the disk has no room for what is left to write.
     """
     sample = [left[i] for i in np.unique(np.linspace(0, len(left) - 1, SAMPLE).astype(int))]
     if options.size is not None:
@@ -509,7 +510,7 @@ def check_space(clips: Sequence[Clip], left: Sequence[Clip], out: Path, options:
     frames = sum(clip.num_frames for clip in clips)
     print(f"{len(clips):,} clips, {frames:,} frames: about {_bytes(total)}; {_bytes(free)} are free in {shown(out)}")
     if 1.02 * rest > free:
-        raise ValueError(f"{out}: about {_bytes(rest)} are left to write, but only {_bytes(free)} are free")
+        raise UserError(f"{out}: about {_bytes(rest)} are left to write, but only {_bytes(free)} are free")
 
 
 def _bytes(number: float) -> str:
@@ -587,17 +588,17 @@ def verify(list_path: Path, workers: int = 1) -> tuple[Pack, list[str]]:
     """Read a pack again: list, index, and all bytes of all shards. Returns the pack, and a line for each problem.
 
     Raises:
-        ValueError: in one line, if the list or its .npz file is such that there is nothing to verify by.
+        UserError: in one line, if the list or its .npz file is such that there is nothing to verify by.
     """
     records = read_annotations(list_path)
     index_path = packed_index(list_path)
     if index_path is None:
-        raise ValueError(f"{list_path}: not packed: its header names no .npz file")
+        raise UserError(f"{list_path}: not packed: its header names no .npz file")
     pack = read_pack(index_path)
     problems = []
     try:
         match_records(records, pack, index_path)
-    except ValueError as error:
+    except UserError as error:
         problems.append(str(error))
     problems += shard_problems(pack)
     present = [number for number, path in enumerate(pack.clips.paths) if path.is_file()]
@@ -711,7 +712,7 @@ def main(arguments: list[str] | None = None) -> int:
             options = Options(args.format, args.size, args.quality, args.shard_size * 10**6)
             command = shlex.join(["python", "scripts/pack.py", *(sys.argv[1:] if arguments is None else arguments)])
             targets = pack(args.lists, args.root, args.out, options, args.workers, command)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename or args.out}: {error.strerror}; what is finished stays finished")

@@ -36,11 +36,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dali_pipes import torch_stages
-from dali_pipes.headers import MAX_BYTES
-from dfer.cli import Parser, in_range, shown
+from dfer.cli import Parser, UserError, in_range, one_line_errors, shown
 from dfer.config import config_from_json
+from dfer.images import FRAME_SUFFIXES, MAX_BYTES, natural_key
 from dfer.lists.annotations import EMOTIONS, read_annotations
-from dfer.lists.index import FRAME_SUFFIXES, natural_key
 from dfer.model import DFERNet
 from dfer.plan.sampling import ClipSampler
 from dfer.predict.overlay import Overlay, course_picture
@@ -59,7 +58,7 @@ from dfer.video.decode import (
 )
 from dfer.video.faces import Detector, crop_face, find_face, make_detector
 from scripts.pack import decode_image
-from train import amp_dtype, one_line_errors, trained_model
+from train import amp_dtype, trained_model
 
 CROP_SIZE = 224  # px; of prepare_videos.py, so that a face has the pixels that training's have
 BATCH_PIXELS = 8 * 16 * 112 * 112  # of the clips that a model sees at once: about 0.5 GB; on a GPU eight times as many
@@ -138,8 +137,8 @@ class Model:
         data = self.config.data
         try:
             return [record.num_frames for record in read_annotations(data.train_list, data.root)]
-        except ValueError as error:
-            raise ValueError(
+        except UserError as error:
+            raise UserError(
                 f"{self.path}: how long its training's clips are cannot be told ({error}); say --window FRAMES"
             ) from None
 
@@ -160,10 +159,10 @@ class Model:
         """Where in prepared pictures which emotion is seen: the CRF's marginals in the cells of the fine level.
 
         Raises:
-            ValueError: if the model's CRF has no labels, or it has no CRF.
+            UserError: if the model's CRF has no labels, or it has no CRF.
         """
         if not isinstance(self._net, DFERNet):
-            raise ValueError(f"{self.config.model.name} has no CRF")
+            raise UserError(f"{self.config.model.name} has no CRF")
         batch = torch.stack(list(clip))[None].permute(0, 1, 4, 2, 3)
         with torch.autocast(self._device.type, dtype=self._amp, enabled=self._amp is not None):
             fine, _ = self._net.emotion_maps(batch if self.config.run.channels_last else batch.contiguous())
@@ -230,7 +229,7 @@ def watch(path: Path, sight: Sight, tick: Callable[[Iterator], Iterator] = iter)
     What is held of it does not grow but for some numbers per frame. `tick` is shown each frame as it is read.
 
     Raises:
-        ValueError: in one line, if the windows do not touch.
+        UserError: in one line, if the windows do not touch.
         BadVideo, av.FFmpegError, OSError: as `pictures`.
     """
     size = (0, 0)
@@ -255,7 +254,7 @@ def watch(path: Path, sight: Sight, tick: Callable[[Iterator], Iterator] = iter)
     length = sight.window.frames(fps)
     step = sight.stride.frames(fps) if sight.stride else max(length // 4, 1)
     if step > length:
-        raise ValueError(f"--stride: {step} frames are more than the window's {length}: some would not be seen")
+        raise UserError(f"--stride: {step} frames are more than the window's {length}: some would not be seen")
     windows = place_windows(track, length, step)
     courses = [Course(len(times), windows, m.sampler, m.prepare, m.look, m.batch_size) for m in sight.models]
     end = int(windows[:, 1].max(initial=0))
@@ -381,12 +380,12 @@ def find_videos(clips: Sequence[Path], out: Path) -> list[Video]:
     """The videos of files and folders, each once, in natural order; results in a folder within are none of them.
 
     Raises:
-        ValueError: in one line, if there are none, or a result would take the place of a video or lie among frames.
+        UserError: in one line, if there are none, or a result would take the place of a video or lie among frames.
     """
     paths, names = [], []
     for clip in clips:
         if not clip.exists():
-            raise ValueError(f"{clip}: no such video or folder")
+            raise UserError(f"{clip}: no such video or folder")
         if not clip.is_dir():
             paths.append(clip)
             names.append(clip.name)
@@ -401,9 +400,9 @@ def find_videos(clips: Sequence[Path], out: Path) -> list[Video]:
         if not found:
             try:
                 if not frame_names(clip):
-                    raise ValueError(f"{clip}: no videos in it, and no JPEG or PNG frames")
+                    raise UserError(f"{clip}: no videos in it, and no JPEG or PNG frames")
             except OSError as error:
-                raise ValueError(f"{clip}: cannot be read ({error.strerror})") from None
+                raise UserError(f"{clip}: cannot be read ({error.strerror})") from None
             paths.append(clip)
             names.append(f"{clip.resolve().name}.")  # its last dot begins no suffix
     distinct = {path.resolve(): (path, name) for path, name in zip(reversed(paths), reversed(names), strict=True)}
@@ -412,11 +411,11 @@ def find_videos(clips: Sequence[Path], out: Path) -> list[Video]:
     for video in videos:
         for suffix in ANNOTATED:
             if Path(f"{out / video.name}{suffix}").resolve() in distinct:
-                raise ValueError(
+                raise UserError(
                     f"--out {out}: {video.name}{suffix} lies there and would be overwritten; choose another folder"
                 )
         if (out / video.name).parent.resolve() in distinct:
-            raise ValueError(f"--out {out}: the results would lie among the frames; choose another folder")
+            raise UserError(f"--out {out}: the results would lie among the frames; choose another folder")
     return videos
 
 
@@ -489,7 +488,7 @@ def predict(clips: Sequence[Path], sight: Sight, out: Path, annotate: str) -> in
             try:
                 about = write(video, seen, sight, out, annotate, progress.tick)
             except (av.FFmpegError, BadVideo, OSError) as error:
-                raise ValueError(f"{out / video.name}: cannot be written ({error})") from None
+                raise UserError(f"{out / video.name}: cannot be written ({error})") from None
             progress.say(f"{shown(video.name)}: {told(about)}")
     return code
 
@@ -518,10 +517,10 @@ def look_with(args: argparse.Namespace) -> Sight:
     """Load the models and the detector that `add_arguments` asks for.
 
     Raises:
-        ValueError: in one line, if one cannot be had.
+        UserError: in one line, if one cannot be had.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no NVIDIA GPU is visible here")
+        raise UserError("--device cuda: no NVIDIA GPU is visible here")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     models = [Model(path, device, args.amp) for path in args.checkpoint]
     window = args.window or Span(float(np.median([n for m in models for n in m.lengths()])), False)
@@ -541,7 +540,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"recording {args.seconds:g} s of {shown(source)}; Ctrl-C ends it earlier", flush=True)
             record(source, clips[-1], args.seconds, kind)
     except (OSError, av.FFmpegError, BadVideo) as error:
-        raise ValueError(f"{args.camera or args.out}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{args.camera or args.out}: {getattr(error, 'strerror', None) or error}") from None
     return predict(clips, sight, args.out, args.annotate)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import openpyxl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import UserError
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 
@@ -51,7 +52,7 @@ def find_parts(root: Path, frames: str) -> Parts:
     """Find the parts of the release below `root`.
 
     Raises:
-        ValueError: in one line, if a part that is needed is not there, or there twice.
+        UserError: in one line, if a part that is needed is not there, or there twice.
     """
     is_folder = re.compile(f"(?:{CLIP_FOLDERS[frames]}){releases.COPY_SUFFIX}", re.IGNORECASE)
     is_clip = re.compile(r"([0-9]+)\.mp4" if frames == "original" else "([0-9]+)", re.IGNORECASE)
@@ -77,7 +78,7 @@ def find_parts(root: Path, frames: str) -> Parts:
         folder = releases.only_one(f"folder {split}(single-labeled) with set_1.csv .. set_5.csv", found, root)
         for fold in FOLDS:
             if fold not in found[folder]:
-                raise ValueError(f"{folder}: set_{fold}.csv is missing")
+                raise UserError(f"{folder}: set_{fold}.csv is missing")
             sets[f"set_{fold}_{split}"] = found[folder][fold]
     sheet = releases.only_one("annotation.xlsx", sheets, root) if sheets else None
     return Parts(clip_folder, clips[clip_folder], sets, sheet)
@@ -87,27 +88,27 @@ def read_set(path: str) -> dict[int, int]:
     """Clip numbers and labels, 0 .. 6, of one of the release's .csv files, whose labels are 1 .. 7.
 
     Raises:
-        ValueError: in one line naming file and row, if it is damaged, lists a clip twice, or is numbered from 0.
+        UserError: in one line naming file and row, if it is damaged, lists a clip twice, or is numbered from 0.
     """
     rows = releases.read_rows(path)
     _, header = next(rows, ("", ""))
     if re.sub(r"\s", "", header).lower() != "video_name,label":
-        raise ValueError(f"{path}: its first row should be 'video_name,label', is {header!r}")
+        raise UserError(f"{path}: its first row should be 'video_name,label', is {header!r}")
     labels: dict[int, int] = {}
     for where, line in rows:
-        fields = re.fullmatch(r"([0-9]+)\s*,\s*([0-9]+)", line)
+        fields = re.fullmatch(r"([0-9]{1,9})\s*,\s*([0-9]{1,9})", line)
         if fields is None:
-            raise ValueError(f"{where}: expected 'number,label', got {line!r}")
+            raise UserError(f"{where}: expected 'number,label', got {line!r}")
         clip, label = int(fields[1]), int(fields[2])
         if label == 0:
-            raise ValueError(
+            raise UserError(
                 f"{where}: label 0, so these are not the release's labels, 1 (Happy) to 7 (Fear), but a copy of them "
                 "renumbered from 0 below the same header; take the release's own file"
             )
         if label > len(EMOTIONS):
-            raise ValueError(f"{where}: label {label} is not in 1..7")
+            raise UserError(f"{where}: label {label} is not in 1..7")
         if clip in labels:
-            raise ValueError(f"{where}: clip {clip} is listed twice")
+            raise UserError(f"{where}: clip {clip} is listed twice")
         labels[clip] = label - 1
     return labels
 
@@ -119,7 +120,7 @@ def check_folds(sets: Mapping[str, Mapping[int, int]]) -> list[str]:
         What differs from the release without being wrong in itself, as in a part of it.
 
     Raises:
-        ValueError: in one line, if a clip is trained and tested on, tested on twice, or has two labels, or if the
+        UserError: in one line, if a clip is trained and tested on, tested on twice, or has two labels, or if the
             labels are not the release's.
     """
     whole: dict[int, int] = {}
@@ -127,17 +128,17 @@ def check_folds(sets: Mapping[str, Mapping[int, int]]) -> list[str]:
     for name, labels in sets.items():
         for clip, label in labels.items():
             if whole.setdefault(clip, label) != label:
-                raise ValueError(f"clip {clip} has label {label + 1} in {name}, but {whole[clip] + 1} in another set")
+                raise UserError(f"clip {clip} has label {label + 1} in {name}, but {whole[clip] + 1} in another set")
     if len(EMOTIONS) - 1 not in whole.values():
-        raise ValueError("no clip has label 7 (Fear): these are not the release's labels 1..7, or hardly any of it")
+        raise UserError("no clip has label 7 (Fear): these are not the release's labels 1..7, or hardly any of it")
     for fold in FOLDS:
         train, test = sets[f"set_{fold}_train"], sets[f"set_{fold}_test"]
         if both := sorted(train.keys() & test.keys()):
             clips = releases.some(list(map(str, both)))
-            raise ValueError(f"set_{fold}: {len(both):,} clips are in train and in test: {clips}")
+            raise UserError(f"set_{fold}: {len(both):,} clips are in train and in test: {clips}")
         for clip in test:
             if tested_in.setdefault(clip, fold) != fold:
-                raise ValueError(f"clip {clip} is in the test sets of folds {tested_in[clip]} and {fold}")
+                raise UserError(f"clip {clip} is in the test sets of folds {tested_in[clip]} and {fold}")
     differences = []
     for fold, published in enumerate(releases.DFEW_TEST_COUNTS, start=1):
         train, test = sets[f"set_{fold}_train"], sets[f"set_{fold}_test"]
@@ -160,7 +161,7 @@ def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
     """How many annotators chose each class, by clip number; `labels` are checked against those of the sheet.
 
     Raises:
-        ValueError: in one line, if the sheet is damaged, a column is not found, or a label is not that of the sets.
+        UserError: in one line, if the sheet is damaged, a column is not found, or a label is not that of the sets.
     """
     try:
         with warnings.catch_warnings():
@@ -170,13 +171,13 @@ def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
             rows = list(book.active.iter_rows(values_only=True))
             book.close()
     except Exception as error:  # whatever unpacking and parsing raise on a damaged file
-        raise ValueError(f"{sheet}: cannot be read as a spreadsheet ({error}); without it, votes are skipped") from None
+        raise UserError(f"{sheet}: cannot be read as a spreadsheet ({error}); without it, votes are skipped") from None
     header = [re.sub("^vote|[^a-z]", "", str(cell).lower()) for cell in (rows[0] if rows else ())]
     vote_columns = {VOTE_COLUMNS[name]: column for column, name in enumerate(header) if name in VOTE_COLUMNS}
     clip_column = next((header.index(name) for name in CLIP_COLUMNS if name in header), None)
     label_column = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
     if len(vote_columns) != len(EMOTIONS) or clip_column is None:
-        raise ValueError(
+        raise UserError(
             f"{sheet}: expected columns 1happy .. 7fear and the clip's number ('order'), "
             f"found {', '.join(map(str, rows[0])) if rows else 'none'}"
         )
@@ -189,13 +190,13 @@ def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
             votes[clip] = tuple(_whole_number(cells[vote_columns[label]]) for label in range(len(EMOTIONS)))
             stated = None if label_column is None else _whole_number(cells[label_column])
         except (ValueError, TypeError, IndexError):
-            raise ValueError(f"{sheet}: row {row} is not whole numbers") from None
+            raise UserError(f"{sheet}: row {row} is not whole numbers") from None
         if clip not in labels:  # of no single emotion, or without a face
             continue
         if not any(votes[clip]):
-            raise ValueError(f"{sheet}: row {row}: clip {clip} has no votes")
+            raise UserError(f"{sheet}: row {row}: clip {clip} has no votes")
         if stated is not None and stated != labels[clip] + 1:
-            raise ValueError(
+            raise UserError(
                 f"{sheet}: row {row}: clip {clip} is annotated {stated}, but the sets say {labels[clip] + 1}; "
                 "are the columns what they are called? Without this file, votes are skipped"
             )
@@ -205,8 +206,8 @@ def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
 def _whole_number(cell: object) -> int:
     """5, "5", 5.0 and "00005.mp4" alike."""
     text = re.sub(r"\.(mp4|0)$", "", str(cell).strip().lower())
-    if not re.fullmatch("[0-9]+", text):
-        raise ValueError(f"{cell!r} is no whole number")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(f"{cell!r} is no whole number")
     return int(text)
 
 
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         usable = {clip: name for clip, name in names.items() if not scans[name].problem}
         others = {"votes.csv": format_votes(votes, usable) if votes is not None else None}
         releases.write_lists(args.out, parts.clips, lists, scans, others)
-    except ValueError as error:
+    except UserError as error:
         print(f"prepare_dfew: {error}", file=sys.stderr)
         return 2
     except OSError as error:

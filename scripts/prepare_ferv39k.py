@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import UserError
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 
@@ -35,7 +36,7 @@ def find_parts(root: Path) -> Parts:
     """Find the parts of the release below `root`, and read its lists.
 
     Raises:
-        ValueError: in one line, if a part that is needed is not there, or there twice, or damaged.
+        UserError: in one line, if a part that is needed is not there, or there twice, or damaged.
     """
     clip_folders, set_files = [], []
     for folder, _, files in releases.search(root):
@@ -82,21 +83,21 @@ def read_set(path: str) -> dict[str, int]:
     """Clips and labels of one of the release's .csv files: no header, `Crime/Angry/0063 Angry`.
 
     Raises:
-        ValueError: in one line naming file and row, if it is damaged, lists a clip twice, or has a label that is not
+        UserError: in one line naming file and row, if it is damaged, lists a clip twice, or has a label that is not
             the emotion of the clip's folder.
     """
     labels: dict[str, int] = {}
     for where, line in releases.read_rows(path):
         fields = ROW.fullmatch(line)
         if fields is None:
-            raise ValueError(f"{where}: expected 'Scene/Emotion/0001 Emotion', got {line!r}")
+            raise UserError(f"{where}: expected 'Scene/Emotion/0001 Emotion', got {line!r}")
         clip, _, folder, word = fields.groups()
         if word.lower() not in LABELS:
-            raise ValueError(f"{where}: {word!r} is no emotion: the release's labels are {', '.join(EMOTIONS)}")
+            raise UserError(f"{where}: {word!r} is no emotion: the release's labels are {', '.join(EMOTIONS)}")
         if word.lower() != folder.lower():
-            raise ValueError(f"{where}: clip {clip} is labelled {word}, but lies in folder {folder}")
+            raise UserError(f"{where}: clip {clip} is labelled {word}, but lies in folder {folder}")
         if clip in labels:
-            raise ValueError(f"{where}: clip {clip} is listed twice")
+            raise UserError(f"{where}: clip {clip} is listed twice")
         labels[clip] = LABELS[word.lower()]
     return labels
 
@@ -108,11 +109,11 @@ def check_sets(parts: Parts) -> list[str]:
         What differs from the release without being wrong in itself, as in a part of it.
 
     Raises:
-        ValueError: in one line, if a clip is trained and tested on.
+        UserError: in one line, if a clip is trained and tested on.
     """
     train, test = parts.sets["train_All"], parts.sets["test_All"]
     if both := sorted(train.keys() & test.keys()):
-        raise ValueError(f"{len(both):,} clips are in train_All and in test_All: {releases.some(both)}")
+        raise UserError(f"{len(both):,} clips are in train_All and in test_All: {releases.some(both)}")
     differences = [
         releases.count_difference("train_All", train.values(), releases.FERV39K_TRAIN_COUNTS),
         releases.count_difference("test_All", test.values(), releases.FERV39K_TEST_COUNTS),
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if split == "test" or f"{scene}_train" in parts.scene_sets:
                     lists[f"scenes/{scene}_{split}"] = rows
         releases.write_lists(args.out, parts.clips, lists, scans)
-    except ValueError as error:
+    except UserError as error:
         print(f"prepare_ferv39k: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -31,10 +31,10 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import Parser, in_range, shown
+from dfer.cli import Parser, UserError, in_range, shown
+from dfer.images import natural_key
 from dfer.lists.annotations import EMOTIONS, write_annotations
 from dfer.lists.formats import WORDS
-from dfer.lists.index import natural_key
 from dfer.video.decode import BadVideo, decode, find_video_files, nearest_frames, unique_names
 from dfer.video.faces import crop_face, find_face, make_detector
 
@@ -81,7 +81,7 @@ def parse_label(text: str) -> int:
     if text.isdecimal() and int(text) < len(EMOTIONS):
         return int(text)
     if text.casefold() not in LABELS:
-        raise ValueError(f"{text!r} is no label: {LABEL_HELP}")
+        raise UserError(f"{text!r} is no label: {LABEL_HELP}")
     return LABELS[text.casefold()]
 
 
@@ -93,23 +93,23 @@ def read_list(list_path: Path, labelled: bool = True) -> list[tuple[Path, int | 
     try:
         lines = list_path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{list_path}: cannot be read as a list of videos ({error})") from None
+        raise UserError(f"{list_path}: cannot be read as a list of videos ({error})") from None
     rows: list[tuple[Path, int | None]] = []
     for row, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue
         if "\0" in line:
-            raise ValueError(f"{list_path}:{row}: no path has a NUL in it: {line!r}")
+            raise UserError(f"{list_path}:{row}: no path has a NUL in it: {line!r}")
         if not labelled:
             rows.append((list_path.parent / line, None))
             continue
         fields = re.fullmatch(r"(.+?)(?:\s*,\s*|\s+)([^\s,]+)", line)
         if fields is None:
-            raise ValueError(f"{list_path}:{row}: expected 'path label', got {line!r}")
+            raise UserError(f"{list_path}:{row}: expected 'path label', got {line!r}")
         try:
             rows.append((list_path.parent / fields[1], parse_label(fields[2])))
-        except ValueError as error:
-            raise ValueError(f"{list_path}:{row}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{list_path}:{row}: {error}") from None
     return rows
 
 
@@ -117,7 +117,7 @@ def find_videos(source: Path, label: int | None, unlabelled: bool = False) -> li
     """The videos of a folder, a list or a single file, in natural order; `label` is for those that have no other.
 
     Raises:
-        ValueError: in one line, if there are none, or one has no label (unless all are `unlabelled`).
+        UserError: in one line, if there are none, or one has no label (unless all are `unlabelled`).
     """
     labelled: Sequence[tuple[Path, int | None]]
     if source.is_dir():
@@ -129,15 +129,15 @@ def find_videos(source: Path, label: int | None, unlabelled: bool = False) -> li
     elif source.exists():
         labelled = [(source, label)]
     else:
-        raise ValueError(f"{source}: no such folder, video or list")
+        raise UserError(f"{source}: no such folder, video or list")
     if not labelled:
-        raise ValueError(f"{source}: no videos in it")
+        raise UserError(f"{source}: no videos in it")
     base = source if source.is_dir() else source.parent
     names = unique_names([os.path.relpath(path, base) for path, _ in labelled])
     videos = []
     for (path, own), name in zip(labelled, names, strict=True):
         if own is None and not unlabelled:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no label; put it in a folder named after its emotion ({', '.join(EMOTIONS)}), "
                 "give a .txt list of 'path label' rows, give --label for all such videos, or say --unlabelled"
             )
@@ -423,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
             if args.detector is not None:
                 detector = hashlib.sha256(args.detector.read_bytes()).hexdigest()
             make_detector(args.detector)  # fails here, in one line, rather than in each worker
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename}: cannot be read ({error.strerror})")

@@ -10,16 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import Parser, in_range
+from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.report.page import write_report
 from dfer.report.records import read_run
-from train import build_loader, one_line_errors, trained_model
+from train import build_loader, trained_model
 
 
 def main(args: argparse.Namespace) -> None:
     runs = [read_run(path) for path in args.runs]
     if args.figures and len({run.name for run in runs}) < len(runs):
-        raise ValueError("--figures: two of the runs have the same name; draw them one by one, into other folders")
+        raise UserError("--figures: two of the runs have the same name; draw them one by one, into other folders")
     for run in runs:
         others = [other for other in runs if other is not run]
         folder = args.figures / run.name if args.figures else None

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from dfer.images import natural_key
 from dfer.lists.annotations import EMOTIONS, read_annotations, read_votes, write_annotations
-from dfer.lists.index import build_index, natural_key
+from dfer.lists.index import build_index
 
 
 def write(tmp_path, text: bytes):

@@ -23,7 +23,8 @@ from dali_pipes import loader as loader_module
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
 from dali_pipes.sources import MAX_BYTES, _read
-from dfer.lists.index import MAX_PIXELS, ClipIndex, load_index
+from dfer.images import MAX_PIXELS
+from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.sampling import Augmentation, ClipSampler
 from dfer.video.decode import BadVideo, check_claims, read_frames, scan_video
 from scripts import check_list, hash_clips, pack

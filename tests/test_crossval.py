@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dfer.cli import one_line_errors
 from dfer.config import parse_config
 from dfer.lists.annotations import EMOTIONS, read_annotations
 from dfer.lists.index import load_index
@@ -26,7 +27,7 @@ from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from scripts import crossval
 from tests.conftest import ROOT
 from tests.test_report import Page, closed_in_itself, some_predictions, some_rows, write_run
-from train import fingerprint, one_line_errors
+from train import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import train
+from dfer.cli import one_line_errors
 from dfer.config import Config, DataConfig, ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet, MeanPoolNet
@@ -56,7 +57,7 @@ def exports_as_outside(monkeypatch):
 
 def run_export(*words: str) -> int:
     args = export.parser().parse_args(words)
-    return train.one_line_errors("export.py", lambda: export.main(args))
+    return one_line_errors("export.py", lambda: export.main(args))
 
 
 def random_clips(batch: int, num_frames: int) -> Tensor:

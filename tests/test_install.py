@@ -88,22 +88,6 @@ def test_the_command_without_being_installed(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr == "doctor: unrecognized arguments: --fast\n"
 
 
-def test_an_error_of_ours_is_told_from_a_librarys(tmp_path):
-    """Wherever the project lies: an environment's folder has a name that libraries' folders have too."""
-    import train
-
-    assert train._is_ours(raised(lambda: train.put_weights(train.nn.Linear(1, 1), {})))
-    assert train._is_ours(raised(lambda: train.rehearsal.free_disk(tmp_path, 10**18)))
-    assert not train._is_ours(raised(lambda: train.torch.arange(3).view(7) or int("x")))
-    assert not train._is_ours(raised(lambda: int("x")))  # here, in tests/
-
-
-def raised(work) -> Exception:
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        work()
-    return caught.value
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """What pip makes of the project, in a folder that is named as an environment's."""

@@ -15,6 +15,7 @@ import torch
 
 import scripts.report
 import train
+from dfer.cli import one_line_errors
 from dfer.config import Config, DataConfig, ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.report import figures
@@ -579,9 +580,9 @@ def test_the_command(whole, tmp_path):
 def test_errors_of_the_command_are_one_line(whole, tmp_path, capsys):
     for path, said in ((tmp_path, "not a run: it holds no config.json"), (tmp_path / "x", "no such run")):
         args = argparse.Namespace(runs=[whole[0], path], figures=None, clips=0)
-        assert train.one_line_errors("report.py", lambda args=args: scripts.report.main(args)) == 2
+        assert one_line_errors("report.py", lambda args=args: scripts.report.main(args)) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith(f"report.py: {path}: {said}") and err.count("\n") == 1
     args = argparse.Namespace(runs=[whole[0], whole[0]], figures=tmp_path, clips=0)
-    assert train.one_line_errors("report.py", lambda: scripts.report.main(args)) == 2
+    assert one_line_errors("report.py", lambda: scripts.report.main(args)) == 2
     assert "same name" in capsys.readouterr().err

@@ -107,7 +107,7 @@ train.settle_buckets = settle_uncounted
 def run():
     if "IDS" in os.environ:
         note_the_ids()
-    return train.one_line_errors("train.py", lambda: train.main(parse_config(sys.argv[2:])))
+    return one_line_errors("train.py", lambda: train.main(parse_config(sys.argv[2:])))
 
 words = sys.argv[1].split(",")
 if "RANK" in os.environ:

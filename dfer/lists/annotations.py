@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from dfer.cli import UserError
+
 # The order of DFEW's label ids, which the field's `.txt` lists use for DFEW and FERV39k alike.
 EMOTIONS = ("Happy", "Sad", "Neutral", "Angry", "Surprise", "Disgust", "Fear")
 
@@ -46,16 +48,16 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     with `#` are fine. Relative paths start at `root`, else where the list's header says, else at the list's folder.
 
     Raises:
-        ValueError: in one line that names the file and the row, if the list is missing, empty or damaged, if its
+        UserError: in one line that names the file and the row, if the list is missing, empty or damaged, if its
             header states another order of classes, or a hash that its rows do not have.
     """
     list_path = Path(list_path)
     try:
         text = list_path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(f"{list_path}: no such annotation list{_hint(list_path)}") from None
+        raise UserError(f"{list_path}: no such annotation list{_hint(list_path)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{list_path}: cannot be read as an annotation list ({error})") from None
+        raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
 
     # Not splitlines(): it would also cut at characters that a file name may hold.
     lines = [line.strip() for line in text.split("\n")]
@@ -67,21 +69,23 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
         if not line or line.startswith("#"):
             continue
         where = f"{list_path}:{row}"
+        if "\0" in line:
+            raise UserError(f"{where}: holds a NUL, which no path has: damaged, or not a list")
         fields = line.rsplit(maxsplit=2)
         if len(fields) != 3:
-            raise ValueError(f"{where}: expected 'path num_frames label', got {line!r}")
+            raise UserError(f"{where}: expected 'path num_frames label', got {line!r}")
         name, num_frames, label = fields
         if not (_WHOLE_NUMBER.fullmatch(num_frames) and _WHOLE_NUMBER.fullmatch(label)):
-            raise ValueError(f"{where}: num_frames and label must be whole numbers, got {line!r}")
+            raise UserError(f"{where}: num_frames and label must be whole numbers, got {line!r}")
         num_frames, label = int(num_frames), int(label)
         if num_frames < 1:
-            raise ValueError(f"{where}: num_frames is {num_frames}, must be at least 1")
+            raise UserError(f"{where}: num_frames is {num_frames}, must be at least 1")
         if not 0 <= label < len(EMOTIONS):
             legend = " ".join(f"{i}={e}" for i, e in enumerate(EMOTIONS))
-            raise ValueError(f"{where}: label {label} is not in 0..{len(EMOTIONS) - 1} ({legend})")
+            raise UserError(f"{where}: label {label} is not in 0..{len(EMOTIONS) - 1} ({legend})")
         records.append(VideoRecord(name, base / name, num_frames, label, where))
     if not records:
-        raise ValueError(f"{list_path}: the annotation list is empty")
+        raise UserError(f"{list_path}: the annotation list is empty")
     return records
 
 
@@ -89,7 +93,7 @@ def packed_index(list_path: str | Path) -> Path | None:
     """The .npz file that a packed list says its clips lie in (see packed.py); None if the list is not packed.
 
     Raises:
-        ValueError: in one line, if the list cannot be read, or names a file that is not beside it.
+        UserError: in one line, if the list cannot be read, or names a file that is not beside it.
     """
     list_path = Path(list_path)
     try:
@@ -98,10 +102,10 @@ def packed_index(list_path: str | Path) -> Path | None:
                 list(itertools.takewhile(lambda line: not line or line[0] == "#", map(str.strip, file)))
             )
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{list_path}: cannot be read as an annotation list ({error})") from None
+        raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
     name = header.get("packed")
     if name is not None and (os.path.basename(name) != name or not name.endswith(".npz")):
-        raise ValueError(f"{list_path}: its header says packed: {name!r}, which is no .npz file beside the list")
+        raise UserError(f"{list_path}: its header says packed: {name!r}, which is no .npz file beside the list")
     return None if name is None else list_path.parent / name
 
 
@@ -117,28 +121,28 @@ def write_annotations(
     beside the list that says where the clips lie, if they are packed.
 
     Raises:
-        ValueError: if a row cannot be written so that it reads back the same.
+        UserError: if a row cannot be written so that it reads back the same.
     """
     list_path = Path(list_path)
     lines = []
     for name, num_frames, label in rows:
         if name != name.strip() or name.startswith("#") or "\n" in name or "\r" in name or not name:
-            raise ValueError(f"{list_path}: a clip named {name!r} cannot stand in a list")
+            raise UserError(f"{list_path}: a clip named {name!r} cannot stand in a list")
         if num_frames < 1 or not 0 <= label < len(EMOTIONS):
-            raise ValueError(f"{list_path}: clip {name}: {num_frames} frames, label {label} cannot stand in a list")
+            raise UserError(f"{list_path}: clip {name}: {num_frames} frames, label {label} cannot stand in a list")
         lines.append(f"{name} {num_frames} {label}")
     header = [f"# classes: {' '.join(EMOTIONS)}"]
     if root is not None:
         header.append(f"# root: {root}")
         if str(root) != str(root).strip() or "\n" in str(root) or "\r" in str(root):
-            raise ValueError(f"{list_path}: a root named {str(root)!r} cannot stand in a list")
+            raise UserError(f"{list_path}: a root named {str(root)!r} cannot stand in a list")
     if packed is not None:
         header.append(f"# packed: {packed}")
     try:
         header.append(f"# sha256: {hash_rows(lines)}")
         data = "".join(f"{line}\n" for line in header + lines).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{list_path}: a name that is not UTF-8 cannot stand in a list ({error})") from None
+        raise UserError(f"{list_path}: a name that is not UTF-8 cannot stand in a list ({error})") from None
     partial = list_path.with_name(list_path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, list_path)
@@ -148,7 +152,7 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
     """Label distributions of the records from a file of votes: `clip,Happy,...,Fear`, counts per clip; rows sum to 1.
 
     Raises:
-        ValueError: in one line, if the file is missing or damaged, or has no votes for one of the records.
+        UserError: in one line, if the file is missing or damaged, or has no votes for one of the records.
     """
     votes: dict[str, list[float]] = {}
     try:
@@ -156,20 +160,20 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
             rows = csv.reader(file)
             header = next(rows, [])
             if header != ["clip", *EMOTIONS]:
-                raise ValueError(f"{path}:1: expected clip,{','.join(EMOTIONS)}, got {','.join(header)!r}")
+                raise UserError(f"{path}:1: expected clip,{','.join(EMOTIONS)}, got {','.join(header)!r}")
             for row in rows:
                 try:
                     name, counts = row[0], [float(x) for x in row[1:]]
                 except (ValueError, IndexError):
                     counts = []
                 if len(counts) != len(EMOTIONS) or not (min(counts) >= 0 and 0 < sum(counts) < math.inf):
-                    raise ValueError(f"{path}:{rows.line_num}: expected a clip and {len(EMOTIONS)} counts, got {row}")
+                    raise UserError(f"{path}:{rows.line_num}: expected a clip and {len(EMOTIONS)} counts, got {row}")
                 votes[name] = counts
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a file of votes ({error})") from None
+        raise UserError(f"{path}: cannot be read as a file of votes ({error})") from None
     for record in records:
         if record.name not in votes:
-            raise ValueError(f"{path}: no votes for clip {record.name} ({record.source})")
+            raise UserError(f"{path}: no votes for clip {record.name} ({record.source})")
     table = np.array([votes[record.name] for record in records], dtype=np.float32)
     return table / table.sum(1, keepdims=True)
 
@@ -189,13 +193,13 @@ def read_header(lines: Sequence[str]) -> dict[str, str]:
 def _check_header(list_path: Path, header: dict[str, str], lines: Sequence[str]) -> None:
     classes = tuple(header.get("classes", " ".join(EMOTIONS)).split())
     if classes != EMOTIONS:
-        raise ValueError(
+        raise UserError(
             f"{list_path}: its labels mean {' '.join(classes)}, but a model's classes are {' '.join(EMOTIONS)}; "
             "convert it with scripts/check_list.py --write"
         )
     rows = [line for line in lines if line and not line.startswith("#")]
     if "sha256" in header and header["sha256"] != hash_rows(rows):
-        raise ValueError(
+        raise UserError(
             f"{list_path}: its rows are not those that its header's sha256 was made of; if the change is meant, check "
             "it and write a new header with scripts/check_list.py --write"
         )

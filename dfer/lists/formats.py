@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dfer.cli import UserError
 from dfer.lists.annotations import EMOTIONS, hash_rows, read_header
 
 ORDERS = {"dfew": EMOTIONS, "alphabetical": tuple(sorted(EMOTIONS))}
@@ -91,7 +92,7 @@ def read_dialect(
         The rows in the list's order, and the dialect with the evidence for it.
 
     Raises:
-        ValueError: in one line that names the file and mostly a row, if the list cannot be read, is damaged, reaches
+        UserError: in one line that names the file and mostly a row, if the list cannot be read, is damaged, reaches
             outside its root by "..", contradicts itself, or leaves open what its labels mean.
     """
     list_path = Path(list_path)
@@ -100,7 +101,7 @@ def read_dialect(
     header = read_header(lines)
     canonical = "classes" in header
     if "sha256" in header and not canonical:
-        raise ValueError(f"{list_path}: its header has a sha256 but no classes: it is damaged")
+        raise UserError(f"{list_path}: its header has a sha256 but no classes: it is damaged")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")]
     problems = []
     if "sha256" in header and header["sha256"] != hash_rows([line for _, line in numbered]):
@@ -110,12 +111,12 @@ def read_dialect(
         del numbered[0]
         evidence.append("header 'video_name,label' of the official DFEW lists")
     if not numbered:
-        raise ValueError(f"{list_path}: the list is empty")
+        raise UserError(f"{list_path}: the list is empty")
     if number := sum(line.startswith("#") for line in lines[numbered[0][0] :]):
         evidence.append(f"{number:,} lines among the rows start with # and are taken for comments")
     cells, comma = _cut_columns(list_path, numbered, official)
     if canonical and cells[0].count is None:
-        raise ValueError(f"{list_path}:{cells[0].line}: its header goes with rows of 'path num_frames label'")
+        raise UserError(f"{list_path}:{cells[0].line}: its header goes with rows of 'path num_frames label'")
     names, absolute = _clean_paths(list_path, cells, canonical, official, evidence)
 
     columns = "path,label" if cells[0].count is None else "path,num_frames,label"
@@ -131,7 +132,7 @@ def read_dialect(
     elif canonical:
         stated = _parse_order(",".join(header["classes"].split()), f"{list_path}: its header")
         if classes not in (None, stated) or base == 1:
-            raise ValueError(f"{list_path}: its header states other labels than --class-order or --label-base")
+            raise UserError(f"{list_path}: its header states other labels than --class-order or --label-base")
         evidence.append(f"header: classes {' '.join(stated)}, from 0")
         readings = [_Reading(next((name for name in ORDERS if ORDERS[name] == stated), "its header's"), stated, 0)]
     else:
@@ -172,7 +173,7 @@ def _parse_order(order: str, where: str) -> tuple[str, ...]:
         return ORDERS[order]
     classes = tuple(WORDS.get(word.strip().lower(), "") for word in order.split(","))
     if sorted(classes) != sorted(EMOTIONS):
-        raise ValueError(f"{where}: {_show(order)} is no order of the classes: {SAY_ORDER} ({','.join(EMOTIONS)})")
+        raise UserError(f"{where}: {_show(order)} is no order of the classes: {SAY_ORDER} ({','.join(EMOTIONS)})")
     return classes
 
 
@@ -180,20 +181,20 @@ def _read_lines(list_path: Path) -> tuple[list[str], list[str]]:
     """The stripped lines of a list, and what is odd about its bytes."""
     try:
         if not list_path.is_file():  # a device or a pipe may never end
-            raise ValueError(f"{list_path}: no such annotation list")
+            raise UserError(f"{list_path}: no such annotation list")
         with open(list_path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{list_path}: cannot be read as an annotation list ({error})") from None
+        raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
     if len(data) > MAX_BYTES or text.count("\n") > MAX_ROWS:
-        raise ValueError(f"{list_path}: too large for a list: over {MAX_BYTES:,} bytes or {MAX_ROWS:,} rows")
+        raise UserError(f"{list_path}: too large for a list: over {MAX_BYTES:,} bytes or {MAX_ROWS:,} rows")
     lines = [line.strip() for line in text.split("\n")]  # not splitlines(): names may hold what it cuts at
     for number, line in enumerate(lines, start=1):
         if len(line) > MAX_LINE:
-            raise ValueError(f"{list_path}:{number}: a line of {len(line):,} letters: {_show(line)}")
+            raise UserError(f"{list_path}:{number}: a line of {len(line):,} letters: {_show(line)}")
         if found := re.search(r"[\x00-\x08\x0a-\x1f\x7f]", line):
-            raise ValueError(f"{list_path}:{number}: holds the control character {found[0]!r}: damaged, or not a list")
+            raise UserError(f"{list_path}:{number}: holds the control character {found[0]!r}: damaged, or not a list")
     oddities = {"byte-order mark": data.startswith(b"\xef\xbb\xbf"), "CRLF line ends": b"\r\n" in data}
     return lines, [oddity for oddity, found in oddities.items() if found]
 
@@ -207,7 +208,7 @@ def _cut_columns(list_path: Path, numbered: Sequence[tuple[int, str]], official:
         commas.append(rest.endswith(","))
         rest = rest.removesuffix(",").rstrip()
         if not rest or not label:
-            raise ValueError(
+            raise UserError(
                 f"{list_path}:{number}: expected 'path label' or 'path num_frames label', got {_show(line)}"
             )
         two.append(_Cells(number, rest, None, label))
@@ -215,19 +216,19 @@ def _cut_columns(list_path: Path, numbered: Sequence[tuple[int, str]], official:
         if head.strip() and re.fullmatch(r"-?[0-9]+", count.strip()):
             three.append(_Cells(number, head.rstrip(), count.strip(), label))
         if commas[-1] != commas[0]:
-            raise ValueError(f"{list_path}:{number}: commas and white space separate columns in the same list")
+            raise UserError(f"{list_path}:{number}: commas and white space separate columns in the same list")
     if official or not three:
         return two, commas[0]
     if len(three) < len(two):
         uncounted = sorted({cell.line for cell in two} - {cell.line for cell in three})
-        raise ValueError(
+        raise UserError(
             f"{list_path}:{uncounted[0]}: no frame count before the label, but row {three[0].line} has one; if names "
             f"end in numbers, separate the columns by {'white space' if commas[0] else 'commas'}"
         )
     if len({cell.path for cell in three}) < len({cell.path for cell in two}):
         repeated = Counter(path for path, _ in {(cell.path, cell.count) for cell in three}).most_common(1)[0][0]
         rows = [cell.line for cell in three if cell.path == repeated]
-        raise ValueError(
+        raise UserError(
             f"{list_path}:{rows[0]}: {_show(repeated)} stands in row {rows[-1]} with another number: one clip with two "
             "frame counts, or clips whose names end in numbers?"
         )
@@ -245,14 +246,14 @@ def _clean_paths(
         if official and re.fullmatch(r"[0-9]{1,5}", name):
             name = name.zfill(5)
         if ".." in name.split("/"):
-            raise ValueError(f"{list_path}:{cell.line}: {_show(name)} leads outside the root, by '..'")
+            raise UserError(f"{list_path}:{cell.line}: {_show(name)} leads outside the root, by '..'")
         absolute.append(name.startswith("/") or (not canonical and re.match(r"[A-Za-z]:/", name) is not None))
         if absolute[-1] != absolute[0]:
             kinds = "an absolute path among relative ones" if absolute[-1] else "a relative path among absolute ones"
-            raise ValueError(f"{list_path}:{cell.line}: {_show(name)} is {kinds}")
+            raise UserError(f"{list_path}:{cell.line}: {_show(name)} is {kinds}")
         name = posixpath.normpath(name)
         if name in (".", "/", "//"):
-            raise ValueError(f"{list_path}:{cell.line}: the path is no clip's")
+            raise UserError(f"{list_path}:{cell.line}: the path is no clip's")
         names.append(name)
     if not canonical and any("\\" in cell.path for cell in cells):
         evidence.append("backslashes in the paths are taken for slashes")
@@ -271,12 +272,12 @@ def _label_ids(list_path: Path, cells: Sequence[_Cells]) -> list[int] | None:
             numeric.append(cell)
         else:
             header = " (a header? only 'video_name,label' is known)" if cell is cells[0] else ""
-            raise ValueError(
+            raise UserError(
                 f"{list_path}:{cell.line}: label {_show(cell.label)} is neither an id (0..6 or 1..7) nor an emotion "
                 f"({' '.join(EMOTIONS)}){header}"
             )
     if worded and numeric:
-        raise ValueError(
+        raise UserError(
             f"{list_path}:{max(worded[0].line, numeric[0].line)}: emotion words and ids as labels in the same list"
         )
     return [int(cell.label) for cell in numeric] if numeric else None
@@ -309,7 +310,7 @@ def _settle(
         told, found = nearest.emotion(ids[row]), " and ".join(sorted(folders[row]))
         what = f"means {told} by {nearest}, but its path says {found}" if told else f"is none of {nearest}"
         others = f" (also against it: {len(more)} more, row {', '.join(str(cells[r].line) for r in more[:5])})"
-        raise ValueError(
+        raise UserError(
             f"{list_path}:{cells[row].line}: label {cells[row].label} {what}"
             f"{others if more else ''}; no meaning of the labels fits all rows"
         )
@@ -329,7 +330,7 @@ def _settle(
             advice += (" and " if advice else "") + SAY_ORDER
         single = next((against[reading][0] for reading in rivals if against[reading]), None)
         doubt = "" if single is None else f" (only row {cells[single].line} speaks against that, and may be a typo)"
-        raise ValueError(
+        raise UserError(
             f"{list_path}: its labels, {min(ids)}..{max(ids)}, may be {chosen} or {rivals[-1]}{doubt}: {advice}"
         )
     if len({reading.base for reading in readings}) > 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from dfer.cli import UserError
 from dfer.lists.annotations import VideoRecord
 
 FORMAT = 1
@@ -63,7 +64,7 @@ def read_hashes(
     """The hashes beside a list, None if there are none. `num_parts`: how many each clip has to have.
 
     Raises:
-        ValueError: in one line, if they are damaged, or of other clips than the list's.
+        UserError: in one line, if they are damaged, or of other clips than the list's.
     """
     path = hashes_path(list_path)
     try:
@@ -74,17 +75,17 @@ def read_hashes(
         return None
     except Exception as error:  # a damaged zip file raises errors of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: damaged ({reason}): {_advice(list_path)}") from None
+        raise UserError(f"{path}: damaged ({reason}): {_advice(list_path)}") from None
     if version != FORMAT:
-        raise ValueError(f"{path}: hashes of format {version}, this version reads {FORMAT}: {_advice(list_path)}")
+        raise UserError(f"{path}: hashes of format {version}, this version reads {FORMAT}: {_advice(list_path)}")
     if key != _key(records):
-        raise ValueError(f"{path}: hashes of other clips than the list's: {_advice(list_path)}")
+        raise UserError(f"{path}: hashes of other clips than the list's: {_advice(list_path)}")
     counts = np.diff(hashes.first)
     if len(counts) != len(records) or len(hashes.digests) != SIZE * hashes.first[-1]:
-        raise ValueError(f"{path}: damaged (its parts do not fit together): {_advice(list_path)}")
+        raise UserError(f"{path}: damaged (its parts do not fit together): {_advice(list_path)}")
     for video in np.flatnonzero(counts != num_parts)[:1].tolist():
         record = records[video]
-        raise ValueError(
+        raise UserError(
             f"{record.source}: clip {record.name} has {num_parts[video]} frames or files now, {counts[video]} when "
             f"{path} was made: {_advice(list_path)}"
         )

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import re
 import secrets
 import stat
 import time
@@ -23,14 +22,14 @@ from typing import Literal, TypeVar
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Shaped
 
+from dfer.cli import UserError
+from dfer.images import FRAME_SUFFIXES, frame_names
 from dfer.lists.annotations import VideoRecord, packed_index, read_annotations
 from dfer.lists.hashes import Hashes, read_hashes
 from dfer.lists.packed import Packed, load_packed
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
 Source = Literal["frames", "video", "shards", "raw"]
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
-MAX_PIXELS = 4096 * 4096  # of a frame: a header may claim any size, and memory is taken before the data is seen
 FOLDER, MISSING = -1, -2  # in place of a file's size
 
 
@@ -113,7 +112,7 @@ def load_index(
     is scanned at every start.
 
     Raises:
-        ValueError: in one line naming list, row and file, as read_annotations, build_index, load_packed and read_hashes
+        UserError: in one line naming list, row and file, as read_annotations, build_index, load_packed and read_hashes
             do; or if the list is not of the given source.
     """
     index = _load(list_path, root, source, bad_videos, write_cache)
@@ -135,10 +134,10 @@ def _load(
     if packed is not None:
         store = load_packed(records, packed)
         if source not in ("auto", store.kind):
-            raise ValueError(f"{list_path}: its clips are packed as {store.kind}, but the source asked for is {source}")
+            raise UserError(f"{list_path}: its clips are packed as {store.kind}, but the source asked for is {source}")
         return _index(records, store)
     if source in ("shards", "raw"):
-        raise ValueError(f"{list_path}: not packed, but the source asked for is {source}: scripts/pack.py packs it")
+        raise UserError(f"{list_path}: not packed, but the source asked for is {source}: scripts/pack.py packs it")
     # Taken before the scan: what changes during it has another time at the next start.
     states = _look(records)
     kind = _kind(records, states, source)
@@ -162,7 +161,7 @@ def build_index(records: Sequence[VideoRecord], source: Literal["auto", "frames"
     """Scan the frame folders or the video files of all records.
 
     Raises:
-        ValueError: in one line naming list, row and path, if a folder or video is missing, holds no frames, cannot be
+        UserError: in one line naming list, row and path, if a folder or video is missing, holds no frames, cannot be
             read or is not of the source, or if there are both folders and videos.
     """
     return _index(records, *_scan(records, _kind(records, _look(records), source)))
@@ -213,18 +212,18 @@ def _kind(
     folders, files = np.flatnonzero(states[:, 1] == FOLDER), np.flatnonzero(states[:, 1] >= 0)
     if source == "auto" and len(folders) and len(files):
         a, b = records[folders[0]], records[files[0]]
-        raise ValueError(f"{a.source}: {a.path} is a folder of frames, but {b.path} ({b.source}) is a file: "
+        raise UserError(f"{a.source}: {a.path} is a folder of frames, but {b.path} ({b.source}) is a file: "
                          "a list is of the one or the other")  # fmt: skip
     kind = ("video" if len(files) else "frames") if source == "auto" else source
     for row in (files if kind == "frames" else folders)[:1].tolist():
         there = "a file" if kind == "frames" else "a folder"
-        raise ValueError(f"{records[row].source}: {records[row].path} is {there}, but the source asked for is {source}")
+        raise UserError(f"{records[row].source}: {records[row].path} is {there}, but the source asked for is {source}")
     for row in np.flatnonzero(states[:, 1] == MISSING)[:1].tolist():
         wanted = {"frames": "frame folder", "video": "video file", "auto": "frame folder or video file"}
         what = wanted[source if not len(folders) and not len(files) else kind]
         path = records[row].path
         hint = "" if path.parent.is_dir() else " (its parent is missing too: is --data.root right?)"
-        raise ValueError(f"{records[row].source}: no such {what}: {path}{hint}")
+        raise UserError(f"{records[row].source}: no such {what}: {path}{hint}")
     return kind
 
 
@@ -239,12 +238,12 @@ def _scan(
 
 def _scan_folder(record: VideoRecord) -> list[str]:
     try:
-        names = [name for name in os.listdir(record.path) if name.lower().endswith(FRAME_SUFFIXES)]
+        names = frame_names(record.path)
     except OSError as error:
-        raise ValueError(f"{record.source}: cannot read the frame folder {record.path} ({error.strerror})") from None
+        raise UserError(f"{record.source}: cannot read the frame folder {record.path} ({error.strerror})") from None
     if not names:
-        raise ValueError(f"{record.source}: no {'/'.join(FRAME_SUFFIXES)} frames in {record.path}")
-    return sorted(names, key=natural_key)
+        raise UserError(f"{record.source}: no {'/'.join(FRAME_SUFFIXES)} frames in {record.path}")
+    return names
 
 
 def _scan_videos(
@@ -264,7 +263,7 @@ def _scan_videos(
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             line = f"{record.source}: cannot use the video {record.path} ({reason})"
             if bad_videos == "error":
-                raise ValueError(line) from None
+                raise UserError(line) from None
             return nothing, line
         assert len(found.pts) and found.height, record
         return found, ""
@@ -318,8 +317,3 @@ def _write_cache(path: Path, key: str, states: Int64[np.ndarray, "N 2"], store: 
     except OSError:  # a read-only disk: a cache is no more than a convenience
         with contextlib.suppress(OSError):
             partial.unlink()
-
-
-def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Sort key that reads digits as numbers: DFEW's 16-frame folders are 1.jpg .. 16.jpg, not zero-padded."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
+from dfer.cli import UserError
 from dfer.lists.annotations import EMOTIONS, VideoRecord
 
 FORMAT = 1  # of the .npz file
@@ -85,7 +86,7 @@ def read_pack(path: Path) -> Pack:
     """Read a pack's .npz file; the shards are not looked at.
 
     Raises:
-        ValueError: in one line, if it is missing, damaged, of another version, or of another order of classes.
+        UserError: in one line, if it is missing, damaged, of another version, or of another order of classes.
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
@@ -103,14 +104,14 @@ def read_pack(path: Path) -> Pack:
                         entries["hashes"].tolist(), provenance)  # fmt: skip
             _check(pack)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, but the list beside it says that its clips lie there") from None
+        raise UserError(f"{path}: no such file, but the list beside it says that its clips lie there") from None
     except Exception as error:  # a damaged zip file raises errors of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: damaged, or not made by scripts/pack.py ({reason})") from None
+        raise UserError(f"{path}: damaged, or not made by scripts/pack.py ({reason})") from None
     if version != FORMAT:
-        raise ValueError(f"{path}: a pack of format {version}, this version reads {FORMAT}; pack the list again")
+        raise UserError(f"{path}: a pack of format {version}, this version reads {FORMAT}; pack the list again")
     if classes != EMOTIONS:
-        raise ValueError(f"{path}: its classes are {' '.join(classes)}, those of the lists are {' '.join(EMOTIONS)}")
+        raise UserError(f"{path}: its classes are {' '.join(classes)}, those of the lists are {' '.join(EMOTIONS)}")
     return pack
 
 
@@ -132,7 +133,7 @@ def match_records(records: Sequence[VideoRecord], pack: Pack, path: Path) -> Int
     """The pack's clip for each row of a list; `path` names the pack.
 
     Raises:
-        ValueError: in one line, for the first row whose clip is not in the pack, or not with that label and length.
+        UserError: in one line, for the first row whose clip is not in the pack, or not with that label and length.
     """
     known = {name: clip for clip, name in enumerate(pack.names)}
     clips = np.array([known.get(record.name, -1) for record in records], dtype=np.int64)
@@ -142,7 +143,7 @@ def match_records(records: Sequence[VideoRecord], pack: Pack, path: Path) -> Int
         for row in np.flatnonzero(bad).tolist():
             record, clip = records[row], clips[row]
             told = tell.format(record=record, label=pack.labels[clip], frames=lengths[clip])
-            raise ValueError(f"{record.source}: clip {record.name} {told} in {path}: pack the list again")
+            raise UserError(f"{record.source}: clip {record.name} {told} in {path}: pack the list again")
 
     refuse(clips < 0, "is not")
     refuse(pack.labels[clips] != [r.label for r in records], "has label {record.label} here, but {label}")
@@ -154,11 +155,11 @@ def load_packed(records: Sequence[VideoRecord], path: Path) -> Packed:
     """Where the clips of a packed list lie; `path` is the pack's .npz file. Only the sizes of the shards are checked.
 
     Raises:
-        ValueError: in one line, if the pack is damaged, a shard is missing or of another size, or a row does not match.
+        UserError: in one line, if the pack is damaged, a shard is missing or of another size, or a row does not match.
     """
     pack = read_pack(path)
     for problem in shard_problems(pack):
-        raise ValueError(f"{problem}; copy it again, or pack the list again")
+        raise UserError(f"{problem}; copy it again, or pack the list again")
     return pack.clips.select(match_records(records, pack, path))
 
 
@@ -177,7 +178,7 @@ def _check(pack: Pack) -> None:
         and clips.shard.min() >= 0
         and clips.shard.max() < len(clips.paths)
     ):
-        raise ValueError("its parts do not fit together")
+        raise UserError("its parts do not fit together")
     of_clip = np.repeat(np.arange(num_clips), counts)
     ends = clips.offset + clips.length
     inside = (clips.offset >= 0) & (clips.length > 0) & (ends <= pack.sizes[clips.shard][of_clip])
@@ -187,4 +188,4 @@ def _check(pack: Pack) -> None:
         inside &= clips.length == (3 * clips.height.astype(np.int64) * clips.width)[of_clip]
         inside &= np.concatenate([[False], same]) | (clips.offset % 64 == 0)
     if not inside.all():
-        raise ValueError(f"the frames of clip {pack.names[of_clip[~inside][0]]} lie where none can be")
+        raise UserError(f"the frames of clip {pack.names[of_clip[~inside][0]]} lie where none can be")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import av
 
-from dfer.cli import Parser, shown
+from dfer.cli import Parser, UserError, shown
+from dfer.images import FRAME_SUFFIXES, natural_key
 from dfer.lists.annotations import EMOTIONS, write_annotations
-from dfer.lists.index import FRAME_SUFFIXES, natural_key
 
 # Clips per class, in the order of EMOTIONS. A fold of DFEW trains on all that it does not test on.
 DFEW_TEST_COUNTS = (
@@ -85,22 +85,22 @@ def only_one(part: str, found: Iterable[str], root: str | Path) -> str:
     """The one path that holds a part of the release; of several paths to the same place, the first found.
 
     Raises:
-        ValueError: in one line, if there is none or more than one.
+        UserError: in one line, if there is none or more than one.
     """
     by_place: dict[str, str] = {}
     for path in found:
         by_place.setdefault(os.path.realpath(path), path)
     places = list(by_place.values())
     if not places:
-        raise ValueError(f"{shown(root)}: found no {part} in it")
+        raise UserError(f"{shown(root)}: found no {part} in it")
     if len(places) > 1:
         more = f" (and {len(places) - 2} more)" if len(places) > 2 else ""
-        raise ValueError(
+        raise UserError(
             f"{part}: found in {shown(places[0])} and in {shown(places[1])}{more}; "
             "give a --root that holds only the one you mean, or move all pieces into one folder"
         )
     if not places[0].isprintable() or places[0] != places[0].strip():
-        raise ValueError(f"{places[0]!a}: a path with such characters cannot stand in a list; rename the folder")
+        raise UserError(f"{places[0]!a}: a path with such characters cannot stand in a list; rename the folder")
     return places[0]
 
 
@@ -108,12 +108,12 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, str]]:
     """The rows of a text file that are not blank: where ("file:row", for messages), and what stands there.
 
     Raises:
-        ValueError: in one line, if the file cannot be read.
+        UserError: in one line, if the file cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     for row, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{path}:{row}", line.strip()
@@ -215,7 +215,7 @@ def judge(scans: Mapping[str, Scan], differences: Sequence[str], report: Path | 
     """Say what is not as published, in `report` in full; refuse it unless a part of the release is allowed.
 
     Raises:
-        ValueError: in one line, if the copy is not whole and has to be.
+        UserError: in one line, if the copy is not whole and has to be.
         OSError: if the report cannot be written.
     """
     if report:
@@ -246,7 +246,7 @@ def check_whole(scans: Mapping[str, Scan], differences: Sequence[str]) -> None:
     """Refuse a copy that is not the whole release.
 
     Raises:
-        ValueError: in one line, with what differs and the first of the clips that cannot be used.
+        UserError: in one line, with what differs and the first of the clips that cannot be used.
     """
     wrong = []
     if differences:
@@ -254,7 +254,7 @@ def check_whole(scans: Mapping[str, Scan], differences: Sequence[str]) -> None:
         wrong.append(differences[0] + more)
     wrong += bad_clips(scans)
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{'; '.join(wrong)}; nothing was written: --allow-missing takes what is there, --report FILE names all"
         )
 
@@ -297,11 +297,11 @@ def write_lists(
     run wrote by these names and this one does not is removed. `others` are further files: their text, or None.
 
     Raises:
-        ValueError: in one line, if no clip can be used.
+        UserError: in one line, if no clip can be used.
         OSError: if `out` cannot be written to.
     """
     if all(scan.problem for scan in scans.values()):
-        raise ValueError(f"none of {len(scans):,} clips can be used; nothing was written")
+        raise UserError(f"none of {len(scans):,} clips can be used; nothing was written")
     files = {f"{name}.txt" for name in lists} | {f"{name}.missing.txt" for name in lists} | set(others or {})
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:

@@ -14,6 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dfer.cli import UserError
 from dfer.crf.layers import BranchMessages, GaussianCRF, MeanFieldCRF
 from dfer.crf.pairs import Backend
 
@@ -31,26 +32,26 @@ class FrameBackbone(nn.Module):
         """`weights`: None = random, "timm" = timm's pretrained ones (downloaded once), else a file of weights.
 
         Raises:
-            ValueError: if timm has no such model, or the weights cannot be had or do not fit.
+            UserError: if timm has no such model, or the weights cannot be had or do not fit.
         """
         super().__init__()
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
-            raise ValueError(f"--model.backbone {name}: timm has no such model" + (f" (has {close})" if close else ""))
+            raise UserError(f"--model.backbone {name}: timm has no such model" + (f" (has {close})" if close else ""))
         kwargs = {}
         if weights == "timm":
             _check_weights_within_reach(name)
             kwargs["pretrained"] = True
         elif weights is not None:
             if not Path(weights).is_file():
-                raise ValueError(f"--model.weights {weights}: no such file (or 'timm' for timm's pretrained weights)")
+                raise UserError(f"--model.weights {weights}: no such file (or 'timm' for timm's pretrained weights)")
             kwargs.update(pretrained=True, pretrained_cfg_overlay={"file": weights})
         try:
             levels = timm.create_model(name, features_only=True, out_indices=(-2, -1), **kwargs)
         except Exception as error:  # hub, safetensors and torch each raise their own kinds
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = f"--model.weights {weights}: cannot be loaded into" if weights else "--model.backbone"
-            raise ValueError(f"{what} {name} ({reason})") from None
+            raise UserError(f"{what} {name} ({reason})") from None
         self.net = levels
         self.channels: list[int] = levels.feature_info.channels()
         self.strides: list[int] = levels.feature_info.reduction()
@@ -73,7 +74,7 @@ def _check_weights_within_reach(name: str) -> None:
     try:
         socket.create_connection((host, 443), timeout=5).close()
     except OSError:
-        raise ValueError(
+        raise UserError(
             f"--model.weights timm: {host} cannot be reached to download {config.hf_hub_id}; "
             "give a file with --model.weights FILE, or leave it out for random weights"
         ) from None
@@ -213,10 +214,10 @@ class DFERNet(nn.Module, PyTorchModelHubMixin):
         Probabilities in [0, 1]; over the classes they sum to at most 1, the rest is background.
 
         Raises:
-            ValueError: if the model's CRF has no labels.
+            UserError: if the model's CRF has no labels.
         """
         if not isinstance(self.crf, MeanFieldCRF):
-            raise ValueError("emotion maps: the model's CRF has no labels; train with --model.crf meanfield")
+            raise UserError("emotion maps: the model's CRF has no labels; train with --model.crf meanfield")
         return self.crf.emotion_maps(self._levels(clips))
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from PIL import Image
 from torch import nn
 
-from dfer.cli import shown
+from dfer.cli import UserError, shown
 from dfer.config import config_from_json
 from dfer.crf.layers import SIGMA_APPEARANCE, SIGMA_SMOOTHNESS, STATES_PER_CLASS, MeanFieldCRF
 from dfer.lists.annotations import EMOTIONS
@@ -71,7 +71,7 @@ def look(run: Run, num_clips: int, build_loader: Callable[..., Any], trained_mod
         data = dataclasses.replace(config.data, batch_size=1, cache="off", views=1, mirror_views=False)
         settings = dataclasses.replace(config.model, crf_backend="auto")
         model = trained_model(state, dataclasses.replace(config, model=settings))
-    except ValueError as error:
+    except UserError as error:
         return Look([f"no gallery, and of the CRF its curves only: {error}"], [])
 
     notes, crf = [], getattr(model, "crf", None)
@@ -98,7 +98,7 @@ def look(run: Run, num_clips: int, build_loader: Callable[..., Any], trained_mod
         for row in (*choose(run.predictions, False, num_clips), *choose(run.predictions, True, num_clips)):
             name = run.predictions.clips[row]
             if name not in rows:
-                raise ValueError(f"{data.val_list}: clip {name} is not in it any more")
+                raise UserError(f"{data.val_list}: clip {name} is not in it any more")
             pixels = next(loader(0, rows[name])).clips  # one clip per batch, in the order of the list
             maps, course = None, None
             if crf is not None:
@@ -107,7 +107,7 @@ def look(run: Run, num_clips: int, build_loader: Callable[..., Any], trained_mod
                 maps, course = fine.numpy(), (in_frame / in_frame.sum(1, keepdim=True)).numpy()
             colours = 255 * (pixels[0].permute(0, 2, 3, 1).numpy() * IMAGENET_STD + IMAGENET_MEAN)
             clips.append(Clip(row, colours.round().clip(0, 255).astype(np.uint8), maps, course))
-    except ValueError as error:
+    except UserError as error:
         return Look([*notes, f"no gallery: {error}"], [], crf=crf)
     energies = None
     if crf is not None:
@@ -435,7 +435,7 @@ def write_report(
     """Write report.html into the run's folder, and its figures as .svg and .png into `folder`.
 
     Raises:
-        ValueError: in one line, if they cannot be written.
+        UserError: in one line, if they cannot be written.
     """
     seen = look(run, num_clips, build_loader, trained_model)
     path = run.path / "report.html"
@@ -450,7 +450,7 @@ def write_report(
                         write_whole(folder / f"{card.name}.{kind}", lambda file, content=content: file.write(content))
             write_whole(path, lambda file: file.write(text.encode()))
         except OSError as error:
-            raise ValueError(f"{error.filename or path}: cannot write the report ({error.strerror})") from None
+            raise UserError(f"{error.filename or path}: cannot write the report ({error.strerror})") from None
     return path
 
 
@@ -552,7 +552,7 @@ def write_folds_report(folder: Path, results: dict[str, Any], runs: Sequence[Run
     """Write FOLDER/report.html about the results of scripts/crossval.py.
 
     Raises:
-        ValueError: in one line, if it cannot be written.
+        UserError: in one line, if it cannot be written.
     """
     path = folder / "report.html"
     with figures.style():
@@ -560,5 +560,5 @@ def write_folds_report(folder: Path, results: dict[str, Any], runs: Sequence[Run
     try:
         write_whole(path, lambda file: file.write(text.encode()))
     except OSError as error:
-        raise ValueError(f"{error.filename or path}: cannot write the report ({error.strerror})") from None
+        raise UserError(f"{error.filename or path}: cannot write the report ({error.strerror})") from None
     return path

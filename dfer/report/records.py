@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
 
-from dfer.cli import shown
+from dfer.cli import UserError, shown
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix
 
@@ -55,18 +55,18 @@ def read_run(path: Path) -> Run:
     """The records of a run's folder. What is missing or damaged there is noted, not an error.
 
     Raises:
-        ValueError: in one line, if there is no such folder or it is not a run's.
+        UserError: in one line, if there is no such folder or it is not a run's.
     """
     if not path.is_dir():
-        raise ValueError(f"{path}: no such run (a folder that train.py made, such as logs/NAME)")
+        raise UserError(f"{path}: no such run (a folder that train.py made, such as logs/NAME)")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("no settings in it")
+            raise UserError("no settings in it")
     except FileNotFoundError:
-        raise ValueError(f"{path}: not a run: it holds no config.json") from None
+        raise UserError(f"{path}: not a run: it holds no config.json") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path / 'config.json'}: not a run's configuration ({error})") from None
+        raise UserError(f"{path / 'config.json'}: not a run's configuration ({error})") from None
 
     notes, rows, torn = [], [], 0
     try:
@@ -83,7 +83,7 @@ def read_run(path: Path) -> Run:
     predictions = None
     try:
         predictions = read_predictions(path / "predictions.csv")
-    except ValueError as error:
+    except UserError as error:
         notes.append(f"no confusion matrix, recall or gallery: {error}")
     return Run(path, config, rows, predictions, notes)
 
@@ -92,15 +92,15 @@ def read_predictions(path: Path) -> Predictions:
     """What `dfer.run.logger.write_predictions` wrote.
 
     Raises:
-        ValueError: in one line, if it is missing or damaged.
+        UserError: in one line, if it is missing or damaged.
     """
     try:
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.DictReader(file))
     except FileNotFoundError:
-        raise ValueError("no predictions.csv: no epoch is evaluated yet") from None
+        raise UserError("no predictions.csv: no epoch is evaluated yet") from None
     except (OSError, csv.Error) as error:
-        raise ValueError(f"predictions.csv cannot be read ({error})") from None
+        raise UserError(f"predictions.csv cannot be read ({error})") from None
     clips, numbers = [], []
     for number, row in enumerate(rows, start=2):
         try:
@@ -111,9 +111,9 @@ def read_predictions(path: Path) -> Predictions:
             clips.append(str(row["clip"]))
             numbers.append([label, predicted, *p])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"predictions.csv is damaged in line {number}") from None
+            raise UserError(f"predictions.csv is damaged in line {number}") from None
     if not clips:
-        raise ValueError("predictions.csv holds no clips")
+        raise UserError("predictions.csv holds no clips")
     table = np.array(numbers)
     return Predictions(clips, table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:])
 
@@ -198,7 +198,7 @@ def pool(runs: Sequence[Sequence[Predictions]]) -> Pool:
     """Put together what the runs of each seed predicted on each fold.
 
     Raises:
-        ValueError: in one line, if two seeds were not evaluated on the same clips and labels.
+        UserError: in one line, if two seeds were not evaluated on the same clips and labels.
     """
     columns = []
     for seed in runs:
@@ -206,7 +206,7 @@ def pool(runs: Sequence[Sequence[Predictions]]) -> Pool:
         for number, (first, fold) in enumerate(zip(runs[0], seed, strict=True), start=1):
             order = same_clips(first, fold)
             if order is None:
-                raise ValueError(f"fold {number} of two seeds was evaluated on other clips or labels")
+                raise UserError(f"fold {number} of two seeds was evaluated on other clips or labels")
             columns[-1].append(fold.predicted[order])
     return Pool(
         np.repeat(np.arange(len(runs[0])), [len(fold.labels) for fold in runs[0]]),

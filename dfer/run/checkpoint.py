@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dfer.cli import UserError
 from dfer.config import Config, config_from_json
 from dfer.lists.annotations import EMOTIONS
 
@@ -46,7 +47,7 @@ class RunDir:
         """Find the run; if it exists, hold it.
 
         Raises:
-            ValueError: in one line, if another process holds it, it is a run of another configuration or no run at
+            UserError: in one line, if another process holds it, it is a run of another configuration or no run at
                 all, or it is to be resumed and has no checkpoint.
         """
         self.path = config.run.log_dir / name
@@ -55,7 +56,7 @@ class RunDir:
         self._saved_at = time.monotonic()
         self._lock: int | None = None
         if config.resume and not find_manifests(self.checkpoints):
-            raise ValueError(f"--resume: {self.path} holds no checkpoint to continue from")
+            raise UserError(f"--resume: {self.path} holds no checkpoint to continue from")
         if self.path.exists():
             self._hold()
             try:
@@ -70,18 +71,18 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ValueError(f"--run.log-dir: cannot use {self.path} ({error})") from None
+            raise UserError(f"--run.log-dir: cannot use {self.path} ({error})") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
             os.close(lock)
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: in use by {holder}; wait for it, stop it, or choose another --run.name"
             ) from None
         except OSError as error:
             os.close(lock)
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: its file system cannot lock files ({error}); choose another --run.log-dir"
             ) from None
         os.ftruncate(lock, 0)
@@ -93,7 +94,7 @@ class RunDir:
         if not saved.exists():
             others = sorted(p.name for p in self.path.iterdir() if p.name != "lock")
             if others:
-                raise ValueError(f"{self.path}: holds {others[0]}, which is no run; choose another --run.name")
+                raise UserError(f"{self.path}: holds {others[0]}, which is no run; choose another --run.name")
             return
         if not find_manifests(self.checkpoints) and not self._has_rows():
             return  # it never took a step: there is nothing to protect
@@ -101,7 +102,7 @@ class RunDir:
         before = json.loads(config_from_json(_read(saved).decode(errors="replace"), saved).to_json())
         differing = differences(before, json.loads(config.to_json()))
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: holds a run of another configuration: {'; '.join(differing)}; "
                 "continue it with its own or choose another --run.name"
             )
@@ -114,7 +115,7 @@ class RunDir:
         """Make the folder ready for the first step: held, cleaned of leftovers, and known to take what is to come.
 
         Raises:
-            ValueError: in one line, if it cannot be written or the disk has no room for `state_bytes` twice (a new
+            UserError: in one line, if it cannot be written or the disk has no room for `state_bytes` twice (a new
                 checkpoint beside the old one).
         """
         if self._lock is None:
@@ -130,9 +131,9 @@ class RunDir:
             write_whole(saved, lambda file: file.write(text))  # again too: better now than at the first checkpoint
             free = shutil.disk_usage(self.checkpoints).free
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"--run.log-dir: cannot write {self.path} ({_reason(error)})") from None
+            raise UserError(f"--run.log-dir: cannot write {self.path} ({_reason(error)})") from None
         if free < 2 * state_bytes:
-            raise ValueError(
+            raise UserError(
                 f"{self.checkpoints}: {free / 1e6:.0f} MB are free, and two checkpoints take "
                 f"{2 * state_bytes / 1e6:.0f} MB; make room or choose another --run.log-dir"
             )
@@ -210,11 +211,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     deleted once the new one is safe on the disk.
 
     Raises:
-        ValueError: in one line, if the state is not finite or it cannot be written; the checkpoints before it stay.
+        UserError: in one line, if the state is not finite or it cannot be written; the checkpoints before it stay.
     """
     harmful = next(_not_finite(state), None)
     if harmful is not None:
-        raise ValueError(f"{folder}: step {state['step']} is not saved: {harmful} is not finite")
+        raise UserError(f"{folder}: step {state['step']} is not saved: {harmful} is not finite")
     manifest = folder / f"step-{state['step']:08d}.json"
     partial = folder / "state.partial"
     try:
@@ -247,7 +248,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
         steps = [step for step in find_manifests(folder) if step <= state["step"]]
         _delete_all_but(folder, set(steps[:KEPT]) | best & set(steps))
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise ValueError(f"{manifest}: cannot write the checkpoint ({_reason(error)})") from None
+        raise UserError(f"{manifest}: cannot write the checkpoint ({_reason(error)})") from None
     return manifest
 
 
@@ -280,7 +281,7 @@ def _delete_all_but(folder: Path, steps: set[int]) -> None:
         manifest = folder / f"step-{step:08d}.json"
         if step in steps:
             kept |= {manifest.name}
-            with contextlib.suppress(ValueError):  # a damaged one keeps nothing
+            with contextlib.suppress(UserError):  # a damaged one keeps nothing
                 kept |= {_read_manifest(manifest)["file"]}
         else:
             manifest.unlink()
@@ -290,7 +291,7 @@ def _delete_all_but(folder: Path, steps: set[int]) -> None:
 
 
 def _read_manifest(manifest: Path) -> dict[str, Any]:
-    """Raises ValueError if it is no manifest."""
+    """Read a manifest. Raises UserError if it is none."""
     content = _read(manifest)
     try:
         about = json.loads(content)
@@ -299,7 +300,7 @@ def _read_manifest(manifest: Path) -> dict[str, Any]:
         if not known or not fits:
             raise ValueError
     except (ValueError, KeyError, TypeError):  # JSON and Unicode errors are ValueErrors
-        raise ValueError(f"{manifest}: damaged, or of a newer version") from None
+        raise UserError(f"{manifest}: damaged, or of a newer version") from None
     return about
 
 
@@ -307,28 +308,28 @@ def _read(path: Path) -> bytes:
     """All of a file that is no link: a checkpoint does not reach out of its folder.
 
     Raises:
-        ValueError: in one line, if it cannot be read.
+        UserError: in one line, if it cannot be read.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             return file.read()
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_verified(manifest: Path) -> bytes:
     """The bytes of a checkpoint's state, which are those that were written.
 
     Raises:
-        ValueError: in one line, if they are not, or the manifest is damaged.
+        UserError: in one line, if they are not, or the manifest is damaged.
     """
     about = _read_manifest(manifest)
     path = manifest.with_name(about["file"])
     content = _read(path)
     if len(content) != about["bytes"] or hashlib.sha256(content).hexdigest() != about["sha256"]:
-        raise ValueError(f"{path}: damaged: not the {about['bytes']} bytes that were written (SHA-256 differs)")
+        raise UserError(f"{path}: damaged: not the {about['bytes']} bytes that were written (SHA-256 differs)")
     return content
 
 
@@ -336,16 +337,16 @@ def newest_checkpoint(folder: Path) -> tuple[bytes | None, list[str]]:
     """The newest state that verifies, None in a folder without checkpoints; and what is wrong with newer ones.
 
     Raises:
-        ValueError: in one line, if there are checkpoints and none verifies.
+        UserError: in one line, if there are checkpoints and none verifies.
     """
     damage = []
     for step in find_manifests(folder):
         try:
             return read_verified(folder / f"step-{step:08d}.json"), damage
-        except ValueError as error:
+        except UserError as error:
             damage.append(str(error))
     if damage:
-        raise ValueError(
+        raise UserError(
             f"{folder}: none of {len(damage)} checkpoints can be used: {damage[0]}; remove the folder to start over"
         )
     return None, []
@@ -355,21 +356,21 @@ def decode_state(content: bytes, source: Path) -> dict[str, Any]:
     """The state in verified bytes, on the CPU; `source` is named in messages.
 
     Raises:
-        ValueError: in one line, if it is not a checkpoint of this project, or of another order of the classes.
+        UserError: in one line, if it is not a checkpoint of this project, or of another order of the classes.
     """
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and storage errors are of many kinds
-        raise ValueError(f"{source}: damaged or not a checkpoint ({type(error).__name__})") from None
+        raise UserError(f"{source}: damaged or not a checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
-        raise ValueError(f"{source}: not a checkpoint of this project")
+        raise UserError(f"{source}: not a checkpoint of this project")
     _check_classes(state.get("emotions"), source)
     return state
 
 
 def _check_classes(classes: object, source: Path) -> None:
     if classes != list(EMOTIONS):
-        raise ValueError(f"{source}: its model's classes are {classes}, those of the lists are {list(EMOTIONS)}")
+        raise UserError(f"{source}: its model's classes are {classes}, those of the lists are {list(EMOTIONS)}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -378,24 +379,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     `path` is a run's folder (its newest checkpoint), one checkpoint's .json or .pt, or weights in .safetensors.
 
     Raises:
-        ValueError: in one line, if it is missing, damaged, or not a checkpoint of this project.
+        UserError: in one line, if it is missing, damaged, or not a checkpoint of this project.
     """
     if path.suffix == ".safetensors":
         return load_weights(path)
     if path.is_dir():
         content, _ = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if content is None:
-            raise ValueError(f"{path}: holds no checkpoint")
+            raise UserError(f"{path}: holds no checkpoint")
         return decode_state(content, path)
     manifest = path
     if path.suffix == ".pt":
         if not path.exists():
-            raise ValueError(f"{path}: no such checkpoint")
+            raise UserError(f"{path}: no such checkpoint")
         if not _STATE.fullmatch(path.name):
-            raise ValueError(f"{path}: not a checkpoint of this project: those are in a run's checkpoints/ folder")
+            raise UserError(f"{path}: not a checkpoint of this project: those are in a run's checkpoints/ folder")
         manifest = path.with_name(path.name.rsplit("-", 1)[0] + ".json")
         if _read_manifest(manifest)["file"] != path.name:
-            raise ValueError(f"{path}: {manifest.name} names another file: left over from a save that did not end")
+            raise UserError(f"{path}: {manifest.name} names another file: left over from a save that did not end")
     return decode_state(read_verified(manifest), path)
 
 
@@ -403,21 +404,21 @@ def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) 
     """Write weights and `about` in one .safetensors file, whose metadata hold a SHA-256 of both.
 
     Raises:
-        ValueError: in one line, if it cannot be written; a file of that name stays as it was.
+        UserError: in one line, if it cannot be written; a file of that name stays as it was.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     content = safetensors.torch.save(weights, about | {"sha256": _digest(weights, about)})
     try:
         write_whole(path, lambda file: file.write(content))
     except OSError as error:
-        raise ValueError(f"{path}: cannot write the weights ({_reason(error)})") from None
+        raise UserError(f"{path}: cannot write the weights ({_reason(error)})") from None
 
 
 def load_weights(path: Path) -> dict[str, Any]:
     """What `save_weights` wrote, in the form of `load_checkpoint`.
 
     Raises:
-        ValueError: in one line, if it is missing, damaged, or of something else.
+        UserError: in one line, if it is missing, damaged, or of something else.
     """
     content = _read(path)
     try:
@@ -427,9 +428,9 @@ def load_weights(path: Path) -> dict[str, Any]:
         sha256 = about.pop("sha256")
         emotions, config = json.loads(about["emotions"]), about["config"]
     except Exception as error:  # of header, offsets and types, each of another kind
-        raise ValueError(f"{path}: damaged or not weights of this project ({type(error).__name__})") from None
+        raise UserError(f"{path}: damaged or not weights of this project ({type(error).__name__})") from None
     if _digest(weights, about) != sha256:
-        raise ValueError(f"{path}: damaged: not the weights that were written (SHA-256 differs)")
+        raise UserError(f"{path}: damaged: not the weights that were written (SHA-256 differs)")
     _check_classes(emotions, path)
     return {"model": weights, "ema": None, "config": config, "emotions": emotions}
 

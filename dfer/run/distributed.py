@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dfer.cli import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -58,15 +60,15 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
     `timeout` is how long one process waits for another; it must cover the slowest first step (compilation).
 
     Raises:
-        ValueError: if a GPU is asked for that is not there.
+        UserError: if a GPU is asked for that is not there.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, size = _from_launcher("RANK", 0), _from_launcher("WORLD_SIZE", 1)
+    local_rank, local_size = _from_launcher("LOCAL_RANK", 0), _from_launcher("LOCAL_WORLD_SIZE", 1)
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not available:
-        raise ValueError("--run.device cuda: no NVIDIA GPU is visible here")
+        raise UserError("--run.device cuda: no NVIDIA GPU is visible here")
     if device != "cpu" and 0 < available < local_size:
-        raise ValueError(f"{local_size} processes for {available} GPUs: lower --nproc_per_node or --run.device cpu")
+        raise UserError(f"{local_size} processes for {available} GPUs: lower --nproc_per_node or --run.device cpu")
     use_gpu = device != "cpu" and available > 0
     torch_device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -77,7 +79,7 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
         return World(rank, size, local_rank, local_size, torch_device)
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        _from_launcher("MASTER_PORT", 0),
         # torchrun keeps the store and its content when it restarts the processes
         is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=timeout,
@@ -89,8 +91,16 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
     return World(rank, size, local_rank, local_size, torch_device, store)
 
 
+def _from_launcher(name: str, default: int) -> int:
+    """Return a number that torchrun has left in the environment."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(f"the environment's {name} is {text!r}, not a number: start several processes with torchrun")
+    return int(text)
+
+
 def _attempt() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return _from_launcher("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def remembered(world: World, key: str, value: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dfer.cli import UserError
 from dfer.config import Config
 from dfer.metrics import BEGINNING, Snapshot, Throughput
 from dfer.run.checkpoint import KEPT
@@ -91,14 +92,14 @@ def free_disk(log_dir: Path, checkpoint: int) -> int:
     """Bytes that are free where `log_dir` is or would be made; `checkpoint` is the size of one.
 
     Raises:
-        ValueError: in one line, if it could not be written, or a run would find no room for two.
+        UserError: in one line, if it could not be written, or a run would find no room for two.
     """
     there = next(path for path in (log_dir, *log_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--run.log-dir: cannot write {there}")
+        raise UserError(f"--run.log-dir: cannot write {there}")
     free = shutil.disk_usage(there).free
     if free < 2 * checkpoint:
-        raise ValueError(
+        raise UserError(
             f"--run.log-dir: {free / 1e6:.0f} MB are free in {there}, and two checkpoints take "
             f"{2 * checkpoint / 1e6:.0f} MB; make room or choose another"
         )

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from dfer.cli import UserError
 from dfer.config import Config
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
@@ -65,7 +66,7 @@ class Logger:
             self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed in close)
             self._rows = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         except OSError as error:
-            raise ValueError(f"{run_dir}: cannot write ({error})") from None
+            raise UserError(f"{run_dir}: cannot write ({error})") from None
         self._num_rows = len(earlier)
         self._open_wandb(earlier, wandb_id, done=start_evaluated and start_step == total_steps)
         if self._console.is_terminal:
@@ -170,7 +171,7 @@ class Logger:
         try:
             file.write(line)
         except OSError as error:
-            raise ValueError(f"{file.name}: cannot write ({error.strerror}); the last checkpoint counts") from None
+            raise UserError(f"{file.name}: cannot write ({error.strerror}); the last checkpoint counts") from None
 
     def row(self, step: int, values: dict[str, int | float]) -> None:
         """One row of metrics.jsonl, which W&B gets too. What is not finite is null there."""
@@ -188,7 +189,7 @@ class Logger:
             try:
                 os.fsync(self._rows.fileno())
             except OSError as error:
-                raise ValueError(f"{self._rows.name}: cannot write ({error.strerror})") from None
+                raise UserError(f"{self._rows.name}: cannot write ({error.strerror})") from None
 
     def train_row(self, step: int, epoch: int, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
         """A row with values that still lie on the GPU. They are copied without waiting and written one row later."""
@@ -355,7 +356,7 @@ def write_predictions(
     """Write `clip,label,prediction,p_<emotion> ...` rows, whole or not at all.
 
     Raises:
-        ValueError: in one line, if they cannot be written.
+        UserError: in one line, if they cannot be written.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -366,4 +367,4 @@ def write_predictions(
     try:
         write_whole(path, lambda file: file.write(text.getvalue().encode()))
     except OSError as error:
-        raise ValueError(f"{path}: cannot write ({error})") from None
+        raise UserError(f"{path}: cannot write ({error})") from None

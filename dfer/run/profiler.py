@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from dfer.cli import UserError
 from dfer.run.checkpoint import write_whole
 
 Item = TypeVar("Item")
@@ -62,7 +63,7 @@ class Profiler:
         ends before is not written.
 
         Raises:
-            ValueError: in one line, while passing batches through, if the trace cannot be written.
+            UserError: in one line, while passing batches through, if the trace cannot be written.
         """
         enough = self.num_steps and num_steps >= WARM_UP + self.num_steps
         return self._watched(batches) if enough else batches
@@ -107,7 +108,7 @@ def _written(profile: torch.profiler.profile, path: Path) -> list[str]:
         write_whole(path, lambda file: file.write(packed))
     except (OSError, json.JSONDecodeError) as error:  # torch does not say when the disk was full: the file is cut off
         reason = getattr(error, "strerror", "torch could not write it")
-        raise ValueError(f"{path}: cannot write the trace ({reason})") from None
+        raise UserError(f"{path}: cannot write the trace ({reason})") from None
     return lines
 
 

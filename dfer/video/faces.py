@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
+from dfer.cli import UserError
+
 DETECT_LONG_SIDE = (
     480  # px; detection takes a smaller picture, in which a face is found as well and 2 to 10 times faster
 )
@@ -58,12 +60,12 @@ def make_detector(model: Path | None = None) -> Detector:
     `model` is an .onnx file of YuNet; None is OpenCV's own Haar cascade for frontal faces, which knows no eyes.
 
     Raises:
-        ValueError: in one line, if the model cannot be used, or this OpenCV has no Haar cascade.
+        UserError: in one line, if the model cannot be used, or this OpenCV has no Haar cascade.
     """
     cv2.setNumThreads(1)  # the processes are the parallelism
     if model is None:
         if not hasattr(cv2, "CascadeClassifier"):
-            raise ValueError(f"OpenCV {cv2.__version__} has no Haar detector: install the version in requirements.txt")
+            raise UserError(f"OpenCV {cv2.__version__} has no Haar detector: install the version in requirements.txt")
         cascade = cv2.CascadeClassifier(f"{cv2.data.haarcascades}haarcascade_frontalface_default.xml")
 
         def find(small: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "K 4"]:
@@ -80,7 +82,7 @@ def make_detector(model: Path | None = None) -> Detector:
             net = cv2.FaceDetectorYN.create(str(model), "", (64, 64), YUNET_SCORE)
             net.detect(np.zeros((64, 64, 3), np.uint8))
         except (cv2.error, SystemError):
-            raise ValueError(f"{model}: not a YuNet model that OpenCV {cv2.__version__} can use") from None
+            raise UserError(f"{model}: not a YuNet model that OpenCV {cv2.__version__} can use") from None
         finally:
             cv2.utils.logging.setLogLevel(level)
 

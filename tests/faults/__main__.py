@@ -60,7 +60,7 @@ for line in sys.stdin:
         bounds = {"init_timeout": 5.0, "finish_timeout": 2.0}
         wandb.Settings = functools.partial(lambda make, **k: make(**k | bounds), wandb.Settings)
         try:
-            code = train.one_line_errors("train.py", lambda: train.main(parse_config(order["words"])))
+            code = one_line_errors("train.py", lambda: train.main(parse_config(order["words"])))
             sys.stdout.flush()
         except BaseException:
             import traceback

@@ -1,0 +1,84 @@
+"""Files that are written whole or not at all, their hashes, and an error of the operating system in one line."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+# What file systems answer that cannot sync a folder: some network and FUSE mounts, and folders that may not be read.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+
+
+def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object], durable: bool = True) -> None:
+    """Create or replace a file: at every moment the old content or the new one is there.
+
+    Args:
+        path: the file.
+        content: its bytes, its text (written as UTF-8), or a function that writes to the open file.
+        durable: wait until it is on the disk, so that the promise also holds after a power cut.
+
+    Raises:
+        OSError: if it cannot be written; what was there stays, and nothing else is left.
+    """
+    with partial(path, durable) as name, open(name, "wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def partial(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a name beside `path` to write to, for writers that want a name: it becomes `path` at the end.
+
+    The name is its own for each call, so that several processes may write the same file. If anything is raised
+    meanwhile, the partial file is deleted and `path` stays as it was.
+    """
+    name = path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.partial")
+    try:
+        yield name
+        commit(name, path, durable)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            name.unlink(missing_ok=True)
+        raise
+
+
+def commit(written: Path, path: Path, durable: bool = True) -> None:
+    """Rename a file that is complete to the name that others look for. Both lie in one folder."""
+    if durable:
+        with open(written, "rb+") as file:
+            os.fsync(file.fileno())
+    os.replace(written, path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where its file system can do that by itself."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reason(error: BaseException) -> str:
+    """Return why something failed, in one line: the system's own words where there are any."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file or folder"
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

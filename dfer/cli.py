@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 Item = TypeVar("Item")
 
@@ -44,6 +44,13 @@ def _joined() -> bool:
 def shown(text: object) -> str:
     """A path or a message as it is printed: in one line whatever a file is called."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+class Range(NamedTuple):
+    """The values that a number of the configuration may have; stands at its field: Annotated[int, Range(1, 9)]."""
+
+    low: int | float
+    high: int | float
 
 
 class Parser(argparse.ArgumentParser):

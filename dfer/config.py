@@ -9,13 +9,15 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import tyro
 
-from dfer.cli import UserError
-from dfer.plan.sampling import MAX_RANDAUGMENT, Augmentation
+from dfer.cli import Range, UserError
+from dfer.files import read_file
+from dfer.plan.sampling import Augmentation
+from dfer.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class DataConfig:
     """Where relative paths in the lists start; the list's own folder if not given."""
     source: Literal["auto", "frames", "video", "shards", "raw"] = "auto"
     """Where the clips are read from; auto = what the list points at."""
-    jpeg_engine: float = 0.65
+    jpeg_engine: Annotated[float, Range(0.0, 1.0)] = 0.65
     """Share of the images that a GPU's JPEG engine decodes, where it has one; more frees cores, less may be faster."""
     bad_clips: Literal["error", "skip"] = "skip"
     """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
@@ -36,73 +38,19 @@ class DataConfig:
     """gpu = hold the whole raw data set in GPU memory."""
     recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "m3dfel", "mae-dfer"] = "none"
     """Clips and augmentation as a published method has them, where no other flag says otherwise."""
-    size: int = 112
+    size: Annotated[int, Range(32, 1024)] = 112
     """Height and width of a clip in pixels."""
-    num_segments: int = 16
+    num_segments: Annotated[int, Range(1, 1024)] = 16
     """Segments that a video is cut into."""
-    frames_per_segment: int = 1
+    frames_per_segment: Annotated[int, Range(1, 64)] = 1
     """Consecutive frames from each segment: 16 x 1 is the field's default, 8 x 2 is Former-DFER's."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Range(1, 65536)] = 16
     """Clips per process and step."""
-    views: int = 1
+    views: Annotated[int, Range(1, 64)] = 1
     """Evaluation averages the probabilities of this many clips of a video, each at another place in time."""
     mirror_views: bool = False
     """And of their mirror images: twice as many."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-
-
-# How the peers take and augment clips: what a recipe sets in DataConfig, from their public code. Approximated in all:
-# boxes that do not fit are drawn again there (here cut to the frame), most draw the aspect ratio uniformly (here
-# log-uniform), and most repeat the first or the last frame of a short video (here all of them, evenly). Only MAE-DFER
-# normalises its input.
-RECIPES: dict[str, dict[str, Any]] = {
-    # zengqunzhao/Former-DFER: dataloader/dataset_DFEW.py, dataloader/video_transform.py
-    "former-dfer": {
-        "num_segments": 8,
-        "frames_per_segment": 2,
-        "size": 112,
-        "augmentation": Augmentation(min_crop_area=0.08, max_crop_ratio=4 / 3, colour=0.0),
-    },
-    # zengqunzhao/DFER-CLIP: main.py, dataloader/video_dataloader.py, dataloader/video_transform.py. As on DFEW; on
-    # FERV39k it turns clips (--data.augmentation.rotation 4 --data.augmentation.brightness 0) instead.
-    "dfer-clip": {
-        "num_segments": 16,
-        "frames_per_segment": 1,
-        "size": 224,
-        "augmentation": Augmentation(min_crop_area=0.08, max_crop_ratio=4 / 3, colour=0.0, brightness=0.5),
-    },
-    # muse1998/IAL-for-Facial-Expression-Recognition: dataset_DFEW.py, video_transform.py. It draws ratios of up to 5/3,
-    # but of an area of 0.85 or more only those up to 1/0.85 fit. Approximated: what a rotation lays open is black.
-    "ial": {
-        "num_segments": 16,
-        "frames_per_segment": 1,
-        "size": 112,
-        "augmentation": Augmentation(min_crop_area=0.85, max_crop_ratio=1.18, colour=0.0, brightness=0.6, rotation=4.0),
-    },
-    # ECNU-Cross-Innovation-Lab/M3DFEL_replicate: options.py, datasets/dataset_DFEW.py, datasets/video_transform.py.
-    # Approximated: hue turns in HSV there; each frame is drawn from the 16 that follow its segment's start, which may
-    # run backwards, in testing too (here: within its segment, and the centre in testing).
-    "m3dfel": {
-        "num_segments": 16,
-        "frames_per_segment": 1,
-        "size": 112,
-        "augmentation": Augmentation(min_crop_area=0.08, max_crop_ratio=4 / 3, colour=0.4, hue=0.4),
-    },
-    # sunlicai/MAE-DFER: run_class_finetuning.py, kinetics.py, scripts/dfew/*.sh. Approximated: its clip is 64
-    # consecutive frames or the whole video where that is shorter (here: up to 1.2 times shorter than the video, about
-    # DFEW's median of 70 frames); rand-m7-n4-mstd0.5-inc1, read as timm does, skips each of its 4 operations half of
-    # the time, may draw the non-linear ones, and comes before the crop; erased pixels are noise; the two views in time
-    # are the first and the last 64 frames (its two crops are one and the same).
-    "mae-dfer": {
-        "num_segments": 16,
-        "frames_per_segment": 1,
-        "size": 160,
-        "views": 2,
-        "augmentation": Augmentation(
-            min_crop_area=0.08, max_crop_ratio=4 / 3, colour=0.0, speed=1.2, randaugment=2, magnitude=7.0, erase=0.25
-        ),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -113,43 +61,43 @@ class ModelConfig:
     """Any timm model with feature levels."""
     weights: str | None = None
     """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file."""
-    dim: int = 256
+    dim: Annotated[int, Range(8, 4096)] = 256
     """Width D of the pyramid."""
     crf: Literal["meanfield", "messages", "gaussian"] = "meanfield"
     """The mean-field CRF; for comparison the original method's messages or a continuous Gaussian CRF."""
     readout: Literal["none", "labels", "value", "both"] = "both"
     """What the CRF writes back into the features."""
-    iterations: int = 3
+    iterations: Annotated[int, Range(0, 100)] = 3
     """Mean-field iterations of the CRF."""
-    max_coupling: float = 8.0
+    max_coupling: Annotated[float, Range(0.01, 100.0)] = 8.0
     """Bound on the coupling of the CRF's tokens; up to 2 its optimum is unique."""
     crf_backend: Literal["auto", "dense", "triton", "sdpa"] = "auto"
     """How the CRF's sums are computed; auto = dense. Triton's kernels were not yet run on a GPU."""
-    dropout: float = 0.2
+    dropout: Annotated[float, Range(0.0, 0.99)] = 0.2
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
+    lr: Annotated[float, Range(1e-12, 1e3)] = 1e-3
     """Peak learning rate, after warm-up; cosine to zero from there."""
-    weight_decay: float = 0.05
-    epochs: int = 60
-    steps_per_epoch: int = 0
+    weight_decay: Annotated[float, Range(0.0, 1e3)] = 0.05
+    epochs: Annotated[int, Range(1, 100_000)] = 60
+    steps_per_epoch: Annotated[int, Range(0, 10**9)] = 0
     """Cut epochs short after this many optimizer steps; 0 = whole epochs."""
-    warmup_epochs: float = 3.0
-    clip_norm: float = 1.0
+    warmup_epochs: Annotated[float, Range(0.0, 100_000.0)] = 3.0
+    clip_norm: Annotated[float, Range(0.0, 1e9)] = 1.0
     """Largest norm of the gradient; 0 = no clipping."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(1, 100_000)] = 1
     """Batches per optimizer step."""
-    ema: float = 0.0
+    ema: Annotated[float, Range(0.0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 = none."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    label_smoothing: float = 0.1
-    aux_weight: float = 0.2
+    label_smoothing: Annotated[float, Range(0.0, 0.99)] = 0.1
+    aux_weight: Annotated[float, Range(0.0, 1e3)] = 0.2
     """Weight of the loss on the CRF's marginals."""
     soft_labels: Path | None = None
     """Train on the annotators' votes in this file (prepare_dfew.py writes votes.csv) instead of the list's labels."""
@@ -170,23 +118,23 @@ class RunConfig:
     """Batch statistics over all GPUs."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """Weights & Biases; auto = online where there is a key, else offline."""
-    log_every: int = 20
+    log_every: Annotated[int, Range(1, 10**9)] = 20
     """Optimizer steps between two rows of training metrics."""
-    save_minutes: float = 5.0
+    save_minutes: Annotated[float, Range(0.0, 1e6)] = 5.0
     """Minutes between two checkpoints within an epoch; each epoch ends with one anyway. 0 = after every step."""
-    timeout: float = 600.0
+    timeout: Annotated[float, Range(1.0, 1e6)] = 600.0
     """Seconds that a process waits for the others; must cover the slowest first step (compilation)."""
 
 
 @dataclass(frozen=True)
 class Config:
     preset: tyro.conf.Suppress[str] = "faces"
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     resume: bool = False
     """Insist that the run --run.name is continued; without it a named run is too, if it has begun."""
     validate_only: bool = False
     """Check all there is to check, take a few steps, say what the run will take, and write nothing."""
-    profile: int = 0
+    profile: Annotated[int, Range(0, 1000)] = 0
     """Record this many steps: a trace in the run's folder, and a table of where their time goes."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -238,9 +186,11 @@ PRESETS = {"faces": _faces, "dfew": _dfew, "ferv39k": _ferv39k, "debug": _debug}
 
 
 def parse_config(args: list[str]) -> Config:
-    """Build the configuration from command-line words: an optional preset, then overrides.
+    """Return the configuration that command-line words make: an optional preset, then overrides.
 
-    A recipe goes over the preset, and single flags over the recipe, in whatever order they stand.
+    A recipe goes over the preset, and single flags over the recipe, in whatever order they stand. Where --run.name is a
+    run that has begun, it goes on as what it was: its saved configuration is the base, whatever the presets say by now,
+    and only what is typed goes over it.
 
     Raises:
         UserError: in one line, for an unknown preset or key, a value of the wrong type, or one out of range.
@@ -253,6 +203,18 @@ def parse_config(args: list[str]) -> Config:
     recipe = _recipe(rest)
     if recipe in RECIPES:  # anything else is named by tyro
         default = dataclasses.replace(default, data=dataclasses.replace(default.data, **RECIPES[recipe]))
+    config = _parse(rest, default)
+    validate(config)
+    begun = begun_config(config.run.log_dir / config.run.name) if config.run.name else None
+    if begun is None:
+        return config
+    config = _parse(rest, _continued(begun, config, preset_typed=len(rest) < len(args)))
+    validate(config)
+    return config
+
+
+def _parse(words: list[str], default: Config) -> Config:
+    """Return `default` with the flags among the words set."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -261,14 +223,13 @@ def parse_config(args: list[str]) -> Config:
                 prog=f"train.py {{{','.join(PRESETS)}}}",
                 description="Train and validate. Presets: "
                 + " ".join(f"{name}: {fn.__doc__}" for name, fn in PRESETS.items()),
-                args=rest,
+                args=words,
                 default=default,
             )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         raise UserError(_first_sentence(captured.getvalue())) from None
-    validate(config)
     return config
 
 
@@ -287,57 +248,13 @@ def _first_sentence(panel: str) -> str:
 
 
 def validate(config: Config) -> None:
-    """Check the ranges that types do not express.
+    """Check what types do not express: the ranges that stand at the fields, and what fields demand of each other.
 
     Raises:
-        UserError: one line with the flag, its value and what is allowed.
+        UserError: names the flag, its value and what is allowed.
     """
-    data, model, optim, loss, run = config.data, config.model, config.optim, config.loss, config.run
-    augmentation = data.augmentation
-    checks = [
-        ("--seed", config.seed, 0, 2**63 - 1),
-        ("--profile", config.profile, 0, 1000),
-        ("--data.size", data.size, 32, 1024),
-        ("--data.num-segments", data.num_segments, 1, 1024),
-        ("--data.frames-per-segment", data.frames_per_segment, 1, 64),
-        ("--data.batch-size", data.batch_size, 1, 65536),
-        ("--data.jpeg-engine", data.jpeg_engine, 0.0, 1.0),
-        ("--data.views", data.views, 1, 64),
-        ("--data.augmentation.min-crop-area", augmentation.min_crop_area, 0.01, 1.0),
-        ("--data.augmentation.max-crop-ratio", augmentation.max_crop_ratio, 1.0, 4.0),
-        ("--data.augmentation.flip", augmentation.flip, 0.0, 1.0),
-        ("--data.augmentation.colour", augmentation.colour, 0.0, 0.99),
-        ("--data.augmentation.brightness", augmentation.brightness, 0.0, 0.99),
-        ("--data.augmentation.hue", augmentation.hue, 0.0, 0.5),
-        ("--data.augmentation.grayscale", augmentation.grayscale, 0.0, 1.0),
-        ("--data.augmentation.rotation", augmentation.rotation, 0.0, 180.0),
-        ("--data.augmentation.blur", augmentation.blur, 0.0, 1.0),
-        ("--data.augmentation.erase", augmentation.erase, 0.0, 1.0),
-        ("--data.augmentation.speed", augmentation.speed, 1.0, 8.0),
-        ("--data.augmentation.reverse", augmentation.reverse, 0.0, 1.0),
-        ("--data.augmentation.randaugment", augmentation.randaugment, 0, MAX_RANDAUGMENT),
-        ("--data.augmentation.magnitude", augmentation.magnitude, 0.0, 10.0),
-        ("--model.dim", model.dim, 8, 4096),
-        ("--model.iterations", model.iterations, 0, 100),
-        ("--model.max-coupling", model.max_coupling, 0.01, 100.0),
-        ("--model.dropout", model.dropout, 0.0, 0.99),
-        ("--optim.lr", optim.lr, 1e-12, 1e3),
-        ("--optim.weight-decay", optim.weight_decay, 0.0, 1e3),
-        ("--optim.epochs", optim.epochs, 1, 100_000),
-        ("--optim.steps-per-epoch", optim.steps_per_epoch, 0, 10**9),
-        ("--optim.warmup-epochs", optim.warmup_epochs, 0.0, 100_000.0),
-        ("--optim.clip-norm", optim.clip_norm, 0.0, 1e9),
-        ("--optim.accumulate", optim.accumulate, 1, 100_000),
-        ("--optim.ema", optim.ema, 0.0, 0.999999),
-        ("--loss.label-smoothing", loss.label_smoothing, 0.0, 0.99),
-        ("--loss.aux-weight", loss.aux_weight, 0.0, 1e3),
-        ("--run.log-every", run.log_every, 1, 10**9),
-        ("--run.save-minutes", run.save_minutes, 0.0, 1e6),
-        ("--run.timeout", run.timeout, 1.0, 1e6),
-    ]
-    for flag, value, low, high in checks:
-        if not math.isfinite(value) or not low <= value <= high:
-            raise UserError(f"{flag} {value}: must be between {low} and {high}")
+    _check_ranges(config, "--")
+    model, run = config.model, config.run
     if model.dim % 4:
         raise UserError(f"--model.dim {model.dim}: must be a multiple of 4, the attention heads")
     if config.resume and run.name is None:
@@ -346,14 +263,83 @@ def validate(config: Config) -> None:
         raise UserError(f"--run.name {run.name!r}: must be a plain folder name")
 
 
-def config_from_json(text: str, source: Path) -> Config:
-    """The configuration that `to_json` wrote; `source` is named in messages.
+def _check_ranges(section: Any, prefix: str) -> None:
+    for name, hint in get_type_hints(type(section), include_extras=True).items():
+        value, flag = getattr(section, name), f"{prefix}{name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, f"{flag}.")
+        for limits in (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)):
+            if not math.isfinite(value) or not limits.low <= value <= limits.high:
+                raise UserError(f"{flag} {value}: must be between {limits.low} and {limits.high}")
+
+
+# What a run did that was saved before a field existed, where the default now means something else: flag -> value.
+_BEFORE = {
+    "data.jpeg_engine": 0.65,  # DALI's own; a default of ours since 0.1.0
+}
+
+# What may differ in the command that continues a run: nothing that is trained depends on it. The size of a batch is
+# checked by `dfer.run.folder.same_global_batch`, which knows the number of processes.
+_FREE = {"resume", "run.name", "run.log_dir", "run.wandb", "run.save_minutes", "run.timeout", "data.batch_size"}
+_FREE |= {"profile", "validate_only"}
+
+
+def begun_config(folder: Path) -> Config | None:
+    """Return the configuration of the run that lies in a folder; None if none has taken a step there.
 
     Raises:
-        UserError: in one line, if it is no such configuration.
+        UserError: if it cannot be read or is none.
+    """
+    saved, rows = folder / "config.json", folder / "metrics.jsonl"
+    try:
+        begun = any((folder / "checkpoints").glob("step-*.json")) or (rows.exists() and rows.stat().st_size > 0)
+        if not begun or not saved.exists():
+            return None
+    except OSError:  # a folder that cannot be looked into: the run's own folder says so when it is opened
+        return None
+    return config_from_json(read_file(saved).decode(errors="replace"), saved)
+
+
+def _continued(begun: Config, config: Config, preset_typed: bool) -> Config:
+    """Return what a run was begun with, as the base for the flags that the command continuing it has typed."""
+    return dataclasses.replace(
+        begun,
+        preset=config.preset if preset_typed else begun.preset,
+        resume=False,
+        validate_only=False,
+        profile=0,
+        run=dataclasses.replace(begun.run, name=config.run.name, log_dir=config.run.log_dir),
+    )
+
+
+def differences(saved: Config, now: Config) -> list[str]:
+    """Return what keeps a command from continuing a run: `--flag was this, is that`."""
+    return _differences(json.loads(saved.to_json()), json.loads(now.to_json()), "")
+
+
+def _differences(saved: dict, now: dict, prefix: str) -> list[str]:
+    lines = []
+    for key in sorted(saved.keys() | now.keys()):
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and prefix + key not in _FREE:
+            lines.append(f"--{prefix}{key} was {old}, is {new}".replace("_", "-"))
+    return lines
+
+
+def config_from_json(text: str, source: Path) -> Config:
+    """Return the configuration that `to_json` wrote; `source` is named in messages.
+
+    Raises:
+        UserError: if it is no such configuration.
     """
     try:
-        return _build(Config, json.loads(text))
+        saved = json.loads(text)
+        for flag, value in _BEFORE.items():
+            section, name = flag.split(".")
+            saved.get(section, {}).setdefault(name, value)
+        return _build(Config, saved)
     except (TypeError, AttributeError, ValueError, RecursionError) as error:  # json's errors are ValueErrors
         raise UserError(f"{source}: not a run's configuration ({error})") from None
 

@@ -4,14 +4,14 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-Item = TypeVar("Item")
+from dfer.batch import Batch
 
 
 class ConfusionMatrix:
@@ -22,7 +22,7 @@ class ConfusionMatrix:
 
     @classmethod
     def pooled(cls, matrices: Sequence["ConfusionMatrix"]) -> "ConfusionMatrix":
-        """The matrix of all their clips together."""
+        """Return the matrix of all their clips together."""
         total = cls(len(matrices[0].counts))
         for matrix in matrices:
             total.counts += matrix.counts
@@ -39,19 +39,20 @@ class ConfusionMatrix:
             dist.all_reduce(self.counts)
 
     def total(self) -> int:
+        """Return the number of clips."""
         return int(self.counts.sum())
 
     def war(self) -> float:
-        """Weighted average recall, that is accuracy, in percent."""
+        """Return the weighted average recall, that is accuracy, in percent."""
         return 100 * int(self.counts.trace()) / max(self.total(), 1)
 
     def per_class_recall(self) -> Float[Tensor, " K"]:
-        """Recall of each class in percent; nan for a class without clips."""
+        """Return the recall of each class in percent; nan for a class without clips."""
         counts = self.counts.double().cpu()
         return 100 * counts.diag() / counts.sum(1)
 
     def uar(self) -> float:
-        """Unweighted average recall in percent: the mean over the classes that have clips."""
+        """Return the unweighted average recall in percent: the mean over the classes that have clips."""
         return float(self.per_class_recall().nanmean())
 
 
@@ -65,14 +66,17 @@ BEGINNING = Snapshot(0, 0.0, 0.0)
 
 
 class Throughput:
-    """Clips per second, with and without the time spent waiting for the loader. The clock runs inside `timed` loops."""
+    """Clips per second of all ranks, with and without the time spent waiting for the loader.
 
-    def __init__(self):
-        self.num_clips, self.wait_s = 0, 0.0
+    The clock runs inside `timed` loops. A batch counts once it is handed out.
+    """
+
+    def __init__(self, world_size: int = 1):
+        self._world_size, self._num_clips, self._wait_s = world_size, 0, 0.0
         self._total_s, self._running_since = 0.0, None
 
-    def timed(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """Pass batches through, clocking how long each one was waited for."""
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, and clock how long each one was waited for."""
         self._running_since = time.perf_counter()
         try:
             iterator = iter(batches)
@@ -83,18 +87,20 @@ class Throughput:
                 except StopIteration:
                     return
                 finally:
-                    self.wait_s += time.perf_counter() - asked
+                    self._wait_s += time.perf_counter() - asked
+                self._num_clips += len(batch.labels) * self._world_size
                 yield batch
         finally:
             self._total_s += time.perf_counter() - self._running_since
             self._running_since = None
 
     def snapshot(self) -> Snapshot:
+        """Return what was counted and clocked so far."""
         running_s = time.perf_counter() - self._running_since if self._running_since is not None else 0.0
-        return Snapshot(self.num_clips, self.wait_s, self._total_s + running_s)
+        return Snapshot(self._num_clips, self._wait_s, self._total_s + running_s)
 
     def read(self, since: Snapshot = BEGINNING) -> dict[str, float]:
-        """The rates since a snapshot, or since the beginning."""
+        """Return the rates since a snapshot, or since the beginning."""
         num_clips, wait_s, total_s = (now - then for now, then in zip(self.snapshot(), since, strict=True))
         total_s = max(total_s, 1e-9)
         return {
@@ -105,7 +111,7 @@ class Throughput:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: of the GPU for torch's tensors, else of the machine's memory."""
+    """Return the most bytes that this process has held: of the GPU (by torch), else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # not getrusage: that is also of the process that started this one

@@ -1,8 +1,8 @@
-"""Optimizers, steps that are not finite and therefore not taken, the learning rate, the moving average of weights."""
+"""Optimizers, the learning-rate schedule, the moving average of weights, and the guard against non-finite steps."""
 
 import math
 from collections import deque
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices and filters decay; biases, norms, positions and what a module lists do not."""
+    """Return two groups: matrices and filters, which decay; biases, norms, positions and what a module exempts."""
     exempt = {
         id(module.get_parameter(name))
         for module in model.modules()
@@ -20,83 +20,99 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     }
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1 and id(p) not in exempt]
-    rest = [p for p in parameters if p.ndim <= 1 or id(p) in exempt]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    others = [p for p in parameters if p.ndim <= 1 or id(p) in exempt]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def build_optimizer(
     model: nn.Module, name: Literal["adamw", "sgd"], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """One fused kernel per step; momentum 0.9 (Nesterov) for SGD, betas (0.9, 0.999) for AdamW."""
+    """Return a fused optimizer: SGD with Nesterov momentum 0.9, or AdamW with betas (0.9, 0.999)."""
     groups = param_groups(model, weight_decay)
     if name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
         for parameter in (p for group in groups for p in group["params"]):
-            # what torch starts with; but where the first step is not taken, it would go on with uninitialised memory
+            # What torch starts with. But if the first step is skipped, torch goes on with uninitialised memory.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
-    """Linear warm-up to `peak_lr`, then a cosine that ends at 0 after the last step."""
-    if step < warmup_steps:
-        return peak_lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return peak_lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+class Schedule(NamedTuple):
+    """The learning rate as a function of the step: linear warm-up, then a cosine to 0."""
+
+    peak_lr: float
+    warmup_steps: int
+    total_steps: int
+    steps_per_epoch: int
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Give all parameters of the optimizer the learning rate of a step."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_at(step)
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
-    """A moving average of weights and batch statistics, or None when `decay` is 0."""
+    """Return a moving average of weights and batch statistics, or None when `decay` is 0."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
 
-class FiniteSteps:
-    """Optimizer steps that are taken only if the gradient is finite. No rank waits for its device to know.
+class NonFiniteGuard:
+    """Take an optimizer step only if the gradient is finite, without waiting for the device to know.
 
     DDP has summed the gradients of all ranks, so all of them skip a step or none. A skipped step leaves the weights,
     the optimizer's state and the batch statistics (which the forward pass has already changed) as they were.
     """
 
     LIMIT = 20  # skipped steps in a row that end a run
-    LAG = 4  # steps that a GPU's counts arrive late
+    LAG = 4  # steps by which the counts of a GPU arrive late
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._statistics = [b for b in model.buffers() if b.is_floating_point()]
         self._optimizer, self._scaler = optimizer, scaler
         device = self._parameters[0].device
-        self.skipped: Float[Tensor, " two"] = torch.zeros(2, device=device)  # in all, in a row
-        self._row = torch.tensor([1.0, 0.0], device=device)  # what a good step multiplies these with
+        self.skipped: Float[Tensor, " two"] = torch.zeros(2, device=device)  # steps: in all, in a row
+        self._keep = torch.tensor([1.0, 0.0], device=device)  # what a finite step multiplies these with
         self._arriving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._pinned = [torch.zeros(2, pin_memory=True) for _ in range(self.LAG + 1)] if device.type == "cuda" else []
 
     def before_forward(self) -> None:
-        """Remember the batch statistics that a skipped step has to restore."""
+        """Copy the batch statistics, which a skipped step restores. Call before the first forward pass of a step."""
         if self._statistics:
-            self._kept = torch.cat([b.flatten() for b in self._statistics])
+            self._copied = torch.cat([b.flatten() for b in self._statistics])
 
     def step(self, clip_norm: float) -> Float[Tensor, ""]:
-        """Clip the gradient (0: do not), take the step or skip it, and return the norm that the gradient had."""
+        """Clip the gradient to `clip_norm` (0: do not), take the step or skip it, and return the gradient's norm."""
         self._scaler.unscale_(self._optimizer)
         if clip_norm:
             norm = nn.utils.clip_grad_norm_(self._parameters, clip_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         bad = ~norm.isfinite()
-        if not self._scaler.is_enabled():  # an enabled one tells the optimizer itself
-            self._optimizer.grad_scale, self._optimizer.found_inf = None, bad.float()
+        if not self._scaler.is_enabled():  # an enabled one sets these itself
+            self._optimizer.grad_scale, self._optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._statistics:
             now = torch.cat([b.flatten() for b in self._statistics])
-            parts = torch.where(bad, self._kept, now).split([b.numel() for b in self._statistics])
+            parts = torch.where(bad, self._copied, now).split([b.numel() for b in self._statistics])
             torch._foreach_copy_(self._statistics, [p.view_as(b) for p, b in zip(parts, self._statistics, strict=True)])
-        self.skipped = torch.where(bad, self.skipped + 1, self.skipped * self._row)
+        self.skipped = torch.where(bad, self.skipped + 1, self.skipped * self._keep)
         return norm
 
-    def hopeless(self) -> bool:
-        """Whether LIMIT steps in a row were skipped; on a GPU LAG steps later, the same on all ranks. Once per step."""
+    def diverged(self) -> bool:
+        """Return True after LIMIT consecutive skipped steps. Call exactly once per step.
+
+        On a GPU the counter is read LAG steps late to avoid a sync; all ranks see the same value.
+        """
         if not self._pinned:
             return float(self.skipped[1]) >= self.LIMIT
         host = self._pinned[0]
@@ -108,5 +124,5 @@ class FiniteSteps:
         if len(self._arriving) <= self.LAG:
             return False
         event, host = self._arriving.popleft()
-        event.synchronize()  # that many steps are queued behind it: the device does not run dry
+        event.synchronize()  # LAG steps are queued behind it: the device does not run dry
         return float(host[1]) >= self.LIMIT

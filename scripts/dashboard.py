@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import Parser
 from dfer.lists.annotations import EMOTIONS
 from dfer.run.checkpoint import write_whole
-from dfer.run.logger import has_wandb_key
+from dfer.run.wandb_log import has_wandb_key
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -25,7 +25,7 @@ NO_KEY = Path("logs/dashboard.json")
 
 
 def workspace(entity: str, project: str) -> "Workspace":
-    """The workspace, not yet saved. Lines are over what `dfer.run.logger.AXES` says."""
+    """The workspace, not yet saved. Lines are over what `dfer.run.wandb_log.AXES` says."""
     import wandb_workspaces.reports.v2 as wr  # with wandb two seconds, which a wrong command need not wait for
     import wandb_workspaces.workspaces as ws
 

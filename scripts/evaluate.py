@@ -11,34 +11,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dali_pipes.build import build_loader
 from dfer.cli import Parser, in_range, one_line_errors
-from dfer.config import RunConfig, config_from_json
+from dfer.config import Config, RunConfig, config_from_json
+from dfer.evaluation import evaluate
 from dfer.lists.index import load_index
+from dfer.precision import build_precision
 from dfer.run import distributed
 from dfer.run.checkpoint import load_checkpoint
-from dfer.run.logger import print_result, write_predictions
-from train import amp_dtype, build_loader, evaluate, trained_model
+from dfer.run.logger import print_result
+from dfer.run.predictions import write_predictions
+from dfer.state import load_trained
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Evaluate the checkpoint and print, and write, what was found."""
     state = load_checkpoint(args.checkpoint)
-    config = config_from_json(state["config"], source=args.checkpoint)
-    data = dataclasses.replace(
-        config.data,
-        val_list=args.list or config.data.val_list,
-        root=args.root or (None if args.list else config.data.root),
-        cache="off",  # each clip is read once, from whatever this list points at
-        batch_size=args.batch_size or config.data.batch_size,
-        views=args.views or config.data.views,
-        mirror_views=config.data.mirror_views if args.mirror_views is None else args.mirror_views,
-    )
-    run = dataclasses.replace(config.run, device=args.device, amp=args.amp or config.run.amp)
-    config = dataclasses.replace(config, data=data, run=run)
-    index = load_index(data.val_list, data.root)
+    config = evaluated_config(config_from_json(state["config"], source=args.checkpoint), args)
+    data = config.data
+    index = load_index(data.val_list, data.root, data.source)
     world = distributed.setup(config.run.device)
     loader = build_loader(config, index, "eval", world)
-    model = trained_model(state, config).to(world.device)
-    result = evaluate(model, loader, world, amp_dtype(config, world), config.run.channels_last)
+    model = load_trained(state, config).to(world.device)
+    result = evaluate(model, loader, world, build_precision(config.run, world.device))
+    assert result is not None, "nothing can stop it"
     if not world.is_main:
         return
     print_result(f"{args.checkpoint} on {data.val_list}", result.confusion)
@@ -49,7 +45,26 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(numbers | {"confusion": result.confusion.counts.tolist()}))
 
 
-if __name__ == "__main__":
+def evaluated_config(config: Config, args: argparse.Namespace) -> Config:
+    """Return a run's configuration with what the command line changes of it.
+
+    The run's own list is read as the run reads it. Another list may be of another source, and is taken for what it is.
+    """
+    data = dataclasses.replace(
+        config.data,
+        val_list=args.list or config.data.val_list,
+        root=args.root or (None if args.list else config.data.root),
+        source="auto" if args.list else config.data.source,
+        cache="off",  # each clip is read once, from whatever this list points at
+        batch_size=args.batch_size or config.data.batch_size,
+        views=args.views or config.data.views,
+        mirror_views=config.data.mirror_views if args.mirror_views is None else args.mirror_views,
+    )
+    run = dataclasses.replace(config.run, device=args.device, amp=args.amp or config.run.amp)
+    return dataclasses.replace(config, data=data, run=run)
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = Parser("evaluate", __doc__)
     parser.add_argument(
         "checkpoint",
@@ -58,7 +73,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--list", type=Path, help="annotation list; the run's validation list if not given")
     parser.add_argument("--root", type=Path, help="where relative paths in the list start")
-    parser.add_argument("--batch-size", type=int, help="clips per process; the run's if not given")
+    parser.add_argument("--batch-size", type=in_range(int, 1, 65536), help="clips per process; the run's if not given")
     parser.add_argument(
         "--views", type=in_range(int, 1, 64), help="clips of a video to average; the run's if not given"
     )
@@ -69,5 +84,9 @@ if __name__ == "__main__":
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="the run's if not given")
     parser.add_argument("--out", type=Path, help="write predictions.csv here")
     parser.add_argument("--json", action="store_true", help="print the numbers as one line of JSON at the end")
-    arguments = parser.parse_args()
-    sys.exit(one_line_errors("evaluate.py", lambda: main(arguments)))
+    args = parser.parse_args(arguments)
+    return one_line_errors("evaluate", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ONLY_IN = {
     "timm": {"dfer/model/dfernet.py"},
     "huggingface_hub": {"dfer/model/dfernet.py"},
-    "wandb": {"dfer/run/logger.py"},
+    "wandb": {"dfer/run/wandb_log.py"},
     "wandb_workspaces": {"scripts/dashboard.py"},
     "safetensors": {"dfer/run/checkpoint.py"},
     "tyro": {"dfer/config.py"},

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfer import files
 from dfer.config import Config, OptimConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.run import checkpoint
-from dfer.run.checkpoint import RunDir, load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
+from dfer.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
+from dfer.run.folder import RunFolder
 from tests.conftest import ROOT
 
 
@@ -50,7 +53,8 @@ class Faults:
         self.k, self.kind, self.calls = k, kind, 0
         for name in ("replace", "fsync", "unlink"):
             monkeypatch.setattr(os, name, self.failing(getattr(os, name)))
-        monkeypatch.setattr(checkpoint, "open", self.open, raising=False)
+        for module in (checkpoint, files):
+            monkeypatch.setattr(module, "open", self.open, raising=False)
 
     def failing(self, function):
         def call(*args, **kwargs):
@@ -256,9 +260,9 @@ def config(log_dir: Path, **optim) -> Config:
 HOLD = """
 import sys
 from pathlib import Path
-from dfer.run.checkpoint import RunDir
+from dfer.run.folder import RunFolder
 from tests.test_checkpoint import config
-run = RunDir(config(Path(sys.argv[1])), "a")
+run = RunFolder(config(Path(sys.argv[1])), "a")
 run.begin(config(Path(sys.argv[1])), 1)
 print("held", flush=True)
 sys.stdin.read()
@@ -273,28 +277,28 @@ def test_a_run_is_held_by_one_living_process(tmp_path):
         try:
             assert holder.stdout.readline() == b"held\n"
             with pytest.raises(ValueError, match=rf"in use by process {holder.pid} on {socket.gethostname()};"):
-                RunDir(config(tmp_path), "a")
+                RunFolder(config(tmp_path), "a")
         finally:
             holder.kill()
     assert "process" in (tmp_path / "a" / "lock").read_text()
-    run = RunDir(config(tmp_path), "a")
+    run = RunFolder(config(tmp_path), "a")
     with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on"):
-        RunDir(config(tmp_path), "a")
+        RunFolder(config(tmp_path), "a")
     run.close()
-    RunDir(config(tmp_path), "a").close()
+    RunFolder(config(tmp_path), "a").close()
 
 
 def test_a_run_folder_is_begun_late_cleaned_and_kept_from_others(tmp_path, monkeypatch):
-    run = RunDir(config(tmp_path), "a")
+    run = RunFolder(config(tmp_path), "a")
     assert not any(tmp_path.iterdir())  # a command that fails early leaves nothing
     run.begin(config(tmp_path), 1000)
     run.close()
-    RunDir(config(tmp_path, lr=0.5), "a").close()  # it has not taken a step
+    RunFolder(config(tmp_path, lr=0.5), "a").close()  # it has not taken a step
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match=r"a: holds a run of another configuration: --optim\.lr was 0\.001, is 0\.5;"):
-        RunDir(config(tmp_path, lr=0.5), "a")
+        RunFolder(config(tmp_path, lr=0.5), "a")
 
-    run = RunDir(config(tmp_path), "a")
+    run = RunFolder(config(tmp_path), "a")
     folder = run.checkpoints
     for step in (1, 2):
         save_checkpoint(folder, state_of(step))
@@ -305,7 +309,7 @@ def test_a_run_folder_is_begun_late_cleaned_and_kept_from_others(tmp_path, monke
     assert names(folder) == sorted([*names_of(1, 2), "notes.txt.txt"]) and not list(run.path.glob("*.partial"))
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(10**9, 0, 10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**6))
     with pytest.raises(ValueError, match=r"1 MB are free, and two checkpoints take 2 MB"):
         run.begin(config(tmp_path), 10**6)
     run.close()
@@ -313,8 +317,8 @@ def test_a_run_folder_is_begun_late_cleaned_and_kept_from_others(tmp_path, monke
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.jpg").touch()
     with pytest.raises(ValueError, match=r"photos: holds 1\.jpg, which is no run"):
-        RunDir(config(tmp_path), "photos")
-    RunDir(config(tmp_path), "a").close()  # a refusal does not keep the lock
+        RunFolder(config(tmp_path), "photos")
+    RunFolder(config(tmp_path), "a").close()  # a refusal does not keep the lock
 
 
 REAL = """

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dfer.config import PRESETS, RECIPES, Config, DataConfig, config_from_json, parse_config
+from dfer.config import PRESETS, Config, DataConfig, config_from_json, parse_config
 from dfer.plan.sampling import Augmentation, ClipSampler
+from dfer.recipes import RECIPES
 
 
 def num_fields(cls) -> int:

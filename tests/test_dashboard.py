@@ -13,7 +13,7 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from dfer.config import PRESETS, parse_config
-from dfer.run.logger import AXES
+from dfer.run.wandb_log import AXES
 from tests.conftest import ROOT
 from tests.test_train import TINY, rows, tiny_run
 from tests.wandb_server import FakeWandb

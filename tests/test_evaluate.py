@@ -1,5 +1,6 @@
 """Testing on several views of a clip: averaged in one process by hand, and by evaluate in one and in two."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -8,15 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dali_pipes.build import build_loader
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
+from dfer.evaluation import evaluate
 from dfer.lists.annotations import EMOTIONS, read_annotations
 from dfer.lists.index import build_index
+from dfer.model.build import build_model
+from dfer.precision import Precision
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.distributed import World
+from scripts.evaluate import evaluated_config, main
 from tests.test_distributed import torchrun
-from train import build_loader, build_model, evaluate
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+FLOAT32 = Precision(torch.device("cpu"), None, True)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +70,7 @@ def test_probabilities_are_averaged_over_the_views_and_clips_counted_once(config
     loader = build_loader(config, index, "eval", WORLD)
     assert loader.sampler.num_views == views * (1 + mirrored)
     want = by_hand(config, model)
-    result = evaluate(model, loader, WORLD, None, True)
+    result = evaluate(model, loader, WORLD, FLOAT32)
     assert result.ids == list(range(9)) and result.confusion.total() == 9
     confusion = torch.zeros(7, 7, dtype=torch.int64)
     for video, p in zip(result.ids, result.probabilities, strict=True):
@@ -81,7 +87,7 @@ def test_views_differ(config, model):
     for views, mirrored in ((1, False), (1, True), (2, False), (2, True)):
         wanted = with_views(config, views, mirrored)
         index = build_index(read_annotations(config.data.val_list))
-        result = evaluate(model, build_loader(wanted, index, "eval", WORLD), WORLD, None, True)
+        result = evaluate(model, build_loader(wanted, index, "eval", WORLD), WORLD, FLOAT32)
         results.append(torch.tensor(result.probabilities))
     for i, a in enumerate(results):
         for b in results[:i]:
@@ -105,3 +111,23 @@ def test_two_processes_and_the_script_average_alike(config, model, tmp_path):
         found = torch.tensor([float(row[f"p_{e}"]) for e in EMOTIONS])
         torch.testing.assert_close(found, want[video], atol=2e-6, rtol=0)
         assert int(row["prediction"]) == int(want[video].argmax())
+
+
+def test_the_runs_own_list_is_read_as_the_run_reads_it(config, tmp_path):
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="frames", root=tmp_path))
+    same = ("list", "root", "batch_size", "views", "mirror_views", "amp")
+    args = argparse.Namespace(device="cpu", **dict.fromkeys(same))
+    data = evaluated_config(config, args).data
+    assert data == config.data
+    args.list = tmp_path / "other.txt"
+    data = evaluated_config(config, args).data
+    assert (data.source, data.root, data.val_list) == ("auto", None, args.list)
+
+
+@pytest.mark.parametrize("words", [("--batch-size", "0"), ("--batch-size", "-3"), ("--views", "0")])
+def test_what_cannot_be_is_one_line(words, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), *words])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"evaluate: argument {words[0]}: '{words[1]}'")
+    assert main([str(tmp_path / "gone")]) == 2
+    assert capsys.readouterr().err.startswith("evaluate: ")

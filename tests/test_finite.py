@@ -1,4 +1,4 @@
-"""Steps that are not finite are as if they had never been, and a run of nothing else ends."""
+"""Non-finite steps are as if they had never been, and a run of nothing else ends."""
 
 import copy
 import itertools
@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from dfer.optim import FiniteSteps, build_optimizer
+from dfer.optim import NonFiniteGuard, build_ema, build_optimizer
+from dfer.state import TrainState
 
 
 def build(name: str):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
     optimizer = build_optimizer(model, name, lr=0.05, weight_decay=0.1)
-    return model, optimizer, FiniteSteps(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    return model, optimizer, NonFiniteGuard(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def batch(step: int, harm: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +26,7 @@ def batch(step: int, harm: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def take(model, steps: FiniteSteps, step: int, harm: str | None, clip_norm: float) -> torch.Tensor:
+def take(model, steps: NonFiniteGuard, step: int, harm: str | None, clip_norm: float) -> torch.Tensor:
     steps.before_forward()
     x, y = batch(step, harm)
     loss = nn.functional.cross_entropy(model(x), y)
@@ -63,17 +64,17 @@ def test_a_skipped_step_changes_nothing(name, clip_norm):
         assert torch.equal(moments[parameter][key], want_moments[parameter][key]), key
 
 
-def test_many_skipped_steps_in_a_row_are_hopeless():
+def test_many_skipped_steps_in_a_row_are_diverged():
     model, _, steps = build("adamw")
     before = copy.deepcopy(model.state_dict())
-    for step in range(FiniteSteps.LIMIT - 1):
+    for step in range(NonFiniteGuard.LIMIT - 1):
         take(model, steps, step, "nan", 1.0)
-        assert not steps.hopeless()
+        assert not steps.diverged()
     take(model, steps, 0, None, 1.0)
-    for step in range(FiniteSteps.LIMIT):
-        assert not steps.hopeless()
+    for step in range(NonFiniteGuard.LIMIT):
+        assert not steps.diverged()
         take(model, steps, step, "nan", 1.0)
-    assert steps.hopeless() and steps.skipped[0] == 2 * FiniteSteps.LIMIT - 1
+    assert steps.diverged() and steps.skipped[0] == 2 * NonFiniteGuard.LIMIT - 1
     assert not torch.equal(before["0.weight"], model.state_dict()["0.weight"])
     assert all(t.isfinite().all() for t in model.state_dict().values())
 
@@ -84,16 +85,25 @@ def test_a_gpu_is_not_waited_for(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).cuda()
     optimizer = build_optimizer(model, name, lr=0.05, weight_decay=0.1)
-    steps = FiniteSteps(model, optimizer, torch.amp.GradScaler("cuda", enabled=False))
+    steps = NonFiniteGuard(model, optimizer, torch.amp.GradScaler("cuda", enabled=False))
     before = copy.deepcopy(model.state_dict())
     x = torch.full((6, 4), torch.nan, device="cuda")
-    for number in range(FiniteSteps.LIMIT + FiniteSteps.LAG + 1):
+    for number in range(NonFiniteGuard.LIMIT + NonFiniteGuard.LAG + 1):
         torch.cuda.set_sync_debug_mode("error")
         steps.before_forward()
         model(x).sum().backward()
         steps.step(1.0)
         model.zero_grad()
         torch.cuda.set_sync_debug_mode("default")
-        assert steps.hopeless() == (number >= FiniteSteps.LIMIT + FiniteSteps.LAG - 1)
+        assert steps.diverged() == (number >= NonFiniteGuard.LIMIT + NonFiniteGuard.LAG - 1)
     for key, value in before.items():
         assert "num_batches" in key or torch.equal(model.state_dict()[key], value)
+
+
+def test_what_is_evaluated_is_compiled_too():
+    """The average is a copy of the model: compiling the one does not compile the other."""
+    model, optimizer, _ = build("adamw")
+    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), build_ema(model, 0.5))
+    assert state.evaluated_model() is not model
+    state.compile()
+    assert model._compiled_call_impl is not None and state.evaluated_model()._compiled_call_impl is not None

@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfer.batch import Batch
+from dfer.batch import Batch, empty_batch
+from dfer.evaluation import Evaluation, evaluate
 from dfer.losses import classification_loss
 from dfer.metrics import ConfusionMatrix, Throughput
-from dfer.optim import build_ema, build_optimizer, lr_at, param_groups
+from dfer.model import Prediction
+from dfer.optim import Schedule, build_ema, build_optimizer, param_groups
 from dfer.plan.sampling import shard
+from dfer.precision import Precision
 from dfer.run import distributed
 from dfer.run.distributed import World
-from train import Evaluation, evaluate
 
 
 @pytest.mark.parametrize("num_clips", [1, 7, 500])
@@ -81,13 +83,13 @@ class Ranks:
                 return len(self.labels)
 
         class Model(torch.nn.Module):
-            def forward(self, clips: torch.Tensor) -> SimpleNamespace:
-                return SimpleNamespace(logits=3.0 * F.one_hot(clips[:, 0, 0, 0, 0].long(), 7))
+            def forward(self, clips: torch.Tensor) -> Prediction:
+                return Prediction(3.0 * F.one_hot(clips[:, 0, 0, 0, 0].long(), 7), None, {})
 
-        loader = Loader(index=Index(labels=labels), sampler=SimpleNamespace(num_views=1))
+        loader = Loader(index=Index(labels=labels), sampler=SimpleNamespace(num_views=1), bad_clips={})
         world = World(rank, self.size, rank, self.size, torch.device("cpu"))
         try:
-            return evaluate(Model(), loader, world, None, True)
+            return evaluate(Model(), loader, world, Precision(torch.device("cpu"), None, True))
         except BaseException:
             self.barrier.abort()
             raise
@@ -150,29 +152,30 @@ def test_loss_of_distributions_equals_the_sum_over_classes():
 
 
 def test_throughput_separates_waiting_from_computing():
-    throughput = Throughput()
+    throughput = Throughput(world_size=2)
 
     def slow_batches():
         import time
 
         for _ in range(3):
             time.sleep(0.02)
-            yield 5
+            yield empty_batch(5, 1, 1, torch.device("cpu"))
 
-    for batch in throughput.timed(slow_batches()):
-        throughput.num_clips += batch
+    for number, _ in enumerate(throughput.timed(slow_batches()), start=1):
+        assert throughput.snapshot().num_clips == 2 * 5 * number
     rates = throughput.read()
-    assert throughput.num_clips == 15 and throughput.wait_s >= 0.06
+    assert throughput.snapshot().num_clips == 30 and throughput.snapshot().wait_s >= 0.06
     assert rates["compute_clips_per_s"] > rates["total_clips_per_s"] > 0
     assert 0.5 < rates["data_wait_share"] <= 1
     assert throughput.read(since=throughput.snapshot())["total_clips_per_s"] == 0  # the clock stands still outside
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [lr_at(step, 100, 10, 0.5) for step in range(100)]
+    schedule = Schedule(0.5, 10, 100, 25)
+    rates = [schedule.lr_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.05) and rates[9] == rates[10] == 0.5 == max(rates)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and 0 < rates[-1] < 0.001
-    assert lr_at(100, 100, 10, 0.5) == pytest.approx(0) and lr_at(0, 10, 0, 0.5) == 0.5
+    assert schedule.lr_at(100) == pytest.approx(0) and Schedule(0.5, 0, 10, 10).lr_at(0) == 0.5
 
 
 class WithExemption(torch.nn.Module):

@@ -16,10 +16,9 @@ from dfer.config import parse_config
 from dfer.lists.index import load_index
 from dfer.plan.sampling import ClipSampler
 from dfer.run.checkpoint import load_checkpoint
-from dfer.run.distributed import World
+from dfer.run.folder import same_global_batch
 from tests.conftest import ROOT, run_python
 from tests.test_train import losses, rows
-from train import same_global_batch
 
 # A CRF, batch statistics and dropout, as the full model has them, at a fraction of its size; 5 steps of 4 clips.
 SMALL = [
@@ -37,9 +36,10 @@ SMALL = [
 DRIVER = """
 import os, signal, sys
 import torch
-import train, dfer.run.checkpoint
+import train, dfer.files
+from dfer.cli import one_line_errors
 from dfer.config import parse_config
-from dfer.optim import FiniteSteps
+from dfer.optim import NonFiniteGuard
 
 torch.set_num_threads(1)
 SENT = {"t": signal.SIGTERM, "i": signal.SIGINT, "u": signal.SIGUSR1}
@@ -61,13 +61,13 @@ def out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 def prepare(word):
-    FiniteSteps.LIMIT = 3
+    NonFiniteGuard.LIMIT = 3
     if word == "-":
         return
     kind = word.lstrip("0123456789")
     number = int(word.removesuffix(kind))
     if kind == "s":
-        dfer.run.checkpoint.os.replace = at(number, os.replace, send(signal.SIGKILL))
+        dfer.files.os.replace = at(number, os.replace, send(signal.SIGKILL))
     elif kind in ("e", "v", "w"):
         then = send({"e": signal.SIGKILL, "v": signal.SIGTERM, "w": signal.SIGSTOP}[kind])
         train.StopSignals.requested = at(number, train.StopSignals.requested, then)
@@ -89,20 +89,20 @@ def prepare(word):
 def note_the_ids():
     loss = train.training_loss
     rank = os.environ.get("RANK", "0")
-    def noting(model, batch, *args):
+    def noting(job, batch):
         with open(f"{os.environ['IDS']}-{rank}", "a") as file:
             print(*batch.ids.tolist(), file=file)
-        return loss(model, batch, *args)
+        return loss(job, batch)
     train.training_loss = noting
 
-loss_of_a_batch, settle = train.training_loss, train.settle_buckets
+loss_of_a_batch, settle = train.training_loss, train.distributed.settle_buckets
 
 def settle_uncounted(*args):
     counted, train.training_loss = train.training_loss, loss_of_a_batch
     settle(*args)
     train.training_loss = counted
 
-train.settle_buckets = settle_uncounted
+train.distributed.settle_buckets = settle_uncounted
 
 def run():
     if "IDS" in os.environ:
@@ -282,10 +282,8 @@ def test_another_number_of_processes_takes_the_same_clips(clips, tmp_path, world
 def test_a_run_keeps_its_clips_per_step():
     def shares(given: int, processes: int) -> int:
         command = parse_config([*SMALL, "--run.name", "x", "--data.batch-size", str(given)])
-        world = World(0, processes, 0, 1, torch.device("cpu"))
-        return same_global_batch(
-            command, {"config": parse_config(SMALL).to_json(), "global_batch": 4}, world
-        ).data.batch_size
+        state = {"config": parse_config(SMALL).to_json(), "global_batch": 4}
+        return same_global_batch(command, state, processes).data.batch_size
 
     # begun with --data.batch-size 2 on two processes
     assert [shares(*case) for case in ((2, 2), (2, 1), (4, 1), (2, 4), (1, 4))] == [2, 4, 4, 1, 1]
@@ -328,11 +326,11 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_change(clips, tmp_pa
 BLOCKED = """
 import ctypes, os, signal, sys, threading
 import torch
-from dfer.run import distributed
-distributed.GRACE_S = 0.3
+from dfer.run import distributed, signals
+signals.GRACE_S = 0.3
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-with distributed.StopSignals(distributed.World(0, 1, 0, 1, torch.device("cpu"))) as stop:
+with signals.StopSignals(distributed.World(0, 1, 0, 1, torch.device("cpu"))) as stop:
     stop.saved = sys.argv[1] == "saved"
     libc.pthread_mutex_lock(mutex)
     libc.pthread_mutex_lock(mutex)  # for ever, in a library: Python itself never sees the signal

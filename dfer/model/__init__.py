@@ -1,5 +1,5 @@
 """The network: `from dfer.model import DFERNet`."""
 
-from dfer.model.dfernet import DFERNet, MeanPoolNet
+from dfer.model.dfernet import DFERNet, MeanPoolNet, Prediction
 
-__all__ = ["DFERNet", "MeanPoolNet"]
+__all__ = ["DFERNet", "MeanPoolNet", "Prediction"]

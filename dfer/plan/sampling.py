@@ -5,10 +5,12 @@ augmentation are the same on 1 GPU and on 8, and resuming needs a step number, n
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Bool, Complex128, Float32, Float64, Int64
+
+from dfer.cli import Range
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
 IMAGENET_STD = np.array([0.229, 0.224, 0.225])
@@ -38,20 +40,34 @@ MAX_RANDAUGMENT = 4  # operations; MAE-DFER's rand-m7-n4 is the longest of the f
 class Augmentation:
     """What training may do to a clip: one draw per clip, the same for all its frames."""
 
-    min_crop_area: float = 0.6  # share of the frame that a crop keeps, drawn from [min_crop_area, 1]
-    max_crop_ratio: float = 1.2  # aspect ratio of the crop, drawn from [1/r, r], log-uniform
-    flip: float = 0.5  # probability of a mirror image
-    colour: float = 0.2  # brightness, contrast and saturation factors are drawn from [1-c, 1+c]
-    brightness: float = 0.0  # brightness alone: one more factor, drawn from [1-b, 1+b]
-    hue: float = 0.0  # largest turn of the hue as a share of the colour circle, in YIQ; drawn from [-h, h]
-    grayscale: float = 0.0  # probability of a grey clip (BT.601 luma)
-    rotation: float = 0.0  # largest angle in degrees, drawn from [-r, r]; beyond the picture its edge is repeated
-    blur: float = 0.0  # probability of a Gaussian blur, sigma 0.1 to 2 px of 112
-    erase: float = 0.0  # probability that a rectangle of 2 to 33 % of the area, ratio 0.3 to 3.3, turns mean grey
-    speed: float = 1.0  # a clip is spread over 1/f of its video, f drawn from [1, speed], log-uniform: slower by f
-    reverse: float = 0.0  # probability that time runs backwards
-    randaugment: int = 0  # operations drawn per clip: geometry, colour or blur, but nothing non-linear; 0 = off
-    magnitude: float = 7.0  # strength of these operations, 0 to 10
+    # share of the frame that a crop keeps, drawn from [min_crop_area, 1]
+    min_crop_area: Annotated[float, Range(0.01, 1.0)] = 0.6
+    # aspect ratio of the crop, drawn from [1/r, r], log-uniform
+    max_crop_ratio: Annotated[float, Range(1.0, 4.0)] = 1.2
+    # probability of a mirror image
+    flip: Annotated[float, Range(0.0, 1.0)] = 0.5
+    # brightness, contrast and saturation factors are drawn from [1-c, 1+c]
+    colour: Annotated[float, Range(0.0, 0.99)] = 0.2
+    # brightness alone: one more factor, drawn from [1-b, 1+b]
+    brightness: Annotated[float, Range(0.0, 0.99)] = 0.0
+    # largest turn of the hue as a share of the colour circle, in YIQ; drawn from [-h, h]
+    hue: Annotated[float, Range(0.0, 0.5)] = 0.0
+    # probability of a grey clip (BT.601 luma)
+    grayscale: Annotated[float, Range(0.0, 1.0)] = 0.0
+    # largest angle in degrees, drawn from [-r, r]; beyond the picture its edge is repeated
+    rotation: Annotated[float, Range(0.0, 180.0)] = 0.0
+    # probability of a Gaussian blur, sigma 0.1 to 2 px of 112
+    blur: Annotated[float, Range(0.0, 1.0)] = 0.0
+    # probability that a rectangle of 2 to 33 % of the area, ratio 0.3 to 3.3, turns mean grey
+    erase: Annotated[float, Range(0.0, 1.0)] = 0.0
+    # a clip is spread over 1/f of its video, f drawn from [1, speed], log-uniform: slower by f
+    speed: Annotated[float, Range(1.0, 8.0)] = 1.0
+    # probability that time runs backwards
+    reverse: Annotated[float, Range(0.0, 1.0)] = 0.0
+    # operations drawn per clip: geometry, colour or blur, but nothing non-linear; 0 = off
+    randaugment: Annotated[int, Range(0, MAX_RANDAUGMENT)] = 0
+    # strength of these operations, 0 to 10
+    magnitude: Annotated[float, Range(0.0, 10.0)] = 7.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -12,57 +11,47 @@ from rich.console import Console
 from rich.table import Table
 
 from dfer.cli import UserError
-from dfer.config import Config
-from dfer.metrics import BEGINNING, Snapshot, Throughput
+from dfer.lists.index import ClipIndex
+from dfer.metrics import peak_memory
+from dfer.run import distributed
 from dfer.run.checkpoint import KEPT
-from dfer.run.logger import Logger
+from dfer.run.memory import free_memory
+from dfer.state import Job
 
 STEPS = 5  # of training; the first, which allocates and compiles, is not measured where there are others
 KEPT_AT_MOST = KEPT + 3  # checkpoints: those of the best WAR and UAR, and the one being written
 BATCHES = 2  # of evaluation, on each process; twice, and measured the second time
 
 
-class Clock(Logger):
-    """A logger that says and writes nothing, and knows when the first step had ended."""
-
-    def __init__(self, config: Config, throughput: Throughput, device: torch.device):
-        super().__init__(None, config, STEPS)
-        self.warm: Snapshot = BEGINNING
-        self._throughput, self._device = throughput, device
-
-    def step_done(self, step: int) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # a step has ended when the GPU has, not when it was told all
-        if step == 1:
-            self.warm = self._throughput.snapshot()
-
-
-class Rehearsal(NamedTuple):
-    """What was measured of a few steps. Clips are those of all processes together, memory is in bytes."""
+class DryRun(NamedTuple):
+    """What was measured in a few steps. Clips are those of all processes together, memory is in bytes."""
 
     epochs: int
     steps_per_epoch: int
     clips_per_step: int
     clips_per_evaluation: int  # each view counts
-    training: dict[str, float]  # as Throughput.read has it
+    training: dict[str, float]  # as Throughput.read returns it
     evaluation: dict[str, float]
-    skipped: int  # steps that were not finite
+    skipped: int  # non-finite steps
     peak: int  # of memory, of the process that took most
     free: int  # memory beside it
     checkpoint: int
     disk: int  # free there
 
     def step_s(self) -> float:
+        """Return the seconds of a step."""
         return self.clips_per_step / self.training["total_clips_per_s"]
 
     def evaluation_s(self) -> float:
+        """Return the seconds of an evaluation."""
         return self.clips_per_evaluation / self.evaluation["total_clips_per_s"]
 
     def run_s(self) -> float:
-        """From the first step to the end of the last evaluation."""
+        """Return the seconds from the first step to the end of the last evaluation."""
         return self.epochs * (self.steps_per_epoch * self.step_s() + self.evaluation_s())
 
     def rows(self) -> dict[str, str]:
+        """Return what is printed: a name and a text for each row of the table."""
         skipped = f"; {self.skipped} of the steps tried were skipped, as not finite" if self.skipped else ""
         return {
             "epochs": f"{self.epochs} of {self.steps_per_epoch:,} steps of {self.clips_per_step} clips",
@@ -77,22 +66,15 @@ class Rehearsal(NamedTuple):
 
 
 def padded(num_clips: int, clips_per_batch: int) -> int:
-    """The clips of an evaluation with those that fill up its last batch."""
+    """Return the clips of an evaluation with those that fill up its last batch."""
     return math.ceil(num_clips / clips_per_batch) * clips_per_batch
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free now, on the GPU or in the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())[1])
-
-
 def free_disk(log_dir: Path, checkpoint: int) -> int:
-    """Bytes that are free where `log_dir` is or would be made; `checkpoint` is the size of one.
+    """Return the bytes that are free where `log_dir` is or would be made; `checkpoint` is the size of one.
 
     Raises:
-        UserError: in one line, if it could not be written, or a run would find no room for two.
+        UserError: if it could not be written, or a run would find no room for two.
     """
     there = next(path for path in (log_dir, *log_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -107,7 +89,7 @@ def free_disk(log_dir: Path, checkpoint: int) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes and hours, or days and hours: two units that matter."""
+    """Return a time in its two units that matter: minutes and seconds, hours and minutes, or days and hours."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if minutes < 1:
         return f"{seconds:.1f} s"
@@ -116,8 +98,43 @@ def duration(seconds: float) -> str:
     return f"{int(hours)} h {int(minutes) % 60} min" if days < 1 else f"{int(days)} days {int(hours) % 24} h"
 
 
-def print_rows(title: str, rows: dict[str, str]) -> None:
+def measured(
+    job: Job, num_val_clips: int, training: dict[str, float], evaluation: dict[str, float], disk: int
+) -> DryRun:
+    """Return what a dry run has measured; all ranks call it.
+
+    Args:
+        job: what was run, whose evaluation list was cut short.
+        num_val_clips: clips of the whole evaluation list.
+        training, evaluation: their rates, as Throughput.read returns them.
+        disk: bytes that are free there.
+    """
+    config, world = job.config, job.world
+    global_batch = config.data.batch_size * world.size
+    peak = distributed.gather(torch.tensor([peak_memory(world.device)], device=world.device), world)
+    return DryRun(
+        config.optim.epochs,
+        job.schedule.steps_per_epoch,
+        global_batch * config.optim.accumulate,
+        padded(num_val_clips, global_batch) * job.val_loader.sampler.num_views,
+        training,
+        evaluation,
+        skipped=int(job.state.guard.skipped[0]),
+        peak=int(peak.max()),
+        free=free_memory(world.device),
+        checkpoint=job.state.num_bytes(),
+        disk=disk,
+    )
+
+
+def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
+    """Print what a dry run has measured."""
+    config, train_index = job.config, job.train_loader.index
+    title = f"{config.preset} on {job.world.size} x {job.world.device.type}: a run could begin; nothing was written"
     table = Table(title=title, title_justify="left", show_header=False)
-    for row in rows.items():
+    table.add_row("clips", f"{len(train_index):,} to train, {len(val_index):,} to evaluate ({train_index.source})")
+    for row in result.rows().items():
         table.add_row(*row)
+    if config.run.name and (config.run.log_dir / config.run.name).exists():
+        table.add_row("name", f"{config.run.name} is there: continued if it is this run, else refused")
     Console(highlight=False).print(table)

@@ -1,6 +1,5 @@
 """Where the time of a step goes: a trace of a few training steps, and a table of the ranges that are named in it."""
 
-import contextlib
 import gzip
 import itertools
 import json
@@ -15,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from dfer.cli import UserError
-from dfer.run.checkpoint import write_whole
+from dfer.files import write_whole
 
 Item = TypeVar("Item")
 
@@ -38,10 +37,12 @@ RANGES = {
 
 
 class Profiler:
-    """Of one process, which it watches once: `num_steps` steps in a row of one epoch, after WARM_UP others.
+    """Record a trace of one process, once: of `num_steps` steps in a row of one epoch, after WARM_UP others.
+
+    What is named in the trace uses torch's `record_function`, which costs microseconds where nothing is recorded.
 
     Args:
-        num_steps: how many, 0 = none: then what is to be watched is handed back as it is, and a name costs nothing.
+        num_steps: how many, 0 = none: then batches are passed through untouched.
         accumulate: batches per step.
         path: where the Chrome trace (gzip) goes; None where another process records.
         say: takes the lines of the table.
@@ -50,20 +51,15 @@ class Profiler:
     def __init__(self, num_steps: int, accumulate: int, path: Path | None, say: Callable[[str], None]):
         self.num_steps = 0 if path is None else num_steps  # still to be recorded
         self._accumulate, self._path, self._say = accumulate, path, say
-        self._recording = False
-
-    def named(self, name: str) -> contextlib.AbstractContextManager:
-        """What happens within has this name in the trace."""
-        return record_function(name) if self._recording else contextlib.nullcontext()
 
     def watch(self, batches: Iterable[Item], num_steps: int) -> Iterable[Item]:
-        """The batches of `num_steps` steps. If those are enough, they are passed through and their steps recorded.
+        """Return the batches of `num_steps` steps. If those are enough, their steps are recorded as they pass.
 
         A step is what happens from asking for its first batch to asking for that of the next. The trace of a run that
         ends before is not written.
 
         Raises:
-            UserError: in one line, while passing batches through, if the trace cannot be written.
+            UserError: while passing batches through, if the trace cannot be written.
         """
         enough = self.num_steps and num_steps >= WARM_UP + self.num_steps
         return self._watched(batches) if enough else batches
@@ -71,7 +67,6 @@ class Profiler:
     def _watched(self, batches: Iterable[Item]) -> Iterator[Item]:
         batches, last = self._loading(batches), (WARM_UP + self.num_steps) * self._accumulate
         schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=self.num_steps, repeat=1)
-        self._recording = True
         if not torch.cuda.is_available():
             os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or it prints, as an error, that there is no GPU
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
@@ -80,7 +75,7 @@ class Profiler:
                 yield batch
                 if micro % self._accumulate == 0:
                     profile.step()
-        self._recording, self.num_steps = False, 0
+        self.num_steps = 0
         for line in (*_written(profile, self._path), f"{self._path}: for ui.perfetto.dev or chrome://tracing"):
             self._say(line)
         yield from batches
@@ -88,7 +83,7 @@ class Profiler:
     def _loading(self, batches: Iterable[Item]) -> Iterator[Item]:
         iterator = iter(batches)
         while True:
-            with self.named("loading"):
+            with record_function("loading"):
                 try:
                     batch = next(iterator)
                 except StopIteration:
@@ -97,7 +92,7 @@ class Profiler:
 
 
 def _written(profile: torch.profiler.profile, path: Path) -> list[str]:
-    """Write the trace; its table."""
+    """Write the trace and return its table."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "trace.json"
@@ -105,7 +100,7 @@ def _written(profile: torch.profiler.profile, path: Path) -> list[str]:
             content = plain.read_bytes()
         lines = table(json.loads(content)["traceEvents"])
         packed = gzip.compress(content, compresslevel=5)
-        write_whole(path, lambda file: file.write(packed))
+        write_whole(path, packed)
     except (OSError, json.JSONDecodeError) as error:  # torch does not say when the disk was full: the file is cut off
         reason = getattr(error, "strerror", "torch could not write it")
         raise UserError(f"{path}: cannot write the trace ({reason})") from None
@@ -113,7 +108,7 @@ def _written(profile: torch.profiler.profile, path: Path) -> list[str]:
 
 
 def table(events: list[dict[str, Any]]) -> list[str]:
-    """The time of each range per step, from the events of a Chrome trace (their times are in us).
+    """Return the lines of a table of the time of each range per step, from a Chrome trace (its times are in us).
 
     On the host it is the time from a range's beginning to its end. On a GPU it is that of all kernels, copies and
     fillings that were launched meanwhile, by whatever thread: autograd's is another one than that which waits for it.

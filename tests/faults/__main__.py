@@ -37,7 +37,7 @@ from tests.wandb_server import FakeWandb
 
 PATIENCE_S = 180.0  # after which a process hangs
 ATTEMPTS = 12  # of the same command, until a run is lost
-CLEAN_EXITS = (0, 2, 69, 70, 75)  # those of dfer/run/distributed.py; a negative one is a signal
+CLEAN_EXITS = (0, 2, 69, 70, 75)  # those of train.py; a negative one is a signal
 
 # Imports train.py once and plays it in forked processes: one line of JSON each, answered by its process id and, when it
 # has ended, by its exit code.
@@ -45,6 +45,7 @@ NURSERY = """
 import functools, json, os, sys
 import torch
 import train, wandb
+from dfer.cli import one_line_errors
 from dfer.config import parse_config
 
 torch.set_num_threads(1)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from dali_pipes.loader import ClipLoader
-from dfer.config import parse_config
 from dfer.lists.index import load_index
-from dfer.metrics import Throughput, peak_memory
+from dfer.metrics import peak_memory
+from dfer.optim import Schedule
 from dfer.plan.sampling import ClipSampler
-from dfer.run import dry_run as rehearsal
-from dfer.run.dry_run import Clock, Rehearsal, duration, free_disk, padded
+from dfer.run.dry_run import DryRun, duration, free_disk, padded
+from dfer.run.memory import free_memory
 from tests.conftest import ROOT, make_clips
 from tests.test_train import TINY
 
@@ -88,7 +89,7 @@ def test_what_would_stop_a_run_is_one_line(unpacked):
 
 def test_the_arithmetic_is_that_of_a_stupid_loop():
     training = {"total_clips_per_s": 20.0, "data_wait_share": 0.25}
-    whole = Rehearsal(
+    whole = DryRun(
         3, 10, 8, 36, training, {"total_clips_per_s": 12.0}, skipped=0, peak=2 * 10**9, free=3 * 10**9,
         checkpoint=10**8, disk=10**12,
     )  # fmt: skip
@@ -111,20 +112,30 @@ def test_the_arithmetic_is_that_of_a_stupid_loop():
         assert padded(clips, 6) == next(n for n in range(0, 30, 6) if n >= clips)
 
 
+def trial(folder, *words):
+    lists = ("--data.train-list", f"{folder}/train.txt", "--data.val-list", f"{folder}/test.txt")
+    return parse_config([*TINY, *lists, "--validate-only", "--optim.steps-per-epoch", "0", *words])
+
+
+def test_its_steps_have_the_learning_rates_of_the_run(unpacked, monkeypatch):
+    """10 steps an epoch, of which 5 are tried: the warm-up is that of the run, not of an epoch of 5 steps."""
+    used = []
+    set_lr = Schedule.set_lr
+    monkeypatch.setattr(Schedule, "set_lr", lambda self, *step: (used.append(self), set_lr(self, *step)))
+    words = ("--data.batch-size", "2", "--optim.warmup-epochs", "2", "--optim.epochs", "7")
+    assert train.main(trial(unpacked, *words)) == 0
+    assert set(used) == {Schedule(1e-3, 20, 70, 10)} and len(used) == 5
+
+
+def test_a_signal_ends_it_as_it_ends_a_run(unpacked, monkeypatch):
+    monkeypatch.setattr(train.StopSignals, "requested", lambda self: True)
+    assert train.main(trial(unpacked)) == 75
+
+
 def test_durations():
     known = {0.24: "0.2 s", 59.9: "59.9 s", 61.0: "1 min 1 s", 3599.0: "59 min 59 s", 3600.0: "1 h 0 min"}
     known |= {5400.0: "1 h 30 min", 86399.0: "23 h 59 min", 86400.0: "1 days 0 h", 2e5: "2 days 7 h"}
     assert {seconds: duration(seconds) for seconds in known} == known
-
-
-def test_the_first_step_is_not_measured():
-    throughput = Throughput()
-    clock = Clock(parse_config(["debug"]), throughput, torch.device("cpu"))
-    for step, _ in enumerate(throughput.timed("abc"), start=1):
-        throughput.num_clips += 10
-        clock.step_done(step)
-    assert clock.warm.num_clips == 10 and clock.warm.total_s > 0
-    assert throughput.snapshot().num_clips - clock.warm.num_clips == 20
 
 
 def test_memory_is_measured():
@@ -132,7 +143,7 @@ def test_memory_is_measured():
     held = np.ones(300_000_000 // 8)
     after = peak_memory(torch.device("cpu"))
     assert after >= held.nbytes and after < before + 2 * held.nbytes  # at most: what was there may have been higher
-    assert 0 < rehearsal.free_memory(torch.device("cpu")) < 2**50
+    assert 0 < free_memory(torch.device("cpu")) < 2**50
 
 
 def test_room_on_the_disk(tmp_path, monkeypatch):

@@ -1,0 +1,46 @@
+"""The loader that a configuration names."""
+
+import os
+from typing import Literal
+
+from dali_pipes.loader import ClipLoader
+from dfer.cli import UserError
+from dfer.config import Config
+from dfer.lists.index import ClipIndex
+from dfer.plan.sampling import ClipSampler
+from dfer.run.distributed import World
+
+
+def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"], world: World) -> ClipLoader:
+    """Return a rank's loader of training clips (mode "train") or of all clips once ("eval").
+
+    Raises:
+        UserError: if the clips are to be held in GPU memory, and there is no GPU or no room, or they are not raw.
+    """
+    data = config.data
+    sampler = ClipSampler(
+        config.seed,
+        data.num_segments,
+        data.frames_per_segment,
+        mode,
+        data.augmentation,
+        data.views,
+        data.mirror_views,
+    )
+    gpu = world.device.type == "cuda"
+    if data.cache == "gpu" and not gpu:
+        raise UserError("--data.cache gpu: there is no GPU here")
+    return ClipLoader(
+        index,
+        sampler,
+        batch_size=data.batch_size,
+        size=data.size,
+        device="gpu" if gpu else "cpu",
+        jpeg_engine=data.jpeg_engine,
+        bad_clips=data.bad_clips if mode == "train" else "error",
+        cached=data.cache == "gpu",
+        rank=world.rank,
+        world_size=world.size,
+        num_threads=max((os.cpu_count() or 1) // world.local_size, 1),
+        device_id=world.device.index if gpu else None,
+    )

@@ -1,0 +1,84 @@
+"""Evaluation: every clip of a list exactly once, whatever the number of processes and the size of a batch."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from dfer.batch import Loader
+from dfer.lists.annotations import EMOTIONS
+from dfer.metrics import ConfusionMatrix, Throughput
+from dfer.precision import Precision
+from dfer.run import distributed
+from dfer.run.distributed import World
+from dfer.run.signals import StopSignals
+
+
+class Evaluation(NamedTuple):
+    confusion: ConfusionMatrix
+    loss: float  # mean cross-entropy
+    ids: list[int]  # rows of the index, in its order
+    probabilities: list[list[float]]
+    throughput: dict[str, float]
+
+
+class _OfRank(NamedTuple):
+    """What one rank predicts, the padding of its last batch included."""
+
+    ids: Int64[Tensor, " M"]
+    valid: Bool[Tensor, " M"]
+    labels: Int64[Tensor, " M"]
+    probabilities: Float[Tensor, "M K"]  # averaged over the views of a clip
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: Loader, world: World, precision: Precision, stop: StopSignals | None = None
+) -> Evaluation | None:
+    """Evaluate every clip of the loader's list exactly once. Return None if a signal ended it.
+
+    Of a clip of several views the probabilities are averaged, and their largest is the prediction.
+    """
+    model.eval()
+    distributed.broadcast_buffers(model)
+    throughput = Throughput(world.size)
+    found = _predict(model, loader, precision, throughput, stop)
+    if found is None:
+        return None
+    confusion = ConfusionMatrix(len(EMOTIONS), world.device)
+    confusion.update(found.probabilities.argmax(1), found.labels, found.valid)
+    confusion.all_reduce()
+    parts = (found.ids.to(world.device), found.valid, found.probabilities)
+    ids, valid, probabilities = (distributed.gather(part, world).cpu() for part in parts)
+    ids, probabilities = ids[valid], probabilities[valid]
+    order = ids.argsort()
+    ids, probabilities = ids[order], probabilities[order]
+    assert confusion.total() == len(loader.index) == len(ids.unique()), "a clip was lost or counted twice"
+    labels = torch.from_numpy(loader.index.labels)[ids]
+    loss = float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels))
+    return Evaluation(confusion, loss, ids.tolist(), probabilities.tolist(), throughput.read())
+
+
+def _predict(
+    model: nn.Module, loader: Loader, precision: Precision, throughput: Throughput, stop: StopSignals | None
+) -> _OfRank | None:
+    """Return what this rank predicts, or None if a signal ended it."""
+    num_views = loader.sampler.num_views
+    ids, valid, labels, probabilities = [], [], [], []
+    batches = itertools.chain.from_iterable(loader(epoch=view) for view in range(num_views))
+    for i, batch in enumerate(throughput.timed(batches)):
+        if stop is not None and stop.requested():
+            return None
+        batch_probabilities = F.softmax(precision.forward(model, batch.clips).logits.float(), 1)
+        if i < len(loader):  # the first view
+            ids.append(batch.ids)
+            valid.append(batch.valid)
+            labels.append(batch.labels)
+            probabilities.append(batch_probabilities)
+        else:  # another view of the same clips, batch by batch
+            assert torch.equal(batch.ids, ids[i % len(loader)]), "the views of a clip were taken apart"
+            probabilities[i % len(loader)] += batch_probabilities
+    return _OfRank(torch.cat(ids), torch.cat(valid), torch.cat(labels), torch.cat(probabilities) / num_views)

@@ -1,0 +1,43 @@
+"""Mixed precision and memory layout: how every forward pass of a model is computed, in training and everywhere else."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dfer.cli import UserError
+from dfer.config import RunConfig
+from dfer.model import Prediction
+
+
+class Precision(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: float32 throughout
+    channels_last: bool
+
+    def forward(self, model: nn.Module, clips: Float[Tensor, "B T 3 H W"]) -> Prediction:
+        """Return what a model makes of clips as the loader gives them, which are channels-last in memory."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return model(clips if self.channels_last else clips.contiguous())
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return the gradient scaler that fp16 needs; with any other type it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+
+def build_precision(run: RunConfig, device: torch.device) -> Precision:
+    """Return the precision that a configuration names.
+
+    "auto" is bfloat16 where the hardware computes it: GPUs, and CPUs with AVX512-BF16 or AMX.
+
+    Raises:
+        UserError: if fp16 is asked for on a CPU.
+    """
+    gpu = device.type == "cuda"
+    if run.amp == "fp16" and not gpu:
+        raise UserError("--run.amp fp16: needs a GPU; on a CPU use bf16 or off")
+    native = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    auto = torch.bfloat16 if native else None
+    dtype = {"auto": auto, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
+    return Precision(device, dtype, run.channels_last)

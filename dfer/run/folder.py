@@ -1,0 +1,238 @@
+"""A run's folder: held by one process, and everything in it of one run.
+
+`logs/<run>/` holds config.json, metrics.jsonl, log.txt, predictions.csv, weights, and checkpoints/.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfer.batch import Batch
+from dfer.cli import UserError
+from dfer.config import Config, begun_config, config_from_json, differences
+from dfer.files import read_file, reason, write_whole
+from dfer.lists.annotations import EMOTIONS
+from dfer.lists.index import ClipIndex
+from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint, save_weights
+from dfer.state import Job, TrainState
+
+
+class RunFolder:
+    """The folder of one run, for the process that writes it (rank 0).
+
+    Opening it touches nothing that is not there yet: a command that fails before its first step leaves no trace.
+    """
+
+    def __init__(self, config: Config, name: str):
+        """Find the run; if it exists, lock it.
+
+        Raises:
+            UserError: if another process holds it, it is a run of another configuration or no run at
+                all, or it is to be resumed and has no checkpoint.
+        """
+        self.path = config.run.log_dir / name
+        self.checkpoints = self.path / "checkpoints"
+        self._interval_s = 60 * config.run.save_minutes
+        self._saved_at = time.monotonic()
+        self._lock: int | None = None
+        if config.resume and not find_manifests(self.checkpoints):
+            raise UserError(f"--resume: {self.path} holds no checkpoint to continue from")
+        if self.path.exists():
+            self._hold()
+            try:
+                self._check(config)
+            except BaseException:
+                self.close()
+                raise
+
+    def _hold(self) -> None:
+        """Lock the folder. The lock ends with the process, however that ends: a stale one does not exist."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"--run.log-dir: cannot use {self.path} ({error})") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
+            os.close(lock)
+            raise UserError(
+                f"{self.path}: in use by {holder}; wait for it, stop it, or choose another --run.name"
+            ) from None
+        except OSError as error:
+            os.close(lock)
+            raise UserError(
+                f"{self.path}: its file system cannot lock files ({error}); choose another --run.log-dir"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = lock
+
+    def _check(self, config: Config) -> None:
+        begun = begun_config(self.path)
+        if begun is None:
+            others = sorted(p.name for p in self.path.iterdir() if p.name != "lock")
+            if others and not (self.path / "config.json").exists():
+                raise UserError(f"{self.path}: holds {others[0]}, which is no run; choose another --run.name")
+            return  # it never took a step: there is nothing to protect
+        if differing := differences(begun, config):
+            raise UserError(
+                f"{self.path}: holds a run of another configuration: {'; '.join(differing)}; "
+                "continue it with its own or choose another --run.name"
+            )
+
+    def begin(self, config: Config, state_bytes: int) -> None:
+        """Make the folder ready for the first step: lock it, delete leftovers, try that it can be written.
+
+        Raises:
+            UserError: if it cannot be written or the disk has no room for `state_bytes` twice (a new
+                checkpoint beside the old one).
+        """
+        if self._lock is None:
+            self._hold()
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
+            for leftover in self.path.glob("*.partial"):
+                leftover.unlink()
+            delete_all_but(self.checkpoints, set(find_manifests(self.checkpoints)))
+            saved = self.path / "config.json"
+            text = read_file(saved) if find_manifests(self.checkpoints) else f"{config.to_json()}\n".encode()
+            write_whole(saved, text)  # again too: better now than at the first checkpoint
+            free = shutil.disk_usage(self.checkpoints).free
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--run.log-dir: cannot write {self.path} ({reason(error)})") from None
+        if free < 2 * state_bytes:
+            raise UserError(
+                f"{self.checkpoints}: {free / 1e6:.0f} MB are free, and two checkpoints take "
+                f"{2 * state_bytes / 1e6:.0f} MB; make room or choose another --run.log-dir"
+            )
+
+    def due(self) -> bool:
+        """Return whether the time between two checkpoints has passed."""
+        return time.monotonic() - self._saved_at >= self._interval_s
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Add a checkpoint and delete those that it replaces; see `save_checkpoint`."""
+        save_checkpoint(self.checkpoints, state)
+        self._saved_at = time.monotonic()
+
+    def keep_best(self, state: TrainState, names: list[str], about: dict[str, Any]) -> None:
+        """Write the weights that are evaluated as the best of each name (WAR, UAR)."""
+        for name in names:
+            description = {"step": str(state.step), name: str(state.best[name][0]), "config": about["config"]}
+            description["emotions"] = json.dumps(about["emotions"])
+            save_weights(self.path / f"best_{name}.safetensors", state.evaluated_model().state_dict(), description)
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def fingerprint(index: ClipIndex) -> str:
+    """Return the SHA-256 of what the order and the frames of the clips depend on."""
+    rows = zip((r.name for r in index.records), index.num_frames.tolist(), index.labels.tolist(), strict=True)
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
+def continued_config(state: dict[str, Any], config: Config, index: ClipIndex, world_size: int) -> Config:
+    """Return the configuration that a run goes on with, on however many processes.
+
+    Args:
+        state: the run's checkpoint.
+        config: what this process was started with.
+        index: the clips to train on.
+        world_size: the number of processes.
+
+    Raises:
+        UserError: if it is another configuration, the clips are others, or the batch cannot be shared.
+    """
+    begun = config_from_json(state["config"], config.run.log_dir)
+    if differing := differences(begun, config):
+        raise UserError(
+            f"{config.run.name} was begun with another configuration ({'; '.join(differing)}), which this process does "
+            "not find: --run.log-dir must be one folder for all machines, or give the flags that it was begun with"
+        )
+    if state["train_list"] != fingerprint(index):
+        raise UserError(
+            f"{config.data.train_list}: not the clips that {config.run.name} was trained on so far (names, labels "
+            "or numbers of frames have changed); choose another --run.name"
+        )
+    return same_global_batch(config, state, world_size)
+
+
+def same_global_batch(config: Config, state: dict[str, Any], world_size: int) -> Config:
+    """Return the configuration with the batch size that keeps the clips of each step on this number of processes.
+
+    Raises:
+        UserError: if another number of clips is asked for, or they cannot be shared evenly.
+    """
+    total, given = state["global_batch"], config.data.batch_size
+    begun = config_from_json(state["config"], config.run.log_dir).data.batch_size
+    if given not in (begun, total / world_size):
+        raise UserError(
+            f"--data.batch-size {given}: on {world_size} processes that is {given * world_size} clips per step, "
+            f"but {config.run.name} has {total}; leave it at {begun}, which is shared among the processes there are"
+        )
+    if total % world_size:
+        raise UserError(
+            f"{config.run.name} has {total} clips per step, which {world_size} processes cannot share evenly; "
+            "start another number of them"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=total // world_size))
+
+
+def about_run(job: Job, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a checkpoint holds beside the state: what the run is, which stays as it was begun."""
+    return {
+        "config": checkpoint["config"] if checkpoint else job.config.to_json(),
+        "emotions": list(EMOTIONS),
+        "torch": str(torch.__version__),  # a class of its own, which a checkpoint does not load
+        "train_list": fingerprint(job.train_loader.index),
+        "global_batch": job.config.data.batch_size * job.world.size,
+    }
+
+
+def diverged(job: Job, run: RunFolder | None, batch: Batch) -> UserError:
+    """Write what the last of many skipped steps was made of, and return the error that ends the run.
+
+    `run` is rank 0's.
+    """
+    dump: Path | str = "rank 0's"
+    if run:
+        dump = run.path / "skipped_steps.json"
+        _dump_step(dump, job.state, batch, job.train_loader.index)
+    return UserError(
+        f"step {job.state.step + 1}: {job.state.guard.LIMIT} steps in a row were skipped, as their loss or gradient is "
+        f"not finite; {dump} has the last one; try a lower --optim.lr, or --run.amp off"
+    )
+
+
+def _dump_step(path: Path, state: TrainState, batch: Batch, index: ClipIndex) -> None:
+    """Write the clips of a skipped step, and which weights and gradients are non-finite."""
+
+    def non_finite(named: Iterator[tuple[str, Tensor | None]]) -> list[str]:
+        return [name for name, t in named if t is not None and not bool(t.isfinite().all())]
+
+    about = {
+        "step": state.step + 1,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "clips": [index.records[i].name for i in batch.ids.tolist()],
+        "clips are finite": batch.clips.isfinite().flatten(1).all(1).tolist(),
+        "weights that are not finite": non_finite(state.model.named_parameters()),
+        "gradients that are not finite": non_finite((name, p.grad) for name, p in state.model.named_parameters()),
+    }
+    write_whole(path, json.dumps(about, indent=2))

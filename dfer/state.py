@@ -1,0 +1,190 @@
+"""All that training changes, saved and restored; all that it works with; the trained model in a checkpoint."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from dfer.batch import Loader
+from dfer.cli import UserError
+from dfer.config import Config
+from dfer.losses import Objective
+from dfer.model.build import build_model
+from dfer.optim import NonFiniteGuard, Schedule, build_ema, build_optimizer
+from dfer.precision import Precision
+from dfer.run.distributed import World
+
+
+@dataclass
+class TrainState:
+    """All that training changes: restored at any step, a run goes on as if it had not stopped.
+
+    Random draws are no part of it: they are a function of the seed and the step, and so is the learning rate.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    step: int = 0  # optimizer steps taken or skipped
+    evaluated: int = 0  # epochs that are trained and evaluated
+    best: dict[str, list[float]] = field(default_factory=lambda: {"WAR": [-1.0, 0], "UAR": [-1.0, 0]})  # value, step
+
+    def __post_init__(self):
+        self.guard = NonFiniteGuard(self.model, self.optimizer, self.scaler)
+        self.losses = torch.zeros(2, device=self.guard.skipped.device)  # since the last row: sum, finite batches
+
+    def backward(self, loss: Tensor, accumulate: int) -> None:
+        """Add the gradient of one of `accumulate` batches, and its loss to those of the row."""
+        finite = loss.detach().isfinite()
+        # Other ranks learn of a non-finite loss from the gradient alone, so the gradient must be non-finite too.
+        self.scaler.scale(loss * torch.where(finite, 1 / accumulate, torch.nan)).backward()
+        self.losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite.float()])
+
+    def finish_step(self) -> None:
+        """Clear the gradients, average the weights and count the step."""
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.step += 1
+
+    def improve(self, values: dict[str, float]) -> list[str]:
+        """Remember the values that are the best so far, with this step, and return their names."""
+        better = [name for name, value in values.items() if value > self.best[name][0]]
+        self.best |= {name: [values[name], self.step] for name in better}
+        return better
+
+    def evaluated_model(self) -> nn.Module:
+        """Return what is evaluated: the averaged weights if there are any."""
+        return self.model if self.ema is None else self.ema.module
+
+    def compile(self) -> None:
+        """Compile the model, and its average, which is a copy and is what is evaluated."""
+        self.model.compile()
+        if self.ema is not None:
+            self.ema.module.compile()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors and plain values of a checkpoint."""
+        return {
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.guard.skipped,
+            "losses": self.losses,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` has returned.
+
+        Raises:
+            UserError: if it is of another version of the model.
+        """
+        load_weights(self.model, state["model"])
+        if self.ema is not None:
+            load_weights(self.ema, state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.guard.skipped.copy_(state["skipped"])
+        self.losses.copy_(state["losses"])
+        self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
+
+    def num_bytes(self) -> int:
+        """Return about the size of a checkpoint: weights, the optimizer's two moments, averaged weights."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.state_dict().values())
+        return weights * (3 + (self.ema is not None))
+
+
+class Job(NamedTuple):
+    """Everything that training works with, built before its first step."""
+
+    config: Config
+    world: World
+    train_loader: Loader
+    val_loader: Loader
+    state: TrainState
+    model: nn.Module  # the state's model, or DDP around it
+    objective: Objective
+    schedule: Schedule
+    precision: Precision
+
+    @property
+    def steps_done(self) -> int:
+        """Return the steps taken of the epoch that is not evaluated yet: all of them if only its evaluation is left."""
+        return self.state.step - self.state.evaluated * self.schedule.steps_per_epoch
+
+
+def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any] | None) -> TrainState:
+    """Return the state that training begins with, or that a checkpoint has.
+
+    Raises:
+        UserError: if the model cannot be built, or the checkpoint is of another version of it.
+    """
+    optim, device = config.optim, precision.device
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
+    if config.run.sync_bn:
+        if device.type != "cuda":
+            raise UserError("--run.sync-bn: torch synchronises batch norm between GPUs only")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device)
+    if precision.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay)
+    state = TrainState(model, optimizer, precision.scaler(), build_ema(model, optim.ema))
+    if checkpoint:
+        state.load_state_dict(checkpoint)
+    if config.run.compile:
+        state.compile()
+    return state
+
+
+def load_trained(state: dict[str, Any], config: Config) -> nn.Module:
+    """Return the model of a checkpoint, on the CPU and set to evaluate: with the averaged weights if there are any.
+
+    Args:
+        state: as `dfer.run.checkpoint.load_checkpoint` returns it.
+        config: the checkpoint's, whose model may be computed another way (`crf_backend`).
+
+    Raises:
+        UserError: if it is of another version of the model.
+    """
+    # The weights are in the checkpoint: nothing is to be downloaded or looked for.
+    settings = dataclasses.replace(config.model, weights=None)
+    model = build_model(settings, config.data.num_segments * config.data.frames_per_segment)
+    if state["ema"] is None:
+        load_weights(model, state["model"])
+        return model.eval()
+    averaged = build_ema(model, config.optim.ema)
+    assert averaged is not None, "a checkpoint has averaged weights, and its configuration no average"
+    load_weights(averaged, state["ema"])
+    return averaged.module.eval()
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a checkpoint's weights.
+
+    Raises:
+        UserError: if they are those of another version of the model.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        ours = model.state_dict()
+        missing, unknown = sorted(ours.keys() - weights.keys()), sorted(weights.keys() - ours.keys())
+        shapes = sorted(k for k in ours.keys() & weights.keys() if ours[k].shape != weights[k].shape)
+        parts = (("lacks", missing), ("has besides", unknown), ("has in another shape", shapes))
+        listed = "; ".join(
+            f"{what} {', '.join(names[:2])}{' ...' * (len(names) > 2)}" for what, names in parts if names
+        )
+        raise UserError(
+            f"the checkpoint is of another version of the model ({listed}): use the version that wrote it, or train "
+            "anew"
+        ) from None

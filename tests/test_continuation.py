@@ -1,0 +1,97 @@
+"""A run goes on as what it was, whatever a newer version would choose by itself."""
+
+import dataclasses
+import json
+import tarfile
+
+import pytest
+
+from dfer.config import PRESETS, begun_config, config_from_json, differences, parse_config
+from tests.begun_run import how_it_ended, start
+from tests.conftest import ROOT, make_clips
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A function that leaves the run that some words begin, as after its first step."""
+
+    def begin(*words):
+        config = parse_config([*words, "--run.log-dir", str(tmp_path), "--run.name", "a"])
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "config.json").write_text(config.to_json())
+        (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
+        return config
+
+    return begin
+
+
+def again(tmp_path, *words):
+    return parse_config([*words, "--run.log-dir", str(tmp_path), "--run.name", "a"])
+
+
+def change_the_default(monkeypatch, preset, **optim):
+    """As a newer version may."""
+    before = PRESETS[preset]
+
+    def changed(gpu):
+        config = before(gpu)
+        return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim))
+
+    monkeypatch.setitem(PRESETS, preset, changed)
+
+
+@pytest.mark.parametrize("words", [("debug", "--optim.ema", "0.5"), ()])
+def test_a_changed_default_does_not_reach_a_run_that_has_begun(begun, tmp_path, monkeypatch, words):
+    config = begun("debug", "--optim.ema", "0.5", "--data.views", "2")
+    change_the_default(monkeypatch, "debug", lr=0.5, accumulate=3)
+    assert parse_config(["debug"]).optim.lr == 0.5
+    assert again(tmp_path, *words) == config  # the same command, or none of it but the name
+
+
+def test_what_is_typed_is_compared(begun, tmp_path):
+    config = begun("debug", "--optim.lr", "0.02")
+    assert differences(config, again(tmp_path, "debug", "--optim.lr", "0.03")) == ["--optim.lr was 0.02, is 0.03"]
+    assert differences(config, again(tmp_path, "debug", "--optim.lr", "0.02")) == []
+    assert differences(config, again(tmp_path, "dfew")) == ["--preset was debug, is dfew"]
+    recipe = again(tmp_path, "debug", "--data.recipe", "ial")
+    assert differences(config, recipe) == ["--data.recipe was none, is ial"]
+
+
+def test_what_a_command_is_for_is_not_taken_from_the_run(begun, tmp_path):
+    config = begun("debug", "--profile", "3", "--run.timeout", "7", "--run.wandb", "off")
+    now = again(tmp_path, "--resume", "--run.save-minutes", "2", "--data.batch-size", "4")
+    assert (now.profile, now.resume, now.run.timeout, now.run.save_minutes) == (0, True, 7, 2)
+    assert differences(config, now) == []
+
+
+def test_a_run_that_took_no_step_is_begun_anew(begun, tmp_path):
+    begun("debug", "--optim.lr", "0.02")
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    assert begun_config(tmp_path / "a") is None and again(tmp_path, "debug").optim.lr == 1e-3
+
+
+def test_a_field_that_an_old_run_lacks_means_what_that_run_did(tmp_path):
+    saved = json.loads(parse_config(["debug"]).to_json())
+    for name in ("jpeg_engine", "cache"):
+        del saved["data"][name]
+    config = config_from_json(json.dumps(saved), tmp_path)
+    assert (config.data.jpeg_engine, config.data.cache) == (0.65, "off")
+
+
+@pytest.mark.slow
+def test_a_run_of_the_first_version_goes_on_as_it_would_have(tmp_path):
+    make_clips(tmp_path)
+    with tarfile.open(ROOT / "tests" / "data" / "run-of-0ce724e.tar.xz") as tar:
+        tar.extractall(tmp_path / "logs", filter="data")
+    want = json.loads((tmp_path / "logs" / "final.json").read_text())
+    process = start(ROOT, tmp_path, "begun")  # nothing typed but the name
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "continuing from step 7" in printed
+    found = json.loads(json.dumps(how_it_ended(tmp_path / "logs" / "begun")))
+    if found["machine"] == want["machine"]:
+        assert found == want
+    for step, loss in want["losses"].items():  # other processors round otherwise
+        assert found["losses"][step] == pytest.approx(loss, rel=1e-4)
+    for name, sums in want["weights"].items():
+        assert found["weights"][name] == pytest.approx(sums, rel=1e-3, abs=1e-3), name

@@ -13,6 +13,7 @@ import torch
 
 import train
 from dali_pipes.loader import ClipLoader
+from dfer.config import parse_config
 from dfer.lists.index import load_index
 from dfer.metrics import peak_memory
 from dfer.optim import Schedule

@@ -100,6 +100,7 @@ def test_a_gpu_is_not_waited_for(name):
         assert "num_batches" in key or torch.equal(model.state_dict()[key], value)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, as it loads its compiler
 def test_what_is_evaluated_is_compiled_too():
     """The average is a copy of the model: compiling the one does not compile the other."""
     model, optimizer, _ = build("adamw")

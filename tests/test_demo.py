@@ -263,12 +263,16 @@ def test_without_a_face_there_is_a_message_and_nothing_else(run: Path, videos: P
     assert not (tmp_path / "out").exists()
 
 
-def test_examples_are_videos_that_browsers_play(run: Path, videos: Path, tmp_path: Path) -> None:
+def test_examples_are_videos_that_browsers_play(
+    run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     predictor = predictor_of(run)
     frames = save_frames(tmp_path / "frames", [frame[:95, :97] for frame in moving(0, 3)])
     (tmp_path / "in" / "sub").mkdir(parents=True)
     shutil.copy(videos / "one.mp4", tmp_path / "in" / "sub" / "a.mkv")
+    (tmp_path / "in" / "round").symlink_to(tmp_path / "in")
     found = demo.make_examples([videos / "one.mp4", frames, tmp_path / "in"], predictor, tmp_path / "out")
+    assert capsys.readouterr().err == f"demo: {tmp_path}/in/round: a link in a circle, not followed\n"
     assert found == [videos / "one.mp4", tmp_path / "out" / "frames.mp4", tmp_path / "out" / "sub" / "a.mp4"]
     assert [image.size for _, image in decode(found[1])] == [(96, 94)] * 3
     assert len(list(decode(found[2]))) == 31

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -17,6 +19,7 @@ from dfer.video import random_access as ra
 from dfer.video.colour import EXACT, yuv_to_rgb
 from dfer.video.decode import BadVideo, decode, decode_frames
 from dfer.video.random_access import VideoScan, read_frames, scan_video
+from tests.conftest import ROOT
 
 F, W, H = 50, 64, 48
 X265 = "log-level=none:pools=none:frame-threads=1:wpp=0:"  # with threads it crashes once in a thousand videos
@@ -627,6 +630,14 @@ def test_yuv_to_rgb_is_swscale_s(matrix: str, space: int, full: bool) -> None:
         found = transform[:, :3] @ yuv + transform[:, 3]
         if found.max() < 512:  # beyond, swscale's integers run over
             assert np.abs(found.clip(0, 255) - expected).max() <= 1.01, (yuv, found, expected)
+
+
+def test_the_door_of_the_room_is_light() -> None:
+    """PyAV takes 0.3 s to load, which lists of frames need not wait for."""
+    code = "import sys; import dfer.video, dfer.video.find; assert 'av' not in sys.modules; "
+    code += "from dfer.video import read_frames; assert 'av' in sys.modules and callable(read_frames); "
+    code += "from dfer.video import decode; assert decode.__name__ == 'dfer.video.decode'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_yuv_to_rgb_by_hand() -> None:

@@ -64,7 +64,7 @@ class Overlay:
         longest: int = LONG_SIDE[1],
     ):
         scale = min(max(max(height, width), LONG_SIDE[0]), longest) / max(height, width)
-        self._size = tuple(max(round(scale * side / 2) * 2, 2) for side in (width, height))
+        self._size = max(round(scale * width / 2) * 2, 2), max(round(scale * height / 2) * 2, 2)
         whole = max(self._size[0], NARROWEST)
         self._left = (whole - self._size[0]) // 2
         self._scale = np.array(self._size) / (width, height)

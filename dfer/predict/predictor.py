@@ -118,6 +118,7 @@ class Model:
     @property
     def cell(self) -> int:
         """Return how many pixels of a prepared picture lie from a cell of `maps` to the next."""
+        assert isinstance(self._net, DFERNet)  # else there are no maps
         return self._net.backbone.strides[0]
 
     def training_lengths(self) -> list[int]:

@@ -7,6 +7,7 @@ of a clip as a whole: it belongs no more to the clip's centre than to its ends.
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
@@ -14,9 +15,10 @@ from jaxtyping import Float64, Int64, UInt8
 from dfer.lists.annotations import EMOTIONS
 from dfer.plan.sampling import ClipSampler
 
-Prepare = Callable[[UInt8[np.ndarray, "H W 3"]], object]
+Prepared = TypeVar("Prepared")  # what is held of a picture
+Prepare = Callable[[UInt8[np.ndarray, "H W 3"]], Prepared]
 # Clips, each of T prepared pictures, and whether they are mirrored -> the probabilities of each.
-Predict = Callable[[Sequence[Sequence[object]], bool], Float64[np.ndarray, "B K"]]
+Predict = Callable[[Sequence[Sequence[Prepared]], bool], Float64[np.ndarray, "B K"]]
 
 
 def place_windows(track: Int64[np.ndarray, " N"], length: int, stride: int) -> Int64[np.ndarray, "W 2"]:
@@ -36,7 +38,7 @@ def place_windows(track: Int64[np.ndarray, " N"], length: int, stride: int) -> I
     return np.array(windows, np.int64).reshape(-1, 2)
 
 
-class Timeline:
+class Timeline(Generic[Prepared]):
     """The probabilities of each frame, from pictures that come one by one; those that windows wait for are held.
 
     Args:
@@ -53,8 +55,8 @@ class Timeline:
         num_frames: int,
         windows: Int64[np.ndarray, "W 2"],
         sampler: ClipSampler,
-        prepare: Prepare,
-        predict: Predict,
+        prepare: Prepare[Prepared],
+        predict: Predict[Prepared],
         batch_size: int,
     ):
         self._windows, self._prepare, self._predict, self._batch_size = windows, prepare, predict, batch_size
@@ -68,7 +70,7 @@ class Timeline:
         self._last_use = np.full(num_frames, -1, np.int64)  # window
         for window, frames in enumerate(self._frames):
             self._last_use[frames] = window
-        self._held: dict[int, object] = {}
+        self._held: dict[int, Prepared] = {}
         self._done = 0  # windows
         self._sum = np.zeros((num_frames, len(EMOTIONS)))
         self._count = np.zeros(num_frames, np.int64)

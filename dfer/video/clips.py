@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import Float64, Int64
 from PIL import Image
 
@@ -75,7 +75,7 @@ def write_clips(video: LabelledVideo, out: Path, options: ClipOptions) -> ClipRe
                 _remove_frames(out / name)  # of a run that was stopped, maybe of a longer clip
             clips[name] += 1
             image.save(out / name / f"{clips[name]:05d}.jpg", quality=options.quality)
-    except (av.FFmpegError, BadVideo) as error:
+    except (FFmpegError, BadVideo) as error:
         outcome = f"failed: {reason(error)}"
         if found.decoded:
             outcome += f", after {found.decoded} frames"

@@ -90,7 +90,7 @@ def transposition(frame: av.VideoFrame) -> Image.Transpose | None:
     """Return what makes a frame upright, None if it is. VideoFrame.rotation takes mirrored for upside down."""
     # Not frame.side_data, which refers to the frame that keeps it: then only the garbage collector, which counts
     # objects and not their size, would free frames, by the hundred.
-    matrix = SideDataContainer(frame).get(Type.DISPLAYMATRIX)
+    matrix = SideDataContainer(frame).get(Type.DISPLAYMATRIX)  # pyright: ignore[reportCallIssue]
     if matrix is None:
         return None
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))

@@ -6,11 +6,13 @@ Opening a file, choosing its stream and checking what it claims are shared with 
 import logging
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.error import FFmpegError, InvalidDataError
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
@@ -33,7 +35,7 @@ class BadVideo(Exception):
 
 
 # What the functions of this room raise on a file that cannot be read as a video.
-VIDEO_ERRORS = (BadVideo, av.FFmpegError, OSError)
+VIDEO_ERRORS = (BadVideo, FFmpegError, OSError)
 
 
 def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
@@ -60,7 +62,7 @@ def decode_frames(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
         for packet in read_packets(container, video, ends):
             try:
                 frames = packet.decode()
-            except av.InvalidDataError:
+            except InvalidDataError:
                 if video.codec_context.width:
                     raise
                 # FFmpeg forgets a size beyond its limit, and says no more than this about it.
@@ -89,7 +91,7 @@ def claimed_seconds(path: Path) -> float | None:
     with open_video(path) as container:
         video = best_stream(container)
         if container.duration is None or container.duration <= 0:
-            return float(video.duration * video.time_base) if video.duration else None
+            return float(video.duration * _time_base(video)) if video.duration else None
         return container.duration / av.time_base
 
 
@@ -189,6 +191,12 @@ def check_end(container: InputContainer, video: av.VideoStream, ends: dict[int, 
     end = (begin + container.duration) / av.time_base if container.duration else 0.0
     if max(ends.values(), default=0.0) >= end - slack:
         return
-    end = float(((video.start_time or 0) + video.duration) * video.time_base) if video.duration else np.inf
+    end = float(((video.start_time or 0) + video.duration) * _time_base(video)) if video.duration else np.inf
     if ends.get(video.index, 0.0) < end - slack:
         raise BadVideo("truncated")
+
+
+def _time_base(video: av.VideoStream) -> Fraction:
+    """Return the unit of a stream's times in seconds, which all streams of opened files have."""
+    assert video.time_base is not None
+    return video.time_base

@@ -63,7 +63,8 @@ def make_detector(model: Path | None = None) -> Detector:
     if model is None:
         if not hasattr(cv2, "CascadeClassifier"):
             raise UserError(f"OpenCV {cv2.__version__} has no Haar detector: install the version in requirements.txt")
-        cascade = cv2.CascadeClassifier(f"{cv2.data.haarcascades}haarcascade_frontalface_default.xml")
+        folder = cv2.data.haarcascades  # pyright: ignore[reportAttributeAccessIssue]
+        cascade = cv2.CascadeClassifier(f"{folder}haarcascade_frontalface_default.xml")
 
         def find(small: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "K 4"]:
             grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -90,7 +90,7 @@ def _prepare_all(
     return [results[video.name] for video in videos]
 
 
-def _run_jobs(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[LabelledVideo, ClipResult]]:
+def _run_jobs(jobs: Sequence[_Job], workers: int) -> Generator[tuple[LabelledVideo, ClipResult], None, None]:
     """Yield results as they come.
 
     Raises:

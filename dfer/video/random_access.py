@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.stream import Discard
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Bool, Int64, UInt8
@@ -127,7 +128,7 @@ def _scan_packets(path: Path) -> _Packets:
         ends: dict[int, float] = {}
         for packet in read_packets(container, video, ends):
             if first is None:
-                with contextlib.suppress(av.FFmpegError):  # if nothing comes of it, all frames are decoded
+                with contextlib.suppress(FFmpegError):  # if nothing comes of it, all frames are decoded
                     frames = packet.decode()
                     if not frames and not packets and not packet.is_discard:
                         frames = decoder.decode()  # do not wait for those that are displayed before
@@ -152,9 +153,9 @@ def _displayed_times(found: _Packets) -> list[int] | None:
     """Return the presentation times of all frames that are displayed, None if packets do not tell."""
     if not (found.stores_times and found.codec in _PACKET_IS_FRAME and found.packets[0].is_start):
         return None
-    start = found.packets[0].pts
-    times = [packet.pts for packet in found.packets if not packet.is_discard]
-    if start is None or not times or None in times or len(set(times)) < len(times) or min(times) < start:
+    displayed = [packet.pts for packet in found.packets if not packet.is_discard]
+    start, times = found.packets[0].pts, [pts for pts in displayed if pts is not None]
+    if start is None or not times or len(set(times)) < len(displayed) or min(times) < start:
         return None
     return times
 
@@ -275,7 +276,8 @@ class _WantedFrames:
             return
         place = len(self.frames)
         for plane, part in zip(frame.planes, self._planes, strict=True):
-            part[place] = np.ndarray(part.shape[1:], np.uint8, plane, 0, (plane.line_size, 1))  # its rows are padded
+            view = memoryview(plane)  # its rows are padded
+            part[place] = np.ndarray(part.shape[1:], np.uint8, view, 0, (plane.line_size, 1))
         self.frames[name] = self._planar[place]
 
     def _prepare(self, frame: av.VideoFrame) -> None:
@@ -314,9 +316,11 @@ def _read_some(path: Path, starts: Int64[np.ndarray, " K"], wanted: _WantedFrame
             raise _Unseekable
         skip = "NONREF" if _can_skip(decoder) else "DEFAULT"
         packets = container.demux(video)
-        sent: set[int | None] = {None}
+        sent: set[int | None] = set()
         for start, times in _runs(sorted(wanted.names), starts):
-            if start not in sent:  # else it went to the decoder with frames that are displayed before it
+            if (
+                start is not None and start not in sent
+            ):  # else it went to the decoder with frames that are displayed before it
                 for frame in decoder.decode():  # what it still holds
                     wanted.add(frame.pts, frame)
                 container.seek(start, stream=video)
@@ -350,7 +354,7 @@ def _runs(times: Sequence[int], starts: Int64[np.ndarray, " K"]) -> list[tuple[i
 
 def _is_before(start: int, packet: av.Packet) -> bool:
     """Return whether the keyframe at `start` is still to come; seeking need not hit it."""
-    if not packet.size or (packet.is_keyframe and packet.pts > start):
+    if not packet.size or (packet.is_keyframe and (packet.pts is None or packet.pts > start)):
         raise _Unseekable
     return not packet.is_keyframe or packet.pts != start
 

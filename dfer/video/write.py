@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import OutputContainer
+from av.filter import Graph
 from av.filter.context import FilterContext
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from jaxtyping import UInt8
@@ -86,8 +87,8 @@ def _choose_palette(samples: Iterable[UInt8[np.ndarray, "H W 3"]]) -> av.VideoFr
     samples = iter(samples)
     first = next(samples)
     height, width = first.shape[:2]
-    graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=_GIF_TIME)
+    graph = Graph()
+    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=_GIF_TIME)
     generator, sink = graph.add("palettegen", "reserve_transparent=1"), graph.add("buffersink")
     source.link_to(generator)
     generator.link_to(sink)
@@ -97,16 +98,14 @@ def _choose_palette(samples: Iterable[UInt8[np.ndarray, "H W 3"]]) -> av.VideoFr
         frame.time_base, frame.pts = _GIF_TIME, number
         source.push(frame)
     source.push(None)
-    return sink.pull()
+    return _pull(sink)
 
 
-def _palette_filter(
-    palette: av.VideoFrame, height: int, width: int
-) -> tuple[av.filter.Graph, FilterContext, FilterContext]:
+def _palette_filter(palette: av.VideoFrame, height: int, width: int) -> tuple[Graph, FilterContext, FilterContext]:
     """Return a filter and its ends, to push RGB frames into and to pull frames in the palette's colours from."""
-    graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=_GIF_TIME)
-    colours = graph.add_buffer(width=16, height=16, format=palette.format.name, time_base=_GIF_TIME)
+    graph = Graph()
+    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=_GIF_TIME)
+    colours = graph.add_buffer(width=16, height=16, format=palette.format, time_base=_GIF_TIME)
     # Its pattern lies still, where the usual dithering would have all of a frame flicker for one pixel that changes.
     mapped, sink = graph.add("paletteuse", "dither=bayer:bayer_scale=5"), graph.add("buffersink")
     source.link_to(mapped, 0, 0)
@@ -123,7 +122,18 @@ def _drain(sink: FilterContext, container: OutputContainer, video: av.VideoStrea
     """Write all frames that have come out of a filter."""
     with contextlib.suppress(BlockingIOError, EOFError):
         while True:
-            container.mux(video.encode(sink.pull()))
+            container.mux(video.encode(_pull(sink)))
+
+
+def _pull(sink: FilterContext) -> av.VideoFrame:
+    """Return the next frame that has come out of a filter.
+
+    Raises:
+        BlockingIOError, EOFError: if none has, or none will.
+    """
+    frame = sink.pull()
+    assert isinstance(frame, av.VideoFrame)
+    return frame
 
 
 def record(source: str, path: Path, seconds: float, format: str | None = None) -> None:

@@ -20,7 +20,7 @@ from dfer.batch import Batch
 from dfer.cli import UserError, shown
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler, EpochPlan, shard
-from dfer.video.decode import yuv_to_rgb
+from dfer.video.colour import yuv_to_rgb
 
 TOLERATED = 0.01  # share of the clips that may be bad before it is no accident any more; one clip always may
 AHEAD = 2  # batches that are read, and videos decoded, before the graph needs them

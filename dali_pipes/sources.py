@@ -17,7 +17,9 @@ from dali_pipes.headers import refusal
 from dfer.cli import UserError
 from dfer.images import MAX_BYTES
 from dfer.lists.index import ClipIndex
-from dfer.video.decode import BadVideo, check_claims, read_frames, yuv_to_rgb
+from dfer.video import read_frames
+from dfer.video.colour import yuv_to_rgb
+from dfer.video.decode import BadVideo, check_claims
 
 # Codecs whose chroma samples lie on even columns of luma unless a stream says otherwise, which FFmpeg follows; those of
 # all others lie between two columns.

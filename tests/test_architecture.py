@@ -18,7 +18,7 @@ ONLY_IN = {
     "tyro": {"dfer/config.py"},
     "matplotlib": {"dfer/report/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py"},
-    "cv2": {"dfer/video/faces.py", "scripts/make_faces.py", "benchmarks/peers.py"},
+    "cv2": {"dfer/video/faces.py", "dfer/video/shots.py", "scripts/make_faces.py", "benchmarks/peers.py"},
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-import dfer.video.decode
+import dfer.video.random_access
 from dali_pipes import loader as loader_module
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
@@ -26,7 +26,8 @@ from dali_pipes.sources import MAX_BYTES, _read
 from dfer.images import MAX_PIXELS
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.sampling import Augmentation, ClipSampler
-from dfer.video.decode import BadVideo, check_claims, read_frames, scan_video
+from dfer.video.decode import BadVideo, check_claims
+from dfer.video.random_access import read_frames, scan_video
 from scripts import check_list, hash_clips, pack
 from tests.conftest import run_python, smooth_image
 from tests.oracle import oracle_clip
@@ -379,15 +380,15 @@ def test_a_video_that_could_not_be_read_for_once_is_tried_again(clips, monkeypat
     list_path, calls = clips / "videos" / "list.txt", []
     want = load_index(list_path, hashed=False)
     Path(f"{list_path}.index.npz").unlink()
-    real = dfer.video.decode.scan_video
+    real = dfer.video.random_access.scan_video
 
-    def scan(path: Path) -> dfer.video.decode.VideoScan:
+    def scan(path: Path) -> dfer.video.random_access.VideoScan:
         calls.append(path)
         if path.name == "1.webm" and len(calls) <= 6:
             raise av.OSError(5, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr(dfer.video.decode, "scan_video", scan)
+    monkeypatch.setattr(dfer.video.random_access, "scan_video", scan)
     for number, bad in ((4, [1]), (5, [1]), (6, [1]), (11, []), (11, [])):  # scans so far
         index = load_index(list_path, bad_videos="skip")
         assert (len(calls), list(index.bad)) == (number, bad)

@@ -23,8 +23,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dali_pipes import torch_stages
 from dfer.cli import Parser
 from dfer.lists.annotations import EMOTIONS
+from dfer.predict import Predictor
+from dfer.predict.maps import surest_window
+from dfer.predict.options import add_arguments, build_predictor
+from dfer.predict.timeline import place_windows
+from dfer.video.decode import decode
 from dfer.video.faces import crop_face
 from scripts import demo
 from scripts import predict as pr
@@ -32,6 +38,7 @@ from tests.conftest import ROOT
 from tests.oracle import resize
 from tests.test_predict import make_videos, moving, probabilities, save_frames, save_run
 from tests.test_prepare_videos import REAL
+from train import amp_dtype, trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,11 +142,12 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_videos(tmp_path_factory.mktemp("videos"))
 
 
-def sight_of(run: Path, *flags: object) -> pr.Sight:
+def predictor_of(run: Path, *flags: object) -> Predictor:
     parser = Parser("demo", None)
-    pr.add_arguments(parser)
+    add_arguments(parser)
     given = ["--checkpoint", run, "--device", "cpu", "--window", 12, *flags]
-    return pr.look_with(parser.parse_args([str(flag) for flag in given]))
+    args = parser.parse_args([str(flag) for flag in given])
+    return build_predictor(args, torch_stages.resize, trained_model, amp_dtype)
 
 
 LIMITS = demo.Limits(10, 20)
@@ -152,19 +160,19 @@ def test_the_page_shows_what_predict_writes(run: Path, videos: Path, tmp_path: P
     said: list[tuple[float, str]] = []
     video = videos / "sub" / "two.mp4"
     page = tmp_path / "page"
-    result = demo.analyse(video, sight_of(run), LIMITS, page, lambda *told: said.append(told))
+    result = demo.analyse(video, predictor_of(run), LIMITS, page, lambda *shown: said.append(shown))
     assert pr.main([str(video), "--checkpoint", str(run), "--device", "cpu", "--window", "12",
                     "--out", str(tmp_path / "out")]) == 0  # fmt: skip
     assert [path.name for path in result.files] == ["two.mp4", "two.png", "two.csv", "two.json"]
     assert result.video == page / "two.mp4"
     for path in result.files[1:]:
         assert path.parent == page and path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-    assert len(list(pr.decode(result.video))) == 66
+    assert len(list(decode(result.video))) == 66
     mean = np.nanmean(probabilities(page / "two.csv"), axis=0)
     np.testing.assert_allclose([result.probabilities[e] for e in EMOTIONS], mean, atol=2e-6)
     best = EMOTIONS[int(mean.argmax())]
     assert result.message == f"{best} {100 * mean.max():.0f} %, a face in 46 of 66 frames"
-    assert result.course.size == (2 * demo.COURSE_WIDTH, 440)
+    assert result.timeline.size == (2 * demo.TIMELINE_WIDTH, 440)
     shares = [share for share, _ in said]
     assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
     assert {what for _, what in said} <= set(demo.PASSES) and said[0][1] == demo.PASSES[0]
@@ -175,8 +183,8 @@ def test_maps_are_of_the_frames_that_are_shown(
     run: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, no_crop: bool
 ) -> None:
     """Against all frames in a list, and the network called by hand."""
-    video, sight = videos / "sub" / "two.mp4", sight_of(run, *(["--no-crop"] if no_crop else []))
-    seen = pr.watch(video, sight)
+    video, predictor = videos / "sub" / "two.mp4", predictor_of(run, *(["--no-crop"] if no_crop else []))
+    prediction = predictor.predict(video)
     drawn = {}
 
     def strip(clip, stride, layers):
@@ -185,22 +193,22 @@ def test_maps_are_of_the_frames_that_are_shown(
 
     real_strip = demo.strip
     monkeypatch.setattr(demo, "strip", strip)
-    html = demo.emotion_maps(video, seen, sight)
+    html = demo.emotion_maps(video, prediction, predictor)
 
-    order = np.argsort(-np.nanmean(seen.probabilities, axis=0))
+    order = np.argsort(-np.nanmean(prediction.probabilities, axis=0))
     assert [k for k, _ in drawn["layers"]] == order[:2].tolist()
     surest, window = -1.0, None
-    for first in range(len(seen.times)):
+    for first in range(len(prediction.times)):
         for end in (first + 12,):
-            starts = [w for w in pr.place_windows(seen.track, 12, 3).tolist() if w == [first, end]]
-            mean = seen.probabilities[first:end, order[0]].mean()
+            starts = [w for w in place_windows(prediction.track, 12, 3).tolist() if w == [first, end]]
+            mean = prediction.probabilities[first:end, order[0]].mean()
             if starts and mean > surest:
                 surest, window = mean, (first, end)
-    assert demo.surest_clip(seen, int(order[0])) == window
+    assert surest_window(prediction, int(order[0])) == window
     frames = [window[0] + int((s + 0.5) * 12 / 4) for s in range(4)]
-    images = [np.asarray(image) for _, image in pr.decode(video)]
-    crops = [images[i] if no_crop else crop_face(images[i], seen.boxes[i], 224) for i in frames]
-    model = sight.models[0]
+    images = [np.asarray(image) for _, image in decode(video)]
+    crops = [images[i] if no_crop else crop_face(images[i], prediction.boxes[i], 224) for i in frames]
+    model = predictor.models[0]
     small = [(resize(crop, 32) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225] for crop in crops]
     with torch.inference_mode():
         clip = torch.tensor(np.stack(small), dtype=torch.float32).permute(0, 3, 1, 2)[None]
@@ -213,12 +221,12 @@ def test_maps_are_of_the_frames_that_are_shown(
         assert np.abs(shown.astype(int) - wanted).max() <= 1
     assert drawn["stride"] == 224 // 32 * 16  # a cell is 16 px of the 32 that the model sees
     assert html.count("<figure>") == 4
-    assert f"from {seen.edges[window[0]]:.1f} to {seen.edges[window[1]]:.1f} s" in html
+    assert f"from {prediction.edges[window[0]]:.1f} to {prediction.edges[window[1]]:.1f} s" in html
 
 
 def test_a_model_without_a_crf_has_no_maps(videos: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", network="mean-pool")
-    result = demo.analyse(videos / "one.mp4", sight_of(run), LIMITS, tmp_path / "out")
+    result = demo.analyse(videos / "one.mp4", predictor_of(run), LIMITS, tmp_path / "out")
     assert result.maps == '<p class="caption">No emotion maps: mean-pool has no CRF.</p>'
     assert result.video.exists() and result.probabilities is not None
 
@@ -226,7 +234,7 @@ def test_a_model_without_a_crf_has_no_maps(videos: Path, tmp_path: Path) -> None
 def test_limits_and_what_cannot_be_read_are_one_line(
     run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sight, out = sight_of(run), tmp_path / "out"
+    predictor, out = predictor_of(run), tmp_path / "out"
     with open(tmp_path / "large.mp4", "wb") as file:
         file.truncate(11 * 2**20)
     (tmp_path / "bad.mp4").write_bytes(b"nonsense" * 100)
@@ -235,39 +243,43 @@ def test_limits_and_what_cannot_be_read_are_one_line(
         (tmp_path / "large.mp4", LIMITS, "The video has 11.0 MB, and no more than 10 MB are looked at here."),
         (one, demo.Limits(10, 0.5), "The video is 1.2 s long, and no more than 0.5 s are looked at here."),
         (tmp_path / "bad.mp4", LIMITS, "The video cannot be read: Invalid data found when processing input."),
-        (tmp_path / "gone.mp4", LIMITS, "The video cannot be read: No such file or directory."),
+        (tmp_path / "gone.mp4", LIMITS, "The video cannot be read: no such file or folder."),
     ]
     for path, limits, line in cases:
         with pytest.raises(ValueError) as error:
-            demo.analyse(path, sight, limits, out)
+            demo.analyse(path, predictor, limits, out)
         assert str(error.value) == line
     for claim in (None, 0.1):  # by the header
         monkeypatch.setattr(demo, "claimed_seconds", lambda path, claim=claim: claim)
         with pytest.raises(ValueError, match=r"^The video is longer than the 0\.5 s that are looked at here\.$"):
-            demo.analyse(one, sight, demo.Limits(10, 0.5), out)
-        assert demo.analyse(one, sight, demo.Limits(10, 1.3), tmp_path / f"out {claim}").video.exists()
+            demo.analyse(one, predictor, demo.Limits(10, 0.5), out)
+        assert demo.analyse(one, predictor, demo.Limits(10, 1.3), tmp_path / f"out {claim}").video.exists()
     assert not out.exists()
 
 
 def test_without_a_face_there_is_a_message_and_nothing_else(run: Path, videos: Path, tmp_path: Path) -> None:
-    result = demo.analyse(videos / "none.mp4", sight_of(run), LIMITS, tmp_path / "out")
+    result = demo.analyse(videos / "none.mp4", predictor_of(run), LIMITS, tmp_path / "out")
     assert result == demo.Result("No face is seen in any of the 9 frames.")
     assert not (tmp_path / "out").exists()
 
 
-def test_examples_are_videos_that_browsers_play(run: Path, videos: Path, tmp_path: Path) -> None:
-    sight = sight_of(run)
+def test_examples_are_videos_that_browsers_play(
+    run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictor = predictor_of(run)
     frames = save_frames(tmp_path / "frames", [frame[:95, :97] for frame in moving(0, 3)])
     (tmp_path / "in" / "sub").mkdir(parents=True)
     shutil.copy(videos / "one.mp4", tmp_path / "in" / "sub" / "a.mkv")
-    found = demo.make_examples([videos / "one.mp4", frames, tmp_path / "in"], sight, tmp_path / "out")
+    (tmp_path / "in" / "round").symlink_to(tmp_path / "in")
+    found = demo.make_examples([videos / "one.mp4", frames, tmp_path / "in"], predictor, tmp_path / "out")
+    assert capsys.readouterr().err == f"demo: {tmp_path}/in/round: a link in a circle, not followed\n"
     assert found == [videos / "one.mp4", tmp_path / "out" / "frames.mp4", tmp_path / "out" / "sub" / "a.mp4"]
-    assert [image.size for _, image in pr.decode(found[1])] == [(96, 94)] * 3
-    assert len(list(pr.decode(found[2]))) == 31
-    assert demo.make_examples([], sight, tmp_path) == []
+    assert [image.size for _, image in decode(found[1])] == [(96, 94)] * 3
+    assert len(list(decode(found[2]))) == 31
+    assert demo.make_examples([], predictor, tmp_path) == []
     (tmp_path / "bad.avi").write_bytes(b"nonsense" * 100)
     with pytest.raises(ValueError, match=r"^--examples .*bad\.avi: Invalid data"):
-        demo.make_examples([tmp_path / "bad.avi"], sight, tmp_path / "out")
+        demo.make_examples([tmp_path / "bad.avi"], predictor, tmp_path / "out")
 
 
 def test_without_gradio_a_line_says_how_to_get_it(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dfer.video import faces as fa
+from dfer.video.shots import is_cut, thumbnail
 from scripts import make_faces as mf
 
 FRAME = np.zeros((100, 160, 3), np.uint8)
@@ -255,8 +256,8 @@ def test_a_tilted_face_comes_out_level() -> None:
     assert fa.yunet_boxes(np.zeros((0, 15))).shape == (0, 4)
 
 
-def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
-    return fa.is_cut(fa.thumbnail(before), fa.thumbnail(after))
+def different_shots(before: np.ndarray, after: np.ndarray) -> bool:
+    return is_cut(thumbnail(before), thumbnail(after))
 
 
 def test_cuts_are_other_pictures_not_other_light() -> None:
@@ -266,15 +267,15 @@ def test_cuts_are_other_pictures_not_other_light() -> None:
         for _ in range(12)
     ]
     for a, b in itertools.combinations(scenes, 2):
-        assert is_cut(a, b)
+        assert different_shots(a, b)
     for scene in scenes:
-        assert not is_cut(scene, scene)
-        assert not is_cut(scene, (scene * 0.6).astype(np.uint8))  # a lamp
-        assert not is_cut(scene, np.roll(scene, 3, axis=1))  # the camera
+        assert not different_shots(scene, scene)
+        assert not different_shots(scene, (scene * 0.6).astype(np.uint8))  # a lamp
+        assert not different_shots(scene, np.roll(scene, 3, axis=1))  # the camera
         grain = np.clip(scene + rng.normal(0, 20, scene.shape), 0, 255).astype(np.uint8)
-        assert not is_cut(scene, grain)
-    assert not is_cut(FRAME, FRAME)
-    assert is_cut(FRAME, scenes[0])
+        assert not different_shots(scene, grain)
+    assert not different_shots(FRAME, FRAME)
+    assert different_shots(FRAME, scenes[0])
 
 
 def follow(
@@ -307,7 +308,7 @@ def test_a_moving_face_is_followed_with_few_searches() -> None:
     found, searched = follow(rows)
     assert searched == list(range(0, 60, 3))
     assert kept(found) == list(range(60))
-    assert (found.most, found.cuts) == (1, 0)
+    assert (found.faces_at_once, found.cuts) == (1, 0)
     np.testing.assert_allclose(found.boxes[:57], np.concatenate(rows[:57]), atol=0.5)
     np.testing.assert_allclose(found.times, np.arange(60) / 30)
     assert follow(rows[:20], fps=8)[1] == list(range(20))
@@ -320,7 +321,7 @@ def test_only_the_frames_around_the_face_are_kept() -> None:
     assert np.ptp(found.boxes[30:72], axis=0).max() < 1e-9
     found, _ = follow([nothing] * 60)
     assert kept(found) == []
-    assert found.most == 0
+    assert found.faces_at_once == 0
 
 
 def test_a_cut_ends_the_track_and_is_searched() -> None:
@@ -345,16 +346,16 @@ def test_each_frame_has_the_best_track_that_knows_it() -> None:
     assert np.isnan(every.boxes[:, 0]).tolist() == (every.track < 0).tolist()
     np.testing.assert_array_equal(every.boxes[best], one.boxes[best])
     np.testing.assert_allclose(every.boxes[:30], np.tile(other, (30, 1)))  # of the lesser face, while it is alone
-    assert (every.most, every.cuts) == (one.most, one.cuts) == (2, 1)
+    assert (every.faces_at_once, every.cuts) == (one.faces_at_once, one.cuts) == (2, 1)
 
 
 def test_faces_seen_at_once() -> None:
     large, small = (80, 50, 40, 0), (20, 20, 15, 0)
     found, _ = follow([boxes(small, large)] * 30)
-    assert found.most == 2
+    assert found.faces_at_once == 2
     np.testing.assert_allclose(found.boxes, np.tile(large, (30, 1)))
     none = fa.find_face(iter(()), lambda frame: boxes())
-    assert (len(none.times), len(none.boxes), none.most, none.cuts) == (0, 0, 0, 0)
+    assert (len(none.times), len(none.boxes), none.faces_at_once, none.cuts) == (0, 0, 0, 0)
 
 
 def test_drawn_faces_are_found_and_framed() -> None:

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-import dfer.video.decode
+import dfer.video.random_access
 from dfer.lists import index as index_module
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import FrameFiles, VideoFiles, build_index, load_index
@@ -71,7 +71,7 @@ def forbid_scans(monkeypatch):
         raise AssertionError("scanned again")
 
     monkeypatch.setattr(index_module, "_scan_folder", fail)
-    monkeypatch.setattr(dfer.video.decode, "scan_video", fail)
+    monkeypatch.setattr(dfer.video.random_access, "scan_video", fail)
 
 
 def test_a_warm_index_equals_the_scan_and_does_not_scan(small, monkeypatch):

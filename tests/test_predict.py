@@ -18,23 +18,30 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageSequence
 
+from dali_pipes import torch_stages
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
 from dfer.lists.index import build_index
 from dfer.plan.sampling import ClipSampler
+from dfer.predict import output
 from dfer.predict import overlay as ov
-from dfer.predict.timeline import Course, place_windows, segments
+from dfer.predict.inputs import InputVideo, find_videos
+from dfer.predict.output import spaced_frames
+from dfer.predict.predictor import Model
+from dfer.predict.progress import VideoProgress
+from dfer.predict.timeline import Timeline, place_windows, segments
 from dfer.report.figures import ACCENT, Lanes
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.distributed import World
-from dfer.video.decode import BadVideo, record, write_gif, write_mp4
+from dfer.video.decode import BadVideo, decode
 from dfer.video.faces import crop_face, find_face, make_detector
+from dfer.video.write import record, write_gif, write_mp4
 from scripts import predict as pr
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT
 from tests.oracle import resize
 from tests.test_prepare_videos import REAL, noise, person, write_video
-from train import build_loader, build_model, evaluate
+from train import amp_dtype, build_loader, build_model, evaluate, trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
@@ -94,14 +101,14 @@ def test_a_frame_has_the_mean_of_its_windows(case: int) -> None:
         return np.stack([model(np.array(clip) / 2, mirrored) for clip in clips])
 
     windows = place_windows(track, length, stride)
-    course = Course(len(track), windows, sampler, lambda picture: 2 * float(picture[0, 0, 0]), look, batch)
+    timeline = Timeline(len(track), windows, sampler, lambda picture: 2 * float(picture[0, 0, 0]), look, batch)
     most = 0
     for i, value in enumerate(pictures):
-        if course.wants(i):
+        if timeline.wants(i):
             pixel = np.full((1, 1, 3), round(255 * value), np.uint8)
-            course.add(i, pixel)
-            most = max(most, len(course._held))
-    assert course.complete
+            timeline.add(i, pixel)
+            most = max(most, len(timeline._held))
+    assert timeline.complete
 
     said: list[list[np.ndarray]] = [[] for _ in track]
     for start, end in windows.tolist():
@@ -112,15 +119,15 @@ def test_a_frame_has_the_mean_of_its_windows(case: int) -> None:
         for i in range(start, end):
             said[i].append(np.mean(views, axis=0))
     want = np.array([np.mean(s, axis=0) if s else np.full(len(EMOTIONS), np.nan) for s in said])
-    np.testing.assert_allclose(course.probabilities(), want, atol=1e-12)
+    np.testing.assert_allclose(timeline.probabilities(), want, atol=1e-12)
     assert np.isnan(want[:, 0]).tolist() == (track < 0).tolist()
     assert most <= length * batch and max(sizes) <= batch
 
 
-def test_without_windows_a_course_is_complete_and_empty() -> None:
-    course = Course(3, place_windows(np.full(3, -1), 4, 2), ClipSampler(0, 2, mode="eval"), int, len, 2)
-    assert course.complete and not any(map(course.wants, range(3)))
-    assert np.isnan(course.probabilities()).all() and course.probabilities().shape == (3, len(EMOTIONS))
+def test_without_windows_a_timeline_is_complete_and_empty() -> None:
+    timeline = Timeline(3, place_windows(np.full(3, -1), 4, 2), ClipSampler(0, 2, mode="eval"), int, len, 2)
+    assert timeline.complete and not any(map(timeline.wants, range(3)))
+    assert np.isnan(timeline.probabilities()).all() and timeline.probabilities().shape == (3, len(EMOTIONS))
 
 
 def test_segments_are_runs_of_one_emotion_of_one_face() -> None:
@@ -183,6 +190,10 @@ def make_videos(folder: Path) -> Path:
     return folder
 
 
+def load_model(path: Path) -> Model:
+    return Model(path, torch.device("cpu"), None, torch_stages.resize, trained_model, amp_dtype)
+
+
 def predict(*arguments: object) -> int:
     return pr.main([*map(str, arguments), "--device", "cpu"])
 
@@ -211,8 +222,8 @@ def test_the_stream_says_what_a_list_of_all_frames_does(
 ) -> None:
     assert predict(videos, "--checkpoint", run, "--out", tmp_path, "--window", window, "--stride", stride,
                    "--annotate", "none") == 0  # fmt: skip
-    model = pr.Model(run, torch.device("cpu"), None)
-    times, frames = zip(*((t, np.asarray(image)) for t, image in pr.decode(videos / f"{name}.mp4")), strict=True)
+    model = load_model(run)
+    times, frames = zip(*((t, np.asarray(image)) for t, image in decode(videos / f"{name}.mp4")), strict=True)
     for mine, plain in zip(frames, all_frames(videos / f"{name}.mp4"), strict=True):
         assert np.abs(mine.astype(int) - plain).mean() < 3  # PyAV's own colours are cheaper ones
     faces = find_face(zip(times, frames, strict=True), make_detector(), every_track=True)
@@ -246,7 +257,7 @@ def test_it_agrees_with_evaluation(run: Path, videos: Path, tmp_path: Path, view
     assert pv.main([str(videos / "one.mp4"), "--out", str(prepared), "--label", "0", "--workers", "1",
                     "--clip-length", "10", "--quality", "100"]) == 0  # fmt: skip
     write_annotations(tmp_path / "list.txt", [(str(videos / "one.mp4"), 31, 0)])
-    model = pr.Model(checkpoint, torch.device("cpu"), None)
+    model = load_model(checkpoint)
     cases = (
         (prepared / "list.txt", ("--window", "10", "--stride", "10"), slice(0, 30, 10), 0.02),
         (tmp_path / "list.txt", ("--window", "31", "--no-crop"), slice(0, 1), 0.005),
@@ -288,7 +299,7 @@ def read_gif(path: Path) -> tuple[list[np.ndarray], list[int]]:
 
 
 def test_a_folder_of_frames_is_what_its_video_is(run: Path, videos: Path, tmp_path: Path) -> None:
-    frames = [np.asarray(image) for _, image in pr.decode(videos / "one.mp4")]
+    frames = [np.asarray(image) for _, image in decode(videos / "one.mp4")]
     folder = save_frames(tmp_path / "take 1.2", frames)  # no part of the name is a suffix
     flags = ("--checkpoint", run, "--out", tmp_path / "out", "--window", 12)
     assert predict(videos / "one.mp4", folder, *flags, "--annotate", "none") == 0
@@ -313,16 +324,16 @@ def test_an_animated_gif_is_what_its_frames_are(run: Path, videos: Path, tmp_pat
 def test_a_gif_has_the_times_and_colours_that_pillow_reads(tmp_path: Path) -> None:
     durations = [40, 80, 20, 100, 250, 10, 30, 70]
     frames = save_gif(tmp_path / "a.gif", [frame[::4, ::4] for frame in moving(0, 8)], durations)
-    found = list(pr.decode(tmp_path / "a.gif"))
+    found = list(decode(tmp_path / "a.gif"))
     np.testing.assert_allclose([time for time, _ in found], np.cumsum([0, *durations[:-1]]) / 1000, atol=1e-6)
     assert all((np.asarray(image) == frame).all() for (_, image), frame in zip(found, frames, strict=True))
     whole = (tmp_path / "a.gif").read_bytes()
     for cut in (len(whole) // 2, len(whole) - 1):  # FFmpeg takes both for whole
         (tmp_path / "a.gif").write_bytes(whole[:cut])
         with pytest.raises(BadVideo, match="truncated"):
-            list(pr.decode(tmp_path / "a.gif"))
+            list(decode(tmp_path / "a.gif"))
     (tmp_path / "a.gif").write_bytes(whole + bytes(3))  # which some programs append
-    assert len(list(pr.decode(tmp_path / "a.gif"))) == 8
+    assert len(list(decode(tmp_path / "a.gif"))) == 8
 
 
 def test_the_annotated_gif_shows_what_the_overlay_draws(run: Path, videos: Path, tmp_path: Path) -> None:
@@ -332,7 +343,7 @@ def test_the_annotated_gif_shows_what_the_overlay_draws(run: Path, videos: Path,
     assert predict(video, *flags, "--annotate", "gif") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two.csv", "two.gif", "two.json", "two.png"]
     found, durations = read_gif(tmp_path / "two.gif")
-    decoded = list(pr.decode(video))
+    decoded = list(decode(video))
     times = [moment for moment, _ in decoded]
     kept = [0]
     while (later := [i for i in range(len(times)) if times[i] - times[kept[-1]] > 0.066]) != []:
@@ -360,7 +371,7 @@ def test_spaced_frames_are_the_first_that_are_far_enough() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         times = np.cumsum(rng.integers(1, 9, 40)) / 100
-        numbers = pr.spaced(times, 0.05)
+        numbers = spaced_frames(times, 0.05)
         assert numbers[0] == 0
         for a, b in zip(numbers, [*numbers[1:], None], strict=True):
             enough = [i for i in range(a, 40) if times[i] - times[a] > 0.0489]
@@ -374,7 +385,8 @@ def test_a_gif_is_written_as_its_frames_come_or_not_at_all(tmp_path: Path) -> No
     def frames():
         for i, picture in enumerate(pictures):
             yield i / 10, picture
-            sizes.append((tmp_path / "a.gif.partial").stat().st_size)
+            (partial,) = tmp_path.glob("a.gif.*.partial")
+            sizes.append(partial.stat().st_size)
 
     write_gif(tmp_path / "a.gif", frames(), pictures[::20])
     assert 0 < sizes[40] < sizes[59] and sizes[59] > 0.6 * (tmp_path / "a.gif").stat().st_size  # 256 kB at a time
@@ -393,10 +405,10 @@ def test_images_beside_videos_are_no_frames(run: Path, videos: Path, tmp_path: P
     save_frames(tmp_path / "in", moving(0, 2))
     (tmp_path / "in" / "below").mkdir()
     os.link(videos / "none.mp4", tmp_path / "in" / "below" / "none.mp4")
-    found = pr.find_videos([tmp_path / "in"], tmp_path / "out")
-    assert found == [pr.Video(tmp_path / "in" / "below" / "none.mp4", "below/none")]
-    found = pr.find_videos([tmp_path / "in"], tmp_path / "in" / "below")  # results of an earlier call
-    assert found == [pr.Video(tmp_path / "in", "in")]
+    found = find_videos([tmp_path / "in"], tmp_path / "out", print)
+    assert found == [InputVideo(tmp_path / "in" / "below" / "none.mp4", "below/none")]
+    found = find_videos([tmp_path / "in"], tmp_path / "in" / "below", print)  # results of an earlier call
+    assert found == [InputVideo(tmp_path / "in", "in")]
 
 
 def test_a_bad_frame_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,7 +424,7 @@ def test_a_bad_frame_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     with open(tmp_path / "long" / "3.png", "wb") as file:
         file.truncate(2**26 + 1)
     folders = [tmp_path / name for name in ("damaged", "pipe", "claims", "long")]
-    assert predict(*folders, "--checkpoint", run, "--out", tmp_path / "out", "--window", 4) == 2
+    assert predict(*folders, "--checkpoint", run, "--out", tmp_path / "out", "--window", 4) == 1
     lines = capsys.readouterr().err.splitlines()
     expected = ("truncated", "not a file", "pixels, more than 16,777,216", "more than 67,108,864 bytes")
     for folder, line, words in zip(folders, lines, expected, strict=True):
@@ -448,7 +460,7 @@ def test_a_folder_with_a_bad_video_and_one_without_a_face(
     (source / "bad.mp4").write_bytes(b"nonsense" * 100)
     (source / "cut.mp4").write_bytes((videos / "one.mp4").read_bytes()[:9000])
     for _ in range(2):  # again: what it wrote is not taken for a video
-        assert predict(source, "--checkpoint", run, "--out", out, "--window", 12) == 2
+        assert predict(source, "--checkpoint", run, "--out", out, "--window", 12) == 1
         captured = capsys.readouterr()
         bad = sorted(captured.err.splitlines())
         assert len(bad) == 2 and bad[0].startswith(f"predict: {source}/bad.mp4: Invalid data")
@@ -528,7 +540,7 @@ def test_nothing_is_left_half_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pr, "write_mp4", full)
+    monkeypatch.setattr(output, "write_mp4", full)
     assert predict(*flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"predict: {tmp_path}/one: cannot be written ([Errno 28] No space left on device)"
@@ -553,7 +565,7 @@ def test_nothing_is_left_half_written(
         (("{f}", "--out", "{f}"), "--out {f}: the results would lie among the frames"),
         (("{f}/a.gif", "--out", "{f}"), "--out {f}: a.gif lies there and would be overwritten"),
         (("{v}/one.mp4", "--fps", "0"), "argument --fps: '0' is not a number from 0.1 to 1,000"),
-        (("--camera", "{v}/gone.mp4"), "{v}/gone.mp4: No such file or directory"),
+        (("--camera", "{v}/gone.mp4"), "{v}/gone.mp4: no such file or folder"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -611,7 +623,7 @@ def test_lanes_are_filled_as_high_as_probabilities() -> None:
     p = np.full((100, 7), 0.1)
     p[:50, 0], p[50:, 3] = 0.4, 0.4
     p[70:] = np.nan
-    image = np.asarray(ov.course_picture(np.arange(101) / 10, p, unit=1.0)).astype(int)
+    image = np.asarray(ov.timeline_picture(np.arange(101) / 10, p, unit=1.0)).astype(int)
     lanes = Lanes(900, 1.0)
     left, right = lanes.course
     orange = (image[:, :, 0] - image[:, :, 2]) > 100
@@ -662,13 +674,13 @@ def test_the_box_is_drawn_where_the_crop_is_taken() -> None:
 def test_progress_counts_seconds_of_video(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     paths = [videos / "none.mp4", videos / "one.mp4", videos / "gone.mp4"]
-    progress = pr.Progress([pr.Video(path, path.stem) for path in paths], passes=2, fps=25.0)
+    progress = VideoProgress([InputVideo(path, path.stem) for path in paths], passes=2, fps=25.0)
     (task,) = progress._bar.tasks
     assert task.total == pytest.approx(2 * (9 + 31) / 25, abs=0.1)
     progress.begin(1, "one")
     assert task.completed == pytest.approx(2 * 9 / 25, abs=0.1)
     for _ in range(2):
-        assert len(list(progress.tick(pr.decode(paths[1])))) == 31
+        assert len(list(progress.show(decode(paths[1])))) == 31
     assert task.completed == pytest.approx(task.total, abs=0.2) and task.fields["rate"] > 0
 
 
@@ -720,7 +732,7 @@ def test_frames_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     colours = [np.full((32, 48, 3), c, np.uint8) for c in ([200, 30, 30], [30, 200, 30], [30, 30, 200])]
     write_mp4(tmp_path / "a.mp4", ((t, c) for t, c in zip((0.0, 0.5, 0.51), colours, strict=True)))
-    found = list(pr.decode(tmp_path / "a.mp4"))
+    found = list(decode(tmp_path / "a.mp4"))
     np.testing.assert_allclose([time for time, _ in found], [0, 0.5, 0.51], atol=1e-4)
     for (_, image), colour in zip(found, colours, strict=True):
         np.testing.assert_allclose(np.asarray(image).mean((0, 1)), colour[0, 0], atol=4)
@@ -731,7 +743,7 @@ def test_decoded_frames_are_freed_at_once(videos: Path) -> None:
     gc.disable()
     try:
         before = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
-        assert sum(1 for _ in pr.decode(videos / "one.mp4")) == 31
+        assert sum(1 for _ in decode(videos / "one.mp4")) == 31
         after = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
     finally:
         gc.enable()

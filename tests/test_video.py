@@ -3,6 +3,8 @@
 import functools
 import itertools
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -13,8 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfer.video import decode as video
-from dfer.video.decode import BadVideo, VideoScan, decode, read_frames, scan_video, yuv_to_rgb
+from dfer.video import random_access as ra
+from dfer.video.colour import EXACT, yuv_to_rgb
+from dfer.video.decode import BadVideo, decode, decode_frames
+from dfer.video.random_access import VideoScan, read_frames, scan_video
+from tests.conftest import ROOT
 
 F, W, H = 50, 64, 48
 X265 = "log-level=none:pools=none:frame-threads=1:wpp=0:"  # with threads it crashes once in a thousand videos
@@ -167,7 +172,7 @@ def never(*_: object) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may fall back on decoding everything, in reading."""
-    monkeypatch.setattr(video, "_read_all", never)
+    monkeypatch.setattr(ra, "_read_all", never)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +195,7 @@ def test_frames_are_those_of_a_full_decode(
     assert scan.matrix == "bt601" and bool(scan.key.any()) == (name in QUICK)
     if name in QUICK:
         assert np.array_equal(np.diff(scan.pts) > 0, np.full(F - 1, True)) and scan.key[0]
-        monkeypatch.setattr(video, "_read_all", never)
+        monkeypatch.setattr(ra, "_read_all", never)
     for frames in choices(F, seed=len(name)):
         assert_read(path, scan, truth, frames)
 
@@ -217,13 +222,13 @@ def test_no_more_is_decoded_than_needed(tmp_path: Path, monkeypatch: pytest.Monk
     options = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:b-adapt=0:b-pyramid=none"}
     path = write(tmp_path / "v.mp4", options=options, pts=range(0, 40 * 200, 40))
     scan = scan_video(path)
-    add, came = video._Taken.add, []
+    add, came = ra._WantedFrames.add, []
 
-    def counting(taken: video._Taken, time: int, frame: av.VideoFrame) -> None:
+    def counting(taken: ra._WantedFrames, time: int, frame: av.VideoFrame) -> None:
         came.append(time)
         add(taken, time, frame)
 
-    monkeypatch.setattr(video._Taken, "add", counting)
+    monkeypatch.setattr(ra._WantedFrames, "add", counting)
     # GOPs of I BBP BBP BBP in display order: wanted is the last frame but one before a keyframe, a B-frame.
     for frames, most in (([0], 1), ([10], 1), ([150], 1), ([40, 150], 2), ([199], 4), ([7], 5), ([107], 5)):
         came.clear()
@@ -356,18 +361,18 @@ def test_where_h264_may_start(units: list[str], starts: bool) -> None:
         decoder.extradata = bytes([1, 100, 0, 10, 0xFC | prefix - 1])
         data = b"".join(len(unit).to_bytes(prefix, "big") + unit for unit in map(bytes.fromhex, units))
         packet = av.Packet(data)
-        assert not video._starts(packet, decoder)
+        assert not ra._is_start(packet, decoder)
         packet.is_keyframe = True
-        assert video._starts(packet, decoder) == starts
+        assert ra._is_start(packet, decoder) == starts
 
 
 def test_a_seek_may_land_early_but_not_late(b_frames: Path) -> None:
     start = int(scan_video(b_frames).pts[20])
     with av.open(str(b_frames)) as file:
         packets = file.demux(video=0)
-        assert next(itertools.dropwhile(functools.partial(video._is_before, start), packets)).pts == start
-        with pytest.raises(video._Lost):
-            next(itertools.dropwhile(functools.partial(video._is_before, start), packets))
+        assert next(itertools.dropwhile(functools.partial(ra._is_before, start), packets)).pts == start
+        with pytest.raises(ra._Unseekable):
+            next(itertools.dropwhile(functools.partial(ra._is_before, start), packets))
 
 
 def test_hidden_frames_are_none(tmp_path: Path, quick: None) -> None:
@@ -500,7 +505,7 @@ def decodable(path: Path) -> tuple[dict[int, np.ndarray], Exception | None]:
     """The frames, by time, before the first that is damaged, and what is said of that."""
     frames = {}
     try:
-        for _, frame in video._decode(path):
+        for _, frame in decode_frames(path):
             frames[frame.pts] = frame.to_ndarray()[:, :, None]
     except (BadVideo, av.FFmpegError) as error:
         return frames, error
@@ -621,10 +626,18 @@ def test_yuv_to_rgb_is_swscale_s(matrix: str, space: int, full: bool) -> None:
         planes = np.concatenate([np.full(64 * n, value) for n, value in zip((4, 1, 1), yuv, strict=True)])
         frame = av.VideoFrame.from_ndarray(planes.reshape(24, 16).astype(np.uint8), format="yuv420p")
         frame.colorspace, frame.color_range = space, 1 + full
-        expected = frame.reformat(format="rgb24", interpolation=video.EXACT).to_ndarray()[8, 8]
+        expected = frame.reformat(format="rgb24", interpolation=EXACT).to_ndarray()[8, 8]
         found = transform[:, :3] @ yuv + transform[:, 3]
         if found.max() < 512:  # beyond, swscale's integers run over
             assert np.abs(found.clip(0, 255) - expected).max() <= 1.01, (yuv, found, expected)
+
+
+def test_the_door_of_the_room_is_light() -> None:
+    """PyAV takes 0.3 s to load, which lists of frames need not wait for."""
+    code = "import sys; import dfer.video, dfer.video.find; assert 'av' not in sys.modules; "
+    code += "from dfer.video import read_frames; assert 'av' in sys.modules and callable(read_frames); "
+    code += "from dfer.video import decode; assert decode.__name__ == 'dfer.video.decode'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_yuv_to_rgb_by_hand() -> None:

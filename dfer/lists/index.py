@@ -251,7 +251,8 @@ def _scan_videos(
 ) -> tuple[VideoFiles, dict[int, str]]:
     import av  # takes 0.3 s to load, which lists of frames need not wait for
 
-    from dfer.video.decode import BadVideo, VideoScan, scan_video
+    from dfer.video.decode import BadVideo
+    from dfer.video.random_access import VideoScan, scan_video
 
     # In the place of a video that cannot be used: 0 x 0 pixels.
     nothing = VideoScan(np.zeros(1, np.int64), np.zeros(1, bool), 0, 0, codec="", matrix="bt601", full_range=False)

@@ -1,4 +1,4 @@
-"""What people look at: a frame with the box and the emotion in it, and below it the probabilities and their course."""
+"""Pictures of a prediction: a frame with the box and the emotion in it, above the probabilities and their timeline."""
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -8,8 +8,8 @@ from dfer.lists.annotations import EMOTIONS
 from dfer.report import figures
 from dfer.report.figures import ACCENT, GRID, INK, MUTED, Lanes
 
-LONG_SIDE = (480, 1280)  # px; the longer side of the picture is brought into this range: a face is to be seen
-NARROWEST = 480  # px of the whole; names and bars want so much
+LONG_SIDE = (480, 1280)  # px; the longer side of the picture is brought into this range, so that faces are legible
+NARROWEST = 480  # px of the whole; names and bars need so much
 
 
 def bar_chart(lanes: Lanes, panel: Image.Image, probabilities: Float64[np.ndarray, " K"]) -> None:
@@ -27,10 +27,14 @@ def bar_chart(lanes: Lanes, panel: Image.Image, probabilities: Float64[np.ndarra
             draw.text(place, f"{100 * p:.0f} %", INK if k == likeliest else MUTED, font, anchor="lm")
 
 
-def course_picture(
+def timeline_picture(
     edges: Float64[np.ndarray, " E"], probabilities: Float64[np.ndarray, "N K"], width: int = 900, unit: int | float = 2
 ) -> Image.Image:
-    """The course of a whole video, with the mean of each emotion beside it. As of `figures.lanes_figure`."""
+    """Return the timeline of a whole video with the mean of each emotion beside it.
+
+    `edges` and `probabilities` as of `figures.lanes_figure`; `width` in pixels at the size that one reads, each of
+    which is `unit` pixels of the picture.
+    """
     lanes = Lanes(round(width * unit), unit)
     with figures.style():
         panel = Image.fromarray(figures.pixels(figures.lanes_figure(lanes, edges, probabilities, "mean")))
@@ -39,7 +43,16 @@ def course_picture(
 
 
 class Overlay:
-    """Annotated frames of one video, all of one even size."""
+    """Annotated frames of one video, all of one even size.
+
+    Args:
+        height: of the video in pixels, upright, as `width`.
+        width: see there.
+        edges: as of `figures.lanes_figure`, as `probabilities`.
+        boxes: squares (x, y, side, tilt) as in dfer/video/faces.py; None to draw none.
+        probabilities: see `edges`.
+        longest: of the picture's sides, in pixels.
+    """
 
     def __init__(
         self,
@@ -50,13 +63,8 @@ class Overlay:
         probabilities: Float64[np.ndarray, "N K"],
         longest: int = LONG_SIDE[1],
     ):
-        """`height` and `width` of the video in pixels, upright; `longest`: of the picture's sides, in pixels.
-
-        `boxes` are squares (x, y, side, tilt) as in dfer/video, None to draw none; `edges` and `probabilities` as of
-        `figures.lanes_figure`.
-        """
         scale = min(max(max(height, width), LONG_SIDE[0]), longest) / max(height, width)
-        self._size = tuple(max(round(scale * side / 2) * 2, 2) for side in (width, height))
+        self._size = max(round(scale * width / 2) * 2, 2), max(round(scale * height / 2) * 2, 2)
         whole = max(self._size[0], NARROWEST)
         self._left = (whole - self._size[0]) // 2
         self._scale = np.array(self._size) / (width, height)
@@ -68,7 +76,7 @@ class Overlay:
         self._font = ImageFont.truetype(str(figures.FONT), self._lanes.px(16))
 
     def draw(self, number: int, frame: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-        """Frame `number` of the video, annotated."""
+        """Return frame `number` of the video, annotated."""
         whole = Image.new("RGB", (self._lanes.width, self._size[1] + self._lanes.height), "black")
         picture = frame.resize(self._size, Image.Resampling.BILINEAR, reducing_gap=1.0)
         p = self._probabilities[number]
@@ -89,12 +97,13 @@ class Overlay:
         return np.asarray(whole)
 
     def _outline(self, picture: Image.Image, corners: Float64[np.ndarray, "4 2"]) -> None:
+        """Draw a square that stands out on dark and on light pictures."""
         draw, ring = ImageDraw.Draw(picture), [tuple(c) for c in (*corners, *corners[:2])]
-        draw.line(ring, "white", self._lanes.px(4), joint="curve")  # seen on dark and on light
+        draw.line(ring, "white", self._lanes.px(4), joint="curve")
         draw.line(ring, ACCENT, self._lanes.px(2), joint="curve")
 
     def _tag(self, picture: Image.Image, text: str, left: float, top: float, colour: str) -> None:
-        """Text on a ground of its own, which ends at `top`, or begins where the picture does."""
+        """Draw text on a ground of its own, which ends at `top`, or begins where the picture does."""
         pad, draw = self._lanes.px(5), ImageDraw.Draw(picture)
         width, height = round(draw.textlength(text, self._font)) + 2 * pad, self._lanes.px(16) + 2 * pad
         left = round(min(max(left, 0), max(picture.width - width, 0)))
@@ -103,7 +112,7 @@ class Overlay:
         draw.text((left + pad, top + height / 2), text, "white", self._font, anchor="lm")
 
     def _cursor(self, panel: Image.Image, number: int) -> None:
-        """At the middle of the frame's time."""
+        """Draw a line at the middle of the frame's time."""
         (left, right), edges = self._lanes.course, self._edges
         now = (edges[number] + edges[number + 1]) / 2
         x = left + (right - left) * (now - edges[0]) / (edges[-1] - edges[0])
@@ -112,7 +121,7 @@ class Overlay:
 
 
 def box_corners(box: Float64[np.ndarray, " 4"]) -> Float64[np.ndarray, "4 2"]:
-    """Corners (x, y) of a square (x, y, side, tilt), clockwise from where the upper left one would be."""
+    """Return the corners (x, y) of a square (x, y, side, tilt), clockwise from where the upper left one would be."""
     x, y, side, tilt = box
     turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
     return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * side / 2 @ turn.T + (x, y)

@@ -1,12 +1,13 @@
-"""The course of emotions in a video: windows over its face, each seen as one clip, and what they say of each frame.
+"""Emotions over time: windows over a video's face, each predicted as one clip, and the mean of them for each frame.
 
-A window is a run of consecutive frames of one face. It is looked at as evaluation looks at a video of as many frames;
-what is said of a frame is the plain mean over the windows that it lies in. The mean is not weighted: a model speaks of
-a clip as a whole, and nothing that it says belongs to the clip's centre rather than to its ends.
+A window is a run of consecutive frames of one face. It is predicted as evaluation predicts a video of as many frames;
+the probabilities of a frame are the mean over the windows that it lies in. The mean is not weighted, as a prediction is
+of a clip as a whole: it belongs no more to the clip's centre than to its ends.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
@@ -14,15 +15,16 @@ from jaxtyping import Float64, Int64, UInt8
 from dfer.lists.annotations import EMOTIONS
 from dfer.plan.sampling import ClipSampler
 
-Prepare = Callable[[UInt8[np.ndarray, "H W 3"]], object]
+Prepared = TypeVar("Prepared")  # what is held of a picture
+Prepare = Callable[[UInt8[np.ndarray, "H W 3"]], Prepared]
 # Clips, each of T prepared pictures, and whether they are mirrored -> the probabilities of each.
-Look = Callable[[Sequence[Sequence[object]], bool], Float64[np.ndarray, "B K"]]
+Predict = Callable[[Sequence[Sequence[Prepared]], bool], Float64[np.ndarray, "B K"]]
 
 
 def place_windows(track: Int64[np.ndarray, " N"], length: int, stride: int) -> Int64[np.ndarray, "W 2"]:
-    """Windows (first frame, frame after the last) that cover all frames with a face, and each one face only.
+    """Return windows (first frame, frame after the last) that cover all frames with a face, and each one face only.
 
-    `track[i]` tells the face of frame i, -1 for none. Of each face's runs of frames, the windows of `length` frames
+    `track[i]` is the face of frame i, -1 for none. Of each face's runs of frames, the windows of `length` frames
     start every `stride` frames, at most `length`, and one more ends with the run; a run that is not longer than
     `length` is one window. Both ends rise from window to window.
     """
@@ -36,16 +38,16 @@ def place_windows(track: Int64[np.ndarray, " N"], length: int, stride: int) -> I
     return np.array(windows, np.int64).reshape(-1, 2)
 
 
-class Course:
-    """The probabilities of each frame, from pictures that come one by one: no more are held than windows wait for.
+class Timeline(Generic[Prepared]):
+    """The probabilities of each frame, from pictures that come one by one; those that windows wait for are held.
 
     Args:
         num_frames: of the video.
         windows: as from `place_windows`.
         sampler: in mode "eval": which frames of a window make a clip; of its views the mean is taken.
-        prepare: what becomes of a picture that is held.
-        look: the model.
-        batch_size: windows that are looked at together.
+        prepare: makes of a picture what is held of it.
+        predict: the model.
+        batch_size: windows that are predicted together.
     """
 
     def __init__(
@@ -53,11 +55,11 @@ class Course:
         num_frames: int,
         windows: Int64[np.ndarray, "W 2"],
         sampler: ClipSampler,
-        prepare: Prepare,
-        look: Look,
+        prepare: Prepare[Prepared],
+        predict: Predict[Prepared],
         batch_size: int,
     ):
-        self._windows, self._prepare, self._look, self._batch_size = windows, prepare, look, batch_size
+        self._windows, self._prepare, self._predict, self._batch_size = windows, prepare, predict, batch_size
         lengths = windows[:, 1] - windows[:, 0]
         plans = [sampler.plan(view, lengths) for view in range(sampler.num_views)] if len(windows) else []
         self._mirrors = [bool(plan.mirror.any()) for plan in plans]
@@ -68,23 +70,23 @@ class Course:
         self._last_use = np.full(num_frames, -1, np.int64)  # window
         for window, frames in enumerate(self._frames):
             self._last_use[frames] = window
-        self._held: dict[int, object] = {}
+        self._held: dict[int, Prepared] = {}
         self._done = 0  # windows
         self._sum = np.zeros((num_frames, len(EMOTIONS)))
         self._count = np.zeros(num_frames, np.int64)
 
     def wants(self, frame: int) -> bool:
-        """Whether any window looks at the frame."""
+        """Return whether the frame is part of any window's clip."""
         return bool(self._last_use[frame] >= 0)
 
     def add(self, frame: int, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-        """The next frame that is wanted; none may be left out."""
+        """Take the next frame that is wanted; none may be left out."""
         self._held[frame] = self._prepare(picture)
         ready = int(np.searchsorted(self._complete, frame, side="right"))
         while ready - self._done >= self._batch_size or ready == len(self._windows) > self._done:
             batch = range(self._done, min(self._done + self._batch_size, ready))
             views = [
-                self._look([[self._held[f] for f in self._frames[w, view].tolist()] for w in batch], mirrored)
+                self._predict([[self._held[f] for f in self._frames[w, view].tolist()] for w in batch], mirrored)
                 for view, mirrored in enumerate(self._mirrors)
             ]
             for w, probabilities in zip(batch, np.mean(views, axis=0), strict=True):
@@ -96,17 +98,17 @@ class Course:
 
     @property
     def complete(self) -> bool:
-        """Whether all windows were looked at."""
+        """Return whether all windows were predicted."""
         return self._done == len(self._windows)
 
     def probabilities(self) -> Float64[np.ndarray, "N K"]:
-        """Of each frame; nan where no face is."""
+        """Return the probabilities of each frame; nan where no face is."""
         with np.errstate(invalid="ignore"):
             return self._sum / self._count[:, None]
 
 
 def segments(track: Int64[np.ndarray, " N"], probabilities: Float64[np.ndarray, "N K"]) -> list[tuple[int, int, int]]:
-    """Runs of frames of one face with one likeliest emotion: (first frame, frame after the last, emotion)."""
+    """Return runs of frames of one face with one likeliest emotion: (first frame, frame after the last, emotion)."""
     likeliest = np.where(track >= 0, np.nan_to_num(probabilities).argmax(1), -1)
     edges = np.flatnonzero((np.diff(track) != 0) | (np.diff(likeliest) != 0)) + 1
     runs = itertools.pairwise([0, *edges.tolist(), len(track)])

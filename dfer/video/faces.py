@@ -16,10 +16,9 @@ import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
 from dfer.cli import UserError
+from dfer.video.shots import is_cut, thumbnail
 
-DETECT_LONG_SIDE = (
-    480  # px; detection takes a smaller picture, in which a face is found as well and 2 to 10 times faster
-)
+DETECT_LONG_SIDE = 480  # px; in so small a picture a face is found as well, and 2 to 10 times faster
 MIN_FACE = 0.1  # smallest face, of the picture's shorter side
 HAAR_NEIGHBOURS = 8  # OpenCV's usual 3 finds faces in foliage and folds
 YUNET_SCORE = 0.8
@@ -28,9 +27,6 @@ MAX_GAP = 5  # samples from one detection to the next of a track: half a second
 MIN_OVERLAP = 0.3  # intersection over union of a face with itself, MAX_GAP samples later at worst
 MIN_DETECTIONS = 5  # of a track, or half of all samples in a video too short for that
 SMOOTH_S = 0.2  # standard deviation of the kernel that box coordinates are smoothed with
-# Both must hold at a cut: lights that go on change the colours but not the structure; noise, the structure only.
-MAX_CUT_CORRELATION = 0.75  # within shots 0.86 and up, between shots 0.7 and down
-MIN_CUT_COLOURS = 0.3  # share of the picture that changes its colour
 
 Detector = Callable[[UInt8[np.ndarray, "H W 3"]], Float64[np.ndarray, "K 4"]]
 
@@ -45,28 +41,30 @@ class Track:
 
 @dataclass(frozen=True)
 class Faces:
-    """What is known of a video's faces."""
+    """The chosen face in each frame of a video, and what else there is."""
 
     times: Float64[np.ndarray, " N"]  # seconds, of all frames
-    boxes: Float64[np.ndarray, "N 4"]  # of the chosen face; NaN in frames to leave out, so everywhere if there is none
+    boxes: Float64[np.ndarray, "N 4"]  # of the chosen face; NaN in frames to leave out: in all if there is no face
     track: Int64[np.ndarray, " N"]  # which track the box is of: 0 is the best one; -1 where there is no box
-    most: int  # faces seen at once
+    faces_at_once: int  # at most
     cuts: int
 
 
 def make_detector(model: Path | None = None) -> Detector:
-    """A function from a frame to the boxes of its faces, in an order that does not depend on threads.
+    """Return a function from a frame to the boxes of its faces, in an order that does not depend on threads.
 
-    `model` is an .onnx file of YuNet; None is OpenCV's own Haar cascade for frontal faces, which knows no eyes.
+    Args:
+        model: an .onnx file of YuNet; None is OpenCV's own Haar cascade for frontal faces, which knows no eyes.
 
     Raises:
-        UserError: in one line, if the model cannot be used, or this OpenCV has no Haar cascade.
+        UserError: if the model cannot be used, or this OpenCV has no Haar cascade.
     """
     cv2.setNumThreads(1)  # the processes are the parallelism
     if model is None:
         if not hasattr(cv2, "CascadeClassifier"):
             raise UserError(f"OpenCV {cv2.__version__} has no Haar detector: install the version in requirements.txt")
-        cascade = cv2.CascadeClassifier(f"{cv2.data.haarcascades}haarcascade_frontalface_default.xml")
+        folder = cv2.data.haarcascades  # pyright: ignore[reportAttributeAccessIssue]
+        cascade = cv2.CascadeClassifier(f"{folder}haarcascade_frontalface_default.xml")
 
         def find(small: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "K 4"]:
             grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
@@ -103,30 +101,14 @@ def make_detector(model: Path | None = None) -> Detector:
 
 
 def yunet_boxes(found: Float64[np.ndarray, "K 15"]) -> Float64[np.ndarray, "K 4"]:
-    """Boxes from YuNet's rows: x, y, width, height, then x, y of five landmarks, the eyes first, then the score."""
+    """Return boxes from YuNet's rows: x, y, width, height, x and y of five landmarks (the eyes first), the score."""
     x, y, width, height, x_left, y_left, x_right, y_right = found.T[:8]  # left as one sees it
     tilt = np.arctan2(y_right - y_left, x_right - x_left)
     return np.stack([x + width / 2, y + height / 2, np.maximum(width, height), tilt], axis=1)
 
 
-def thumbnail(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "32 32 3"]:
-    """What `is_cut` compares."""
-    return cv2.resize(frame, (32, 32), interpolation=cv2.INTER_AREA)
-
-
-def is_cut(before: UInt8[np.ndarray, "32 32 3"], after: UInt8[np.ndarray, "32 32 3"]) -> bool:
-    """Whether two consecutive frames show different shots, from their thumbnails. Fades are none."""
-    a, b = (image.mean(axis=2) - image.mean() for image in (before, after))
-    correlation = (a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-9)
-    first, second = (
-        np.bincount((image.reshape(-1, 3) >> 5) @ np.array([64, 8, 1]), minlength=512) for image in (before, after)
-    )
-    colours = np.abs(first - second).sum() / (2 * first.sum())
-    return bool(correlation < MAX_CUT_CORRELATION and colours > MIN_CUT_COLOURS)
-
-
 def overlaps(box: Float64[np.ndarray, " 4"], boxes: Float64[np.ndarray, "K 4"]) -> Float64[np.ndarray, " K"]:
-    """Intersection over union of one box with each of several, tilt aside."""
+    """Return the intersection over union of one box with each of several, tilt aside."""
     low = np.maximum(box[:2] - box[2] / 2, boxes[:, :2] - boxes[:, 2:3] / 2)
     high = np.minimum(box[:2] + box[2] / 2, boxes[:, :2] + boxes[:, 2:3] / 2)
     both = np.maximum(high - low, 0).prod(axis=1)
@@ -162,7 +144,7 @@ def link_tracks(faces: Sequence[Float64[np.ndarray, "_ 4"]], shots: Int64[np.nda
 
 
 def rank_tracks(tracks: Sequence[Track], num_samples: int, height: int, width: int) -> tuple[list[Track], int]:
-    """The faces of a video, the one that it shows first: large, central and long; and how many are seen at once.
+    """Return the faces of a video, the most prominent one (large, central, long) first, and how many are seen at once.
 
     A track counts for each detection its side, halved towards the corners of the `height` x `width` picture. Tracks of
     too few detections, or with more samples missed than hit, are false alarms: they are neither returned nor counted.
@@ -184,8 +166,10 @@ def rank_tracks(tracks: Sequence[Track], num_samples: int, height: int, width: i
 
 
 def smooth_boxes(boxes: Float64[np.ndarray, "N 4"], times: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, "N 4"]:
-    """A line through each box's neighbours in time, weighted by a Gaussian: unlike their mean it does not lag at the
-    ends, and steady motion passes unchanged. `times` in seconds, rising."""
+    """Return for each box the value of a line through its neighbours in time, weighted by a Gaussian.
+
+    Unlike their mean it does not lag at the ends, and steady motion passes unchanged. `times` in seconds, rising.
+    """
     smooth = np.empty_like(boxes)
     for i, time in enumerate(times):
         near = slice(*np.searchsorted(times, (time - 3 * SMOOTH_S, time + 3 * SMOOTH_S)))
@@ -201,11 +185,16 @@ def smooth_boxes(boxes: Float64[np.ndarray, "N 4"], times: Float64[np.ndarray, "
 def find_face(
     frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]], detect: Detector, every_track: bool = False
 ) -> Faces:
-    """Follow the face of a video. `frames` are times in seconds, rising, and pictures; one is held at a time.
+    """Return the box of a video's face in each frame.
 
-    The box is known from the track's first detection to its last, and on to the frame before the next sample or cut;
-    in between it is interpolated, and smoothed. With `every_track` the frames that the best track leaves out have the
-    best of those tracks that know them: the same face after a cut, or another one.
+    It is known from the track's first detection to its last, and on to the frame before the next sample or cut; in
+    between it is interpolated, and smoothed.
+
+    Args:
+        frames: times in seconds, rising, and pictures. One is held at a time.
+        detect: from `make_detector`.
+        every_track: frames that the best track leaves out have the box of the best track that covers them: the same
+            face after a cut, or another one.
     """
     times: list[float] = []
     samples: list[int] = []  # the frames that were searched, among them the first of each shot
@@ -227,7 +216,7 @@ def find_face(
     of_track = np.full(len(times), -1, np.int64)
     if shape is None:
         return Faces(seconds, boxes, of_track, 0, 0)
-    tracks, most = rank_tracks(link_tracks(faces, np.array(shots)), len(samples), *shape[:2])
+    tracks, at_once = rank_tracks(link_tracks(faces, np.array(shots)), len(samples), *shape[:2])
     for number, track in enumerate(tracks if every_track else tracks[:1]):
         known = np.array(samples)[track.samples]
         end = [*samples, len(times)][track.samples[-1] + 1]
@@ -236,13 +225,13 @@ def find_face(
         smooth = smooth_boxes(np.stack(filled, axis=1), seconds[kept])
         free = of_track[kept] < 0
         boxes[kept[free]], of_track[kept[free]] = smooth[free], number
-    return Faces(seconds, boxes, of_track, most, shot)
+    return Faces(seconds, boxes, of_track, at_once, shot)
 
 
 def crop_face(
     frame: UInt8[np.ndarray, "H W 3"], box: Float64[np.ndarray, " 4"], size: int, margin: float = 0.0
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """The box, widened by `margin` of its side on each side, turned upright, as `size` x `size` pixels.
+    """Return a box, widened by `margin` of its side on each side, turned upright, as `size` x `size` pixels.
 
     Positions are exact below a pixel: a still face stays still. Beyond its edge a picture repeats its last pixel.
     """

@@ -1,0 +1,79 @@
+"""The options of scripts/predict.py and scripts/demo.py that say which models predict, and how."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dfer.cli import UserError, in_range
+from dfer.config import Config
+from dfer.predict.predictor import Duration, Model, Predictor, Resize
+from dfer.run.distributed import World
+from dfer.video.faces import make_detector
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `build_predictor` reads."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="a run's folder (its last checkpoint), its best_WAR.safetensors, or a .pt; of several, the mean",
+    )
+    parser.add_argument(
+        "--window",
+        type=parse_duration,
+        metavar="N",
+        help="frames (70) or seconds (2.5s) that the model sees at once (default: the median length of the clips that "
+        "it was trained on, in frames: if those had another frame rate than your videos, say seconds)",
+    )
+    parser.add_argument(
+        "--stride", type=parse_duration, metavar="N", help="from a window to the next (default: a quarter of a window)"
+    )
+    parser.add_argument("--no-crop", action="store_true", help="the videos are faces already: see all of each frame")
+    parser.add_argument(
+        "--detector", type=Path, metavar="FILE", help="YuNet's .onnx file (default: Haar), as of prepare_videos.py"
+    )
+    parser.add_argument("--margin", type=in_range(float, 0, 2), default=0.1, help="as of prepare_videos.py (0.1)")
+    parser.add_argument(
+        "--fps", type=in_range(float, 0.1, 1000), default=25.0, help="frames a second of a folder of frames (25)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="the run's if not given")
+
+
+def parse_duration(text: str) -> Duration:
+    """Return the frames (`70`) or seconds (`2.5s`) that an argument says.
+
+    Raises:
+        argparse.ArgumentTypeError: if it says neither.
+    """
+    in_seconds = text.endswith("s")
+    parse = in_range(float, 0.01, 1e5) if in_seconds else in_range(int, 1, 10**7)
+    return Duration(float(parse(text.removesuffix("s"))), in_seconds)
+
+
+def build_predictor(
+    args: argparse.Namespace,
+    resize: Resize,
+    trained_model: Callable[[dict[str, Any], Config], nn.Module],
+    amp_dtype: Callable[[Config, World], torch.dtype | None],
+) -> Predictor:
+    """Load the models and the detector that the options ask for; the functions are those of `Model`.
+
+    Raises:
+        UserError: if one cannot be loaded.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no NVIDIA GPU is visible here")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    models = [Model(path, device, args.amp, resize, trained_model, amp_dtype) for path in args.checkpoint]
+    window = args.window or Duration(float(np.median([n for m in models for n in m.training_lengths()])), False)
+    detect = None if args.no_crop else make_detector(args.detector)
+    return Predictor(models, detect, args.margin, window, args.stride, args.fps)

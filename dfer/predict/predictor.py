@@ -1,0 +1,258 @@
+"""Trained models on videos: windows over the face, and the probabilities of each frame."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from dfer.cli import UserError
+from dfer.config import Config, config_from_json
+from dfer.lists.annotations import read_annotations
+from dfer.model import DFERNet
+from dfer.plan.sampling import ClipSampler
+from dfer.predict.inputs import ShowProgress, read_pictures
+from dfer.predict.timeline import Timeline, place_windows
+from dfer.run.checkpoint import load_checkpoint
+from dfer.run.distributed import World
+from dfer.video.decode import BadVideo
+from dfer.video.faces import Detector, crop_face, find_face
+
+CROP_SIZE = 224  # px; of prepare_videos.py, so that a face has the pixels that training's have
+BATCH_PIXELS = 8 * 16 * 112 * 112  # of the clips of a batch: about 0.5 GB; on a GPU eight times as many
+
+# Pictures, boxes and mirroring of a plan, and the side in pixels -> resized pictures: dali_pipes.torch_stages.resize.
+Resize = Callable[
+    [UInt8[Tensor, "B T H W 3"], Float[Tensor, "B 4"], Bool[Tensor, " B"], int], Float[Tensor, "B T S S 3"]
+]
+
+
+class Duration(NamedTuple):
+    """A number of frames, or of seconds."""
+
+    length: float
+    in_seconds: bool
+
+    def num_frames(self, fps: float) -> int:
+        """Return how many frames that is, at least one."""
+        return max(round(self.length * fps if self.in_seconds else self.length), 1)
+
+
+class VideoPrediction(NamedTuple):
+    """The probabilities of each frame of a video, and what they were predicted from."""
+
+    height: int  # px, upright
+    width: int
+    times: Float64[np.ndarray, " N"]  # seconds from the first frame
+    boxes: Float64[np.ndarray, "N 4"] | None  # of the face, as in dfer/video/faces.py; None: the whole picture
+    track: Int64[np.ndarray, " N"]  # which face; -1 for none
+    faces_at_once: int | None  # None: not looked for
+    cuts: int | None
+    window: int  # frames
+    stride: int
+    probabilities: Float64[np.ndarray, "N K"]  # nan where no face is
+
+    @property
+    def interval(self) -> float:
+        """Return the seconds from a frame to the next, typically."""
+        return float(np.median(np.diff(self.times))) if len(self.times) > 1 else 0.04
+
+    @property
+    def edges(self) -> Float64[np.ndarray, " E"]:
+        """Return the N + 1 times in seconds at which frames begin and end."""
+        return np.append(self.times, self.times[-1] + self.interval)
+
+
+class Model:
+    """A checkpoint, which gets clips as evaluation does: the same frames, resizing, colours, precision and views.
+
+    Args:
+        path: the checkpoint, as of `load_checkpoint`.
+        device: where it runs.
+        amp: another precision than the run's, as --run.amp.
+        resize: see `Resize`.
+        trained_model: from a checkpoint's content and configuration to the network, set to evaluate.
+        amp_dtype: from a configuration to the autocast type, None for float32.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        amp: str | None,
+        resize: Resize,
+        trained_model: Callable[[dict[str, Any], Config], nn.Module],
+        amp_dtype: Callable[[Config, World], torch.dtype | None],
+    ):
+        state = load_checkpoint(path)
+        config = config_from_json(state["config"], source=path)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, amp=amp or config.run.amp))
+        self.path, self.config, self.step = path, config, state.get("step")
+        self._device, self._net, self._resize = device, trained_model(state, config).to(device), resize
+        self._amp = amp_dtype(config, World(0, 1, 0, 1, device))
+        data = config.data
+        self.sampler = ClipSampler(
+            config.seed,
+            data.num_segments,
+            data.frames_per_segment,
+            "eval",
+            views=data.views,
+            mirror_views=data.mirror_views,
+        )
+        clip_pixels = self.sampler.clip_length * data.size**2
+        self.batch_size = max(BATCH_PIXELS * (8 if device.type == "cuda" else 1) // clip_pixels, 1)
+        # Evaluation's plan is the same for all clips but for mirroring, which `predict` does to whole clips.
+        plan = dataclasses.replace(self.sampler, mirror_views=False).plan(0, np.ones(1, np.int64))
+        self._box = torch.from_numpy(plan.box.astype(np.float32)).to(device)
+        self._mirror = torch.from_numpy(plan.mirror).to(device)
+        self._colour = torch.from_numpy(plan.colour).to(device)
+
+    @property
+    def cell(self) -> int:
+        """Return how many pixels of a prepared picture lie from a cell of `maps` to the next."""
+        assert isinstance(self._net, DFERNet)  # else there are no maps
+        return self._net.backbone.strides[0]
+
+    def training_lengths(self) -> list[int]:
+        """Return how many frames the clips that it was trained on have, as listed.
+
+        Raises:
+            UserError: if the list cannot be read.
+        """
+        data = self.config.data
+        try:
+            return [record.num_frames for record in read_annotations(data.train_list, data.root)]
+        except UserError as error:
+            raise UserError(
+                f"{self.path}: how long its training's clips are cannot be told ({error}); say --window FRAMES"
+            ) from None
+
+    @torch.inference_mode()
+    def prepare(self, picture: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "S S 3"]:
+        """Return a picture resized and normalised, on the device."""
+        pixels = torch.tensor(picture, device=self._device)[None, None]
+        resized = self._resize(pixels, self._box, self._mirror, self.config.data.size)
+        colour = self._colour[:, None, None]
+        return (torch.einsum("btyci,btyxi->btyxc", colour[..., :3], resized) + colour[..., None, :, 3])[0, 0]
+
+    @torch.inference_mode()
+    def predict(self, clips: Sequence[Sequence[Tensor]], mirrored: bool) -> Float64[np.ndarray, "B K"]:
+        """Return the probabilities of clips of prepared pictures."""
+        batch = torch.stack([torch.stack(list(clip)) for clip in clips])
+        with self._autocast():
+            logits = self._net(self._layout(batch.flip(3) if mirrored else batch)).logits.float()
+        return F.softmax(logits, 1).double().cpu().numpy()
+
+    @torch.inference_mode()
+    def maps(self, clip: Sequence[Tensor]) -> Float[np.ndarray, "T K h w"]:
+        """Return where in prepared pictures which emotion lies: the CRF's marginals in the cells of the fine level.
+
+        Raises:
+            UserError: if the model's CRF has no labels, or it has no CRF.
+        """
+        if not isinstance(self._net, DFERNet):
+            raise UserError(f"{self.config.model.name} has no CRF")
+        with self._autocast():
+            fine, _ = self._net.emotion_maps(self._layout(torch.stack(list(clip))[None]))
+        return fine[0].float().cpu().numpy()
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self._device.type, dtype=self._amp, enabled=self._amp is not None)
+
+    def _layout(self, batch: Float[Tensor, "B T S S 3"]) -> Float[Tensor, "B T 3 S S"]:
+        """Return clips as the network takes them, in the memory format that it was trained with."""
+        batch = batch.permute(0, 1, 4, 2, 3)
+        return batch if self.config.run.channels_last else batch.contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Models whose mean is taken, and how videos are cut into windows for them."""
+
+    models: Sequence[Model]
+    detect: Detector | None  # None: all of each frame is the face
+    margin: float  # around the face, in its sides
+    window: Duration
+    stride: Duration | None  # None: a quarter of a window
+    fps: float  # of folders of frames
+
+    def predict(self, path: Path, show_progress: ShowProgress = iter) -> VideoPrediction:
+        """Go through a video twice: for its faces (without a detector: its times), then for the emotions.
+
+        Memory does not grow with the video but for some numbers per frame.
+
+        Raises:
+            UserError: if the windows do not touch.
+            BadVideo, av.FFmpegError, OSError: as `read_pictures`.
+        """
+        size = (0, 0)
+
+        def frames() -> Iterator[tuple[float, np.ndarray]]:
+            nonlocal size
+            for time, image in show_progress(read_pictures(path, self.fps)):
+                size = size if size[0] else image.size
+                yield time, np.asarray(image)
+
+        boxes = faces_at_once = cuts = None
+        if self.detect is not None:
+            faces = find_face(frames(), self.detect, every_track=True)
+            times, track, faces_at_once, cuts = faces.times, faces.track, faces.faces_at_once, faces.cuts
+            boxes = faces.boxes * (1, 1, 1 + 2 * self.margin, 1)
+        else:
+            times = np.array([time for time, _ in frames()])
+            track = np.zeros(len(times), np.int64)
+        if not len(times):
+            raise BadVideo("it changed while it was read")
+        times = times - times[0]
+        length, stride = self._window_frames(times)
+        windows = place_windows(track, length, stride)
+        probabilities = self._predict_frames(path, boxes, windows, len(times), show_progress)
+        width, height = size
+        return VideoPrediction(height, width, times, boxes, track, faces_at_once, cuts, length, stride, probabilities)
+
+    def _window_frames(self, times: Float64[np.ndarray, " N"]) -> tuple[int, int]:
+        """Return the length of a window and the stride to the next, in frames of a video with such times."""
+        fps = (len(times) - 1) / times[-1] if len(times) > 1 else 25.0
+        length = self.window.num_frames(fps)
+        stride = self.stride.num_frames(fps) if self.stride else max(length // 4, 1)
+        if stride > length:
+            raise UserError(f"--stride: {stride} frames are more than the window's {length}: some would not be seen")
+        return length, stride
+
+    def _predict_frames(
+        self,
+        path: Path,
+        boxes: Float64[np.ndarray, "N 4"] | None,
+        windows: Int64[np.ndarray, "W 2"],
+        num_frames: int,
+        show_progress: ShowProgress,
+    ) -> Float64[np.ndarray, "N K"]:
+        """Return the mean of the models' probabilities of each frame."""
+        timelines = [Timeline(num_frames, windows, m.sampler, m.prepare, m.predict, m.batch_size) for m in self.models]
+        end = int(windows[:, 1].max(initial=0))
+        pictures = itertools.islice(read_pictures(path, self.fps), end)
+        for number, (_, image) in enumerate(show_progress(pictures)):
+            wanting = [timeline for timeline in timelines if timeline.wants(number)]
+            if wanting:
+                picture = face_picture(image, boxes, number)
+                for timeline in wanting:
+                    timeline.add(number, picture)
+        if not all(timeline.complete for timeline in timelines):
+            raise BadVideo("it changed while it was read")
+        return np.mean([timeline.probabilities() for timeline in timelines], axis=0)
+
+
+def face_picture(
+    image: Image.Image, boxes: Float64[np.ndarray, "N 4"] | None, number: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return what a model gets of frame `number`: the face in its box, or all of the frame if there are no boxes."""
+    picture = np.asarray(image)
+    return picture if boxes is None else crop_face(picture, boxes[number], CROP_SIZE)

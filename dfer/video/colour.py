@@ -1,0 +1,102 @@
+"""From what a decoder gives to upright RGB: colour matrices, ranges and display matrices."""
+
+import struct
+from typing import Literal, TypeAlias
+
+import av
+import numpy as np
+from av.sidedata.sidedata import SideDataContainer, Type
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+Matrix: TypeAlias = Literal["bt601", "bt709", "bt2020"]
+# The weights of R and of B in Y, from the ITU-R recommendations.
+_LUMA: dict[Matrix, tuple[float, float]] = {
+    "bt601": (0.299, 0.114),
+    "bt709": (0.2126, 0.0722),
+    "bt2020": (0.2627, 0.0593),
+}
+# FFmpeg's AVColorSpace. Others than these (RGB, FCC, SMPTE 240M, YCgCo ...) are left to swscale.
+MATRICES: dict[int, Matrix] = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601", 9: "bt2020"}
+
+# By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
+EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+
+# Signs of a, b, c, d in a display matrix (x' = ax + cy, y' = bx + dy, y pointing down) -> what makes a frame upright.
+_UPRIGHT = {
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # counter-clockwise, as all of Pillow's: a phone held upright
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+_SIDEWAYS = (  # those that swap height and width
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.TRANSVERSE,
+)
+
+
+def yuv_to_rgb(matrix: Matrix, full_range: bool) -> Float32[np.ndarray, "3 4"]:
+    """Return the map from (Y, Cb, Cr) in 0..255 to RGB in 0..255, not yet clamped: rgb = m[:, :3] @ yuv + m[:, 3].
+
+    By ITU-R BT.601-7, BT.709-6 and BT.2020-2 (non-constant luminance), for 8 bits: with Y' = Kr R' + Kg G' + Kb B',
+    Cb' = (B' - Y') / (2 - 2 Kb) and Cr' = (R' - Y') / (2 - 2 Kr), the samples are Y = 219 Y' + 16 and
+    C = 224 C' + 128 or, in full range (JFIF), Y = 255 Y' and C = 255 C' + 128.
+    """
+    red, blue = _LUMA[matrix]
+    green = 1 - red - blue
+    colour = np.array(
+        [
+            [1, 0, 2 - 2 * red],
+            [1, -(2 - 2 * blue) * blue / green, -(2 - 2 * red) * red / green],
+            [1, 2 - 2 * blue, 0],
+        ]
+    )
+    scale, zero = ((1, 1, 1), (0, 128, 128)) if full_range else ((255 / 219, 255 / 224, 255 / 224), (16, 128, 128))
+    colour *= scale
+    return np.column_stack([colour, -colour @ zero]).astype(np.float32)
+
+
+def is_full_range(frame: av.VideoFrame) -> bool:
+    """Return whether Y, Cb and Cr use 0..255, not 16..235 and 16..240."""
+    return frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+
+
+def to_rgb(
+    frame: av.VideoFrame, reformatter: VideoReformatter, width: int | None = None, height: int | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return a frame's pixels in RGB by the matrix and range that it states, not turned; resized if a size is given."""
+    return reformatter.reformat(frame, width, height, format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
+
+
+def upright_image(frame: av.VideoFrame, reformatter: VideoReformatter) -> Image.Image:
+    """Return a frame in RGB, turned and mirrored as its display matrix says."""
+    image, turn = Image.fromarray(to_rgb(frame, reformatter)), transposition(frame)
+    return image if turn is None else image.transpose(turn)
+
+
+def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """Return the height and width of a frame in pixels once it is upright."""
+    sideways = transposition(frame) in _SIDEWAYS
+    return (frame.width, frame.height) if sideways else (frame.height, frame.width)
+
+
+def transposition(frame: av.VideoFrame) -> Image.Transpose | None:
+    """Return what makes a frame upright, None if it is. VideoFrame.rotation takes mirrored for upside down."""
+    # Not frame.side_data, which refers to the frame that keeps it: then only the garbage collector, which counts
+    # objects and not their size, would free frames, by the hundred.
+    matrix = SideDataContainer(frame).get(Type.DISPLAYMATRIX)  # pyright: ignore[reportCallIssue]
+    if matrix is None:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    return _UPRIGHT.get((_sign(a), _sign(b), _sign(c), _sign(d)))
+
+
+def _sign(value: int) -> int:
+    """Return the sign of a 16.16 fixed-point number, 0 up to a half: angles may be computed ones."""
+    return (value > 2**15) - (value < -(2**15))

@@ -19,6 +19,8 @@ from dfer.files import read_file
 from dfer.plan.sampling import Augmentation
 from dfer.recipes import RECIPES
 
+Amp = Literal["auto", "off", "bf16", "fp16"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -109,7 +111,7 @@ class RunConfig:
     """The run's folder under log_dir; preset and time of day if not given."""
     log_dir: Path = Path("logs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    amp: Amp = "auto"
     """Mixed precision; auto = bf16 where the hardware computes it: GPUs and some CPUs (others are slower with it)."""
     compile: bool = False
     """torch.compile the model."""

@@ -18,8 +18,16 @@ class Precision(NamedTuple):
 
     def forward(self, model: nn.Module, clips: Float[Tensor, "B T 3 H W"]) -> Prediction:
         """Return what a model makes of clips as the loader gives them, which are channels-last in memory."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return model(clips if self.channels_last else clips.contiguous())
+        with self.autocast():
+            return model(self.layout(clips))
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which a forward pass runs."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def layout(self, clips: Float[Tensor, "B T 3 H W"]) -> Float[Tensor, "B T 3 H W"]:
+        """Return channels-last clips in the memory format that the model takes."""
+        return clips if self.channels_last else clips.contiguous()
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return the gradient scaler that fp16 needs; with any other type it does nothing."""

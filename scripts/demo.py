@@ -40,7 +40,6 @@ from dfer.report.figures import ACCENT, SECOND
 from dfer.report.page import Clip, strip
 from dfer.video.decode import VIDEO_ERRORS, claimed_seconds
 from dfer.video.write import write_mp4
-from train import amp_dtype, trained_model
 
 KEPT, CHECKED = 3600, 60  # seconds that results are kept, as someone may look at them; how often they are checked
 WAITING = 20  # visitors; more are asked to come back
@@ -301,7 +300,7 @@ def run(args: argparse.Namespace) -> int:
             from starlette.middleware import Middleware
         except ImportError as error:
             raise UserError(f'{error}: make demo ARGS="--checkpoint ..." installs and starts it') from None
-        predictor = build_predictor(args, resize, trained_model, amp_dtype)
+        predictor = build_predictor(args, resize)
         examples = make_examples(args.examples, predictor, Path(folder))
         limits = Limits(args.max_mb, args.max_seconds)
         page = make_page(gr, predictor, limits, examples)

@@ -32,7 +32,6 @@ from dfer.predict.output import Annotate, describe, write_outputs
 from dfer.predict.progress import VideoProgress
 from dfer.video.decode import VIDEO_ERRORS
 from dfer.video.write import record
-from train import amp_dtype, trained_model
 
 PASSES: dict[Annotate, int] = {"mp4": 3, "gif": 4, "none": 2}  # through a video
 
@@ -43,7 +42,7 @@ def warn(line: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the models, record what is to be recorded, and predict. Returns the exit code."""
-    predictor, clips = build_predictor(args, resize, trained_model, amp_dtype), list(args.clips)
+    predictor, clips = build_predictor(args, resize), list(args.clips)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.camera:

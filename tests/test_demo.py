@@ -38,7 +38,6 @@ from tests.conftest import ROOT
 from tests.oracle import resize
 from tests.test_predict import make_videos, moving, probabilities, save_frames, save_run
 from tests.test_prepare_videos import REAL
-from train import amp_dtype, trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +146,7 @@ def predictor_of(run: Path, *flags: object) -> Predictor:
     add_arguments(parser)
     given = ["--checkpoint", run, "--device", "cpu", "--window", 12, *flags]
     args = parser.parse_args([str(flag) for flag in given])
-    return build_predictor(args, torch_stages.resize, trained_model, amp_dtype)
+    return build_predictor(args, torch_stages.resize)
 
 
 LIMITS = demo.Limits(10, 20)

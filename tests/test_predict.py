@@ -19,10 +19,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 
 from dali_pipes import torch_stages
+from dali_pipes.build import build_loader
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
+from dfer.evaluation import evaluate
 from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
 from dfer.lists.index import build_index
+from dfer.model.build import build_model
 from dfer.plan.sampling import ClipSampler
+from dfer.precision import Precision
 from dfer.predict import output
 from dfer.predict import overlay as ov
 from dfer.predict.inputs import InputVideo, find_videos
@@ -41,10 +45,10 @@ from scripts import prepare_videos as pv
 from tests.conftest import ROOT
 from tests.oracle import resize
 from tests.test_prepare_videos import REAL, noise, person, write_video
-from train import amp_dtype, build_loader, build_model, evaluate, trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+FLOAT32 = Precision(torch.device("cpu"), None, True)
 
 
 # ---- Windows and what is said of a frame
@@ -191,7 +195,7 @@ def make_videos(folder: Path) -> Path:
 
 
 def load_model(path: Path) -> Model:
-    return Model(path, torch.device("cpu"), None, torch_stages.resize, trained_model, amp_dtype)
+    return Model(path, torch.device("cpu"), None, torch_stages.resize)
 
 
 def predict(*arguments: object) -> int:
@@ -264,7 +268,7 @@ def test_it_agrees_with_evaluation(run: Path, videos: Path, tmp_path: Path, view
     )
     for list_path, flags, clips, tolerance in cases:
         index = build_index(read_annotations(list_path))
-        result = evaluate(model._net, build_loader(model.config, index, "eval", WORLD), WORLD, None, True)
+        result = evaluate(model._net, build_loader(model.config, index, "eval", WORLD), WORLD, FLOAT32)
         out = tmp_path / f"out{len(flags)}{list_path.parent.name}"
         assert predict(videos / "one.mp4", "--checkpoint", checkpoint, "--out", out, "--annotate", "none", *flags) == 0
         found = probabilities(out / "one.csv")[clips]

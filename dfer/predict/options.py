@@ -1,18 +1,13 @@
 """The options of scripts/predict.py and scripts/demo.py that say which models predict, and how."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from dfer.cli import UserError, in_range
-from dfer.config import Config
 from dfer.predict.predictor import Duration, Model, Predictor, Resize
-from dfer.run.distributed import World
 from dfer.video.faces import make_detector
 
 
@@ -59,13 +54,8 @@ def parse_duration(text: str) -> Duration:
     return Duration(float(parse(text.removesuffix("s"))), in_seconds)
 
 
-def build_predictor(
-    args: argparse.Namespace,
-    resize: Resize,
-    trained_model: Callable[[dict[str, Any], Config], nn.Module],
-    amp_dtype: Callable[[Config, World], torch.dtype | None],
-) -> Predictor:
-    """Load the models and the detector that the options ask for; the functions are those of `Model`.
+def build_predictor(args: argparse.Namespace, resize: Resize) -> Predictor:
+    """Load the models and the detector that the options ask for.
 
     Raises:
         UserError: if one cannot be loaded.
@@ -73,7 +63,7 @@ def build_predictor(
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no NVIDIA GPU is visible here")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    models = [Model(path, device, args.amp, resize, trained_model, amp_dtype) for path in args.checkpoint]
+    models = [Model(path, device, args.amp, resize) for path in args.checkpoint]
     window = args.window or Duration(float(np.median([n for m in models for n in m.training_lengths()])), False)
     detect = None if args.no_crop else make_detector(args.detector)
     return Predictor(models, detect, args.margin, window, args.stride, args.fps)

@@ -3,26 +3,26 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfer.cli import UserError
-from dfer.config import Config, config_from_json
+from dfer.config import Amp, config_from_json
 from dfer.lists.annotations import read_annotations
 from dfer.model import DFERNet
 from dfer.plan.sampling import ClipSampler
+from dfer.precision import build_precision
 from dfer.predict.inputs import ShowProgress, read_pictures
 from dfer.predict.timeline import Timeline, place_windows
 from dfer.run.checkpoint import load_checkpoint
-from dfer.run.distributed import World
+from dfer.state import load_trained
 from dfer.video.decode import BadVideo
 from dfer.video.faces import Detector, crop_face, find_face
 
@@ -79,25 +79,15 @@ class Model:
         device: where it runs.
         amp: another precision than the run's, as --run.amp.
         resize: see `Resize`.
-        trained_model: from a checkpoint's content and configuration to the network, set to evaluate.
-        amp_dtype: from a configuration to the autocast type, None for float32.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        device: torch.device,
-        amp: str | None,
-        resize: Resize,
-        trained_model: Callable[[dict[str, Any], Config], nn.Module],
-        amp_dtype: Callable[[Config, World], torch.dtype | None],
-    ):
+    def __init__(self, path: Path, device: torch.device, amp: Amp | None, resize: Resize):
         state = load_checkpoint(path)
         config = config_from_json(state["config"], source=path)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, amp=amp or config.run.amp))
         self.path, self.config, self.step = path, config, state.get("step")
-        self._device, self._net, self._resize = device, trained_model(state, config).to(device), resize
-        self._amp = amp_dtype(config, World(0, 1, 0, 1, device))
+        self._device, self._net, self._resize = device, load_trained(state, config).to(device), resize
+        self._precision = build_precision(config.run, device)
         data = config.data
         self.sampler = ClipSampler(
             config.seed,
@@ -147,8 +137,8 @@ class Model:
     def predict(self, clips: Sequence[Sequence[Tensor]], mirrored: bool) -> Float64[np.ndarray, "B K"]:
         """Return the probabilities of clips of prepared pictures."""
         batch = torch.stack([torch.stack(list(clip)) for clip in clips])
-        with self._autocast():
-            logits = self._net(self._layout(batch.flip(3) if mirrored else batch)).logits.float()
+        batch = (batch.flip(3) if mirrored else batch).permute(0, 1, 4, 2, 3)
+        logits = self._precision.forward(self._net, batch).logits.float()
         return F.softmax(logits, 1).double().cpu().numpy()
 
     @torch.inference_mode()
@@ -160,17 +150,10 @@ class Model:
         """
         if not isinstance(self._net, DFERNet):
             raise UserError(f"{self.config.model.name} has no CRF")
-        with self._autocast():
-            fine, _ = self._net.emotion_maps(self._layout(torch.stack(list(clip))[None]))
+        clips = self._precision.layout(torch.stack(list(clip))[None].permute(0, 1, 4, 2, 3))
+        with self._precision.autocast():
+            fine, _ = self._net.emotion_maps(clips)
         return fine[0].float().cpu().numpy()
-
-    def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self._device.type, dtype=self._amp, enabled=self._amp is not None)
-
-    def _layout(self, batch: Float[Tensor, "B T S S 3"]) -> Float[Tensor, "B T 3 S S"]:
-        """Return clips as the network takes them, in the memory format that it was trained with."""
-        batch = batch.permute(0, 1, 4, 2, 3)
-        return batch if self.config.run.channels_last else batch.contiguous()
 
 
 @dataclasses.dataclass(frozen=True)

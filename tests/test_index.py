@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import dfer.video.decode
-from dfer.lists import index as index_module
+from dfer.lists import scan as scan_module
 from dfer.lists.annotations import read_annotations
-from dfer.lists.index import FrameFiles, VideoFiles, build_index, load_index
+from dfer.lists.index import build_index, load_index
+from dfer.lists.scan import FrameFiles, VideoFiles
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def forbid_scans(monkeypatch):
     def fail(record):
         raise AssertionError("scanned again")
 
-    monkeypatch.setattr(index_module, "_scan_folder", fail)
+    monkeypatch.setattr(scan_module, "_scan_folder", fail)
     monkeypatch.setattr(dfer.video.decode, "scan_video", fail)
 
 
@@ -164,11 +165,11 @@ def test_many_rows_keep_their_order_whether_the_disk_is_slow_or_not(tmp_path, mo
         (tmp_path / str(i) / f"{i}.jpg").touch()
     (tmp_path / "list.txt").write_text("".join(f"{i} 1 {i % 7}\n" for i in range(600)))
     records = read_annotations(tmp_path / "list.txt")
-    want = [(os.stat(record.path).st_mtime_ns, index_module.FOLDER) for record in records]
+    want = [(os.stat(record.path).st_mtime_ns, scan_module.FOLDER) for record in records]
     for seconds in (0, 1):
         clock = iter([0.0, seconds])
-        monkeypatch.setattr(index_module.time, "perf_counter", lambda clock=clock: next(clock))
-        assert index_module._look(records).tolist() == [list(state) for state in want]
+        monkeypatch.setattr(scan_module.time, "perf_counter", lambda clock=clock: next(clock))
+        assert scan_module.path_states(records).tolist() == [list(state) for state in want]
     monkeypatch.undo()
     for _ in range(2):
         assert load_index(tmp_path / "list.txt").store.names == [[f"{i}.jpg"] for i in range(600)]

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dali_pipes import torch_stages
 from dfer.cli import Parser, UserError, in_range, one_line_errors, shown
 from dfer.config import config_from_json
-from dfer.images import FRAME_SUFFIXES, MAX_BYTES, natural_key
+from dfer.images import FRAME_SUFFIXES, MAX_BYTES, decode_image, natural_key
 from dfer.lists.annotations import EMOTIONS, read_annotations
 from dfer.model import DFERNet
 from dfer.plan.sampling import ClipSampler
@@ -57,7 +57,6 @@ from dfer.video.decode import (
     write_mp4,
 )
 from dfer.video.faces import Detector, crop_face, find_face, make_detector
-from scripts.pack import decode_image
 from train import amp_dtype, trained_model
 
 CROP_SIZE = 224  # px; of prepare_videos.py, so that a face has the pixels that training's have

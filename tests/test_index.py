@@ -1,5 +1,6 @@
 """The index: what the disk holds, scanned once, and never taken from a stale or damaged cache."""
 
+import hashlib
 import os
 import shutil
 import time
@@ -256,3 +257,33 @@ def test_a_cache_of_the_other_kind_is_not_taken(small):
     (small.parent / "v 0" / "1.jpg").touch()
     index = load_index(small)
     assert index.source == "frames" and index.store.names == [["1.jpg"]]
+
+
+def test_caches_of_older_versions_are_taken(small, tmp_path_factory, monkeypatch):
+    """Their entries are written here by hand, as they have been since the first version."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(2):
+        write_video(root / f"{i}.mp4", 5 + i)
+    (root / "list.txt").write_text("0.mp4 5 0\n1.mp4 6 1\n")
+    for path in (small, root / "list.txt"):
+        records = read_annotations(path)
+        want = build_index(records)
+        key = hashlib.sha256("\0".join(str(record.path) for record in records).encode()).hexdigest()
+        found = [os.stat(record.path) for record in records]
+        states = [(one.st_mtime_ns, -1 if want.source == "frames" else one.st_size) for one in found]
+        if want.source == "frames":
+            names = os.fsencode("/".join("\0".join(names) for names in want.store.names))
+            entries = {"names": np.frombuffer(names, np.uint8), "folder": np.arange(3)}
+        else:
+            fields = ("first", "pts", "key", "height", "width", "codec", "matrix", "full_range")
+            entries = {name: getattr(want.store, name) for name in fields}
+        np.savez_compressed(f"{path}.index.npz", paths=np.array(key), states=np.array(states), **entries)
+        with monkeypatch.context() as patch:
+            forbid_scans(patch)
+            assert same(load_index(path), want)
+
+
+def test_hidden_files_are_no_frames(small):
+    """As macOS leaves them on foreign disks."""
+    (small.parent / "v 1" / "._1.jpg").write_bytes(b"\0\5\x16\7")
+    assert load_index(small).num_frames.tolist() == [3, 3, 4]

@@ -222,6 +222,7 @@ def test_missing_short_and_unreadable_clips_are_named(copy, tmp_path, capsys):
     replace(clips / f"{last:05d}" / "16.jpg", b"\0" * 1000)
     (clips / f"{fine:05d}" / "16.jpg").unlink()
     (clips / f"{fine:05d}" / "Thumbs.db").write_bytes(b"no frame")
+    (clips / f"{fine:05d}" / "._1.jpg").write_bytes(b"no frame either")
     message = refused(capsys, prepare_dfew, root, out, "--frames", "clip_224x224_16f", "--report", report)
     assert f"2 of 54 clips are missing: {min(gone, empty):05d}, {max(gone, empty):05d}" in message
     assert "3 of 54 clips are unreadable" in message and "--allow-missing" in message

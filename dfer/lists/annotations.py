@@ -8,6 +8,7 @@ The canonical form, which our scripts write, is the common form of the field bel
     00001 144 1
 """
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -140,16 +141,26 @@ def write_annotations(
     header = [f"# classes: {' '.join(EMOTIONS)}"]
     if root is not None:
         header.append(f"# root: {root}")
-        if str(root) != str(root).strip() or "\n" in str(root) or "\r" in str(root):
+        if not fits_header(str(root)):
             raise UserError(f"{list_path}: a root named {str(root)!r} cannot stand in a list")
     if packed is not None:
         header.append(f"# packed: {packed}")
+        if not fits_header(packed):
+            raise UserError(f"{list_path}: a pack named {packed!r} cannot stand in a list")
     try:
         header.append(f"# sha256: {hash_rows(lines)}")
         data = "".join(f"{line}\n" for line in header + lines).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{list_path}: a name that is not UTF-8 cannot stand in a list ({error})") from None
     write_whole(list_path, data)
+
+
+def fits_header(text: str) -> bool:
+    """Return whether a text reads back the same from a list's header: it is UTF-8, and of one line."""
+    with contextlib.suppress(UnicodeEncodeError):
+        text.encode()
+        return text == text.strip() and not any(character in text for character in "\n\r\0")
+    return False
 
 
 def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.ndarray, "N K"]:

@@ -22,6 +22,7 @@ from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS, VideoRecord
 
 FORMAT = 1  # of the .npz file
+SUFFIX = {"shards": "tar", "raw": "raw"}  # of the shards
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,17 @@ class Pack:
     sizes: Int64[np.ndarray, " S"]  # bytes of each shard
     hashes: list[str]  # SHA-256 of each shard, in hex
     provenance: dict[str, Any]  # what the pack was made of, how and when
+
+    def summary(self) -> str:
+        """Return the size of the pack in a few words."""
+        size, shards = format_bytes(int(self.sizes.sum())), len(self.sizes)
+        counts = f"{len(self.names):,} clips, {len(self.clips.offset):,} frames"
+        return f"{counts}, {size} in {shards:,} {SUFFIX[self.clips.kind]} files"
+
+
+def format_bytes(number: int | float) -> str:
+    """Return a size as users read it."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def write_pack(path: Path, pack: Pack) -> None:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import Parser, UserError, in_range, shown
 from dfer.images import FRAME_SUFFIXES, MAX_PIXELS, natural_key
 from dfer.lists.annotations import EMOTIONS, write_annotations
-from dfer.lists.formats import Dialect, Row, read_dialect
+from dfer.lists.formats import ListFormat, Row, read_list
 
 NAMED = 10  # problems of a kind that are printed
 UNWRITABLE = ("missing folders", "unreadable folders", "folders without frames", "clips with two labels")
@@ -57,7 +57,7 @@ Problems = dict[str, list[str]]  # kind -> one line each
 
 
 def place(
-    rows: Sequence[Row], dialect: Dialect, list_path: Path, root: Path | None, disk: bool
+    rows: Sequence[Row], form: ListFormat, list_path: Path, root: Path | None, disk: bool
 ) -> tuple[list[str], str | None, str]:
     """Where the clips lie: their names below a base folder (None: they are absolute), and a remark on the change.
 
@@ -354,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     problems: Problems = defaultdict(list)
     try:
         for number, list_path in enumerate(args.lists):
-            rows, dialect = read_dialect(list_path, order=args.class_order, base=args.label_base)
+            rows, dialect = read_list(list_path, order=args.class_order, base=args.label_base)
             names, base, remark = place(rows, dialect, list_path, args.root, not args.no_disk)
             for name, row in zip(names, rows, strict=True):
                 clips.append(Clip(number, f"{list_path}:{row.line}", name, os.path.join(base or "", name), row))

@@ -615,9 +615,8 @@ def test_hashes_of_another_state_are_refused(clips, capsys):
             load_index(list_path)
         assert "\n" not in str(error.value) and f"scripts/hash_clips.py {list_path}, or delete it" in str(error.value)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            hash_clips.main([str(list_path), "--verify"])
-        assert stop.value.code == 2 and capsys.readouterr().err.startswith("hash_clips: ")
+        assert hash_clips.main([str(list_path), "--verify"]) == 2
+        assert capsys.readouterr().err.startswith("hash_clips: ")
 
     for data in (b"", b"garbage", good[: len(good) // 2], good[:-10]):
         path.write_bytes(data)
@@ -629,6 +628,8 @@ def test_hashes_of_another_state_are_refused(clips, capsys):
     for change, match in (
         ({"format": 2}, "format 2, this version reads 1"),
         ({"first": entries["first"][:-1]}, "do not fit together"),
+        ({"first": entries["first"][None]}, "do not fit together"),
+        ({"first": np.array(3)}, "do not fit together"),
         ({"digests": entries["digests"][:-1]}, "do not fit together"),
     ):
         np.savez(path, **entries | change)
@@ -645,15 +646,29 @@ def test_hashes_of_another_state_are_refused(clips, capsys):
 
 def test_what_cannot_be_read_is_not_hashed(clips, capsys):
     list_path = clips / "list.txt"
-    with pytest.raises(SystemExit) as stop:
-        hash_clips.main([str(list_path), "--verify"])
-    assert stop.value.code == 2 and "no such file; without --verify it is written" in capsys.readouterr().err
+    assert hash_clips.main([str(list_path), "--verify"]) == 2
+    assert "no such file; without --verify it is written" in capsys.readouterr().err
     (clips / "1" / "2.jpg").write_bytes(b"")
-    with pytest.raises(SystemExit) as stop:
-        hash_clips.main([str(list_path)])
+    assert hash_clips.main([str(list_path)]) == 2
     told = capsys.readouterr().err
-    assert stop.value.code == 2 and told.startswith("hash_clips: ") and "2.jpg of clip 1: zero bytes" in told
+    assert told.startswith("hash_clips: ") and "2.jpg of clip 1: zero bytes" in told
     assert not list(clips.glob("*.hashes.npz*"))
+
+
+def test_hashes_that_cannot_be_written_and_shards_that_cannot_be_mapped_are_one_line(clips, monkeypatch, capsys):
+    monkeypatch.setattr("dfer.lists.hashes.write_whole", raising(OSError(28, "No space left on device")))
+    assert hash_clips.main([str(clips / "list.txt")]) == 2
+    assert capsys.readouterr().err == "hash_clips: cannot write: No space left on device\n"
+    monkeypatch.setattr("dali_pipes.sources.mmap.mmap", raising(OSError(12, "Cannot allocate memory")))
+    assert hash_clips.main([str(clips / "tar" / "list.txt")]) == 2
+    assert capsys.readouterr().err == "hash_clips: cannot read: Cannot allocate memory\n"
+
+
+def raising(error: Exception):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
 
 
 # ---- Headers

@@ -70,7 +70,7 @@ def read_hashes(
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             version, key = int(found["format"]), str(found["clips"])
-            hashes = Hashes(found["first"].astype(np.int64), found["digests"].tobytes())
+            first, digests = found["first"].astype(np.int64), found["digests"].tobytes()
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip file raises errors of many kinds
@@ -79,16 +79,16 @@ def read_hashes(
         raise UserError(f"{path}: hashes of format {version}, this version reads {FORMAT}: {_advice(list_path)}")
     if key != _key(records):
         raise UserError(f"{path}: hashes of other clips than the list's: {_advice(list_path)}")
-    if hashes.first.shape != (len(records) + 1,) or len(hashes.digests) != SIZE * hashes.first[-1]:
+    if first.shape != (len(records) + 1,) or len(digests) != SIZE * first[-1]:
         raise UserError(f"{path}: damaged (its parts do not fit together): {_advice(list_path)}")
-    counts = np.diff(hashes.first)
+    counts = np.diff(first)
     for video in np.flatnonzero(counts != num_parts)[:1].tolist():
         record = records[video]
         raise UserError(
             f"{record.source}: clip {record.name} has {num_parts[video]} frames or files now, {counts[video]} when "
             f"{path} was made: {_advice(list_path)}"
         )
-    return hashes
+    return Hashes(first, digests)
 
 
 def _key(records: Sequence[VideoRecord]) -> str:

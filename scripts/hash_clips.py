@@ -62,7 +62,7 @@ def write(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Compare all videos with the hashes beside the list, and name those that differ."""
-    if not hashes_path(args.list).exists():
+    if not os.path.exists(hashes_path(args.list)):
         raise UserError(f"{hashes_path(args.list)}: no such file; without --verify it is written")
     source = open_source(args)
     count = len(source.index)

@@ -35,7 +35,7 @@ from dfer.lists.verify import verify
 
 
 def run_pack(args: argparse.Namespace, command: str) -> int:
-    """Pack, and print how to train on the result. `command` is what was typed."""
+    """Pack, and print how to train on the result. `command` is the command line, which the pack records."""
     options = Options(args.format, args.size, args.quality, args.shard_size * 10**6)
     targets = pack(args.lists, args.root, args.out, options, args.workers, command)
     index_path = packed_index(targets[0])

@@ -238,7 +238,7 @@ def format_votes(votes: Mapping[int, Votes], names: Mapping[int, str]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Find, check and write, as the command line says."""
-    if not args.root.is_dir():
+    if not os.path.isdir(args.root):
         raise UserError(f"--root {args.root}: no such folder")
     parts = find_parts(args.root, args.frames)
     print(f"clips: {parts.clips}")

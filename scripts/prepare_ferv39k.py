@@ -136,7 +136,7 @@ def check_sets(parts: Parts) -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     """Find, check and write, as the command line says."""
-    if not args.root.is_dir():
+    if not os.path.isdir(args.root):
         raise UserError(f"--root {args.root}: no such folder")
     parts = find_parts(args.root)
     print(f"clips: {parts.clips}")

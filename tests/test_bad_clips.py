@@ -655,6 +655,15 @@ def test_what_cannot_be_read_is_not_hashed(clips, capsys):
     assert not list(clips.glob("*.hashes.npz*"))
 
 
+def test_a_list_whose_hashes_could_not_be_named_is_loaded(clips, capsys):
+    path = (clips / "list.txt").rename(clips / ("x" * 250))
+    assert load_index(path).hashes is None
+    for more, message in ((["--verify"], "no such file; without --verify"), ([], "cannot write: ")):
+        assert hash_clips.main([str(path), *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
 def test_hashes_that_cannot_be_written_and_shards_that_cannot_be_mapped_are_one_line(clips, monkeypatch, capsys):
     monkeypatch.setattr("dfer.lists.hashes.write_whole", raising(OSError(28, "No space left on device")))
     assert hash_clips.main([str(clips / "list.txt")]) == 2

@@ -556,6 +556,7 @@ def test_an_index_that_leads_nowhere_is_refused(shards, raw, tmp_path):
         altered(raw, offset=moved),
         altered(raw, offset=shifted),
         altered(raw, height=store.height + 1),
+        altered(raw, paths=[path.with_name("a\0b") for path in store.paths]),
     ):
         write_pack(tmp_path / "x.npz", pack_)
         with pytest.raises(ValueError, match=r"x\.npz: damaged, or not made by"):
@@ -796,6 +797,15 @@ def test_a_shard_that_cannot_be_read_is_named(shards, tmp_path, monkeypatch, cap
     monkeypatch.setattr(verify_module, "hash_file", fails)
     assert exit_code(["--verify", str(path)]) == 1
     assert "train-00001.tar: cannot be read (Input/output error)" in capsys.readouterr().err
+
+
+def test_an_index_of_shards_with_names_that_no_disk_holds(shards, tmp_path, capsys):
+    path = copy_of(shards, tmp_path)
+    whole = read_pack(tmp_path / "train.npz")
+    paths = [tmp_path / ("x" * 300), *whole.clips.paths[1:]]
+    write_pack(tmp_path / "train.npz", dataclasses.replace(whole, clips=dataclasses.replace(whole.clips, paths=paths)))
+    assert exit_code(["--verify", str(path)]) == 1
+    assert "xxx: a shard of the pack is missing (File name too long)" in capsys.readouterr().err
 
 
 def test_a_defect_keeps_its_traceback(source, tmp_path, monkeypatch):

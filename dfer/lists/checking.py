@@ -62,7 +62,7 @@ class PlacedList(NamedTuple):
 def read_placed(
     number: int, list_path: Path, root: Path | None, disk: bool, order: str | None = None, base: int | None = None
 ) -> PlacedList:
-    """Read a list of any format and place its clips. `disk`: look at the disk for where they lie.
+    """Read a list of any format and find where its clips lie, on the disk if `disk` is set.
 
     Raises:
         UserError: as read_list does.
@@ -79,7 +79,7 @@ def read_placed(
 def place(
     rows: Sequence[Row], form: ListFormat, list_path: Path, root: Path | None, disk: bool
 ) -> tuple[list[str], str | None, str]:
-    """Return the names of the clips below a base folder (None: they are absolute), and a remark on what was changed.
+    """Return the names of the clips below a base folder (None: they are absolute), and a remark on the change.
 
     Lists come with paths of other machines. Leading folders that all rows share are dropped if that leads to clips.
     """
@@ -146,10 +146,10 @@ def inspect(job: tuple[str, tuple[str, ...]], decode: bool) -> tuple[Counter[tup
 
 def find_duplicates(clips: Sequence[Clip], folders: Sequence[Folder] | None, problems: Problems) -> None:
     """Name clips that are listed twice. By their folders, where those are known, as links lead to the same clip."""
-    seen: dict[object, Clip] = {}
+    known: dict[object, Clip] = {}
     for number, clip in enumerate(clips):
         identity = folders[number].identity if folders else None
-        first = seen.setdefault(identity or os.path.normpath(clip.path), clip)
+        first = known.setdefault(identity or os.path.normpath(clip.path), clip)
         if first is clip:
             continue
         line = f"{clip.where}: {clip.name}, also {first.where}"

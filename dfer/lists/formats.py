@@ -148,7 +148,7 @@ def read_list(
 
 
 def _read_table(list_path: Path) -> tuple[_Table, list[str], list[str]]:
-    """Read a list and cut it into columns. Returns it, what is odd about it, and what is wrong with it."""
+    """Read a list and cut it into columns. Returns it, its oddities, and what is wrong with it."""
     lines, evidence = _read_lines(list_path)
     header = read_header(lines)
     canonical = "classes" in header
@@ -214,7 +214,7 @@ def _parse_order(order: str, where: str) -> tuple[str, ...]:
 
 
 def _read_lines(list_path: Path) -> tuple[list[str], list[str]]:
-    """Return the stripped lines of a list, and what is odd about its bytes."""
+    """Return the stripped lines of a list, and the oddities of its bytes."""
     try:
         if not list_path.is_file():  # a device or a pipe may never end
             raise UserError(f"{list_path}: no such annotation list")

@@ -5,6 +5,7 @@ pixels if the list is packed raw), or of each video file. A decoder does not not
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,12 @@ def read_hashes(
         UserError: if they are damaged, or of other videos than the list's.
     """
     path = hashes_path(list_path)
+    if not os.path.exists(path):  # or its name would be longer than the list's may be
+        return None
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             version, key = int(found["format"]), str(found["clips"])
             first, digests = found["first"].astype(np.int64), found["digests"].tobytes()
-    except FileNotFoundError:
-        return None
     except Exception as error:  # a damaged zip file raises errors of many kinds
         raise UserError(f"{path}: damaged ({reason(error)}): {_advice(list_path)}") from None
     if version != FORMAT:

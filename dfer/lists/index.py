@@ -1,7 +1,7 @@
-"""ClipIndex: where the frames of each video of a list lie. What counts is found on disk, not what the list says.
+"""ClipIndex: where the frames of each video of a list lie, and how many there are.
 
-Folders and videos are scanned once (scan.py). What was found is kept beside the list, in LIST.index.npz, and used until
-one of them changes. A packed list (packed.py) comes with its index.
+Both are found on disk, as published lists are often wrong. Folders and videos are scanned once (scan.py); the result is
+kept beside the list, in LIST.index.npz, until one of them changes. A packed list (packed.py) comes with its index.
 """
 
 import dataclasses
@@ -90,12 +90,12 @@ def load_index(
     Args:
         list_path: the list.
         root: where its paths start, if not where its header says; packed lists have no use for it.
-        source: what the list has to be. "auto" takes what is there: a pack if the list's header names one, else
-            folders of frames or video files.
+        source: kind of storage that the list has to be of. "auto" takes any: a pack if the list's header names one,
+            else folders of frames or video files.
         hashed: with the hashes of the frames or videos, if there are any beside the list.
-        bad_videos: what becomes of a video file that is there but cannot be used. "error": it is raised. "skip": its
-            row stays, and `bad` says why it cannot be used.
-        write_cache: keep what a scan finds.
+        bad_videos: "error" raises for a video file that exists but cannot be used; "skip" keeps its row, and `bad`
+            says why it cannot be used.
+        write_cache: keep the result of a scan.
 
     Raises:
         UserError: as read_annotations, scan, load_packed and read_hashes do, or if the list is not of the given source.
@@ -128,7 +128,7 @@ def _load(
 def _scan_or_cached(
     cache: Path, records: Sequence[VideoRecord], states: States, kind: Kind, bad_videos: BadVideos, keep: bool
 ) -> tuple[FrameFiles | VideoFiles, dict[int, str]]:
-    """Return what `scan` does, from the cache if it is of these states."""
+    """Return the result of `scan`, from the cache if it is of these states."""
     key = hashlib.sha256(os.fsencode("\0".join(os.fspath(record.path) for record in records))).hexdigest()
     store = read_cache(cache, key, states, kind)
     if isinstance(store, VideoFiles) and not store.height.all():

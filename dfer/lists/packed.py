@@ -3,7 +3,7 @@
 A clip is here, as in the data sets, a whole video of a list. scripts/pack.py writes, beside each other:
 
     train.txt          a list whose header says "# packed: train.npz"
-    train.npz          where the bytes of each frame lie, hashes of them, and what they were made of
+    train.npz          where the bytes of each frame lie, their hashes, and how the pack was made
     train-00000.tar    a shard: the frames in a .tar file are image files, those in a .raw file are pixels
 """
 
@@ -67,7 +67,7 @@ class Pack:
     digests: UInt8[np.ndarray, "N 16"]  # BLAKE2b of each clip's frames, their bytes one after another
     sizes: Int64[np.ndarray, " S"]  # bytes of each shard
     hashes: list[str]  # SHA-256 of each shard, in hex
-    provenance: dict[str, Any]  # what the pack was made of, how and when
+    provenance: dict[str, Any]  # the lists, options, command, date and versions that made it
 
     def summary(self) -> str:
         """Return the size of the pack in a few words."""
@@ -197,6 +197,7 @@ def _check(pack: Pack) -> None:
         and len(clips.offset) == len(clips.length) == clips.first[-1]
         and clips.shard.min() >= 0
         and clips.shard.max() < len(clips.paths)
+        and not any("\0" in path.name for path in clips.paths)
     ):
         raise UserError("its parts do not fit together")
     of_clip = np.repeat(np.arange(num_clips), counts)

@@ -60,9 +60,9 @@ def pack(
         lists: lists of frame folders or of videos.
         root: where their paths start, if not where their headers say.
         out: folder to write lists, index and shards to.
-        options: what shapes the bytes.
+        options: format, size and quality of the frames.
         workers: number of threads.
-        command: what was typed, which the pack records.
+        command: the command line, for the pack's record of how it was made.
 
     Raises:
         UserError: if a list or clip cannot be used, if something else is in the way in `out`, or if it cannot be

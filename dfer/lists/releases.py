@@ -287,7 +287,7 @@ def write_lists(
         out: folder to write to.
         root: folder in which the names of the clips start.
         lists: name of each list -> its (clip, label) rows.
-        scans: clip -> what was found of it.
+        scans: clip -> its frame count, or why it cannot be used.
         others: name of further files -> their text; None removes what an earlier run wrote.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is found on disk of a list's videos: folders of frames or video files, and the cache of what was found."""
+"""Scan the disk for the frames of a list's videos, in folders or video files, and cache the result."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ class FrameFiles:
 
 @dataclass(frozen=True)
 class VideoFiles:
-    """A video file per video: what it takes to decode any of its frames. N videos, F frames in all.
+    """A video file per video, with all that decoding any of its frames needs. N videos, F frames in all.
 
     The frames of video i are those from first[i] to first[i + 1], in the order of presentation.
     """
@@ -53,7 +53,7 @@ class VideoFiles:
 def path_states(records: Sequence[VideoRecord]) -> States:
     """Return when each path changed last, in ns (a folder: when a file was added, removed or renamed), and its size.
 
-    The size of a folder is FOLDER, that of what is not there MISSING.
+    The size is FOLDER for a folder and MISSING for a path that does not exist.
     """
     paths = [os.fspath(record.path) for record in records]
     began = time.perf_counter()
@@ -73,7 +73,7 @@ def _state(path: str) -> tuple[int, int]:
 
 
 def find_kind(records: Sequence[VideoRecord], states: States, source: Literal["auto", "frames", "video"]) -> Kind:
-    """Return what the paths of all records are: folders of frames or video files.
+    """Return whether the paths of all records are folders of frames or video files.
 
     Raises:
         UserError: if they are not all the same, not of the `source` asked for, or if one is missing.
@@ -157,7 +157,7 @@ def scan_videos(records: Sequence[VideoRecord], bad_videos: BadVideos) -> tuple[
 
 
 def read_cache(path: Path, key: str, states: States, kind: Kind) -> FrameFiles | VideoFiles | None:
-    """Read what an earlier scan found; None if the cache is missing, damaged or of other folders or files."""
+    """Read the result of an earlier scan; None if the cache is missing, damaged or of other folders or files."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as cache:
             if str(cache["paths"]) != key or not np.array_equal(cache["states"], states):
@@ -173,7 +173,7 @@ def read_cache(path: Path, key: str, states: States, kind: Kind) -> FrameFiles |
 
 
 def write_cache(path: Path, key: str, states: States, store: FrameFiles | VideoFiles) -> None:
-    """Keep what was found for the next start, where the disk allows it."""
+    """Keep the result of a scan for the next start, where the disk allows it."""
     if isinstance(store, VideoFiles):
         entries = vars(store)
     else:

@@ -34,12 +34,12 @@ _ALIGN = 64  # bytes, at which a clip starts; a tar's blocks are of 512
 _TAR_END = bytes(1024)
 _ROOT = Path(__file__).resolve().parents[2]
 
-Record = dict[str, np.ndarray]  # all about a finished shard: what `Shard.finish` returns
+Record = dict[str, np.ndarray]  # the size, hash and frames of a finished shard
 
 
 @dataclass(frozen=True)
 class Options:
-    """What shapes the bytes of a pack."""
+    """The options that the bytes of a pack depend on."""
 
     format: Literal["shards", "raw"] = "shards"
     size: int | None = None  # px; None: as they are
@@ -193,7 +193,7 @@ def _tar_members(
 
 
 class Shard:
-    """A shard that is being written. It gets its name when it is whole, and beside it a record of what it holds."""
+    """A shard that is being written. It gets its name when it is whole; its record is written just before."""
 
     def __init__(self, path: Path):
         self.path, self.partial = path, path.with_name(path.name + ".partial")
@@ -232,7 +232,7 @@ class Shard:
         return found
 
     def discard(self) -> None:
-        """Delete what was written."""
+        """Delete the unfinished file."""
         with contextlib.suppress(OSError):  # a full disk is full for what is still in memory too
             self.file.close()
         self.partial.unlink(missing_ok=True)
@@ -249,7 +249,7 @@ def shard_path(out: Path, name: str, number: int, suffix: str) -> Path:
 
 
 def record_path(out: Path, name: str, number: int) -> Path:
-    """Return the file that says all about a finished shard, until the pack is complete."""
+    """Return the file of a finished shard's record, which is kept until the pack is complete."""
     return out / f"{name}.unfinished" / f"{number:05d}.npz"
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ def verify(list_path: Path, workers: int = 1) -> tuple[Pack, list[str]]:
         problems.append(str(error))
     problems += shard_problems(pack)
     paths = pack.clips.paths
-    present = [number for number, path in enumerate(paths) if path.is_file()]
+    present = [number for number, path in enumerate(paths) if os.path.isfile(path)]
     # Each shard as a whole (None), then its clips.
     parts = [(number, clip) for number in present for clip in (None, *_clips_of(pack, number))]
 

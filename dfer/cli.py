@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import NoReturn, TypeVar
 
 Item = TypeVar("Item")
@@ -71,7 +71,7 @@ def in_range(kind: type[int] | type[float], low: int | float, high: int | float)
 
 def progress(
     items: Iterable[Item], total: int, what: str, done: int = 0, to_stderr: bool = False, quiet_s: int = 0
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Pass items on and show how many of `total` are done, how many a second, and the time left.
 
     On a terminal it is a bar, elsewhere a line at each tenth of them.

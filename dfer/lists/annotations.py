@@ -179,14 +179,13 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
             if header != ["clip", *EMOTIONS]:
                 raise UserError(f"{path}:1: expected clip,{','.join(EMOTIONS)}, got {','.join(header)!r}")
             for row in rows:
-                try:
-                    name, counts = row[0], [float(x) for x in row[1:]]
-                except (ValueError, IndexError):
-                    counts = []
+                counts = []
+                with contextlib.suppress(ValueError):
+                    counts = [float(x) for x in row[1:]]
                 # The sum is bounded, as the shares are calculated in float32.
                 if len(counts) != len(EMOTIONS) or not (min(counts) >= 0 and 1e-9 < sum(counts) < 1e9):
                     raise UserError(f"{path}:{rows.line_num}: expected a clip and {len(EMOTIONS)} counts, got {row}")
-                votes[name] = counts
+                votes[row[0]] = counts
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a file of votes ({reason(error)})") from None
     for record in records:

@@ -67,7 +67,7 @@ class _Cells(NamedTuple):
 
     line: int
     path: str
-    count: str | None
+    frames: str | None
     label: str
 
 
@@ -135,9 +135,9 @@ def read_list(
     to_label = [EMOTIONS.index(emotion) for emotion in reading.classes]
     rows = []
     for cell, name, number in zip(table.cells, table.names, ids, strict=True):
-        count = None if cell.count is None else int(cell.count[:9])
-        if count is not None and not 1 <= count <= MAX_COUNT:
-            problems.append(f"{list_path}:{cell.line}: no clip has {cell.count[:20]} frames")
+        count = None if cell.frames is None else int(cell.frames[:9])
+        if cell.frames is not None and count not in range(1, MAX_COUNT + 1):
+            problems.append(f"{list_path}:{cell.line}: no clip has {cell.frames[:20]} frames")
             count = None
         rows.append(Row(name, count, to_label[number - reading.base], cell.line))
     known = KNOWN.get((table.official, table.columns, reading.order, reading.base), "")
@@ -167,10 +167,10 @@ def _read_table(list_path: Path) -> tuple[_Table, list[str], list[str]]:
     if number := sum(line.startswith("#") for line in lines[numbered[0][0] :]):
         evidence.append(f"{number:,} lines among the rows start with # and are taken for comments")
     cells, comma = _cut_columns(list_path, numbered, official)
-    if canonical and cells[0].count is None:
+    if canonical and cells[0].frames is None:
         raise UserError(f"{list_path}:{cells[0].line}: its header goes with rows of 'path num_frames label'")
     names, absolute = _clean_paths(list_path, cells, canonical, official, evidence)
-    columns = "path,label" if cells[0].count is None else "path,num_frames,label"
+    columns = "path,label" if cells[0].frames is None else "path,num_frames,label"
     columns = columns if comma else columns.replace(",", " ")
     return _Table(list_path, header, official, columns, cells, names, absolute), evidence, problems
 
@@ -266,7 +266,7 @@ def _cut_columns(list_path: Path, numbered: Sequence[tuple[int, str]], official:
             f"end in numbers, separate the columns by {'white space' if commas[0] else 'commas'}"
         )
     if len({cell.path for cell in three}) < len({cell.path for cell in two}):
-        repeated = Counter(path for path, _ in {(cell.path, cell.count) for cell in three}).most_common(1)[0][0]
+        repeated = Counter(path for path, _ in {(cell.path, cell.frames) for cell in three}).most_common(1)[0][0]
         rows = [cell.line for cell in three if cell.path == repeated]
         raise UserError(
             f"{list_path}:{rows[0]}: {_show(repeated)} stands in row {rows[-1]} with another number: one clip with two "

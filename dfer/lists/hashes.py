@@ -36,7 +36,7 @@ class Hashes:
 
 def digest(data: UInt8[np.ndarray, "..."]) -> bytes:
     """Return the hash of a part, SIZE bytes."""
-    return hashlib.sha256(data).digest()[:SIZE]
+    return hashlib.sha256(data.data).digest()[:SIZE]
 
 
 def hashes_path(list_path: str | Path) -> Path:

@@ -109,25 +109,35 @@ def read_pack(path: Path) -> Pack:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             entries = {name: found[name] for name in found.files}
         version, classes = int(entries["format"]), tuple(entries["classes"].tolist())
-        if version == FORMAT and classes == EMOTIONS:
-            clips = Packed(
-                kind=str(entries["kind"]),  # type: ignore[arg-type]
-                paths=[path.parent / os.path.basename(name) for name in entries["shards"].tolist()],
-                **{name: entries[name] for name in ("shard", "first", "offset", "length", "height", "width")},
-            )
-            names = entries["names"].tobytes().decode().split("\n")
-            provenance = json.loads(str(entries["provenance"]))
-            pack = Pack(clips, names, *(entries[name] for name in ("labels", "digests", "sizes")),
-                        entries["hashes"].tolist(), provenance)  # fmt: skip
-            _check(pack)
+        pack = _to_pack(path, entries) if version == FORMAT and classes == EMOTIONS else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but the list beside it says that its clips lie there") from None
     except Exception as error:  # a damaged zip file raises errors of many kinds
         raise UserError(f"{path}: damaged, or not made by scripts/pack.py ({reason(error)})") from None
     if version != FORMAT:
         raise UserError(f"{path}: a pack of format {version}, this version reads {FORMAT}; pack the list again")
-    if classes != EMOTIONS:
+    if pack is None:
         raise UserError(f"{path}: its classes are {' '.join(classes)}, those of the lists are {' '.join(EMOTIONS)}")
+    return pack
+
+
+def _to_pack(path: Path, entries: dict[str, np.ndarray]) -> Pack:
+    """Return the pack that the entries of an .npz file describe. Raises errors of many kinds if they are damaged."""
+    clips = Packed(
+        kind=str(entries["kind"]),  # type: ignore[arg-type]
+        paths=[path.parent / os.path.basename(name) for name in entries["shards"].tolist()],
+        **{name: entries[name] for name in ("shard", "first", "offset", "length", "height", "width")},
+    )
+    pack = Pack(
+        clips=clips,
+        names=entries["names"].tobytes().decode().split("\n"),
+        labels=entries["labels"],
+        digests=entries["digests"],
+        sizes=entries["sizes"],
+        hashes=entries["hashes"].tolist(),
+        provenance=json.loads(str(entries["provenance"])),
+    )
+    _check(pack)
     return pack
 
 

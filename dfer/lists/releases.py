@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
+from av.error import FFmpegError
 
 from dfer.cli import Parser, UserError, progress, shown
 from dfer.files import commit, disk_errors, reason, write_whole
@@ -175,7 +176,7 @@ def scan_video(path: str) -> Scan:
                 if packet.is_corrupt:
                     return Scan(num_frames, "unreadable (truncated or damaged)")
                 num_frames += packet.size > 0  # the last packet is empty: it says that there are no more
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         return Scan(0, f"unreadable ({reason(error)})")
     return Scan(num_frames, None if num_frames else "unreadable (no frames)")
 

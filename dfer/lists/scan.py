@@ -123,7 +123,7 @@ def _scan_folder(record: VideoRecord) -> list[str]:
 
 def scan_videos(records: Sequence[VideoRecord], bad_videos: BadVideos) -> tuple[VideoFiles, dict[int, str]]:
     """Scan video files, as `scan` does."""
-    import av  # takes 0.3 s to load, which lists of frames need not wait for
+    from av.error import FFmpegError  # takes 0.3 s to load, which lists of frames need not wait for
 
     from dfer.video.decode import BadVideo, VideoScan, scan_video
 
@@ -133,7 +133,7 @@ def scan_videos(records: Sequence[VideoRecord], bad_videos: BadVideos) -> tuple[
     def scan_one(record: VideoRecord) -> tuple[VideoScan, str]:
         try:
             found = scan_video(record.path)
-        except (BadVideo, av.FFmpegError) as error:
+        except (BadVideo, FFmpegError) as error:
             line = f"{record.source}: cannot use the video {record.path} ({reason(error)})"
             if bad_videos == "error":
                 raise UserError(line) from None

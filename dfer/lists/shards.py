@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import Int32, Int64
 from PIL import Image
 
@@ -104,7 +104,7 @@ def read_frames(clip: Clip) -> Iterator[tuple[bytes, Image.Image]]:
             for _, image in decode(clip.record.path):
                 count += 1
                 yield b"", image
-        except (BadVideo, av.FFmpegError, OSError) as error:
+        except (BadVideo, FFmpegError, OSError) as error:
             raise UserError(f"{clip.where()}: {clip.record.path} cannot be decoded ({reason(error)})") from None
         if count != clip.num_frames:
             raise UserError(

@@ -1,16 +1,17 @@
 """Work in threads with results in the order of the items. What is waited for is the disk, or code without the GIL."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _DISK_THREADS = 8
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """Yield the result of each item. At most 4 * workers items are under way or done and not yet taken."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque = deque()
@@ -26,7 +27,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
                 future.cancel()
 
 
-def in_chunks(work: Callable[[Item], Result], items: Sequence[Item], size: int = 256) -> Iterator[Result]:
+def in_chunks(work: Callable[[Item], Result], items: Sequence[Item], size: int = 256) -> Generator[Result, None, None]:
     """Yield the result of each item, for work so short that handing over one item at a time would cost more than it.
 
     The items not yet begun are dropped when the caller stops or the work fails.

@@ -76,7 +76,7 @@ class Block:
 
 @functools.cache
 def version() -> str:
-    """Return the version of dfer, which packs record."""
+    """Return the version of dfer, of which packs keep a record."""
     if not (_ROOT / "pyproject.toml").exists():
         return importlib.metadata.version("dfer")  # installed by pip
     return tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

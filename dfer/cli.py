@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple, NoReturn, TypeVar
 
 Item = TypeVar("Item")
@@ -76,7 +76,9 @@ def in_range(kind: type[int] | type[float], low: int | float, high: int | float)
     return parse
 
 
-def progress(items: Iterable[Item], total: int, what: str, done: int = 0, to_stderr: bool = False) -> Iterator[Item]:
+def progress(
+    items: Iterable[Item], total: int, what: str, done: int = 0, to_stderr: bool = False, quiet_s: int = 0
+) -> Generator[Item, None, None]:
     """Pass items on and show how many of `total` are done, how many a second, and the time left.
 
     On a terminal it is a bar, elsewhere a line at each tenth of them.
@@ -87,6 +89,7 @@ def progress(items: Iterable[Item], total: int, what: str, done: int = 0, to_std
         what: what they are called, in the plural.
         done: how many were done before.
         to_stderr: show it there, as what is printed is the result.
+        quiet_s: seconds before the first line where there is no terminal, so that short work says nothing.
     """
     stream, start, began = sys.stderr if to_stderr else sys.stdout, done, time.monotonic()
     if stream.isatty():
@@ -102,8 +105,9 @@ def progress(items: Iterable[Item], total: int, what: str, done: int = 0, to_std
                 yield item
         return
     for done, item in enumerate(items, start=start + 1):
-        if done * 10 // total > (done - 1) * 10 // total:
-            speed = (done - start) / max(time.monotonic() - began, 1e-3)
+        elapsed = time.monotonic() - began
+        if elapsed >= quiet_s and done * 10 // total > (done - 1) * 10 // total:
+            speed = (done - start) / max(elapsed, 1e-3)
             left = f", about {(total - done) / speed:,.0f} s left" if done < total else ""
             print(f"{done:,}/{total:,} {what}, {speed:,.1f} {what}/s{left}", file=stream, flush=True)
         yield item

@@ -40,6 +40,8 @@ def partial(path: Path, durable: bool = True) -> Iterator[Path]:
     The name is its own for each call, so that several processes may write the same file. If anything is raised
     meanwhile, the partial file is deleted and `path` stays as it was.
     """
+    if path.exists() and not path.is_file():  # /dev/stdout would be replaced by a file
+        raise OSError(errno.EINVAL, "not a file", str(path))
     name = path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.partial")
     try:
         yield name
@@ -51,7 +53,7 @@ def partial(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def commit(written: Path, path: Path, durable: bool = True) -> None:
-    """Rename a file that is complete to the name that others look for. Both lie in one folder."""
+    """Rename a file that is complete to the name that others look for. Both lie on one file system."""
     if durable:
         with open(written, "rb+") as file:
             os.fsync(file.fileno())
@@ -99,3 +101,16 @@ def reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file or folder"
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Raise an OSError of the block as a UserError, for blocks in which it can only be about the user's disk.
+
+    The message is `what`, the file if the system names one, and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = "" if error.filename is None else f"{error.filename}: "
+        raise UserError(f"{what}: {file}{reason(error)}") from None

@@ -2,41 +2,76 @@
 
 `python scripts/hash_clips.py train.txt` reads all frames or videos of the list once and writes a hash of each to
 train.txt.hashes.npz. While that file lies beside the list, training and evaluation verify all that they read, which
-costs about 6 microseconds per 10 kB. `--verify` verifies all of it now. Exit code: 0 fine, 1 clips differ, 2 a clip
+costs about 6 microseconds per 10 kB. `--verify` verifies all of it now. Exit code: 0 done, 1 clips differ, 2 a clip
 cannot be read or the command is wrong.
 """
 
+import argparse
 import os
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dali_pipes.sources import BadClip, Source, source_of
-from dfer.cli import Parser, UserError, in_range, shown
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, progress, shown
+from dfer.files import disk_errors
+from dfer.lists import load_index
 from dfer.lists.hashes import digest, hashes_path, write_hashes
-from dfer.lists.index import load_index
-from scripts.check_list import watch
+from dfer.lists.threads import in_order
+
+QUIET_S = 5
 
 
-def hash_clip(source: Source, video: int) -> list[bytes]:
-    """The hashes of all frames of a clip, or the one of its video file.
+def hash_video(source: Source, video: int) -> list[bytes]:
+    """Return the hashes of all frames of a video, or the one of its file.
 
     Raises:
-        BadClip: in one line, if it cannot be read, or is not what it was.
+        BadClip: if it cannot be read.
     """
     return [digest(part) for part in source.fetch(video, np.arange(source.index.num_frames[video]))]
 
 
 def problem(source: Source, video: int) -> str | None:
+    """Return what is wrong with a video: it cannot be read, or is not what was hashed."""
     try:
         source.fetch(video, np.arange(source.index.num_frames[video]))
     except BadClip as error:
         return str(error)
     return None
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """Return the clips of the list, with hashes if they are to be verified."""
+    with disk_errors("cannot read"):
+        return source_of(load_index(args.list, args.root, hashed=args.verify), whole_videos=True)
+
+
+def write(args: argparse.Namespace) -> int:
+    """Hash all videos, and write the hashes beside the list."""
+    source = open_source(args)
+    count = len(source.index)
+    found = in_order(lambda video: hash_video(source, video), range(count), args.workers)
+    parts = list(progress(found, count, "clips", to_stderr=True, quiet_s=QUIET_S))
+    with disk_errors("cannot write"):
+        path = write_hashes(args.list, source.index.records, parts)
+    print(f"written: {shown(path)}: {sum(map(len, parts)):,} hashes of {count:,} clips")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare all videos with the hashes beside the list, and name those that differ."""
+    if not os.path.exists(hashes_path(args.list)):
+        raise UserError(f"{hashes_path(args.list)}: no such file; without --verify it is written")
+    source = open_source(args)
+    count = len(source.index)
+    found = in_order(lambda video: problem(source, video), range(count), args.workers)
+    problems = [line for line in progress(found, count, "clips", to_stderr=True, quiet_s=QUIET_S) if line is not None]
+    for line in problems:
+        print(f"hash_clips: {shown(line)}", file=sys.stderr)
+    print(f"{len(problems):,} of {count:,} clips differ" if problems else f"{count:,} clips: all as written")
+    return EXIT_PROBLEMS if problems else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,31 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=in_range(int, 1, 512), default=os.cpu_count() or 1, help="threads")
     parser.add_argument("--verify", action="store_true", help="compare with what was written, and write nothing")
     args = parser.parse_args(arguments)
-    try:
-        if args.verify and not hashes_path(args.list).exists():
-            raise UserError(f"{hashes_path(args.list)}: no such file; without --verify it is written")
-        index = load_index(args.list, args.root, hashed=args.verify)
-        source = source_of(index, whole_videos=True)
-        videos = range(len(index))
-        with ThreadPoolExecutor(args.workers) as pool:
-            if args.verify:
-                told: Iterable[str | None] = pool.map(lambda video: problem(source, video), videos)
-                problems = [line for line in watch(told, len(index), "clips") if line is not None]
-            else:
-                found = pool.map(lambda video: hash_clip(source, video), videos)
-                parts = list(watch(found, len(index), "clips"))
-        if not args.verify:
-            path = write_hashes(args.list, index.records, parts)
-            print(f"written: {shown(path)}: {sum(map(len, parts)):,} hashes of {len(index):,} clips")
-            return 0
-    except UserError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename or args.list}: {error.strerror}")
-    for line in problems:
-        print(f"hash_clips: {shown(line)}", file=sys.stderr)
-    print(f"{len(problems):,} of {len(index):,} clips differ" if problems else f"{len(index):,} clips: all as written")
-    return 1 if problems else 0
+    return one_line_errors("hash_clips", lambda: verify(args) if args.verify else write(args))
 
 
 if __name__ == "__main__":

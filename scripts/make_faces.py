@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import Parser, in_range
+from dfer.cli import Parser, in_range, progress
 from dfer.lists.annotations import EMOTIONS, write_annotations
 
 # ---- The data set's grammar: what makes it easy or hard.
@@ -593,14 +593,8 @@ def make_data_set(
         if workers > 1:  # spawned, as forking a process that has threads is unsafe
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
             results = pool.imap(_write_clip, jobs, chunksize=4)
-        if terminal := sys.stdout.isatty():
-            from rich.progress import track
-
-            results = track(results, "clips", total=len(jobs))
-        for done, (split, row) in enumerate(results, start=1):
+        for split, row in progress(results, len(jobs), "clips"):
             rows[split].append(row)
-            if not terminal and done * 10 // len(jobs) > (done - 1) * 10 // len(jobs):
-                print(f"{done}/{len(jobs)} clips", flush=True)
     for split, path in lists.items():
         write_annotations(path, rows[split])
     return list(lists.values())

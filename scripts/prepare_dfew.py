@@ -4,6 +4,7 @@
 folder of clips, train's and test's `set_1.csv` .. `set_5.csv`, and annotation.xlsx, whose votes go to votes.csv.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -16,12 +17,13 @@ from pathlib import Path
 import openpyxl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import UserError
+from dfer.cli import UserError, one_line_errors, shown
+from dfer.files import reason
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 
 FOLDS = range(1, 6)
-# What the parts are called, in the release and on users' disks.
+# Names of the parts, in the release and on users' disks.
 CLIP_FOLDERS = {
     "clip_224x224": "clip_224x224|dfew_(?:frame_)?face|jpg_256",
     "clip_224x224_16f": "clip_224x(?:224_)?16f",
@@ -40,19 +42,19 @@ Votes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the parts of the release are."""
+    """Where the parts of the release lie."""
 
     clips: str  # folder
-    clip_names: dict[int, str]  # what it holds, by number
+    clip_names: dict[int, str]  # number of a clip -> its name in that folder
     sets: dict[str, str]  # "set_1_train" -> its .csv
     sheet: str | None  # annotation.xlsx
 
 
 def find_parts(root: Path, frames: str) -> Parts:
-    """Find the parts of the release below `root`.
+    """Find the parts of the release below `root`. `frames` is a key of CLIP_FOLDERS.
 
     Raises:
-        UserError: in one line, if a part that is needed is not there, or there twice.
+        UserError: if a part that is needed is not there, or there twice.
     """
     is_folder = re.compile(f"(?:{CLIP_FOLDERS[frames]}){releases.COPY_SUFFIX}", re.IGNORECASE)
     is_clip = re.compile(r"([0-9]+)\.mp4" if frames == "original" else "([0-9]+)", re.IGNORECASE)
@@ -85,10 +87,10 @@ def find_parts(root: Path, frames: str) -> Parts:
 
 
 def read_set(path: str) -> dict[int, int]:
-    """Clip numbers and labels, 0 .. 6, of one of the release's .csv files, whose labels are 1 .. 7.
+    """Read one of the release's .csv files, whose labels are 1 .. 7. Returns number of a clip -> label, 0 .. 6.
 
     Raises:
-        UserError: in one line naming file and row, if it is damaged, lists a clip twice, or is numbered from 0.
+        UserError: if it is damaged, lists a clip twice, or is numbered from 0.
     """
     rows = releases.read_rows(path)
     _, header = next(rows, ("", ""))
@@ -120,7 +122,7 @@ def check_folds(sets: Mapping[str, Mapping[int, int]]) -> list[str]:
         What differs from the release without being wrong in itself, as in a part of it.
 
     Raises:
-        UserError: in one line, if a clip is trained and tested on, tested on twice, or has two labels, or if the
+        UserError: if a clip is trained and tested on, tested on twice, or has two labels, or if the
             labels are not the release's.
     """
     whole: dict[int, int] = {}
@@ -158,10 +160,10 @@ def check_folds(sets: Mapping[str, Mapping[int, int]]) -> list[str]:
 
 
 def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
-    """How many annotators chose each class, by clip number; `labels` are checked against those of the sheet.
+    """Read how many annotators chose each class, by clip number, and check `labels` against those of the sheet.
 
     Raises:
-        UserError: in one line, if the sheet is damaged, a column is not found, or a label is not that of the sets.
+        UserError: if the sheet is damaged, a column is not found, or a label is not that of the sets.
     """
     try:
         with warnings.catch_warnings():
@@ -171,25 +173,19 @@ def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
             rows = list(book.active.iter_rows(values_only=True))
             book.close()
     except Exception as error:  # whatever unpacking and parsing raise on a damaged file
-        raise UserError(f"{sheet}: cannot be read as a spreadsheet ({error}); without it, votes are skipped") from None
-    header = [re.sub("^vote|[^a-z]", "", str(cell).lower()) for cell in (rows[0] if rows else ())]
-    vote_columns = {VOTE_COLUMNS[name]: column for column, name in enumerate(header) if name in VOTE_COLUMNS}
-    clip_column = next((header.index(name) for name in CLIP_COLUMNS if name in header), None)
-    label_column = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
-    if len(vote_columns) != len(EMOTIONS) or clip_column is None:
         raise UserError(
-            f"{sheet}: expected columns 1happy .. 7fear and the clip's number ('order'), "
-            f"found {', '.join(map(str, rows[0])) if rows else 'none'}"
-        )
+            f"{sheet}: cannot be read as a spreadsheet ({reason(error)}); without it, votes are skipped"
+        ) from None
+    clip_column, vote_columns, label_column = _find_columns(sheet, rows[0] if rows else ())
     votes: dict[int, Votes] = {}
     for row, cells in enumerate(rows[1:], start=2):
         if not any(cell is not None for cell in cells):
             continue
         try:
             clip = _whole_number(cells[clip_column])
-            votes[clip] = tuple(_whole_number(cells[vote_columns[label]]) for label in range(len(EMOTIONS)))
+            votes[clip] = tuple(_whole_number(cells[column]) for column in vote_columns)
             stated = None if label_column is None else _whole_number(cells[label_column])
-        except (ValueError, TypeError, IndexError):
+        except (UserError, IndexError):
             raise UserError(f"{sheet}: row {row} is not whole numbers") from None
         if clip not in labels:  # of no single emotion, or without a face
             continue
@@ -203,58 +199,78 @@ def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
     return votes
 
 
+def _find_columns(sheet: str, first_row: Sequence[object]) -> tuple[int, list[int], int | None]:
+    """Return which columns hold the clip's number, the votes of each class, and the label (None: no column does).
+
+    Raises:
+        UserError: if a column is not found.
+    """
+    header = [re.sub("^vote|[^a-z]", "", str(cell).lower()) for cell in first_row]
+    votes = {VOTE_COLUMNS[name]: column for column, name in enumerate(header) if name in VOTE_COLUMNS}
+    clip = next((header.index(name) for name in CLIP_COLUMNS if name in header), None)
+    if len(votes) != len(EMOTIONS) or clip is None:
+        raise UserError(
+            f"{sheet}: expected columns 1happy .. 7fear and the clip's number ('order'), "
+            f"found {', '.join(map(str, first_row)) or 'none'}"
+        )
+    label = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
+    return clip, [votes[label] for label in range(len(EMOTIONS))], label
+
+
 def _whole_number(cell: object) -> int:
-    """5, "5", 5.0 and "00005.mp4" alike."""
+    """Return the number in a cell, which may be 5, "5", 5.0 or "00005.mp4".
+
+    Raises:
+        UserError: if it is none.
+    """
     text = re.sub(r"\.(mp4|0)$", "", str(cell).strip().lower())
     if not re.fullmatch("[0-9]{1,9}", text):
-        raise UserError(f"{cell!r} is no whole number")
+        raise UserError(f"{cell!r} is not a whole number")
     return int(text)
 
 
 def format_votes(votes: Mapping[int, Votes], names: Mapping[int, str]) -> str:
-    """votes.csv: a row for each clip, called as in the lists."""
+    """Return the text of votes.csv, with a row for each clip by its name in the lists."""
     rows = [f"clip,{','.join(EMOTIONS)}"]
     rows += [f"{names[clip]},{','.join(map(str, votes[clip]))}" for clip in sorted(names) if clip in votes]
     return "".join(f"{row}\n" for row in rows)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Find, check and write, as the command line says."""
+    if not os.path.isdir(args.root):
+        raise UserError(f"--root {args.root}: no such folder")
+    parts = find_parts(args.root, args.frames)
+    print(f"clips: {parts.clips}")
+    sets = {name: read_set(path) for name, path in parts.sets.items()}
+    differences = check_folds(sets)
+    labels = {clip: label for one in sets.values() for clip, label in one.items()}
+    suffix = ".mp4" if args.frames == "original" else ""
+    names = {clip: parts.clip_names.get(clip, f"{clip:05d}{suffix}") for clip in sorted(labels)}
+    votes = None
+    if parts.sheet is None:
+        print("no annotation.xlsx: votes are skipped")
+    else:
+        votes = read_votes(parts.sheet, labels)
+        if voteless := [names[clip] for clip in names if clip not in votes]:
+            differences.append(f"{parts.sheet} has no votes of {len(voteless):,} clips: {releases.some(voteless)}")
+    scan = releases.scan_video if args.frames == "original" else releases.scan_frames
+    scans = releases.scan_clips(parts.clips, list(names.values()), scan)
+    releases.judge(scans, differences, args.report, args.allow_missing)
+    lists = {name: [(names[clip], label) for clip, label in one.items()] for name, one in sets.items()}
+    usable = {clip: name for clip, name in names.items() if not scans[name].problem}
+    others = {"votes.csv": format_votes(votes, usable) if votes is not None else None}
+    releases.write_lists(args.out, parts.clips, lists, scans, others)
+    first = [shown(shlex.quote(str(args.out / f"set_1_{split}.txt"))) for split in ("train", "test")]
+    print(f"train on it: python train.py dfew --data.train-list {first[0]} --data.val-list {first[1]}")
+    print(f"{len(usable):,} of {len(names):,} clips in 10 lists: {shown(args.out)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = releases.command_line("prepare_dfew", __doc__)
     parser.add_argument("--frames", choices=tuple(CLIP_FOLDERS), default="clip_224x224", help="which clips to list")
     args = parser.parse_args(arguments)
-    if not args.root.is_dir():
-        parser.error(f"--root {args.root}: no such folder")
-    try:
-        parts = find_parts(args.root, args.frames)
-        print(f"clips: {parts.clips}")
-        sets = {name: read_set(path) for name, path in parts.sets.items()}
-        differences = check_folds(sets)
-        labels = {clip: label for one in sets.values() for clip, label in one.items()}
-        suffix = ".mp4" if args.frames == "original" else ""
-        names = {clip: parts.clip_names.get(clip, f"{clip:05d}{suffix}") for clip in sorted(labels)}
-        votes = None
-        if parts.sheet is None:
-            print("no annotation.xlsx: votes are skipped")
-        else:
-            votes = read_votes(parts.sheet, labels)
-            if voteless := [names[clip] for clip in names if clip not in votes]:
-                differences.append(f"{parts.sheet} has no votes of {len(voteless):,} clips: {releases.some(voteless)}")
-        scan = releases.scan_video if args.frames == "original" else releases.scan_frames
-        scans = releases.scan_clips(parts.clips, list(names.values()), scan)
-        releases.judge(scans, differences, args.report, args.allow_missing)
-        lists = {name: [(names[clip], label) for clip, label in one.items()] for name, one in sets.items()}
-        usable = {clip: name for clip, name in names.items() if not scans[name].problem}
-        others = {"votes.csv": format_votes(votes, usable) if votes is not None else None}
-        releases.write_lists(args.out, parts.clips, lists, scans, others)
-    except UserError as error:
-        print(f"prepare_dfew: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        parser.error(f"cannot write: {error}")
-    first = [shlex.quote(str(args.out / f"set_1_{split}.txt")) for split in ("train", "test")]
-    print(f"train on it: python train.py dfew --data.train-list {first[0]} --data.val-list {first[1]}")
-    print(f"{len(usable):,} of {len(names):,} clips in 10 lists: {args.out}")
-    return 0
+    return one_line_errors("prepare_dfew", lambda: run(args))
 
 
 if __name__ == "__main__":

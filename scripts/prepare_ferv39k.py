@@ -4,6 +4,7 @@
 the folder of face clips, train_All.csv and test_All.csv, and the set-ups of single scenes if they are there.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import UserError
+from dfer.cli import UserError, one_line_errors, shown
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 
@@ -25,18 +26,18 @@ LABELS = {emotion.lower(): label for label, emotion in enumerate(EMOTIONS)}
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the parts of the release are."""
+    """Where the clips of the release lie, and its lists."""
 
     clips: str  # folder
     sets: dict[str, dict[str, int]]  # "train_All", "test_All" -> clip -> label
-    scene_sets: dict[str, dict[str, int]]  # "Crime_train" -> clip -> label, of what set-ups of one scene there are
+    scene_sets: dict[str, dict[str, int]]  # "Crime_train" -> clip -> label, for the set-ups of single scenes found
 
 
 def find_parts(root: Path) -> Parts:
     """Find the parts of the release below `root`, and read its lists.
 
     Raises:
-        UserError: in one line, if a part that is needed is not there, or there twice, or damaged.
+        UserError: if a part that is needed is not there, or there twice, or damaged.
     """
     clip_folders, set_files = [], []
     for folder, _, files in releases.search(root):
@@ -75,15 +76,15 @@ def _has_entries(folder: str) -> bool:
 
 
 def scenes_of(sets: Mapping[str, Iterable[str]]) -> list[str]:
-    """The scenes of all listed clips."""
+    """Return the scenes of all listed clips."""
     return sorted({clip.split("/")[0] for clips in sets.values() for clip in clips})
 
 
 def read_set(path: str) -> dict[str, int]:
-    """Clips and labels of one of the release's .csv files: no header, `Crime/Angry/0063 Angry`.
+    """Read one of the release's .csv files: no header, `Crime/Angry/0063 Angry`. Returns clip -> label, 0 .. 6.
 
     Raises:
-        UserError: in one line naming file and row, if it is damaged, lists a clip twice, or has a label that is not
+        UserError: if it is damaged, lists a clip twice, or has a label that is not
             the emotion of the clip's folder.
     """
     labels: dict[str, int] = {}
@@ -109,7 +110,7 @@ def check_sets(parts: Parts) -> list[str]:
         What differs from the release without being wrong in itself, as in a part of it.
 
     Raises:
-        UserError: in one line, if a clip is trained and tested on.
+        UserError: if a clip is trained and tested on.
     """
     train, test = parts.sets["train_All"], parts.sets["test_All"]
     if both := sorted(train.keys() & test.keys()):
@@ -133,36 +134,34 @@ def check_sets(parts: Parts) -> list[str]:
     return [difference for difference in differences if difference]
 
 
+def run(args: argparse.Namespace) -> None:
+    """Find, check and write, as the command line says."""
+    if not os.path.isdir(args.root):
+        raise UserError(f"--root {args.root}: no such folder")
+    parts = find_parts(args.root)
+    print(f"clips: {parts.clips}")
+    differences = check_sets(parts)
+    clips = [clip for labels in parts.sets.values() for clip in labels]
+    scans = releases.scan_clips(parts.clips, clips, releases.scan_frames)
+    releases.judge(scans, differences, args.report, args.allow_missing)
+    lists = {name: list(labels.items()) for name, labels in parts.sets.items()}
+    # The lists of a scene are rows of the lists of all scenes, so that a model of all scenes never trained on its test.
+    for scene in scenes_of(parts.sets):
+        for split in ("train", "test"):
+            rows = [row for row in lists[f"{split}_All"] if row[0].split("/")[0] == scene]
+            if split == "test" or f"{scene}_train" in parts.scene_sets:
+                lists[f"scenes/{scene}_{split}"] = rows
+    releases.write_lists(args.out, parts.clips, lists, scans)
+    both = [shown(shlex.quote(str(args.out / f"{split}_All.txt"))) for split in ("train", "test")]
+    print(f"train on it: python train.py ferv39k --data.train-list {both[0]} --data.val-list {both[1]}")
+    usable = sum(not scan.problem for scan in scans.values())
+    print(f"{usable:,} of {len(clips):,} clips, {len(scenes_of(parts.sets))} scenes: {shown(args.out)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = releases.command_line("prepare_ferv39k", __doc__)
     args = parser.parse_args(arguments)
-    if not args.root.is_dir():
-        parser.error(f"--root {args.root}: no such folder")
-    try:
-        parts = find_parts(args.root)
-        print(f"clips: {parts.clips}")
-        differences = check_sets(parts)
-        clips = [clip for labels in parts.sets.values() for clip in labels]
-        scans = releases.scan_clips(parts.clips, clips, releases.scan_frames)
-        releases.judge(scans, differences, args.report, args.allow_missing)
-        lists = {name: list(labels.items()) for name, labels in parts.sets.items()}
-        # A scene's lists are rows of the lists of all scenes, so that a model of all scenes never trained on its test.
-        for scene in scenes_of(parts.sets):
-            for split in ("train", "test"):
-                rows = [row for row in lists[f"{split}_All"] if row[0].split("/")[0] == scene]
-                if split == "test" or f"{scene}_train" in parts.scene_sets:
-                    lists[f"scenes/{scene}_{split}"] = rows
-        releases.write_lists(args.out, parts.clips, lists, scans)
-    except UserError as error:
-        print(f"prepare_ferv39k: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        parser.error(f"cannot write: {error}")
-    both = [shlex.quote(str(args.out / f"{split}_All.txt")) for split in ("train", "test")]
-    print(f"train on it: python train.py ferv39k --data.train-list {both[0]} --data.val-list {both[1]}")
-    usable = sum(not scan.problem for scan in scans.values())
-    print(f"{usable:,} of {len(clips):,} clips, {len(scenes_of(parts.sets))} scenes: {args.out}")
-    return 0
+    return one_line_errors("prepare_ferv39k", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from dfer.cli import UserError
 from dfer.images import natural_key
-from dfer.lists.annotations import EMOTIONS, read_annotations, read_votes, write_annotations
-from dfer.lists.index import build_index
+from dfer.lists.annotations import EMOTIONS, packed_index, read_annotations, read_votes, write_annotations
+from dfer.lists.index import build_index, load_index
 
 
 def write(tmp_path, text: bytes):
@@ -156,3 +157,32 @@ def test_damaged_votes_are_named(tmp_path, text, message):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cannot be read"):
         read_votes(tmp_path / "none.csv", records)
+
+
+def test_votes_that_float32_cannot_hold_are_named(tmp_path):
+    records = read_annotations(write(tmp_path, b"a 3 0\n"))
+    for votes in ("1e300,1e300,0,0,0,0,0", "1e-300,0,0,0,0,0,0"):
+        (tmp_path / "votes.csv").write_text(f"{HEADER}a,{votes}\n")
+        with pytest.raises(ValueError, match=":2: expected a clip and 7 counts"):
+            read_votes(tmp_path / "votes.csv", records)
+
+
+@pytest.mark.parametrize("key", ["root", "packed"])
+def test_a_nul_in_a_header_is_named(tmp_path, key):
+    path = write(tmp_path, f"# {key}: x\0y.npz\na 1 0\n".encode())
+    for read in (read_annotations, load_index):
+        with pytest.raises(UserError, match=r"list\.txt: its header holds a NUL"):
+            read(path)
+    if key == "packed":
+        with pytest.raises(UserError, match=r"list\.txt: its header says packed: "):
+            packed_index(path)
+
+
+def test_names_that_no_disk_holds_are_named(tmp_path):
+    """Python asks the system about them, which raises another error than that they are missing."""
+    for name in ("x" * 300, f"{'x' * 300}/1", "y/" * 3000 + "1"):
+        with pytest.raises(UserError, match=r"list\.txt:1: no such frame folder"):
+            load_index(write(tmp_path, f"{name} 1 0\n".encode()))
+    for path in (tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(UserError, match="cannot be read as an annotation list"):
+            read_annotations(path)

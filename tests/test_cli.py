@@ -58,3 +58,11 @@ def test_progress_passes_everything_on_and_says_how_far_it_is(capsys):
     assert list(progress(["a"], 1, "clips", to_stderr=True)) == ["a"] and list(progress([], 0, "clips")) == []
     told = capsys.readouterr()
     assert told.err.startswith("1/1 clips, ") and not told.out
+
+
+def test_short_work_is_quiet_where_that_is_asked_for(capsys, monkeypatch):
+    times = iter(range(0, 1000, 2))
+    monkeypatch.setattr("dfer.cli.time.monotonic", lambda: next(times))
+    assert list(progress(iter("abcdefgh"), 8, "images", to_stderr=True, quiet_s=5)) == list("abcdefgh")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6 and lines[0] == "3/8 images, 0.5 images/s, about 10 s left"

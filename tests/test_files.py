@@ -6,6 +6,7 @@ import os
 import pytest
 
 from dfer import files
+from dfer.cli import UserError
 
 
 def test_all_kinds_of_content_are_written(tmp_path):
@@ -62,3 +63,21 @@ def test_reasons_are_one_line():
     assert files.reason(OSError(28, "No space left on device", "a\nb")) == "No space left on device"
     assert files.reason(FileNotFoundError(2, "x")) == "no such file or folder"
     assert files.reason(RuntimeError("a\n  b")) == "a b" and files.reason(MemoryError()) == "MemoryError"
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a file"):
+        files.write_whole(tmp_path / "pipe", "a")
+    assert os.listdir(tmp_path) == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_an_error_of_the_disk_becomes_the_users():
+    for error, message in (
+        (OSError(28, "No space left on device"), "cannot write: No space left on device"),
+        (FileNotFoundError(2, "No such file", "a/b"), "cannot write: a/b: no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"), files.disk_errors("cannot write"):
+            raise error
+    with pytest.raises(KeyError), files.disk_errors("cannot write"):
+        raise KeyError("a defect of ours")

@@ -1,5 +1,6 @@
 """The index: what the disk holds, scanned once, and never taken from a stale or damaged cache."""
 
+import hashlib
 import os
 import shutil
 import time
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 import dfer.video.random_access
-from dfer.lists import index as index_module
+from dfer.lists import scan as scan_module
 from dfer.lists.annotations import read_annotations
-from dfer.lists.index import FrameFiles, VideoFiles, build_index, load_index
+from dfer.lists.index import build_index, load_index
+from dfer.lists.scan import FrameFiles, VideoFiles
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def forbid_scans(monkeypatch):
     def fail(record):
         raise AssertionError("scanned again")
 
-    monkeypatch.setattr(index_module, "_scan_folder", fail)
+    monkeypatch.setattr(scan_module, "_scan_folder", fail)
     monkeypatch.setattr(dfer.video.random_access, "scan_video", fail)
 
 
@@ -164,11 +166,11 @@ def test_many_rows_keep_their_order_whether_the_disk_is_slow_or_not(tmp_path, mo
         (tmp_path / str(i) / f"{i}.jpg").touch()
     (tmp_path / "list.txt").write_text("".join(f"{i} 1 {i % 7}\n" for i in range(600)))
     records = read_annotations(tmp_path / "list.txt")
-    want = [(os.stat(record.path).st_mtime_ns, index_module.FOLDER) for record in records]
+    want = [(os.stat(record.path).st_mtime_ns, scan_module.FOLDER) for record in records]
     for seconds in (0, 1):
         clock = iter([0.0, seconds])
-        monkeypatch.setattr(index_module.time, "perf_counter", lambda clock=clock: next(clock))
-        assert index_module._look(records).tolist() == [list(state) for state in want]
+        monkeypatch.setattr(scan_module.time, "perf_counter", lambda clock=clock: next(clock))
+        assert scan_module.path_states(records).tolist() == [list(state) for state in want]
     monkeypatch.undo()
     for _ in range(2):
         assert load_index(tmp_path / "list.txt").store.names == [[f"{i}.jpg"] for i in range(600)]
@@ -255,3 +257,33 @@ def test_a_cache_of_the_other_kind_is_not_taken(small):
     (small.parent / "v 0" / "1.jpg").touch()
     index = load_index(small)
     assert index.source == "frames" and index.store.names == [["1.jpg"]]
+
+
+def test_caches_of_older_versions_are_taken(small, tmp_path_factory, monkeypatch):
+    """Their entries are written here by hand, as they have been since the first version."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(2):
+        write_video(root / f"{i}.mp4", 5 + i)
+    (root / "list.txt").write_text("0.mp4 5 0\n1.mp4 6 1\n")
+    for path in (small, root / "list.txt"):
+        records = read_annotations(path)
+        want = build_index(records)
+        key = hashlib.sha256("\0".join(str(record.path) for record in records).encode()).hexdigest()
+        found = [os.stat(record.path) for record in records]
+        states = [(one.st_mtime_ns, -1 if want.source == "frames" else one.st_size) for one in found]
+        if want.source == "frames":
+            names = os.fsencode("/".join("\0".join(names) for names in want.store.names))
+            entries = {"names": np.frombuffer(names, np.uint8), "folder": np.arange(3)}
+        else:
+            fields = ("first", "pts", "key", "height", "width", "codec", "matrix", "full_range")
+            entries = {name: getattr(want.store, name) for name in fields}
+        np.savez_compressed(f"{path}.index.npz", paths=np.array(key), states=np.array(states), **entries)
+        with monkeypatch.context() as patch:
+            forbid_scans(patch)
+            assert same(load_index(path), want)
+
+
+def test_hidden_files_are_no_frames(small):
+    """As macOS leaves them on foreign disks."""
+    (small.parent / "v 1" / "._1.jpg").write_bytes(b"\0\5\x16\7")
+    assert load_index(small).num_frames.tolist() == [3, 3, 4]

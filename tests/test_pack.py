@@ -24,11 +24,18 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
+from dfer.cli import UserError
+from dfer.files import hash_file
+from dfer.lists import packing
+from dfer.lists import shards as shards_module
+from dfer.lists import verify as verify_module
 from dfer.lists.annotations import EMOTIONS, packed_index, read_annotations, write_annotations
 from dfer.lists.index import ClipIndex, build_index, load_index
 from dfer.lists.packed import Pack, Packed, load_packed, read_pack, write_pack
+from dfer.lists.shards import Options
+from dfer.lists.verify import verify
 from dfer.video.decode import BadVideo, decode
-from scripts import pack as pk
+from scripts import pack as command
 from tests.conftest import ROOT, run_python, smooth_image
 from tests.test_index import write_video
 
@@ -36,7 +43,7 @@ SMALL = 300_000  # bytes of a shard: several shards for a few clips
 
 
 def pack(source: Path, out: Path, workers: int = 2, root: Path | None = None, **options) -> ClipIndex:
-    (target,) = pk.pack([source], root, out, pk.Options(**{"shard_bytes": SMALL, **options}), workers)
+    (target,) = packing.pack([source], root, out, Options(**{"shard_bytes": SMALL, **options}), workers)
     assert target == out / source.name
     return load_index(target)
 
@@ -245,7 +252,7 @@ def test_several_lists_share_one_pack(source, tmp_path):
         (source.parent / f"{name}.txt").write_text("\n".join(lists[name]) + "\n")
     out = tmp_path / "out"
     paths = [source.parent / f"{name}.txt" for name in lists]
-    assert pk.pack(paths, None, out, pk.Options(shard_bytes=SMALL), 2) == [out / path.name for path in paths]
+    assert packing.pack(paths, None, out, Options(shard_bytes=SMALL), 2) == [out / path.name for path in paths]
     pack_ = read_pack(out / "clips.npz")
     assert sorted(pack_.names) == sorted(row.rsplit(maxsplit=2)[0] for row in rows)
     for path in paths:
@@ -256,7 +263,7 @@ def test_several_lists_share_one_pack(source, tmp_path):
             assert stored(index, clip) == [Path(file).read_bytes() for file in files]
             assert oracle(files[0]).size == (index.store.width[clip], index.store.height[clip])
         assert index.store.first[-1] == len(index.store.offset) == len(index.store.length)
-    assert pk.verify(out / "test.txt", 2)[1] == []
+    assert verify(out / "test.txt", 2)[1] == []
 
 
 # ---- Other readers
@@ -311,8 +318,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_unbroken(source, raw, tmp_path):
     os.mkfifo(frame)
     os.utime(frame.parent, ns=(folder.st_atime_ns, folder.st_mtime_ns))
     out = tmp_path / "out"
-    command = [str(source), "--out", str(out), "--format", "raw", "--shard-size", "1", "--workers", "2"]
-    with subprocess.Popen([sys.executable, "scripts/pack.py", *command], cwd=ROOT, stdout=subprocess.PIPE) as run:
+    words = [str(source), "--out", str(out), "--format", "raw", "--shard-size", "1", "--workers", "2"]
+    with subprocess.Popen([sys.executable, "scripts/pack.py", *words], cwd=ROOT, stdout=subprocess.PIPE) as run:
         deadline = time.monotonic() + 60
         while not (out / "train-00003.raw").exists() and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -324,7 +331,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_unbroken(source, raw, tmp_path):
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.raw")}
     assert len(finished) >= 4 and not list(out.glob("*.txt")) and not list(out.glob("*.npz"))
     assert list(out.glob("*.raw.partial"))
-    done = run_python("scripts/pack.py", *command)
+    done = run_python("scripts/pack.py", *words)
     assert done.returncode == 0 and " were packed before" in done.stdout, done.stderr
     assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished  # and not written again
     assert everything(out) == everything(raw.store.paths[0].parent)
@@ -347,7 +354,7 @@ def test_a_bad_frame_ends_the_run_and_mended_it_goes_on(source, shards, tmp_path
     with pytest.raises(ValueError, match=r"train\.unfinished: is left of a run with other lists, clips or options"):
         pack(source, out)
     key = (out / "train.unfinished" / "key").read_text()
-    monkeypatch.setattr(pk, "hash_task", lambda *args: key)
+    monkeypatch.setattr(packing, "hash_task", lambda *args: key)
     (out / "train-00000.raw").touch()
     with pytest.raises(ValueError, match=r"train-00000\.raw: is there already, and not of this pack"):
         pack(source, out)
@@ -368,7 +375,7 @@ def test_a_run_that_finished_no_shard_leaves_nothing(source, tmp_path):
     bad = source.parent / "train clips" / "000" / "1.jpg"
     whole = bad.read_bytes()
     bad.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"train\.txt:1: clip train clips/000: .*1\.jpg cannot be decoded \(no JPEG"):
+    with pytest.raises(ValueError, match=r"train\.txt:1: clip train clips/000: .*1\.jpg cannot be decoded \(zero b"):
         pack(source, tmp_path / "out")
     bad.write_bytes(whole)
     assert not list((tmp_path / "out").iterdir())
@@ -420,7 +427,7 @@ def test_two_runs_at_once_are_refused(source, tmp_path):
 
 DAMAGE = {
     "truncated": (lambda data: data[:-1500], r"train-00001\.tar: [\d,]+ bytes, but [\d,]+ were packed", True),
-    "missing": (None, r"train-00001\.tar: a shard of the pack is missing \(No such file", True),
+    "missing": (None, r"train-00001\.tar: a shard of the pack is missing \(no such file", True),
     "in a frame": (
         lambda data: flip(data, 8000),
         r"train-00001\.tar: clip train clips/0\d\d: its frames are not",
@@ -458,7 +465,7 @@ def test_a_damaged_shard_is_found(shards, tmp_path, kind, capsys):
         shard.write_bytes(change(shard.read_bytes()))
     with pytest.raises(ValueError, match=message) if at_once else contextlib.nullcontext():  # sizes, when it is loaded
         load_index(path)
-    assert pk.main(["--verify", str(path), "--workers", "2"]) == 2
+    assert command.main(["--verify", str(path), "--workers", "2"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert any(re.search(message, line) for line in lines)
     assert all(line.startswith("pack: ") and "train-00001.tar" in line for line in lines) and len(lines) <= 14
@@ -466,7 +473,7 @@ def test_a_damaged_shard_is_found(shards, tmp_path, kind, capsys):
 
 def test_a_whole_pack_is_verified(shards, raw, capsys):
     for index in (shards, raw):
-        assert pk.main(["--verify", str(index.store.paths[0].parent / "train.txt")]) == 0
+        assert command.main(["--verify", str(index.store.paths[0].parent / "train.txt")]) == 0
         assert "20 clips" in (told := capsys.readouterr().out) and "all as packed" in told
 
 
@@ -474,7 +481,7 @@ def test_a_damaged_raw_shard_is_found(raw, tmp_path, capsys):
     path = copy_of(raw, tmp_path)
     shard = tmp_path / "train-00002.raw"
     shard.write_bytes(flip(shard.read_bytes(), 5))
-    assert pk.main(["--verify", str(path)]) == 2
+    assert command.main(["--verify", str(path)]) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert "train-00002.raw: its SHA-256" in first and ": its frames are not those that were packed" in second
 
@@ -494,7 +501,7 @@ def test_rows_that_are_not_in_the_pack_are_named(shards, tmp_path, change, messa
     write_annotations(path, [(name, int(count), int(label)) for name, count, label in lines], packed="train.npz")
     with pytest.raises(ValueError, match=message) as error:
         load_index(path)
-    assert "\n" not in str(error.value) and pk.verify(path)[1] == [str(error.value)]
+    assert "\n" not in str(error.value) and verify(path)[1] == [str(error.value)]
 
 
 def test_a_pack_is_of_one_source(shards, raw):
@@ -549,6 +556,7 @@ def test_an_index_that_leads_nowhere_is_refused(shards, raw, tmp_path):
         altered(raw, offset=moved),
         altered(raw, offset=shifted),
         altered(raw, height=store.height + 1),
+        altered(raw, paths=[path.with_name("a\0b") for path in store.paths]),
     ):
         write_pack(tmp_path / "x.npz", pack_)
         with pytest.raises(ValueError, match=r"x\.npz: damaged, or not made by"):
@@ -583,7 +591,7 @@ def test_an_index_that_tells_another_story_than_its_shards_is_found(shards, tmp_
         write_pack(npz, changed)
         rows = [(n, int(c), int(k)) for n, c, k in zip(whole.names, shards.num_frames, changed.labels, strict=True)]
         write_annotations(path, rows, packed="train.npz")
-        problems = pk.verify(path)[1]
+        problems = verify(path)[1]
         assert any(re.search(message, problem) for problem in problems), problems
         assert all("train-" in problem and "SHA-256" not in problem for problem in problems)
 
@@ -625,6 +633,13 @@ def test_the_header_names_a_file_beside_the_list(tmp_path):
 # ---- What a user can get wrong
 
 
+def exit_code(arguments: list[str]) -> int:
+    try:
+        return command.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
 def write_list(folder: Path, **frames: list[Image.Image]) -> Path:
     for name in frames:
         (folder / name).mkdir()
@@ -657,16 +672,16 @@ def test_one_name_for_two_clips_is_refused(tmp_path):
     moved = write_list(tmp_path / "other", a=[smooth_image(rng, 30, 40)]).rename(tmp_path / "other" / "moved.txt")
     for second in (tmp_path / "relabelled.txt", moved):
         with pytest.raises(ValueError, match=rf"{second.name}:1: clip a is .*list\.txt:1 too, of another label or fol"):
-            pk.pack([path, second], None, tmp_path / "out", pk.Options())
+            packing.pack([path, second], None, tmp_path / "out", Options())
     with pytest.raises(ValueError, match="another list has that name too"):
-        pk.pack([path, path], None, tmp_path / "out", pk.Options())
+        packing.pack([path, path], None, tmp_path / "out", Options())
 
 
 def test_a_full_disk_is_foreseen(source, tmp_path, monkeypatch, capsys):
     (want,) = (path.stat().st_size for path in [pack(source, tmp_path / "a", shard_bytes=10**8).store.paths[0]])
     estimate = float(capsys.readouterr().out.split("about ")[1].split(" MB")[0]) * 1e6
     assert 0.7 * want < estimate < 1.4 * want
-    monkeypatch.setattr(pk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, int(0.6 * want)))
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, int(0.6 * want)))
     with pytest.raises(ValueError, match=r"about .* are left to write, but only .* are free"):
         pack(source, tmp_path / "b")
 
@@ -677,9 +692,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on(source, shards, tmp_path, monke
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, data)
 
-    write = pk.Shard._write
-    monkeypatch.setattr(pk.Shard, "_write", full)
-    with pytest.raises(OSError, match="No space"):
+    write = shards_module.Shard._write
+    monkeypatch.setattr(shards_module.Shard, "_write", full)
+    with pytest.raises(UserError, match=r": stopped, what is finished stays finished: No space left on device$"):
         pack(source, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "train-00000.tar",
@@ -710,7 +725,7 @@ def test_a_video_that_gives_less_than_it_says_is_named(tmp_path, monkeypatch):
         (breaks, r"cannot be decoded \(damaged\)"),
         (lambda path: itertools.islice(decode(path), 5), "has 12 frames, but 5 could be decoded"),
     ):
-        monkeypatch.setattr(pk, "decode", decoder)
+        monkeypatch.setattr(shards_module, "decode", decoder)
         with pytest.raises(ValueError, match=rf"list\.txt:1: clip v\.mp4: .*v\.mp4 {message}"):
             pack(tmp_path / "list.txt", tmp_path / "out")
 
@@ -737,10 +752,9 @@ def test_bad_input_is_one_line_and_exit_code_2(source, shards, tmp_path, argumen
     (tmp_path / "broken.txt").write_text("broken.mp4 3 1\n")
     places = {"list": source, "out": tmp_path / "out", "packed": shards.store.paths[0].parent / "train.txt"}
     places["broken"] = tmp_path / "broken.txt"
-    with pytest.raises(SystemExit) as exit_:
-        pk.main([argument.format(**places) for argument in arguments])
+    code = exit_code([argument.format(**places) for argument in arguments])
     (line,) = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 2 and line.startswith("pack: ") and message in line
+    assert code == 2 and line.startswith("pack: ") and message in line
     assert not list(tmp_path.glob("out/*.txt"))
 
 
@@ -749,9 +763,53 @@ def test_the_command_line(source, tmp_path, monkeypatch):
     assert done.returncode == 0 and not done.stderr
     assert f"python train.py --data.train-list '{tmp_path}/a b/train.txt'" in done.stdout
     made = read_pack(tmp_path / "a b" / "train.npz").provenance
-    assert made["lists"] == [{"name": "train.txt", "sha256": pk.hash_file(source)}]
+    assert made["lists"] == [{"name": "train.txt", "sha256": hash_file(source)}]
     assert made["options"]["size"] == 32 and made["options"]["quality"] == 80
-    assert made["command"].endswith("/a b' --size 32 --quality 80") and made["dfer"] == pk.version()
+    assert made["command"].endswith("/a b' --size 32 --quality 80") and made["dfer"] == shards_module.version()
     assert (
         load_packed(read_annotations(tmp_path / "a b" / "train.txt"), tmp_path / "a b" / "train.npz").kind == "shards"
     )
+
+
+@pytest.mark.parametrize("name", [b" list.txt", b"\xff.txt", b"a\nb.txt"])
+def test_a_list_whose_pack_could_not_be_named_is_refused_before_the_work(source, tmp_path, name, capsys):
+    path = Path(os.fsdecode(os.fsencode(source.parent) + b"/" + name))
+    shutil.copy(source, path)
+    assert exit_code([str(path), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "which cannot stand in a list; rename the list" in line and not (tmp_path / "out").exists()
+
+
+def test_a_folder_whose_name_is_no_text_is_packed_into(tmp_path, capsys):
+    path = write_list(tmp_path, a=[smooth_image(np.random.default_rng(0), 30, 40)])
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    assert exit_code([str(path), "--out", str(out)]) == 0 and exit_code(["--verify", str(out / "list.txt")]) == 0
+    assert r"--data.train-list" in capsys.readouterr().out
+
+
+def test_a_shard_that_cannot_be_read_is_named(shards, tmp_path, monkeypatch, capsys):
+    def fails(path):
+        if path.stem.endswith("1"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return hash_file(path)
+
+    path = copy_of(shards, tmp_path)
+    monkeypatch.setattr(verify_module, "hash_file", fails)
+    assert exit_code(["--verify", str(path)]) == 1
+    assert "train-00001.tar: cannot be read (Input/output error)" in capsys.readouterr().err
+
+
+def test_an_index_of_shards_with_names_that_no_disk_holds(shards, tmp_path, capsys):
+    path = copy_of(shards, tmp_path)
+    whole = read_pack(tmp_path / "train.npz")
+    paths = [tmp_path / ("x" * 300), *whole.clips.paths[1:]]
+    write_pack(tmp_path / "train.npz", dataclasses.replace(whole, clips=dataclasses.replace(whole.clips, paths=paths)))
+    assert exit_code(["--verify", str(path)]) == 1
+    assert "xxx: a shard of the pack is missing (File name too long)" in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback(source, tmp_path, monkeypatch):
+    """What no user can put right keeps its traceback."""
+    monkeypatch.setattr(packing, "hash_task", lambda *_: max([]))
+    with pytest.raises(ValueError, match="empty"):
+        command.main([str(source), "--out", str(tmp_path)])

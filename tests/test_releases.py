@@ -73,10 +73,10 @@ def prepare(capsys, script, root, out, *options) -> tuple[int, str, list[str]]:
 
 def refused(capsys, script, root, out, *options, code=2) -> str:
     """Why it was refused: one line, and nothing written."""
-    before = sorted(out.rglob("*")) if out.is_dir() else None
+    before = sorted(out.rglob("*")) if os.path.isdir(out) else None
     got, _, errors = prepare(capsys, script, root, out, *options)
     assert got == code and len(errors) == 1, errors
-    assert (sorted(out.rglob("*")) if out.is_dir() else None) == before
+    assert (sorted(out.rglob("*")) if os.path.isdir(out) else None) == before
     return errors[0]
 
 
@@ -222,6 +222,7 @@ def test_missing_short_and_unreadable_clips_are_named(copy, tmp_path, capsys):
     replace(clips / f"{last:05d}" / "16.jpg", b"\0" * 1000)
     (clips / f"{fine:05d}" / "16.jpg").unlink()
     (clips / f"{fine:05d}" / "Thumbs.db").write_bytes(b"no frame")
+    (clips / f"{fine:05d}" / "._1.jpg").write_bytes(b"no frame either")
     message = refused(capsys, prepare_dfew, root, out, "--frames", "clip_224x224_16f", "--report", report)
     assert f"2 of 54 clips are missing: {min(gone, empty):05d}, {max(gone, empty):05d}" in message
     assert "3 of 54 clips are unreadable" in message and "--allow-missing" in message
@@ -617,7 +618,8 @@ def test_a_failed_write_leaves_the_old_lists_alone(dfew, tmp_path, capsys, monke
 
 @pytest.mark.parametrize("script", [prepare_dfew, prepare_ferv39k])
 def test_errors_are_one_line_exit_code_2_for_usage_and_1_for_the_data(tmp_path, capsys, script):
-    assert "--root nowhere: no such folder" in refused(capsys, script, "nowhere", tmp_path / "x")
+    for root in ("nowhere", "x" * 300):  # of which the system says something else than that it is missing
+        assert f"--root {root}: no such folder" in refused(capsys, script, root, tmp_path / "x")
     assert "clip_112" in refused(capsys, script, tmp_path, tmp_path / "x", "--frames", "clip_112")
     with pytest.raises(SystemExit) as stop:
         script.main(["--root", str(tmp_path)])
@@ -631,8 +633,17 @@ def test_errors_are_one_line_exit_code_2_for_usage_and_1_for_the_data(tmp_path, 
 def test_out_that_is_a_file_cannot_be_written(dfew, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert "cannot write" in refused(capsys, prepare_dfew, dfew, tmp_path / "file", "--allow-missing")
-    report = ("--report", tmp_path / "nowhere/report.txt")
-    assert "cannot write" in refused(capsys, prepare_dfew, dfew, tmp_path / "out", *report)
+    assert "cannot write" in refused(capsys, prepare_dfew, dfew, tmp_path / ("x" * 300), "--allow-missing")
+    for report in (tmp_path / "nowhere/report.txt", tmp_path, tmp_path / ("x" * 300), "/dev/null"):
+        assert "cannot write" in refused(capsys, prepare_dfew, dfew, tmp_path / "out", "--report", report)
+
+
+@pytest.mark.parametrize("script", [prepare_dfew, prepare_ferv39k])
+def test_a_defect_keeps_its_traceback(request, tmp_path, monkeypatch, script):
+    root = request.getfixturevalue(script.__name__.removeprefix("scripts.prepare_"))
+    monkeypatch.setattr(releases, "judge", lambda *_: max([]))
+    with pytest.raises(ValueError, match="empty"):
+        script.main(["--root", str(root), "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Annotation lists: the one place that knows what a row of a `.txt` list means.
+"""Read and write annotation lists: the one place that knows what a row of a `.txt` list means.
 
 The canonical form, which our scripts write, is the common form of the field below a header of comments:
 
@@ -8,10 +8,10 @@ The canonical form, which our scripts write, is the common form of the field bel
     00001 144 1
 """
 
+import contextlib
 import csv
 import hashlib
 import itertools
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from dfer.cli import UserError
+from dfer.files import reason, write_whole
 
 # The order of DFEW's label ids, which the field's `.txt` lists use for DFEW and FERV39k alike.
 EMOTIONS = ("Happy", "Sad", "Neutral", "Angry", "Surprise", "Disgust", "Fear")
-
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,9}")  # int() would also take ٣, +3 and 1_0
 
@@ -34,11 +34,11 @@ _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,9}")  # int() would also take ٣, +3 and 
 class VideoRecord:
     """One annotated video: a row of a list."""
 
-    name: str  # as written in the list: how logs and predictions.csv call it
+    name: str  # as the list writes it; logs and predictions.csv use it too
     path: Path  # folder of frames (or file) on this machine
     num_frames: int  # as listed; a hint only, published lists get it wrong
     label: int  # 0 .. len(EMOTIONS) - 1
-    source: str  # "list.txt:row", for messages
+    source: str  # "list.txt:row", which begins each message about it
 
 
 def read_annotations(list_path: str | Path, root: str | Path | None = None) -> list[VideoRecord]:
@@ -48,15 +48,15 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     with `#` are fine. Relative paths start at `root`, else where the list's header says, else at the list's folder.
 
     Raises:
-        UserError: in one line that names the file and the row, if the list is missing, empty or damaged, if its
-            header states another order of classes, or a hash that its rows do not have.
+        UserError: if the list is missing, empty or damaged, or if its header states another order of classes, or a
+            hash that its rows do not have. The message names the file, and the row if it is about one.
     """
     list_path = Path(list_path)
     try:
         text = list_path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{list_path}: no such annotation list{_hint(list_path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
         raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
 
     # Not splitlines(): it would also cut at characters that a file name may hold.
@@ -64,36 +64,39 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     header = read_header(lines)
     _check_header(list_path, header, lines)
     base = Path(root) if root is not None else list_path.parent / header.get("root", "")
-    records = []
-    for row, line in enumerate(lines, start=1):
-        if not line or line.startswith("#"):
-            continue
-        where = f"{list_path}:{row}"
-        if "\0" in line:
-            raise UserError(f"{where}: holds a NUL, which no path has: damaged, or not a list")
-        fields = line.rsplit(maxsplit=2)
-        if len(fields) != 3:
-            raise UserError(f"{where}: expected 'path num_frames label', got {line!r}")
-        name, num_frames, label = fields
-        if not (_WHOLE_NUMBER.fullmatch(num_frames) and _WHOLE_NUMBER.fullmatch(label)):
-            raise UserError(f"{where}: num_frames and label must be whole numbers, got {line!r}")
-        num_frames, label = int(num_frames), int(label)
-        if num_frames < 1:
-            raise UserError(f"{where}: num_frames is {num_frames}, must be at least 1")
-        if not 0 <= label < len(EMOTIONS):
-            legend = " ".join(f"{i}={e}" for i, e in enumerate(EMOTIONS))
-            raise UserError(f"{where}: label {label} is not in 0..{len(EMOTIONS) - 1} ({legend})")
-        records.append(VideoRecord(name, base / name, num_frames, label, where))
+    records = [
+        _parse_row(line, f"{list_path}:{row}", base)
+        for row, line in enumerate(lines, start=1)
+        if line and not line.startswith("#")
+    ]
     if not records:
         raise UserError(f"{list_path}: the annotation list is empty")
     return records
 
 
+def _parse_row(line: str, where: str, base: Path) -> VideoRecord:
+    if "\0" in line:
+        raise UserError(f"{where}: holds a NUL, which no path has: damaged, or not a list")
+    fields = line.rsplit(maxsplit=2)
+    if len(fields) != 3:
+        raise UserError(f"{where}: expected 'path num_frames label', got {line!r}")
+    name = fields[0]
+    if not (_WHOLE_NUMBER.fullmatch(fields[1]) and _WHOLE_NUMBER.fullmatch(fields[2])):
+        raise UserError(f"{where}: num_frames and label must be whole numbers, got {line!r}")
+    num_frames, label = int(fields[1]), int(fields[2])
+    if num_frames < 1:
+        raise UserError(f"{where}: num_frames is {num_frames}, must be at least 1")
+    if not 0 <= label < len(EMOTIONS):
+        legend = " ".join(f"{i}={e}" for i, e in enumerate(EMOTIONS))
+        raise UserError(f"{where}: label {label} is not in 0..{len(EMOTIONS) - 1} ({legend})")
+    return VideoRecord(name, base / name, num_frames, label, where)
+
+
 def packed_index(list_path: str | Path) -> Path | None:
-    """The .npz file that a packed list says its clips lie in (see packed.py); None if the list is not packed.
+    """Return the .npz file that a packed list says its clips lie in (see packed.py), None if the list is not packed.
 
     Raises:
-        UserError: in one line, if the list cannot be read, or names a file that is not beside it.
+        UserError: if the list cannot be read, or names a file that is not beside it.
     """
     list_path = Path(list_path)
     try:
@@ -101,10 +104,10 @@ def packed_index(list_path: str | Path) -> Path | None:
             header = read_header(
                 list(itertools.takewhile(lambda line: not line or line[0] == "#", map(str.strip, file)))
             )
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
     name = header.get("packed")
-    if name is not None and (os.path.basename(name) != name or not name.endswith(".npz")):
+    if name is not None and (os.path.basename(name) != name or "\0" in name or not name.endswith(".npz")):
         raise UserError(f"{list_path}: its header says packed: {name!r}, which is no .npz file beside the list")
     return None if name is None else list_path.parent / name
 
@@ -117,11 +120,15 @@ def write_annotations(
 ) -> None:
     """Write the canonical list of (name, num_frames, label) rows, whole or not at all.
 
-    `root` is where the names start, stored as given; None stands for the list's own folder. `packed` is the .npz file
-    beside the list that says where the clips lie, if they are packed.
+    Args:
+        list_path: the list to write.
+        rows: (name, num_frames, label) of each video.
+        root: folder in which the names start, stored as given. None: the folder of the list.
+        packed: name of the .npz file beside the list that says where the clips lie, if they are packed.
 
     Raises:
         UserError: if a row cannot be written so that it reads back the same.
+        OSError: if the file cannot be written.
     """
     list_path = Path(list_path)
     lines = []
@@ -134,25 +141,35 @@ def write_annotations(
     header = [f"# classes: {' '.join(EMOTIONS)}"]
     if root is not None:
         header.append(f"# root: {root}")
-        if str(root) != str(root).strip() or "\n" in str(root) or "\r" in str(root):
+        if not fits_header(str(root)):
             raise UserError(f"{list_path}: a root named {str(root)!r} cannot stand in a list")
     if packed is not None:
         header.append(f"# packed: {packed}")
+        if not fits_header(packed):
+            raise UserError(f"{list_path}: a pack named {packed!r} cannot stand in a list")
     try:
         header.append(f"# sha256: {hash_rows(lines)}")
         data = "".join(f"{line}\n" for line in header + lines).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{list_path}: a name that is not UTF-8 cannot stand in a list ({error})") from None
-    partial = list_path.with_name(list_path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, list_path)
+    write_whole(list_path, data)
+
+
+def fits_header(text: str) -> bool:
+    """Return whether a text reads back the same from a list's header: it is UTF-8, and of one line."""
+    with contextlib.suppress(UnicodeEncodeError):
+        text.encode()
+        return text == text.strip() and not any(character in text for character in "\n\r\0")
+    return False
 
 
 def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.ndarray, "N K"]:
-    """Label distributions of the records from a file of votes: `clip,Happy,...,Fear`, counts per clip; rows sum to 1.
+    """Return the label distribution of each record, each row summing to 1.
+
+    The file has the header `clip,Happy,...,Fear` and a row for each clip with how many annotators chose each class.
 
     Raises:
-        UserError: in one line, if the file is missing or damaged, or has no votes for one of the records.
+        UserError: if the file is missing or damaged, or has no votes for one of the records.
     """
     votes: dict[str, list[float]] = {}
     try:
@@ -162,15 +179,15 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
             if header != ["clip", *EMOTIONS]:
                 raise UserError(f"{path}:1: expected clip,{','.join(EMOTIONS)}, got {','.join(header)!r}")
             for row in rows:
-                try:
-                    name, counts = row[0], [float(x) for x in row[1:]]
-                except (ValueError, IndexError):
-                    counts = []
-                if len(counts) != len(EMOTIONS) or not (min(counts) >= 0 and 0 < sum(counts) < math.inf):
+                counts = []
+                with contextlib.suppress(ValueError):
+                    counts = [float(x) for x in row[1:]]
+                # The sum is bounded, as the shares are calculated in float32.
+                if len(counts) != len(EMOTIONS) or not (min(counts) >= 0 and 1e-9 < sum(counts) < 1e9):
                     raise UserError(f"{path}:{rows.line_num}: expected a clip and {len(EMOTIONS)} counts, got {row}")
-                votes[name] = counts
+                votes[row[0]] = counts
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a file of votes ({error})") from None
+        raise UserError(f"{path}: cannot be read as a file of votes ({reason(error)})") from None
     for record in records:
         if record.name not in votes:
             raise UserError(f"{path}: no votes for clip {record.name} ({record.source})")
@@ -179,7 +196,7 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
 
 
 def read_header(lines: Sequence[str]) -> dict[str, str]:
-    """The `# key: value` comments that stand before the first row."""
+    """Return the `# key: value` comments that stand before the first row, of the keys that lists of ours have."""
     header = {}
     for line in lines:
         if line and not line.startswith("#"):
@@ -191,6 +208,8 @@ def read_header(lines: Sequence[str]) -> dict[str, str]:
 
 
 def _check_header(list_path: Path, header: dict[str, str], lines: Sequence[str]) -> None:
+    if "\0" in "".join(header.values()):
+        raise UserError(f"{list_path}: its header holds a NUL, which no path has: damaged, or not a list")
     classes = tuple(header.get("classes", " ".join(EMOTIONS)).split())
     if classes != EMOTIONS:
         raise UserError(
@@ -206,6 +225,7 @@ def _check_header(list_path: Path, header: dict[str, str], lines: Sequence[str])
 
 
 def hash_rows(rows: Sequence[str]) -> str:
+    """Return the SHA-256 in hex that the header states of a list's rows."""
     return hashlib.sha256("".join(f"{row}\n" for row in rows).encode()).hexdigest()
 
 

@@ -1,12 +1,13 @@
-"""Dialects: annotation lists as the field writes them, read with the meaning of their labels or refused.
+"""Formats: annotation lists as the field writes them, read with the meaning of their labels or refused.
 
-Every reading is a candidate: an order of the classes and the id of the first one. A candidate is dropped when rows
-contradict it, by an id out of its range or by an emotion folder in the path (`Crime/Angry/0063`). One row may be a
-typo, so what a single row says settles nothing: a list damaged in one row is refused or keeps the other rows' labels.
-A list in which two candidates that differ remain is refused, with the flag of scripts/check_list.py that decides.
+A reading is an order of the classes and the id of the first one. A reading is dropped when rows contradict it, by an id
+out of its range or by an emotion folder in the path (`Crime/Angry/0063`). A single row settles nothing, as it may be a
+typo: a list damaged in one row is refused or keeps the labels of the other rows. A list for which two readings remain
+that differ is refused, with the flag of scripts/check_list.py that decides.
 
-Two conventions settle what rows leave open: `path num_frames label` is in DFEW order from 0, and what has the official
-header is in DFEW order. One thing cannot be told: two columns look like three if all names end in a blank and a number.
+Two conventions settle what rows leave open: `path num_frames label` is in DFEW order from 0, and a list with the
+official header is in DFEW order. One thing cannot be found out: two columns look like three if all names end in a blank
+and a number.
 """
 
 import posixpath
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dfer.cli import UserError
+from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS, hash_rows, read_header
 
 ORDERS = {"dfew": EMOTIONS, "alphabetical": tuple(sorted(EMOTIONS))}
@@ -40,7 +42,7 @@ SAY_ORDER = "say --class-order dfew, --class-order alphabetical, or all seven cl
 
 
 class Row(NamedTuple):
-    """One clip of a list."""
+    """One video of a list."""
 
     name: str  # its path, with forward slashes
     num_frames: int | None  # as listed; None if the list has no such column or no such number
@@ -49,10 +51,10 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ListFormat:
     """How a list was read, and why."""
 
-    name: str
+    name: str  # its columns and what its labels mean
     evidence: tuple[str, ...]
     problems: tuple[str, ...]  # "list.txt:row: ..." of what is wrong but leaves the labels certain
     root: str | None  # where the list's header says that the paths start
@@ -61,42 +63,92 @@ class Dialect:
 
 
 class _Cells(NamedTuple):
+    """A row cut into columns."""
+
     line: int
     path: str
-    count: str | None
+    frames: str | None
     label: str
 
 
+class _Table(NamedTuple):
+    """A list cut into columns. What its labels mean is open."""
+
+    path: Path
+    header: dict[str, str]
+    official: bool  # it has the header of the official DFEW lists
+    columns: str  # "path num_frames label", ...
+    cells: list[_Cells]
+    names: list[str]  # the paths in plain form
+    absolute: bool  # all paths are
+
+    @property
+    def canonical(self) -> bool:
+        return "classes" in self.header
+
+
 class _Reading(NamedTuple):
+    """What the labels of a list may mean."""
+
     order: str
     classes: tuple[str, ...]
     base: int
 
     def emotion(self, label: int) -> str:
-        """Emotion of an id as the list writes it; empty if it has none."""
+        """Return the emotion of an id as the list writes it; empty if it has none."""
         return self.classes[label - self.base] if 0 <= label - self.base < len(EMOTIONS) else ""
 
     def __str__(self) -> str:
         return WORD if self.order == WORD else f"ids {self.base}..{self.base + 6} in {self.order} order"
 
 
-def read_dialect(
+def read_list(
     list_path: str | Path, *, order: str | None = None, base: int | None = None
-) -> tuple[list[Row], Dialect]:
-    """Read a list of any dialect: 2 or 3 columns, commas or white space, emotion words or ids of any order and base.
+) -> tuple[list[Row], ListFormat]:
+    """Read a list of any format: 2 or 3 columns, commas or white space, emotion words or ids of any order and base.
 
-    `order` ("dfew", "alphabetical", or the seven classes with commas between) and `base` (0 or 1) are for lists that
-    do not show theirs; the rows must not contradict them.
+    Args:
+        list_path: the list.
+        order: "dfew", "alphabetical", or the seven classes with commas between, for lists that do not show theirs;
+            the rows must not contradict it.
+        base: the id of the first class, 0 or 1, likewise.
 
     Returns:
-        The rows in the list's order, and the dialect with the evidence for it.
+        The rows in the list's order, and the format with the evidence for it.
 
     Raises:
-        UserError: in one line that names the file and mostly a row, if the list cannot be read, is damaged, reaches
-            outside its root by "..", contradicts itself, or leaves open what its labels mean.
+        UserError: if the list cannot be read, is damaged, reaches outside its root by "..", contradicts itself, or
+            leaves open what its labels mean. The message names the file and mostly a row.
     """
     list_path = Path(list_path)
     classes = None if order is None else _parse_order(order, "--class-order")
+    table, evidence, problems = _read_table(list_path)
+    ids = _label_ids(list_path, table.cells)
+    readings, usual = _possible_readings(table, ids is not None, order, base, evidence)
+    if ids is None:
+        ids = [EMOTIONS.index(WORDS[cell.label.lower()]) for cell in table.cells]
+    reading = _settle(table, ids, readings, usual, evidence)
+    if reading in usual and classes is None and not any(map(_emotions, table.names)):
+        evidence.append(
+            f"convention, not proof: lists with such {'a header' if table.official else 'rows'} are in DFEW order"
+        )
+    to_label = [EMOTIONS.index(emotion) for emotion in reading.classes]
+    rows = []
+    for cell, name, number in zip(table.cells, table.names, ids, strict=True):
+        count = None if cell.frames is None else int(cell.frames[:9])
+        if cell.frames is not None and count not in range(1, MAX_COUNT + 1):
+            problems.append(f"{list_path}:{cell.line}: no clip has {cell.frames[:20]} frames")
+            count = None
+        rows.append(Row(name, count, to_label[number - reading.base], cell.line))
+    known = KNOWN.get((table.official, table.columns, reading.order, reading.base), "")
+    known = "canonical list" if table.canonical else known
+    name = f"{table.columns}, {reading}" + (f" ({known})" if known else "")
+    root = table.header.get("root")
+    return rows, ListFormat(name, tuple(evidence), tuple(problems), root, table.absolute, table.canonical)
+
+
+def _read_table(list_path: Path) -> tuple[_Table, list[str], list[str]]:
+    """Read a list and cut it into columns. Returns it, its oddities, and what is wrong with it."""
     lines, evidence = _read_lines(list_path)
     header = read_header(lines)
     canonical = "classes" in header
@@ -115,57 +167,41 @@ def read_dialect(
     if number := sum(line.startswith("#") for line in lines[numbered[0][0] :]):
         evidence.append(f"{number:,} lines among the rows start with # and are taken for comments")
     cells, comma = _cut_columns(list_path, numbered, official)
-    if canonical and cells[0].count is None:
+    if canonical and cells[0].frames is None:
         raise UserError(f"{list_path}:{cells[0].line}: its header goes with rows of 'path num_frames label'")
     names, absolute = _clean_paths(list_path, cells, canonical, official, evidence)
-
-    columns = "path,label" if cells[0].count is None else "path,num_frames,label"
+    columns = "path,label" if cells[0].frames is None else "path,num_frames,label"
     columns = columns if comma else columns.replace(",", " ")
-    ids = _label_ids(list_path, cells)
-    readings = [_Reading(name, emotions, first) for name, emotions in ORDERS.items() for first in (0, 1)]
-    # By convention. An official list may also be in 1..7; nobody writes the common one so.
-    usual = [r for r in readings if r.order == "dfew" and (official or (columns == COMMON and r.base == 0))]
-    if ids is None:
-        evidence.append("all labels are emotion words")
-        ids = [EMOTIONS.index(WORDS[cell.label.lower()]) for cell in cells]
-        readings = [_Reading(WORD, EMOTIONS, 0)]
-    elif canonical:
-        stated = _parse_order(",".join(header["classes"].split()), f"{list_path}: its header")
-        if classes not in (None, stated) or base == 1:
-            raise UserError(f"{list_path}: its header states other labels than --class-order or --label-base")
-        evidence.append(f"header: classes {' '.join(stated)}, from 0")
-        readings = [_Reading(next((name for name in ORDERS if ORDERS[name] == stated), "its header's"), stated, 0)]
-    else:
-        if classes is not None:
-            evidence.append(f"--class-order {order}")
-            readings = [_Reading(order if order in ORDERS else "the given", classes, first) for first in (0, 1)]
-        if base is not None:
-            evidence.append(f"--label-base {base}")
-            readings = [reading for reading in readings if reading.base == base]
-    reading = _settle(list_path, cells, names, ids, readings, usual, evidence)
-    if reading in usual and classes is None and not any(map(_emotions, names)):
-        evidence.append(
-            f"convention, not proof: lists with such {'a header' if official else 'rows'} are in DFEW order"
-        )
+    return _Table(list_path, header, official, columns, cells, names, absolute), evidence, problems
 
-    to_label = [EMOTIONS.index(emotion) for emotion in reading.classes]
-    rows = []
-    for cell, name, number in zip(cells, names, ids, strict=True):
-        count = None if cell.count is None else int(cell.count[:9])
-        if count is not None and not 1 <= count <= MAX_COUNT:
-            problems.append(f"{list_path}:{cell.line}: no clip has {cell.count[:20]} frames")
-            count = None
-        rows.append(Row(name, count, to_label[number - reading.base], cell.line))
-    known = "canonical list" if canonical else KNOWN.get((official, columns, reading.order, reading.base), "")
-    dialect = Dialect(
-        f"{columns}, {reading}" + (f" ({known})" if known else ""),
-        tuple(evidence),
-        tuple(problems),
-        header.get("root"),
-        absolute,
-        canonical,
-    )
-    return rows, dialect
+
+def _possible_readings(
+    table: _Table, has_ids: bool, order: str | None, base: int | None, evidence: list[str]
+) -> tuple[list[_Reading], list[_Reading]]:
+    """Return the readings that header and flags leave, and those that are usual by convention."""
+    readings = [_Reading(name, emotions, first) for name, emotions in ORDERS.items() for first in (0, 1)]
+    # An official list may also be in 1..7; nobody writes the common one so.
+    usual = [r for r in readings if r.order == "dfew"]
+    usual = [r for r in usual if table.official or (table.columns == COMMON and r.base == 0)]
+    classes = None if order is None else _parse_order(order, "--class-order")
+    if not has_ids:
+        evidence.append("all labels are emotion words")
+        return [_Reading(WORD, EMOTIONS, 0)], usual
+    if table.canonical:
+        stated = _parse_order(",".join(table.header["classes"].split()), f"{table.path}: its header")
+        if classes not in (None, stated) or base == 1:
+            raise UserError(f"{table.path}: its header states other labels than --class-order or --label-base")
+        evidence.append(f"header: classes {' '.join(stated)}, from 0")
+        name = next((name for name in ORDERS if ORDERS[name] == stated), "its header's")
+        return [_Reading(name, stated, 0)], usual
+    if classes is not None:
+        evidence.append(f"--class-order {order}")
+        name = order if order in ORDERS else "the given"
+        readings = [_Reading(name, classes, first) for first in (0, 1)]
+    if base is not None:
+        evidence.append(f"--label-base {base}")
+        readings = [reading for reading in readings if reading.base == base]
+    return readings, usual
 
 
 def _parse_order(order: str, where: str) -> tuple[str, ...]:
@@ -178,7 +214,7 @@ def _parse_order(order: str, where: str) -> tuple[str, ...]:
 
 
 def _read_lines(list_path: Path) -> tuple[list[str], list[str]]:
-    """The stripped lines of a list, and what is odd about its bytes."""
+    """Return the stripped lines of a list, and the oddities of its bytes."""
     try:
         if not list_path.is_file():  # a device or a pipe may never end
             raise UserError(f"{list_path}: no such annotation list")
@@ -186,7 +222,7 @@ def _read_lines(list_path: Path) -> tuple[list[str], list[str]]:
             data = file.read(MAX_BYTES + 1)
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
+        raise UserError(f"{list_path}: cannot be read as an annotation list ({reason(error)})") from None
     if len(data) > MAX_BYTES or text.count("\n") > MAX_ROWS:
         raise UserError(f"{list_path}: too large for a list: over {MAX_BYTES:,} bytes or {MAX_ROWS:,} rows")
     lines = [line.strip() for line in text.split("\n")]  # not splitlines(): names may hold what it cuts at
@@ -200,7 +236,11 @@ def _read_lines(list_path: Path) -> tuple[list[str], list[str]]:
 
 
 def _cut_columns(list_path: Path, numbered: Sequence[tuple[int, str]], official: bool) -> tuple[list[_Cells], bool]:
-    """Cut rows from the right, as paths may hold spaces and commas. All must have the same columns."""
+    """Cut rows from the right, as paths may hold spaces and commas. Returns the columns, and whether commas part them.
+
+    Raises:
+        UserError: if not all rows have the same columns.
+    """
     two, three, commas = [], [], []
     for number, line in numbered:
         label = line.rsplit(maxsplit=1)[-1].rpartition(",")[2]
@@ -226,7 +266,7 @@ def _cut_columns(list_path: Path, numbered: Sequence[tuple[int, str]], official:
             f"end in numbers, separate the columns by {'white space' if commas[0] else 'commas'}"
         )
     if len({cell.path for cell in three}) < len({cell.path for cell in two}):
-        repeated = Counter(path for path, _ in {(cell.path, cell.count) for cell in three}).most_common(1)[0][0]
+        repeated = Counter(path for path, _ in {(cell.path, cell.frames) for cell in three}).most_common(1)[0][0]
         rows = [cell.line for cell in three if cell.path == repeated]
         raise UserError(
             f"{list_path}:{rows[0]}: {_show(repeated)} stands in row {rows[-1]} with another number: one clip with two "
@@ -238,7 +278,7 @@ def _cut_columns(list_path: Path, numbered: Sequence[tuple[int, str]], official:
 def _clean_paths(
     list_path: Path, cells: Sequence[_Cells], canonical: bool, official: bool, evidence: list[str]
 ) -> tuple[list[str], bool]:
-    """The paths in plain form, and whether they are absolute (all or none)."""
+    """Return the paths in plain form, and whether they are absolute (all or none)."""
     names, absolute = [], []
     for cell in cells:
         # Our own lists hold what is on this disk, where a name may have a backslash.
@@ -263,7 +303,7 @@ def _clean_paths(
 
 
 def _label_ids(list_path: Path, cells: Sequence[_Cells]) -> list[int] | None:
-    """The ids of all rows, or None if all are words."""
+    """Return the ids of all rows, or None if all labels are words."""
     worded, numeric = [], []
     for cell in cells:
         if cell.label.lower() in WORDS:
@@ -284,36 +324,27 @@ def _label_ids(list_path: Path, cells: Sequence[_Cells]) -> list[int] | None:
 
 
 def _emotions(name: str) -> set[str]:
-    """The emotions that folders of a path are named after."""
+    """Return the emotions that folders of a path are named after."""
     return {WORDS[part.lower()] for part in name.split("/") if part.lower() in WORDS}
 
 
 def _settle(
-    list_path: Path,
-    cells: Sequence[_Cells],
-    names: Sequence[str],
-    ids: Sequence[int],
-    readings: Sequence[_Reading],
-    usual: Sequence[_Reading],
-    evidence: list[str],
+    table: _Table, ids: Sequence[int], readings: Sequence[_Reading], usual: Sequence[_Reading], evidence: list[str]
 ) -> _Reading:
-    """The one reading that the rows allow; if they allow one of the `usual`, readings of other orders do not count."""
-    folders = [_emotions(name) for name in names]
+    """Return the one reading that the rows allow; if they allow a `usual` one, readings of other orders do not count.
+
+    Raises:
+        UserError: if they allow none, or several that differ.
+    """
+    folders = [_emotions(name) for name in table.names]
     against = {
-        reading: [row for row, i in enumerate(ids) if not (told := reading.emotion(i)) or not folders[row] <= {told}]
+        reading: [row for row, i in enumerate(ids) if not (says := reading.emotion(i)) or not folders[row] <= {says}]
         for reading in readings
     }
     fitting = [reading for reading in readings if not against[reading]]
     if not fitting:
         nearest = min(readings, key=lambda reading: len(against[reading]))
-        row, *more = against[nearest]
-        told, found = nearest.emotion(ids[row]), " and ".join(sorted(folders[row]))
-        what = f"means {told} by {nearest}, but its path says {found}" if told else f"is none of {nearest}"
-        others = f" (also against it: {len(more)} more, row {', '.join(str(cells[r].line) for r in more[:5])})"
-        raise UserError(
-            f"{list_path}:{cells[row].line}: label {cells[row].label} {what}"
-            f"{others if more else ''}; no meaning of the labels fits all rows"
-        )
+        raise UserError(_contradiction(table, nearest, against[nearest], ids, folders))
     if favoured := [reading for reading in fitting if reading in usual]:
         fitting = favoured
         readings = [reading for reading in readings if reading.order == favoured[0].order]
@@ -329,9 +360,10 @@ def _settle(
         if any(reading.order != chosen.order for reading in rivals):
             advice += (" and " if advice else "") + SAY_ORDER
         single = next((against[reading][0] for reading in rivals if against[reading]), None)
-        doubt = "" if single is None else f" (only row {cells[single].line} speaks against that, and may be a typo)"
+        line = None if single is None else table.cells[single].line
+        doubt = "" if line is None else f" (only row {line} speaks against that, and may be a typo)"
         raise UserError(
-            f"{list_path}: its labels, {min(ids)}..{max(ids)}, may be {chosen} or {rivals[-1]}{doubt}: {advice}"
+            f"{table.path}: its labels, {min(ids)}..{max(ids)}, may be {chosen} or {rivals[-1]}{doubt}: {advice}"
         )
     if len({reading.base for reading in readings}) > 1:
         edge = 7 * chosen.base
@@ -339,10 +371,23 @@ def _settle(
             evidence.append(f"label {edge} occurs in {number:,} of {len(ids):,} rows: ids start at {chosen.base}")
     if number := sum(map(bool, folders)):
         agrees = "the label" if chosen.order == WORD else f"{chosen.order} order"
-        evidence.append(f"the emotion folder in {number:,} of {len(names):,} paths agrees with {agrees}")
+        evidence.append(f"the emotion folder in {number:,} of {len(folders):,} paths agrees with {agrees}")
     return chosen
 
 
+def _contradiction(
+    table: _Table, nearest: _Reading, against: Sequence[int], ids: Sequence[int], folders: Sequence[set[str]]
+) -> str:
+    """Return the message about a list that no reading fits. `against` are the rows that contradict the nearest one."""
+    row, *more = against
+    says, found = nearest.emotion(ids[row]), " and ".join(sorted(folders[row]))
+    what = f"means {says} by {nearest}, but its path says {found}" if says else f"is none of {nearest}"
+    rows = ", ".join(str(table.cells[r].line) for r in more[:5])
+    others = f" (also against it: {len(more)} more, row {rows})" if more else ""
+    cell = table.cells[row]
+    return f"{table.path}:{cell.line}: label {cell.label} {what}{others}; no meaning of the labels fits all rows"
+
+
 def _show(text: str) -> str:
-    """Text of a list for a message: in one line, printable, not too long."""
+    """Return a text of a list as messages show it: printable, and not too long."""
     return repr(text if len(text) <= 80 else f"{text[:77]}...")

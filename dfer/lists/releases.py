@@ -1,20 +1,24 @@
-"""The official releases of DFEW and FERV39k: what is published of them, and the steps of preparing either."""
+"""The official releases of DFEW and FERV39k: what is published of them, and the steps of preparing either.
+
+A clip is here, as the releases call it, a whole video.
+"""
 
 import os
 import re
-import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
+from av.error import FFmpegError
 
-from dfer.cli import Parser, UserError, shown
-from dfer.images import FRAME_SUFFIXES, natural_key
+from dfer.cli import Parser, UserError, progress, shown
+from dfer.files import commit, disk_errors, reason, write_whole
+from dfer.images import frame_names, natural_key
 from dfer.lists.annotations import EMOTIONS, write_annotations
+from dfer.lists.threads import in_chunks
 
 # Clips per class, in the order of EMOTIONS. A fold of DFEW trains on all that it does not test on.
 DFEW_TEST_COUNTS = (
@@ -34,26 +38,26 @@ SHORT = 16  # frames; the field's T
 # What unpacking twice, or downloading in pieces, adds to the name of a folder.
 COPY_SUFFIX = r"(?:[ _-]*(?:\(\d+\)|-\d+|copy|part_\d+))*"
 MAX_DEPTH = 8
-# Clips, of which there are many: DFEW's 00001, and below FERV39k's emotions. And what macOS packs with everything.
+# Folders of clips, of which there are many (DFEW's 00001, FERV39k's emotions), hidden ones, and those of macOS.
 NOT_SEARCHED = re.compile(rf"[0-9]{{5}}|[.].*|__MACOSX|{'|'.join(EMOTIONS)}", re.IGNORECASE)
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
-SCAN_THREADS = 8
-NAMED = 10  # how many of many clips a message names
+NAMED = 10  # clips that a message names at most
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found on disk of one listed clip."""
+    """Whether a listed clip can be used, judged by what is on disk."""
 
     num_frames: int
     problem: str | None = None  # why it cannot be used
 
 
 def search(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The folders of an unpacked release, top down: path, names of sub-folders, names of files.
+    """Yield the folders of an unpacked release, top down: path, names of sub-folders, names of files.
 
     Clip folders are named but not entered. Links are followed last, and at most once to the same place by the same
-    name, so that a loop ends. What cannot be opened is passed over: a part in it is then not found, which is said.
+    name, so that a loop ends. A folder that cannot be opened is passed over; a part of the release that lies in it is
+    then reported as not found.
     """
     queue, links = deque([(os.path.abspath(root), 0)]), deque()
     seen = set()
@@ -82,10 +86,10 @@ def search(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def only_one(part: str, found: Iterable[str], root: str | Path) -> str:
-    """The one path that holds a part of the release; of several paths to the same place, the first found.
+    """Return the one path that holds a part of the release; of several paths to the same place, the first.
 
     Raises:
-        UserError: in one line, if there is none or more than one.
+        UserError: if there is none or more than one, or if the path cannot stand in a list.
     """
     by_place: dict[str, str] = {}
     for path in found:
@@ -105,22 +109,22 @@ def only_one(part: str, found: Iterable[str], root: str | Path) -> str:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, str]]:
-    """The rows of a text file that are not blank: where ("file:row", for messages), and what stands there.
+    """Yield the rows of a text file that are not blank: ("file:row", which begins messages, the text).
 
     Raises:
-        UserError: in one line, if the file cannot be read.
+        UserError: if the file cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     for row, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{path}:{row}", line.strip()
 
 
 def count_difference(name: str, labels: Iterable[int], published: Sequence[int]) -> str | None:
-    """How the classes of a list differ from the published counts, or None."""
+    """Return how the class counts of a list differ from the published ones, or None."""
     counts = Counter(labels)
     found = [counts[label] for label in range(len(EMOTIONS))]
     if found == list(published):
@@ -132,16 +136,15 @@ def count_difference(name: str, labels: Iterable[int], published: Sequence[int])
 
 
 def scan_frames(path: str) -> Scan:
-    """Count a folder's frames as the trainer does, and look at the first, the middle and the last one."""
+    """Count a folder's frames as the trainer does, and read the signatures of the first, the middle and the last."""
     try:
-        names = [name for name in os.listdir(path) if name.lower().endswith(FRAME_SUFFIXES)]
+        names = frame_names(path)
     except (FileNotFoundError, NotADirectoryError):
         return Scan(0, "missing")
     except OSError as error:
-        return Scan(0, f"unreadable ({error.strerror})")
+        return Scan(0, f"unreadable ({reason(error)})")
     if not names:
         return Scan(0, "missing (no frames in its folder)")
-    names.sort(key=natural_key)
     for index in sorted({0, len(names) // 2, len(names) - 1}):
         if not _starts_as_image(os.path.join(path, names[index])):
             return Scan(len(names), f"unreadable ({shown(names[index])} is no JPEG or PNG image)")
@@ -160,7 +163,7 @@ def _starts_as_image(path: str) -> bool:
 
 
 def scan_video(path: str) -> Scan:
-    """Count a video's frames without decoding them: one packet each."""
+    """Count a video's frames without decoding them, as there is one packet for each."""
     if not os.path.exists(path):
         return Scan(0, "missing")
     try:
@@ -173,34 +176,19 @@ def scan_video(path: str) -> Scan:
                 if packet.is_corrupt:
                     return Scan(num_frames, "unreadable (truncated or damaged)")
                 num_frames += packet.size > 0  # the last packet is empty: it says that there are no more
-    except (av.FFmpegError, OSError) as error:
-        return Scan(0, f"unreadable ({error.strerror})")
+    except (FFmpegError, OSError) as error:
+        return Scan(0, f"unreadable ({reason(error)})")
     return Scan(num_frames, None if num_frames else "unreadable (no frames)")
 
 
 def scan_clips(root: str, names: Sequence[str], scan: Callable[[str], Scan]) -> dict[str, Scan]:
-    """Scan all clips below `root`, in threads: the disk is what is waited for. Says how far it is."""
-    chunks = [names[start : start + 64] for start in range(0, len(names), 64)]
-    scans: dict[str, Scan] = {}
-    pool = ThreadPoolExecutor(SCAN_THREADS)
-    try:
-        results = pool.map(lambda chunk: [scan(os.path.join(root, name)) for name in chunk], chunks)
-        if terminal := sys.stdout.isatty():
-            from rich.progress import track
-
-            results = track(results, "clips", total=len(chunks))
-        for chunk, found in zip(chunks, results, strict=True):
-            tenths = len(scans) * 10 // len(names)
-            scans.update(zip(chunk, found, strict=True))
-            if not terminal and len(scans) * 10 // len(names) > tenths:
-                print(f"{len(scans):,}/{len(names):,} clips", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)  # when interrupted, do not scan on
-    return scans
+    """Scan all clips below `root`, and show progress."""
+    found = in_chunks(lambda name: scan(os.path.join(root, name)), names, size=64)
+    return dict(zip(names, progress(found, len(names), "clips"), strict=True))
 
 
 def command_line(program: str, description: str | None) -> Parser:
-    """The options that preparing either release has."""
+    """Return a parser with the options that both commands have."""
     parser = Parser(program, description)
     parser.add_argument("--root", type=Path, required=True, help="folder that holds the release, however deep")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
@@ -212,11 +200,10 @@ def command_line(program: str, description: str | None) -> Parser:
 
 
 def judge(scans: Mapping[str, Scan], differences: Sequence[str], report: Path | None, allow_missing: bool) -> None:
-    """Say what is not as published, in `report` in full; refuse it unless a part of the release is allowed.
+    """Print what is not as published, and write all of it to `report`; refuse it unless `allow_missing` is set.
 
     Raises:
-        UserError: in one line, if the copy is not whole and has to be.
-        OSError: if the report cannot be written.
+        UserError: if the copy is not whole and has to be, or if the report cannot be written.
     """
     if report:
         write_report(report, scans, differences)
@@ -227,15 +214,16 @@ def judge(scans: Mapping[str, Scan], differences: Sequence[str], report: Path | 
 
 
 def write_report(path: Path, scans: Mapping[str, Scan], differences: Sequence[str]) -> None:
-    """Write everything there is to say about a copy of a release, a row each.
+    """Write everything that is not as published, a row each.
 
     Raises:
-        OSError: if the file cannot be written.
+        UserError: if the file cannot be written.
     """
     rows = [f"differs: {difference}" for difference in differences]
     rows += [f"{name}: {scan.problem}" for name, scan in scans.items() if scan.problem]
     rows += [f"{name}: short ({scan.num_frames} frames)" for name, scan in scans.items() if _is_short(scan)]
-    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    with disk_errors("cannot write"):
+        write_whole(path, "".join(f"{row}\n" for row in rows))
 
 
 def _is_short(scan: Scan) -> bool:
@@ -246,7 +234,7 @@ def check_whole(scans: Mapping[str, Scan], differences: Sequence[str]) -> None:
     """Refuse a copy that is not the whole release.
 
     Raises:
-        UserError: in one line, with what differs and the first of the clips that cannot be used.
+        UserError: if anything differs or a clip cannot be used.
     """
     wrong = []
     if differences:
@@ -260,7 +248,7 @@ def check_whole(scans: Mapping[str, Scan], differences: Sequence[str]) -> None:
 
 
 def bad_clips(scans: Mapping[str, Scan]) -> list[str]:
-    """In a line each, if there are any, the clips that are missing and those that are unreadable."""
+    """Return a line that names the missing clips and one that names the unreadable ones, where there are any."""
     lines = []
     for kind in ("missing", "unreadable"):
         bad = [name for name, scan in scans.items() if scan.problem and scan.problem.startswith(kind)]
@@ -270,7 +258,7 @@ def bad_clips(scans: Mapping[str, Scan]) -> list[str]:
 
 
 def short_clips(scans: Mapping[str, Scan]) -> list[str]:
-    """In a line, if there are any, the clips that are listed though they have few frames."""
+    """Return a line, if there are any, that names the clips with fewer than SHORT frames, which are listed."""
     short = [name for name, scan in scans.items() if _is_short(scan)]
     if not short:
         return []
@@ -278,7 +266,7 @@ def short_clips(scans: Mapping[str, Scan]) -> list[str]:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Return the first NAMED names in a text, and how many more there are."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
@@ -290,37 +278,44 @@ def write_lists(
     scans: Mapping[str, Scan],
     others: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Write annotation lists, `{list name: (clip, label) rows}`, of the clips that can be used.
+    """Write annotation lists of the clips that can be used.
 
     Clips left out are named in `LIST.missing.txt` beside the list, and a list without any clips is not written. All
-    files are written elsewhere first, so that none is left half-written, and only then put in place; what an earlier
-    run wrote by these names and this one does not is removed. `others` are further files: their text, or None.
+    files are first written to a folder of their own and only then put in place, so that a full disk changes none of
+    the old ones. A file that an earlier run wrote under one of these names and this one does not is removed.
+
+    Args:
+        out: folder to write to.
+        root: folder in which the names of the clips start.
+        lists: name of each list -> its (clip, label) rows.
+        scans: clip -> its frame count, or why it cannot be used.
+        others: name of further files -> their text; None removes what an earlier run wrote.
 
     Raises:
-        UserError: in one line, if no clip can be used.
-        OSError: if `out` cannot be written to.
+        UserError: if no clip can be used, or if `out` cannot be written to.
     """
     if all(scan.problem for scan in scans.values()):
         raise UserError(f"none of {len(scans):,} clips can be used; nothing was written")
     files = {f"{name}.txt" for name in lists} | {f"{name}.missing.txt" for name in lists} | set(others or {})
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
-        partial = Path(folder)
-        for file in files:
-            (partial / file).parent.mkdir(exist_ok=True)
-        for name, clips in lists.items():
-            good = [(clip, scans[clip].num_frames, label) for clip, label in clips if not scans[clip].problem]
-            if good:
-                write_annotations(partial / f"{name}.txt", good, root)
-            bad = [f"{clip}: {scans[clip].problem}\n" for clip, _ in clips if scans[clip].problem]
-            if bad:
-                (partial / f"{name}.missing.txt").write_text("".join(bad), encoding="utf-8")
-        for file, text in (others or {}).items():
-            if text is not None:
-                (partial / file).write_text(text, encoding="utf-8")
-        for file in sorted(files):
-            if (partial / file).exists():
-                (out / file).parent.mkdir(exist_ok=True)
-                os.replace(partial / file, out / file)
-            else:
-                (out / file).unlink(missing_ok=True)
+    with disk_errors("cannot write"):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
+            partial = Path(folder)
+            for file in files:
+                (partial / file).parent.mkdir(exist_ok=True)
+            for name, clips in lists.items():
+                good = [(clip, scans[clip].num_frames, label) for clip, label in clips if not scans[clip].problem]
+                if good:
+                    write_annotations(partial / f"{name}.txt", good, root)
+                bad = [f"{clip}: {scans[clip].problem}\n" for clip, _ in clips if scans[clip].problem]
+                if bad:
+                    write_whole(partial / f"{name}.missing.txt", "".join(bad))
+            for file, text in (others or {}).items():
+                if text is not None:
+                    write_whole(partial / file, text)
+            for file in sorted(files):
+                if (partial / file).exists():
+                    (out / file).parent.mkdir(exist_ok=True)
+                    commit(partial / file, out / file)
+                else:
+                    (out / file).unlink(missing_ok=True)

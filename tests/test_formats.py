@@ -1,4 +1,4 @@
-"""Dialects: every list of the field reads as it was meant, and no list is ever given a label that it does not mean."""
+"""Formats: every list of the field reads as it was meant, and no list is ever given a label that it does not mean."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
-from dfer.lists.formats import ORDERS, read_dialect
+from dfer.lists.formats import ORDERS, read_list
 
 ALPHABETICAL = ORDERS["alphabetical"]
 SYNONYMS = {"Happy": "happiness", "Sad": "SADNESS", "Angry": "anger", "Surprise": "Surprised", "Disgust": "disgusted"}
@@ -17,14 +17,14 @@ SYNONYMS = {"Happy": "happiness", "Sad": "SADNESS", "Angry": "anger", "Surprise"
 def read(tmp_path, text: str | bytes, **said):
     path = tmp_path / "list.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_dialect(path, **said)
+    return read_list(path, **said)
 
 
 def labels(rows):
     return [(row.name, row.num_frames, row.label) for row in rows]
 
 
-# ---- the dialects of the field, by example
+# ---- the formats of the field, by example
 
 ALL = range(1, 8)
 
@@ -83,11 +83,11 @@ ALL = range(1, 8)
         ("a//b/./c/ 12 0\nd 1 0", [("a/b/c", 12, 0), ("d", 1, 0)], "common", "label 0 occurs in 2 of 2 rows"),
     ],
 )
-def test_dialects_of_the_field(tmp_path, text, expected, name, evidence):
-    rows, dialect = read(tmp_path, text)
+def test_formats_of_the_field(tmp_path, text, expected, name, evidence):
+    rows, form = read(tmp_path, text)
     assert labels(rows) == expected
-    assert name in dialect.name and any(evidence in line for line in dialect.evidence), dialect
-    assert not dialect.problems
+    assert name in form.name and any(evidence in line for line in form.evidence), form
+    assert not form.problems
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_dialects_of_the_field(tmp_path, text, expected, name, evidence):
     ],
 )
 def test_what_a_list_leaves_open_can_be_said(tmp_path, text, said, expected):
-    rows, dialect = read(tmp_path, text, **said)
+    rows, form = read(tmp_path, text, **said)
     assert [row.label for row in rows] == expected
     if "Fear" not in text:
         flags = [f"--{ {'base': 'label-base', 'order': 'class-order'}[key] } {value}" for key, value in said.items()]
-        assert set(flags) <= set(dialect.evidence)
-        assert ("convention, not proof" in " ".join(dialect.evidence)) == ("order" not in said)
+        assert set(flags) <= set(form.evidence)
+        assert ("convention, not proof" in " ".join(form.evidence)) == ("order" not in said)
 
 
 BASE, ORDER = r"say --label-base 0 or --label-base 1$", r"say --class-order dfew, --class-order alphabetical, or"
@@ -190,7 +190,7 @@ def test_lists_that_are_refused(tmp_path, text, said, message):
 def test_lists_that_are_no_files(tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "none", "/dev/zero", tmp_path / ("x" * 300)):
         with pytest.raises(ValueError, match=r"no such annotation list|cannot be read"):
-            read_dialect(path)
+            read_list(path)
     monkeypatch.setattr("dfer.lists.formats.MAX_ROWS", 10)
     with pytest.raises(ValueError, match="too large for a list"):
         read(tmp_path, "a 9 0\n" * 11)
@@ -200,9 +200,9 @@ def test_lists_that_are_no_files(tmp_path, monkeypatch):
 
 
 def test_damaged_counts_are_reported_and_labels_kept(tmp_path):
-    rows, dialect = read(tmp_path, f"a 0 0\nb -1 0\nc 9 3\nd {'9' * 5000} 1\n")
+    rows, form = read(tmp_path, f"a 0 0\nb -1 0\nc 9 3\nd {'9' * 5000} 1\n")
     assert labels(rows) == [("a", None, 0), ("b", None, 0), ("c", 9, 3), ("d", None, 1)]
-    assert [re.search(r":(\d+): no clip has (\S+)", line).groups() for line in dialect.problems] == [
+    assert [re.search(r":(\d+): no clip has (\S+)", line).groups() for line in form.problems] == [
         ("1", "0"),
         ("2", "-1"),
         ("4", "9" * 20),
@@ -212,14 +212,14 @@ def test_damaged_counts_are_reported_and_labels_kept(tmp_path):
 def test_a_changed_canonical_list_is_reported(tmp_path):
     path = tmp_path / "list.txt"
     write_annotations(path, [("a", 3, 0), ("b", 3, 6)], "/data")
-    assert read_dialect(path)[1].problems == ()
+    assert read_list(path)[1].problems == ()
     path.write_text(path.read_text().replace("b 3 6", "b 3 5"))
-    rows, dialect = read_dialect(path)
-    assert [row.label for row in rows] == [0, 5] and dialect.root == "/data" and dialect.canonical
-    assert dialect.problems == (f"{path}: its rows are not those that its header's sha256 was made of",)
+    rows, form = read_list(path)
+    assert [row.label for row in rows] == [0, 5] and form.root == "/data" and form.canonical
+    assert form.problems == (f"{path}: its rows are not those that its header's sha256 was made of",)
 
 
-# ---- properties: random records, written in every dialect
+# ---- properties: random records, written in every format
 
 PART = st.text(st.sampled_from("abcXYZ    0011279.,;-_#'\"$%&()=é٣²😀日\u3000\u00a0\u2028"), min_size=1, max_size=9)
 RECORDS = st.lists(
@@ -229,7 +229,7 @@ FOLDERS = st.sampled_from((lambda e: e, str.lower, str.upper, lambda e: SYNONYMS
 
 
 def clean(parts: list[str], number: int) -> str:
-    """A name that a folder may have and a row of every dialect can hold: no blank or comma at its ends."""
+    """A name that a folder may have and a row of every format can hold: no blank or comma at its ends."""
     parts = [re.sub(r"^[\s,.]+|[\s,.]+$", "", part) or "_" for part in parts]
     return re.sub("^#", "_", "/".join([*parts[:-1], f"{number}{parts[-1]}"]))
 
@@ -238,7 +238,7 @@ def spell_id(label: int, order: tuple[str, ...], base: int) -> str:
     return str(order.index(EMOTIONS[label]) + base)
 
 
-def dialect_text(kind: str, records: list[tuple[str, int, int]]) -> str:
+def list_text(kind: str, records: list[tuple[str, int, int]]) -> str:
     """A list as the field writes it; tells the truth by the conventions of field.md alone."""
     spelled = {
         "common": lambda n, c, y: f"{n} {c} {y}",
@@ -276,7 +276,7 @@ MAY_LACK_PROOF = {"alphabetical": ("alphabetical", 0), "alphabetical1": ("alphab
 
 @st.composite
 def lists(draw):
-    """(kind, records, text): emotion folders are in all rows where the dialect has them, else in none, some or all."""
+    """(kind, records, text): emotion folders are in all rows where the format has them, else in none, some or all."""
     kind = draw(st.sampled_from(KINDS))
     share = 2 if kind.startswith("alphabetical") else draw(st.integers(0, 2))
     records = []
@@ -287,7 +287,7 @@ def lists(draw):
     if kind in ("official", "s2d") and draw(st.booleans()):
         width = draw(st.integers(1, 5))
         records = [(f"{number:0{width}d}", *rest) for number, (_, *rest) in enumerate(records, start=8)]
-    return kind, records, dialect_text(kind, records)
+    return kind, records, list_text(kind, records)
 
 
 def as_read(kind, records):
@@ -341,9 +341,9 @@ def test_our_own_lists_read_as_read_annotations_does(folder, drawn):
     path = folder / "own.txt"
     records = [(f"x{clean(parts[-1:], number)}", count, label) for number, (parts, count, label) in enumerate(drawn)]
     write_annotations(path, records)
-    rows, dialect = read_dialect(path)
+    rows, form = read_list(path)
     assert labels(rows) == records == [(r.name, r.num_frames, r.label) for r in read_annotations(path)]
-    assert dialect.canonical and not dialect.problems
+    assert form.canonical and not form.problems
 
 
 def damage(draw, data: bytes, start: int, end: int) -> bytes:
@@ -390,7 +390,7 @@ def test_any_one_wrong_label_or_folder_leaves_the_other_rows_right(tmp_path, kin
     outcomes = set()
     for three in itertools.product((0, 6) if order == "dfew" else (3, 4), repeat=3):  # the first id and the last
         folders = [f"S/{EMOTIONS[label]}/" if kind in MAY_LACK_PROOF else "" for label in three]
-        lines = dialect_text(kind, [(f"{folders[i]}{i}x", 5, label) for i, label in enumerate(three)]).splitlines()
+        lines = list_text(kind, [(f"{folders[i]}{i}x", 5, label) for i, label in enumerate(three)]).splitlines()
         for row, end in itertools.product(range(3), "01234567"):
             for folder in {folders[row], "", "S/Sad/"} if folders[row] else {""}:
                 wrong = lines.copy()

@@ -267,7 +267,8 @@ def validate(config: Config) -> None:
 
 def _check_ranges(section: Any, prefix: str) -> None:
     for name, hint in get_type_hints(type(section), include_extras=True).items():
-        value, flag = getattr(section, name), f"{prefix}{name.replace('_', '-')}"
+        flag = f"{prefix}{name.replace('_', '-')}"
+        value: Any = getattr(section, name)
         if dataclasses.is_dataclass(value):
             _check_ranges(value, f"{flag}.")
         for limits in (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)):
@@ -352,7 +353,7 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _build(cls: type, saved: dict) -> object:
+def _build(cls: type, saved: dict) -> Any:
     nested = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "loss": LossConfig, "run": RunConfig}
     nested["augmentation"] = Augmentation
     paths = {"train_list", "val_list", "root", "log_dir", "soft_labels"}

@@ -16,7 +16,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         id(module.get_parameter(name))
         for module in model.modules()
         if hasattr(module, "no_weight_decay")
-        for name in module.no_weight_decay()
+        for name in module.no_weight_decay()  # type: ignore[operator]
     }
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1 and id(p) not in exempt]

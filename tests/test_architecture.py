@@ -21,6 +21,8 @@ ONLY_IN = {
     "cv2": {"dfer/video/faces.py", "dfer/video/shots.py", "scripts/make_faces.py", "benchmarks/peers.py"},
 }
 
+MAY_IMPORT_TRAIN = {"benchmarks/loader_speed.py"}
+
 
 def imports(path: Path) -> set[str]:
     names = set()
@@ -52,6 +54,95 @@ def test_the_core_knows_neither_the_loader_nor_the_scripts():
     for path in (ROOT / "dfer").rglob("*.py"):
         used = {name.split(".")[0] for name in imports(path)}
         assert not used & {"dali_pipes", "scripts", "benchmarks", "tests", "train"}, path
+
+
+def test_scripts_and_rooms_do_not_import_commands():
+    """train.py and the scripts are the last in line; the starvation benchmark alone drives the trainer's own loop."""
+    for path in sources():
+        used = {name.split(".")[0] for name in imports(path)} - {"dfer", "dali_pipes"}
+        name = str(path.relative_to(ROOT))
+        assert "scripts" not in used or name.startswith("benchmarks/"), path
+        assert "train" not in used or name in MAY_IMPORT_TRAIN, path
+
+
+def modules() -> dict[str, set[str]]:
+    """Each module of dfer and dali_pipes, and those that it imports, wherever in it the import stands."""
+    names = {}
+    for folder in ("dfer", "dali_pipes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in names.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & names.keys()
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & names.keys()
+                graph[name] |= inner or {node.module} & names.keys()
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A way from a module back to itself; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name not in done:
+            for other in sorted(graph[name]):
+                if found := walk(other, [*way, name]):
+                    return found
+            done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def test_imports_form_no_circle():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"] and circle({"a": {"b"}, "b": set()}) == []
+    graph = modules()
+    assert len(graph) > 60 and "dfer.plan.sampling" in graph["dfer.batch"]
+    assert circle(graph) == []
+
+
+def test_a_house_of_few_rooms():
+    """What lies directly in dfer/; the rest has its place in one of its packages."""
+    rooms = {path.name for path in (ROOT / "dfer").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert len(rooms - {"__init__.py", "__main__.py"}) <= 20
+
+
+# ---- Sizes. What is over them today stands here, and may only leave.
+
+MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
+OVERSIZED: dict[str, int] = {
+}  # fmt: skip
+
+
+def sizes(path: Path) -> dict[str, int]:
+    """What is too large in a file: its lines, and of functions the lines ("f()") and parameters ("f(...)")."""
+    source, name = path.read_text(), str(path.relative_to(ROOT))
+    found = {name: len(source.splitlines())} if source.count("\n") > MAX_LINES else {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            parameters = {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+            if lines > MAX_FUNCTION:
+                found[f"{name}:{node.name}()"] = lines
+            if len(parameters - {"self", "cls"}) > MAX_PARAMETERS:
+                found[f"{name}:{node.name}(...)"] = len(parameters - {"self", "cls"})
+    return found
+
+
+def test_files_and_functions_are_small():
+    found = {}
+    for path in sources():
+        found |= sizes(path)
+    assert {name: size for name, size in found.items() if size > OVERSIZED.get(name, 0)} == {}
+    assert OVERSIZED.keys() - found.keys() == set(), "these are small now: take them off the list"
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 300
 
 
 def test_no_drawers():

@@ -76,7 +76,7 @@ def _write_state(folder: Path, stem: str, state: dict[str, Any]) -> dict[str, An
     try:
         with open(partial, "wb") as file:
             hashing = _Hashing(file)
-            torch.save(state, hashing)
+            torch.save(state, hashing)  # type: ignore[arg-type] (it asks for no more than write and flush)
         sha256 = hashing.sha256.hexdigest()
         # Named by its content: a step that is saved twice does not touch the file that its first manifest names.
         target = folder / f"{stem}-{sha256[:8]}.pt"
@@ -266,7 +266,7 @@ def _digest(weights: dict[str, Tensor], about: dict[str, str]) -> str:
     for name in sorted(weights):
         tensor = weights[name]
         sha256.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 

@@ -65,6 +65,7 @@ class Profiler:
         return self._watched(batches) if enough else batches
 
     def _watched(self, batches: Iterable[Item]) -> Iterator[Item]:
+        assert self._path is not None, "another process records"
         batches, last = self._loading(batches), (WARM_UP + self.num_steps) * self._accumulate
         schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=self.num_steps, repeat=1)
         if not torch.cuda.is_available():

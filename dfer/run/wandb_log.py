@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class WandbLog:
         for number, values in enumerate(earlier):
             self.row(number, values)
 
-    def _open(self, mode: str, folders: list[Path], unsent: list[Path], num_rows: int) -> bool:
+    def _open(self, mode: Literal["online", "offline"], folders: list[Path], unsent: list[Path], num_rows: int) -> bool:
         """Start recording in one mode. Return False, with a line that says why, if that cannot be."""
         import wandb  # its import costs a second, which a run without it need not pay
 

@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny set of real JPEG clips, and the rule for tests that need a GPU."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.nursery import Nursery
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,14 +62,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def run_python(*args: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a user would."""
-    return subprocess.run(
-        [sys.executable, *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        # One thread each: several tests run at once, and threads that wait for each other wait long then.
-        env={**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **env},
-    )
+@functools.cache
+def nursery() -> Nursery:
+    """This test process's own, started when it is first needed."""
+    return Nursery()
+
+
+def run_python(*args: str, timeout: float = 120, fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user would, in a fork of a process that has its libraries, or a fresh one."""
+    # One thread each: several tests run at once, and threads that wait for each other wait long then.
+    env = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **env}
+    if args[0].endswith(".py") and not fresh:
+        return nursery().run(list(args), env, timeout)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)

@@ -34,7 +34,7 @@ def losses(run_dir):
 def finished(clips, tmp_path_factory):
     """A finished run: (its folder, what it printed)."""
     log_dir = tmp_path_factory.mktemp("logs")
-    done = tiny_run(clips, log_dir, "a", "--run.wandb", "offline")
+    done = tiny_run(clips, log_dir, "a", "--run.wandb", "offline", fresh=True)
     return log_dir / "a", done.stdout
 
 

@@ -178,40 +178,35 @@ def soak(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
 
 
 def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
-    """The trainer's own loop on the loader's batches and on one batch that lies there, in turn."""
+    """Measure the trainer's own loop on the loader's batches and on one batch that lies there, in turn."""
     import train
     from dfer.config import Config, DataConfig, RunConfig
+    from dfer.losses import build_objective
     from dfer.metrics import Throughput
-    from dfer.optim import build_optimizer
+    from dfer.optim import Schedule
+    from dfer.precision import build_precision
     from dfer.run import distributed
-    from dfer.run.logger import Logger
-    from dfer.run.profiler import Profiler
+    from dfer.state import Job, build_state
 
     task = task_of(args, folder)
     world = distributed.setup("cuda" if args.device == "gpu" else "cpu")
     data = DataConfig(size=args.size, num_segments=args.frames, batch_size=args.batch_size)
     config = Config(data=data, run=RunConfig(compile=args.compile, wandb="off"))
-    model = train.build_model(config.model, args.frames).to(world.device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.optim.optimizer, config.optim.lr, config.optim.weight_decay)
-    if config.run.compile:
-        model.compile()
-    amp = train.amp_dtype(config, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=False)
-    trainee, logger = train.Trainee(model, optimizer, scaler, None), Logger(None, config, 1)
-    loader = our_loader(task, args.design)
+    precision = build_precision(config.run, world.device)
+    state, loader = build_state(config, precision, None), our_loader(task, args.design)
+    schedule = Schedule(config.optim.lr, 0, 10**6, 10**6)
+    objective = build_objective(config.loss, task.index.records)
+    job = Job(config, world, loader, loader, state, state.model, objective, schedule, precision)
     loaded = (batch for epoch in itertools.count() for batch in loader(epoch))
     synthetic = itertools.repeat(next(loaded))
 
     def run(batches: Iterator, steps: int) -> tuple[float, float]:
-        """(clips/s, share of the time that the loop waited for a batch)."""
+        """Return clips/s and the share of the time that the loop waited for a batch."""
         throughput = Throughput()
         wait_for_gpu(task)
-        trainee.step = 0
         began = time.perf_counter()
-        train.train_one_epoch(
-            model, lambda *_: batches, None, 0, steps, 10**6, trainee, amp, config, world, None, logger, throughput,
-            Profiler(0, 1, None, print), lambda: None, distributed.StopSignals(world),
-        )  # fmt: skip
+        for _ in train.train_steps(job, throughput.timed(itertools.islice(batches, steps))):
+            pass
         wait_for_gpu(task)
         speed = steps * args.batch_size / (time.perf_counter() - began)
         return speed, throughput.read()["data_wait_share"]

@@ -11,6 +11,7 @@ A limit does only what no loader can leave out: to decode, copy or read. It yiel
 
 import functools
 import itertools
+import math
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -65,10 +66,17 @@ class Cut(NamedTuple):
     factors: tuple[float, float, float]  # brightness, contrast, saturation for torchvision's definition
 
     def pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The crop as top, left, height, width in pixels of a frame, rounded as our loader does."""
-        top, left = round(self.box[0] * height), round(self.box[1] * width)
-        bottom, right = round((self.box[0] + self.box[2]) * height), round((self.box[1] + self.box[3]) * width)
-        return top, left, bottom - top, right - left
+        """Return the crop as top, left, height, width in pixels of a frame, rounded as our loader does."""
+        top, rows = pixels_of(self.box[0], self.box[2], height)
+        left, columns = pixels_of(self.box[1], self.box[3], width)
+        return top, left, rows, columns
+
+
+def pixels_of(start: float, length: float, size: int) -> tuple[int, int]:
+    """Return the first pixel and the number of pixels of a part of a side, by DALI's rule: half a pixel goes up."""
+    start, length = float(np.float32(start)), float(np.float32(length))
+    first = min(math.floor(start * size + 0.5), size - 1)
+    return first, max(min(math.floor((start + length) * size + 0.5), size) - first, 1)
 
 
 class Cuts:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import loader_speed, quiet, storage
+from benchmarks import loader_speed, peers, quiet, storage
 from benchmarks.loader_speed import Results, main
 from benchmarks.peers import PEERS, Clips, Cuts, Order, Task, encoded_clips, raw_clips, tar_keys
+from dali_pipes import kernels
 from dali_pipes.loader import ClipLoader
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import load_index
@@ -238,3 +239,13 @@ def test_bad_input_is_one_line(clips, tmp_path, capsys, words, message):
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.startswith("loader_speed.py: ") and error.count("\n") == 1
+
+
+def test_peers_cut_where_the_loader_cuts():
+    """Half a pixel goes up; Python's round takes every other half down."""
+    assert peers.pixels_of(0.25, 0.5, 10) == (3, 5) and (round(2.5), round(7.5)) == (2, 8)
+    rng = np.random.default_rng(0)
+    for start, length in [(0.0, 0.5), (0.25, 0.5), (0.999, 0.001), *rng.random((200, 2)).tolist()]:
+        start, length = np.float32(start), np.float32(min(length, 1 - start))
+        for size in (10, 97, 224):
+            assert peers.pixels_of(start, length, size) == kernels._cut(start, length, size)

@@ -8,6 +8,7 @@ shapes first, and written only if it agrees.
 
 import argparse
 import contextlib
+import importlib.resources
 import io
 import json
 import logging
@@ -38,7 +39,7 @@ from train import trained_model
 FORMATS = ("hub", "pt2", "onnx")
 TOLERANCE = 1e-4  # of logits, absolute
 NUM_SHAPES = 20
-CARD = Path(__file__).resolve().parents[1] / "dfer" / "model" / "model_card.md"
+CARD = importlib.resources.files("dfer.model") / "model_card.md"
 
 # Licence, data and crop as the card names them, by the folder that a run's lists lie in.
 DATA = {

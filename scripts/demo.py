@@ -31,7 +31,7 @@ from dfer.lists.annotations import EMOTIONS
 from dfer.predict.overlay import course_picture
 from dfer.predict.timeline import place_windows
 from dfer.report.figures import ACCENT, SECOND
-from dfer.report.page import Clip, strip
+from dfer.report.gallery import Clip, strip
 from dfer.video.decode import BadVideo, claimed_seconds, write_mp4
 from dfer.video.faces import crop_face
 from scripts.predict import (

@@ -32,7 +32,9 @@ from dfer.cli import Parser, UserError, one_line_errors, shown
 from dfer.config import Config, config_from_json
 from dfer.lists.annotations import EMOTIONS
 from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
-from dfer.report.records import Predictions, read_run, wilson
+from dfer.report import read_run
+from dfer.report.records import Predictions
+from dfer.report.statistics import wilson
 from dfer.run.checkpoint import load_checkpoint
 from train import trained_model
 

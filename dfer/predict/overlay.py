@@ -6,7 +6,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dfer.lists.annotations import EMOTIONS
 from dfer.report import figures
-from dfer.report.figures import ACCENT, GRID, INK, MUTED, Lanes
+from dfer.report.figures import ACCENT, GRID, INK, MUTED
+from dfer.report.lanes import Lanes, lanes_figure
 
 LONG_SIDE = (480, 1280)  # px; the longer side of the picture is brought into this range: a face is to be seen
 NARROWEST = 480  # px of the whole; names and bars want so much
@@ -30,10 +31,10 @@ def bar_chart(lanes: Lanes, panel: Image.Image, probabilities: Float64[np.ndarra
 def course_picture(
     edges: Float64[np.ndarray, " E"], probabilities: Float64[np.ndarray, "N K"], width: int = 900, unit: int | float = 2
 ) -> Image.Image:
-    """The course of a whole video, with the mean of each emotion beside it. As of `figures.lanes_figure`."""
+    """The course of a whole video, with the mean of each emotion beside it. As of `lanes_figure`."""
     lanes = Lanes(round(width * unit), unit)
     with figures.style():
-        panel = Image.fromarray(figures.pixels(figures.lanes_figure(lanes, edges, probabilities, "mean")))
+        panel = Image.fromarray(figures.pixels(lanes_figure(lanes, edges, probabilities, "mean")))
     bar_chart(lanes, panel, np.nanmean(probabilities, axis=0))
     return panel
 
@@ -53,7 +54,7 @@ class Overlay:
         """`height` and `width` of the video in pixels, upright; `longest`: of the picture's sides, in pixels.
 
         `boxes` are squares (x, y, side, tilt) as in dfer/video, None to draw none; `edges` and `probabilities` as of
-        `figures.lanes_figure`.
+        `lanes_figure`.
         """
         scale = min(max(max(height, width), LONG_SIDE[0]), longest) / max(height, width)
         self._size = tuple(max(round(scale * side / 2) * 2, 2) for side in (width, height))
@@ -62,7 +63,7 @@ class Overlay:
         self._scale = np.array(self._size) / (width, height)
         self._lanes = Lanes(whole, max(1.0, whole / 800))
         with figures.style():
-            figure = figures.lanes_figure(self._lanes, edges, probabilities, "now")
+            figure = lanes_figure(self._lanes, edges, probabilities, "now")
             self._panel = Image.fromarray(figures.pixels(figure))
         self._edges, self._boxes, self._probabilities = edges, boxes, probabilities
         self._font = ImageFont.truetype(str(figures.FONT), self._lanes.px(16))
@@ -104,7 +105,7 @@ class Overlay:
 
     def _cursor(self, panel: Image.Image, number: int) -> None:
         """At the middle of the frame's time."""
-        (left, right), edges = self._lanes.course, self._edges
+        (left, right), edges = self._lanes.extent, self._edges
         now = (edges[number] + edges[number + 1]) / 2
         x = left + (right - left) * (now - edges[0]) / (edges[-1] - edges[0])
         bottom = self._lanes.top + self._lanes.lane * len(EMOTIONS)

@@ -432,7 +432,10 @@ def command(tmp_path: Path, clips: Path, *words: str, capsys, **options) -> tupl
     arguments = [options.pop("preset")]
     for name, value in options.items():
         arguments += [f"--{name}", str(value)] if value is not None else []
-    code = crossval.main([*arguments, "--", *words])
+    try:
+        code = crossval.main([*arguments, "--", *words])
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
     return code, capsys.readouterr().err
 
 
@@ -553,11 +556,15 @@ def test_best_weights_that_evaluate_otherwise_are_named(tmp_path, clips, played,
         ([], {"preset": "ferv39k", "lists": None}, "no folds of its own"),
         ([], {"preset": "dfew", "lists": None}, "lists/dfew: needs"),
         ([], {"name": "a/b"}, "plain folder name"),
+        ([], {"log-dir": __file__}, "--log-dir: cannot use"),
+        ([], {"lists": "a" * 300}, "aa: cannot be read (File name too long)"),
+        ([], {"seeds": "two"}, "'two' is not a whole number"),
+        ([], {"part": "3/2"}, "'3/2' is not a part"),
     ],
 )
 def test_what_is_wrong_takes_one_line_and_leaves_nothing(tmp_path, clips, played, capsys, words, options, said):
     code, err = command(tmp_path, clips, *words, capsys=capsys, **options)
-    assert code == 2 and said in err and err.count("\n") == 1, err
+    assert code == 2 and said in err and err.count("\n") == 1 and err.startswith("crossval: "), err
     assert not (tmp_path / "logs").exists() and played.commands == []
 
 

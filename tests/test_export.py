@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import train
-from dfer.cli import one_line_errors
 from dfer.config import Config, DataConfig, ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet, MeanPoolNet
@@ -56,8 +55,7 @@ def exports_as_outside(monkeypatch):
 
 
 def run_export(*words: str) -> int:
-    args = export.parser().parse_args(words)
-    return one_line_errors("export.py", lambda: export.main(args))
+    return export.main(list(words))
 
 
 def random_clips(batch: int, num_frames: int) -> Tensor:
@@ -120,6 +118,8 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run_export(run, "--out", str(tmp_path / "file" / "out"), "--formats", "hub") == 2
     assert "cannot be made" in capsys.readouterr().err
+    assert run_export(run, "--out", str(tmp_path / ("a" * 300)), "--formats", "hub") == 2
+    assert "cannot be made (File name too long)" in capsys.readouterr().err
     assert run_export(str(tmp_path / "gone"), "--out", str(tmp_path / "new")) == 2
     assert not (tmp_path / "new").exists()
 

@@ -586,7 +586,11 @@ def test_the_command(whole, tmp_path):
 
 
 def test_errors_of_the_command_are_one_line(whole, tmp_path, capsys):
-    for path, said in ((tmp_path, "not a run: it holds no config.json"), (tmp_path / "x", "no such run")):
+    for path, said in (
+        (tmp_path, "not a run: it holds no config.json"),
+        (tmp_path / "x", "no such run"),
+        ("a" * 300, "no such run"),
+    ):
         assert scripts.report.main([str(whole[0]), str(path), "--clips", "0"]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith(f"report: {path}: {said}") and err.count("\n") == 1

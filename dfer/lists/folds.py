@@ -1,5 +1,6 @@
 """Find, check and write the lists of a cross-validation: set_1_train.txt, set_1_test.txt, set_2_train.txt ..."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,14 @@ def find_folds(folder: Path) -> list[tuple[Path, Path]]:
     """Return the pairs of training and test lists in a folder.
 
     Raises:
-        UserError: if there are fewer than two, or one of a pair is missing.
+        UserError: if there are fewer than two pairs, or one of a pair is missing.
     """
-    names = {path.name for path in folder.glob("set_*_t*.txt")}
+    try:
+        names = set(os.listdir(folder))
+    except FileNotFoundError:
+        names = set()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({reason(error)})") from None
     found = {int(m[1]) for m in (re.fullmatch(r"set_([1-9]\d*)_(?:train|test)\.txt", name) for name in names) if m}
     if len(found) < 2:
         hint = "; scripts/prepare_dfew.py writes them" if not found else ""

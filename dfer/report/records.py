@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: if there is no such folder or it is not a run's.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, it raises nothing, whatever a user gives
         raise UserError(f"{path}: no such run (a folder that train.py made, such as logs/NAME)")
     config = _read_config(path)
     rows, notes = _read_rows(path / "metrics.jsonl")

@@ -116,7 +116,10 @@ def is_trained(
         UserError: if the run's folder holds a run of another configuration or of other clips.
     """
     path = config.run.log_dir / config.run.name
-    content, _ = newest_checkpoint(path / "checkpoints")
+    try:
+        content, _ = newest_checkpoint(path / "checkpoints")
+    except OSError as error:
+        raise UserError(f"--log-dir: cannot use {path} ({error})") from None
     if content is None:
         if (path / BEST).exists():
             raise UserError(

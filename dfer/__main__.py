@@ -1,4 +1,4 @@
-"""All commands behind one name, which `pip install` puts on the path: `dfer train dfew` is `python train.py dfew`.
+"""Run any command under one name, which `pip install` puts on the path: `dfer train dfew` is `python train.py dfew`.
 
 `dfer evaluate ...` is `python scripts/evaluate.py ...`, and so on, with hyphens for underscores. Several processes:
 `torchrun --nproc_per_node=4 -m dfer train dfew`.

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
     runs = fold_runs(config, folds, args.seeds, folder)
     fingerprint_of = list_fingerprints(config.data, fingerprint)
 
-    def trained(config: Config) -> bool:
-        return is_trained(config, fingerprint_of(config.data.train_list), same_global_batch)
+    def trained(run: FoldRun) -> bool:
+        return is_trained(run, fingerprint_of(run.config.data.train_list), same_global_batch)
 
     part, parts = args.part
     jobs = remaining_jobs(runs[part - 1 :: parts], [args.preset, *words], APP, trained)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
         if code:
             return code
     # What others have not evaluated, they may be working on: their checkpoints are left alone until then.
-    waiting = [run.path.name for run in runs if not (run.path / BEST).exists() or not trained(run.config)]
+    waiting = [run.path.name for run in runs if not (run.path / BEST).exists() or not trained(run)]
     if waiting:
         print(f"crossval: this part is done; {len(waiting)} of {len(runs)} runs are not yet ({', '.join(waiting)})")
         return 0

@@ -1,4 +1,4 @@
-"""What this machine has and what is missing: `python scripts/doctor.py`. Attach its output to a report of a problem.
+"""Say what this machine has and lacks: `python scripts/doctor.py`. Attach its output to a report of a problem.
 
 Exit code 2 if training cannot work here; what only costs speed or a feature is named and is no error.
 """

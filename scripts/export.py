@@ -1,4 +1,4 @@
-"""A trained model as others can use it: `python scripts/export.py logs/NAME --out DIR`.
+"""Export a trained model for others to use: `python scripts/export.py logs/NAME --out DIR`.
 
 DIR is new and holds model.safetensors, config.json and a model card (`DFERNet.from_pretrained(DIR)`, or push it to a
 model hub), model.pt2 (torch.export) and model.onnx. The programs take float32 clips (batch, frames, 3, size, size),

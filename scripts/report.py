@@ -1,4 +1,4 @@
-"""A page about each run: `python scripts/report.py RUN [RUN ...]` writes RUN/report.html, which opens offline.
+"""Write a page about each run: `python scripts/report.py RUN [RUN ...]` writes RUN/report.html, which opens offline.
 
 Of several runs, each page compares its own with the others, clip by clip. The pages show faces of the data: they stay
 on this machine, and --clips 0 leaves the faces out.

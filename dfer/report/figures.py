@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.typing import RcKeyType
 
 COLOURS = {
     "ink": "#20262e",
@@ -31,7 +32,7 @@ COLOURS = {
     "on-accent": "#fffffe",  # not quite white, so that it is no other white
 }
 INK, MUTED, GRID, ACCENT, SECOND, ON_ACCENT = COLOURS.values()
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "svg.hashsalt": "dfer",  # the same records give the same bytes
     "svg.fonttype": "none",
     "axes.unicode_minus": False,
@@ -104,14 +105,10 @@ def heat_map(
     colours = [(ACCENT if values[at] >= 0 else SECOND, min(float(abs(values[at])) / peak, 1.0)) for at in cells]
     squares = [corners + np.array([c, r]) for r, c in cells]
     axes.add_collection(PolyCollection(squares, facecolors=colours, linewidths=0))
-    for (r, c), (_, alpha) in zip(cells, colours, strict=True) if texts is not None else ():
-        axes.text(
-            *(c + 0.5, r + 0.52, texts[r][c]),
-            ha="center",
-            va="center",
-            color=ON_ACCENT if alpha > 0.75 else INK,
-            fontsize=8,
-        )
+    if texts is not None:
+        for (r, c), (_, alpha) in zip(cells, colours, strict=True):
+            ink = ON_ACCENT if alpha > 0.75 else INK
+            axes.text(c + 0.5, r + 0.52, texts[r][c], ha="center", va="center", color=ink, fontsize=8)
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_yticks(np.arange(height) + 0.5, rows, color=INK)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="right", rotation_mode="anchor", color=INK)

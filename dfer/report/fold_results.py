@@ -38,20 +38,22 @@ def read_finished(run: FoldRun) -> FinishedRun:
     path, data = run.path, run.config.data
     records = read_run(path)
     wanted = sorted((r.name, r.label) for r in read_annotations(data.val_list, data.root))
-    found = []
-    for file in ("predictions.csv", BEST):
+
+    def read(file: Path) -> Predictions:
         try:
-            predictions = read_predictions(path / file)
+            predictions = read_predictions(file)
         except UserError as error:
-            raise UserError(f"{path / file}: {error}; remove {path} to train this fold again") from None
+            raise UserError(f"{file}: {error}; remove {path} to train this fold again") from None
         if sorted(zip(predictions.clips, predictions.labels.tolist(), strict=True)) != wanted:
-            raise UserError(f"{path / file}: not the clips and labels of {data.val_list}, which has changed")
-        found.append(predictions)
+            raise UserError(f"{file}: not the clips and labels of {data.val_list}, which has changed")
+        return predictions
+
+    last, best = read(path / "predictions.csv"), read(path / BEST)
     _, wars = records.series("val/WAR")
     if not len(wars):
         raise UserError(f"{path / 'metrics.jsonl'}: holds no evaluation; remove {path} to train this fold again")
-    best = int(np.argmax(wars))
-    return FinishedRun(run.seed, run.fold, records, *found, best + 1, float(wars[best]))
+    epoch = int(np.argmax(wars))
+    return FinishedRun(run.seed, run.fold, records, last, best, epoch + 1, float(wars[epoch]))
 
 
 def collect(runs: Sequence[FinishedRun], notes: Sequence[str]) -> dict[str, Any]:

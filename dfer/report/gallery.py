@@ -15,7 +15,7 @@ from dfer.report.charts import shares_chart
 from dfer.report.figures import ACCENT, SECOND, inline_svg
 from dfer.report.inspection import Clip, Inspection
 from dfer.report.markup import grid, section
-from dfer.report.records import Predictions, Run
+from dfer.report.records import Predictions
 
 NUM_FRAMES, TILE = 8, 96  # frames of a clip that are shown, and their size in pixels
 PRIVACY = (
@@ -32,12 +32,13 @@ def strip(clip: Clip, stride: int, layers: Sequence[tuple[int, str]]) -> tuple[s
         HTML, and for each layer the probability that has full colour.
     """
     num_frames, size = len(clip.frames), clip.frames.shape[1]
-    peaks = [float(clip.maps[:, k].max()) for k, _ in layers]
+    maps = clip.maps if clip.maps is not None else np.zeros((num_frames, 0, 1, 1))  # and then there are no layers
+    peaks = [float(maps[:, k].max()) for k, _ in layers]
     cells = []
     for t in np.unique(np.linspace(0, num_frames - 1, min(num_frames, NUM_FRAMES)).round().astype(int)):
         pictures, grey = [clip.frames[t]], clip.frames[t].mean(-1, keepdims=True)
         for (k, colour), peak in zip(layers, peaks, strict=True):
-            shade = 0.8 * upsample(clip.maps[t, k], stride, size)[..., None] / max(peak, 1e-9)
+            shade = 0.8 * upsample(maps[t, k], stride, size)[..., None] / max(peak, 1e-9)
             rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
             pictures.append((grey * (1 - shade) + rgb * shade).astype(np.uint8))
         image = Image.fromarray(np.concatenate(pictures))
@@ -66,7 +67,7 @@ def _clip_card(number: int, clip: Clip, predictions: Predictions, stride: int) -
     else:
         text = f'<span class="label">{EMOTIONS[label]}</span>, taken for {text} with {probability:.0f} %'
     text = f"<h3>{escape(shown(predictions.clips[clip.row]))}</h3><p>{text}</p>{pictures}"
-    if clip.maps is not None:
+    if clip.shares is not None:
         kinds = zip(layers, peaks, ("orange", "teal"), strict=False)
         scales = "; ".join(f"{EMOTIONS[k]} in {colour}, at most {peak:.2f}" for (k, _), peak, colour in kinds)
         drawing = inline_svg(shares_chart(clip.shares, predicted, label), f"clip{number}")
@@ -74,7 +75,7 @@ def _clip_card(number: int, clip: Clip, predictions: Predictions, stride: int) -
     return f'<article class="card">{text}</article>'
 
 
-def gallery_section(run: Run, inspection: Inspection) -> str:
+def gallery_section(predictions: Predictions, inspection: Inspection) -> str:
     """Return the section with the wrong and the right clips of an inspection."""
     lead = f"{PRIVACY} Shown are the clips that the model is surest of, each pair of classes once before any twice. "
     if inspection.crf is not None:
@@ -85,9 +86,9 @@ def gallery_section(run: Run, inspection: Inspection) -> str:
     parts = []
     for title, right in (("Wrong", False), ("Right", True)):
         cards = [
-            _clip_card(number, clip, run.predictions, inspection.stride)
+            _clip_card(number, clip, predictions, inspection.stride)
             for number, clip in enumerate(inspection.clips)
-            if (run.predictions.labels[clip.row] == run.predictions.predicted[clip.row]) == right
+            if (predictions.labels[clip.row] == predictions.predicted[clip.row]) == right
         ]
         parts.append(f"<h3>{title}</h3>" + (grid(cards, wide=True) if cards else '<p class="missing">None.</p>'))
     return section("Clips", lead, "".join(parts))

@@ -13,6 +13,7 @@ from dfer.cli import UserError
 from dfer.config import Config, config_from_json
 from dfer.crf.layers import MeanFieldCRF
 from dfer.lists.index import load_index
+from dfer.model import DFERNet
 from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report.records import Predictions, Run
 from dfer.run.checkpoint import load_checkpoint
@@ -57,7 +58,7 @@ def inspect_model(
     except UserError as error:
         return Inspection([f"no gallery, and of the CRF its curves only: {error}"], [])
 
-    notes, crf = [], getattr(model, "crf", None)
+    notes, crf = [], model.crf if isinstance(model, DFERNet) else None
     steps, _ = run.series("val/WAR")
     if len(steps) and step != steps[-1]:
         notes.append(f"the weights shown are of step {step}, the predictions of step {steps[-1]:g}")
@@ -75,7 +76,7 @@ def inspect_model(
         pixels = _read_clips([run.predictions.clips[row] for row in rows], config, build_loader)
     except UserError as error:
         return Inspection([*notes, f"no gallery: {error}"], [], crf=crf)
-    if crf is None:
+    if crf is None or not isinstance(model, DFERNet):
         return Inspection(notes, [Clip(row, _frames(clip), None, None) for row, clip in zip(rows, pixels, strict=True)])
     clips, levels = _map_clips(model, crf, rows, pixels)
     energies = free_energies(crf, [torch.cat(level) for level in zip(*levels[:ENERGY_CLIPS], strict=True)])
@@ -135,7 +136,7 @@ def _frames(pixels: Float[Tensor, "1 T 3 H W"]) -> UInt8[np.ndarray, "T H W 3"]:
 
 
 def _map_clips(
-    model: nn.Module, crf: MeanFieldCRF, rows: Sequence[int], pixels: Sequence[Float[Tensor, "1 T 3 H W"]]
+    model: DFERNet, crf: MeanFieldCRF, rows: Sequence[int], pixels: Sequence[Float[Tensor, "1 T 3 H W"]]
 ) -> tuple[list[Clip], list[list[Tensor]]]:
     """Return the clips with their emotion maps, and the two levels of features that the CRF got of each."""
     levels: list[list[Tensor]] = []

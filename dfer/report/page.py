@@ -101,8 +101,8 @@ def page(run: Run, others: Sequence[Run], inspection: Inspection) -> tuple[str, 
     if crf:
         lead = "Every cell of every frame holds beliefs about the emotion and hears all other cells of its clip."
         body.append(section("What the CRF did", lead, grid([card.html() for card in crf])))
-    if inspection.clips:
-        body.append(gallery_section(run, inspection))
+    if run.predictions is not None and inspection.clips:
+        body.append(gallery_section(run.predictions, inspection))
     body.append(settings_section(run.config, "all flags of this run"))
     optim = run.config.get("optim")
     planned = optim.get("epochs", "?") if isinstance(optim, dict) else "?"

@@ -34,11 +34,8 @@ class FoldRun(NamedTuple):
 
     seed: int
     fold: int  # 1 ..
+    path: Path  # of its folder
     config: Config
-
-    @property
-    def path(self) -> Path:
-        return self.config.run.log_dir / self.config.run.name
 
 
 class Job(NamedTuple):
@@ -57,13 +54,14 @@ def fold_runs(config: Config, folds: Sequence[tuple[Path, Path]], num_seeds: int
     for seed in range(num_seeds):
         for fold, (train_list, test_list) in enumerate(folds, start=1):
             data = dataclasses.replace(config.data, train_list=train_list, val_list=test_list)
-            run = dataclasses.replace(config.run, log_dir=folder, name=f"seed{seed}-fold{fold}")
-            runs.append(FoldRun(seed, fold, dataclasses.replace(config, seed=seed, data=data, run=run)))
+            name = f"seed{seed}-fold{fold}"
+            run = dataclasses.replace(config.run, log_dir=folder, name=name)
+            runs.append(FoldRun(seed, fold, folder / name, dataclasses.replace(config, seed=seed, data=data, run=run)))
     return runs
 
 
 def remaining_jobs(
-    runs: Sequence[FoldRun], words: Sequence[str], app: Path, trained: Callable[[Config], bool]
+    runs: Sequence[FoldRun], words: Sequence[str], app: Path, trained: Callable[[FoldRun], bool]
 ) -> list[Job]:
     """Return what is to be trained or evaluated. A best epoch that is of the past is deleted.
 
@@ -71,7 +69,7 @@ def remaining_jobs(
         runs: those that this process works on.
         words: of train.py's command line, for all runs.
         app: the folder of train.py and scripts/.
-        trained: as `is_trained`, of a configuration alone.
+        trained: `is_trained` with all but the run given.
 
     Raises:
         UserError: as `is_trained`.
@@ -79,7 +77,7 @@ def remaining_jobs(
     jobs = []
     for run in runs:
         commands = []
-        if not trained(run.config):
+        if not trained(run):
             commands.append([str(app / "train.py"), *_flags(run.config, words)])
         if commands or not (run.path / BEST).exists():
             (run.path / BEST).unlink(missing_ok=True)
@@ -103,19 +101,19 @@ def list_fingerprints(data: DataConfig, fingerprint: Callable[[ClipIndex], str])
 
 
 def is_trained(
-    config: Config, train_list: str, same_global_batch: Callable[[Config, dict[str, Any], World], object]
+    run: FoldRun, train_list: str, same_global_batch: Callable[[Config, dict[str, Any], World], object]
 ) -> bool:
-    """Return whether the run of this configuration has all its epochs.
+    """Return whether a run has all its epochs.
 
     Args:
-        config: of the run.
+        run: the run.
         train_list: the fingerprint of its training list.
         same_global_batch: raises a UserError if a checkpoint's batches are not those of the configuration.
 
     Raises:
         UserError: if the run's folder holds a run of another configuration or of other clips.
     """
-    path = config.run.log_dir / config.run.name
+    path, config = run.path, run.config
     try:
         content, _ = newest_checkpoint(path / "checkpoints")
     except OSError as error:

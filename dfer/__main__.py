@@ -1,4 +1,4 @@
-"""All commands behind one name, which `pip install` puts on the path: `dfer train dfew` is `python train.py dfew`.
+"""Run any command under one name, which `pip install` puts on the path: `dfer train dfew` is `python train.py dfew`.
 
 `dfer evaluate ...` is `python scripts/evaluate.py ...`, and so on, with hyphens for underscores. Several processes:
 `torchrun --nproc_per_node=4 -m dfer train dfew`.
@@ -10,28 +10,35 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]  # train.py and scripts/ lie beside this package, installed or not
+from dfer.cli import EXIT_USAGE
+
+_INSTALLED = Path(__file__).resolve().with_name("_app")
+# Where train.py and scripts/ lie: inside an installed package, beside it in the repository.
+APP = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1]
 
 
 def commands() -> dict[str, Path]:
-    """What can be started: train.py, and each of the scripts."""
-    files = [ROOT / "train.py", *sorted(ROOT.glob("scripts/[!_]*.py"))]
+    """Return the files that can be started, train.py and each of the scripts, by the names of their commands."""
+    files = [APP / "train.py", *sorted(APP.glob("scripts/[!_]*.py"))]
     return {file.stem.replace("_", "-"): file for file in files}
 
 
 def main() -> int:
-    """Play `python FILE` as the command line asks for it, which then may end the process. Returns the exit code."""
+    """Run the command that the command line names, as `python FILE` would, and return an exit code."""
     known, name = commands(), sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in known:
         del sys.argv[1]
+        # As for `python FILE`, first on the path: it comes before whatever else is called train or scripts. Processes
+        # that are spawned get this path too.
+        sys.path.insert(0, str(APP))
         runpy.run_path(str(known[name]), run_name="__main__")
         return 0
     if name not in ("-h", "--help"):
         print(f"dfer: unknown command {name!r}: choose from {', '.join(known)}", file=sys.stderr)
-        return 2
+        return EXIT_USAGE
     for command, file in known.items():
-        about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        print(f"dfer {command:16}{re.split(': `|[.;:]$', about.splitlines()[0])[0]}")
+        summary = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        print(f"dfer {command:16}{re.split(': `|[.;:]$', summary.splitlines()[0])[0]}")
     print("dfer COMMAND --help: all its options")
     return 0
 

@@ -37,7 +37,8 @@ from dfer.predict.output import describe, write_outputs
 from dfer.predict.overlay import timeline_picture
 from dfer.predict.predictor import VideoPrediction
 from dfer.report.figures import ACCENT, SECOND
-from dfer.report.page import Clip, strip
+from dfer.report.gallery import strip
+from dfer.report.inspection import Clip
 from dfer.video.decode import VIDEO_ERRORS, claimed_seconds
 from dfer.video.write import write_mp4
 

@@ -1,4 +1,4 @@
-"""What this machine has and what is missing: `python scripts/doctor.py`. Attach its output to a report of a problem.
+"""Say what this machine has and lacks: `python scripts/doctor.py`. Attach its output to a report of a problem.
 
 Exit code 2 if training cannot work here; what only costs speed or a feature is named and is no error.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +21,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import Parser
+from dfer.cli import EXIT_USAGE, Parser
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 1.3 GB; a run keeps up to 5 checkpoints of 160 MB
@@ -34,21 +34,23 @@ GPU_LIBRARIES = {
 
 
 class Finding(NamedTuple):
+    """A thing that was examined."""
+
     what: str
     found: str
-    state: str  # "ok", "slower" (or a feature less), "missing" (training cannot work)
+    state: Literal["ok", "slower", "missing"]  # slower: or a feature less; missing: training cannot work
     remedy: str = ""
 
 
 def requirements() -> str:
-    """What is pinned: in requirements.txt, or, where pip has installed this, in what it knows of it."""
+    """Return the pinned packages: requirements.txt, or what pip knows of them where it has installed this."""
     if REQUIREMENTS.exists():
         return REQUIREMENTS.read_text(encoding="utf-8")
     return "\n".join(importlib.metadata.requires("dfer") or [])
 
 
 def packages(requirements: str) -> Iterator[Finding]:
-    """Every package of requirements.txt against what is installed."""
+    """Compare every package of requirements.txt with what is installed."""
     for name, wanted in re.findall(r"^([\w.-]+)==([\w.]+)", requirements, re.MULTILINE):
         try:
             version = importlib.metadata.version(name)
@@ -60,7 +62,7 @@ def packages(requirements: str) -> Iterator[Finding]:
 
 
 def imports(*modules: str) -> Iterator[Finding]:
-    """Modules with compiled parts, each in a process of its own: one that crashes takes nothing along."""
+    """Import modules with compiled parts, each in a process of its own: one that crashes takes nothing along."""
     for module in modules:
         done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -71,6 +73,7 @@ def imports(*modules: str) -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
+    """Describe the GPUs that torch can use, and look for the libraries that decode on them."""
     import torch
 
     if not torch.cuda.is_available():
@@ -94,6 +97,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def loads(library: str) -> bool:
+    """Return whether a shared library is found and can be loaded."""
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -102,7 +106,7 @@ def loads(library: str) -> bool:
 
 
 def codecs() -> Finding:
-    """Which of the usual videos FFmpeg's libraries inside PyAV decode."""
+    """Ask FFmpeg's libraries inside PyAV for the usual codecs."""
     import av
 
     missing = [f"{name} ({where})" for name, where in CODECS.items() if name not in av.codecs_available]
@@ -112,7 +116,7 @@ def codecs() -> Finding:
 
 
 def room(folder: Path) -> Iterator[Finding]:
-    """Free memory, disk, and shared memory, which processes talk through."""
+    """Measure the free memory and disk, and whether the folder can be written."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         (line,) = (x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
@@ -135,7 +139,7 @@ def python() -> Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Everything, in the order in which one thing needs another."""
+    """Examine everything, in the order in which one thing needs another."""
     findings = [python(), *packages(requirements())]
     findings += imports("torch", "nvidia.dali", "numba", "cv2", "timm")
     works = {f.what for f in findings if f.state != "missing"}
@@ -146,7 +150,7 @@ def examine(folder: Path) -> list[Finding]:
     return [*findings, *room(folder)]
 
 
-def main() -> int:
+def run() -> int:
     findings = examine(Path.cwd())
     table = Table(title=f"{platform.platform()}, {os.cpu_count()} cores")
     for column in ("", "what", "found", "what to do"):
@@ -158,9 +162,13 @@ def main() -> int:
     missing = [finding.what for finding in findings if finding.state == "missing"]
     if missing:
         print(f"doctor: training cannot work here: {', '.join(missing)}: see above", file=sys.stderr)
-    return 2 if missing else 0
+    return EXIT_USAGE if missing else 0
+
+
+def main(arguments: list[str]) -> int:
+    Parser("doctor", __doc__).parse_args(arguments)
+    return run()
 
 
 if __name__ == "__main__":
-    Parser("doctor", __doc__).parse_args()
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""A trained model as others can use it: `python scripts/export.py logs/NAME --out DIR`.
+"""Export a trained model for others to use: `python scripts/export.py logs/NAME --out DIR`.
 
 DIR is new and holds model.safetensors, config.json and a model card (`DFERNet.from_pretrained(DIR)`, or push it to a
 model hub), model.pt2 (torch.export) and model.onnx. The programs take float32 clips (batch, frames, 3, size, size),
@@ -8,9 +8,11 @@ shapes first, and written only if it agrees.
 
 import argparse
 import contextlib
+import importlib.resources
 import io
 import json
 import logging
+import os
 import shutil
 import string
 import sys
@@ -29,16 +31,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer.cli import Parser, UserError, one_line_errors, shown
 from dfer.config import Config, config_from_json
+from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
 from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
-from dfer.report.records import Predictions, read_run, wilson
+from dfer.report import read_run
+from dfer.report.records import Predictions
+from dfer.report.statistics import wilson
 from dfer.run.checkpoint import load_checkpoint
-from train import trained_model
+from dfer.state import load_trained
 
 FORMATS = ("hub", "pt2", "onnx")
 TOLERANCE = 1e-4  # of logits, absolute
 NUM_SHAPES = 20
-CARD = Path(__file__).resolve().parents[1] / "dfer" / "model" / "model_card.md"
+CARD = importlib.resources.files("dfer.model") / "model_card.md"
 
 # Licence, data and crop as the card names them, by the folder that a run's lists lie in.
 DATA = {
@@ -66,7 +71,7 @@ DATA = {
 
 
 class Logits(nn.Module):
-    """clips (B, T, 3, H, W) -> logits (B, K), and nothing else: what a program returns."""
+    """A model that returns logits (B, K) of clips (B, T, 3, H, W), and nothing else, as a program does."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -77,7 +82,7 @@ class Logits(nn.Module):
 
 
 def exported(model: nn.Module, num_frames: int, size: int) -> torch.export.ExportedProgram:
-    """A program of plain torch operators for any number of clips and of frames from 2."""
+    """Return a program of plain torch operators, for any number of clips and for 2 frames or more."""
     example = torch.zeros(2, max(num_frames, 3), 3, size, size)  # 1 would be taken for a constant
     free = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("frames", min=2, max=1024)}
     with torch.no_grad():
@@ -85,6 +90,7 @@ def exported(model: nn.Module, num_frames: int, size: int) -> torch.export.Expor
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, config: dict[str, Any]) -> None:
+    """Write a program as ONNX, with the configuration as its metadata."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it finds torchvision's operators badly annotated
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself
@@ -94,7 +100,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, config: dict[s
 
 
 def runner(path: Path) -> Callable[[Tensor], Tensor]:
-    """The program in a file, as whoever gets the file would run it."""
+    """Load the program in a file, as whoever gets the file would run it."""
     if path.suffix == ".pt2":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
@@ -105,7 +111,7 @@ def runner(path: Path) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def largest_difference(program: Callable[[Tensor], Tensor], model: nn.Module, num_frames: int, size: int) -> float:
-    """Of logits, over NUM_SHAPES random shapes of random clips."""
+    """Return the largest difference of a logit on random clips of NUM_SHAPES random shapes."""
     rng = np.random.default_rng(0)
     worst = 0.0
     for _ in range(NUM_SHAPES):
@@ -116,7 +122,7 @@ def largest_difference(program: Callable[[Tensor], Tensor], model: nn.Module, nu
 
 
 def hub_config(config: Config, model: nn.Module) -> dict[str, Any]:
-    """What `from_pretrained` builds the model from, and what its user has to know about its input."""
+    """Return what `from_pretrained` builds the model from, and what its user has to know about its input."""
     data, settings = config.data, config.model
     shared = {"num_classes": len(EMOTIONS), "backbone": settings.backbone, "dropout": settings.dropout}
     if settings.name == "dfernet":
@@ -129,7 +135,7 @@ def hub_config(config: Config, model: nn.Module) -> dict[str, Any]:
 
 
 def results_table(predictions: Predictions) -> str:
-    """WAR, UAR and recall per class with 95 % intervals, as Markdown."""
+    """Return WAR, UAR and recall per class with 95 % intervals, as Markdown."""
     confusion = predictions.confusion()
     lines = [
         f"{len(predictions.labels):,} clips of the run's validation list, last epoch: **WAR {confusion.war():.2f} %, "
@@ -150,6 +156,7 @@ def results_table(predictions: Predictions) -> str:
 
 
 def model_card(config: Config, hub: dict[str, Any], run: str, predictions: Predictions | None) -> str:
+    """Return the model card of the run called `run`, as Markdown."""
     name = next((name for name in DATA if name in config.data.train_list.parts), None)
     unknown = (
         "unknown",
@@ -176,81 +183,96 @@ def model_card(config: Config, hub: dict[str, Any], run: str, predictions: Predi
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all.
+    """Yield a folder to write to, which appears under its name at the end, or not at all.
 
     Raises:
-        UserError: in one line, if there is something of that name or it cannot be made.
+        UserError: if there is something of that name or it cannot be made.
     """
-    if path.exists():
-        raise UserError(f"--out {shown(path)}: exists already: give a new folder")
+    if os.path.exists(path):  # unlike Path.exists, it raises nothing, whatever a user calls it
+        raise UserError(f"--out {path}: exists already: give a new folder")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.absolute().parent))
     except OSError as error:
-        raise UserError(f"--out {shown(path)}: cannot be made ({error.strerror})") from None
+        raise UserError(f"--out {path}: cannot be made ({reason(error)})") from None
     try:
         yield partial
         partial.chmod(0o755)
         partial.rename(path)
     except OSError as error:
-        raise UserError(f"--out {shown(path)}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--out {path}: cannot be written ({reason(error)})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def main(args: argparse.Namespace) -> None:
+def export_hub(args: argparse.Namespace, folder: Path, config: Config, model: nn.Module, hub: dict[str, Any]) -> None:
+    """Write weights, config.json and the model card, and read the weights back."""
+    whole_run = args.checkpoint.is_dir()
+    predictions = read_run(args.checkpoint).predictions if whole_run else None
+    path = args.checkpoint if whole_run else args.checkpoint.parent
+    card = model_card(config, hub, shown(path.resolve().name), predictions)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    model.save_pretrained(folder, config=hub)
+    (folder / "model.safetensors").chmod(0o644)
+    with contextlib.redirect_stdout(io.StringIO()):  # the hub's client says where it reads from
+        again = type(model).from_pretrained(folder).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    print(f"{args.out}/model.safetensors: equal to the bit when read again")
+
+
+def export_programs(
+    args: argparse.Namespace, folder: Path, plain: nn.Module, model: nn.Module, hub: dict[str, Any]
+) -> None:
+    """Write the programs that are asked for, and compare each with the model. `plain` is the same model, to be traced.
+
+    Raises:
+        UserError: if one differs.
+    """
+    if hasattr(plain, "crf") and hasattr(plain.crf, "backend"):
+        plain.crf.backend = "sdpa"  # plain operators; the others are one of our own
+    shape = hub["num_frames"], hub["size"]
+    program = exported(plain, *shape)
+    for kind in (kind for kind in ("pt2", "onnx") if kind in args.formats):
+        path = folder / f"model.{kind}"
+        if kind == "pt2":
+            torch.export.save(program, path, extra_files={"config.json": json.dumps(hub)})
+        else:
+            write_onnx(program, path, hub)
+        difference = largest_difference(runner(path), model, *shape)
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{args.checkpoint}: {path.name} differs from the model by {difference:.2g} in a logit: "
+                f"nothing was written; leave it out with --formats {' '.join(k for k in FORMATS if k != kind)}"
+            )
+        megabytes = path.stat().st_size / 1e6
+        print(f"{args.out}/{path.name}: {megabytes:.0f} MB, within {difference:.1e} on {NUM_SHAPES} shapes")
+
+
+def run(args: argparse.Namespace) -> None:
     state = load_checkpoint(args.checkpoint)
     config = config_from_json(state["config"], source=args.checkpoint)
-    model = trained_model(state, config)
+    model = load_trained(state, config)
     hub = hub_config(config, model)
-    shape = hub["num_frames"], hub["size"]
     with new_folder(args.out) as folder:
         if "hub" in args.formats:
-            whole_run = args.checkpoint.is_dir()
-            predictions = read_run(args.checkpoint).predictions if whole_run else None
-            run = args.checkpoint if whole_run else args.checkpoint.parent
-            card = model_card(config, hub, shown(run.resolve().name), predictions)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            model.save_pretrained(folder, config=hub)
-            (folder / "model.safetensors").chmod(0o644)
-            with contextlib.redirect_stdout(io.StringIO()):  # the hub's client tells where it reads from
-                again = type(model).from_pretrained(folder).state_dict()
-            assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
-            print(f"{args.out}/model.safetensors: equal to the bit when read again")
+            export_hub(args, folder, config, model, hub)
         if {"pt2", "onnx"} & set(args.formats):
             if config.model.name == "dfernet" and config.model.crf == "gaussian":
                 raise UserError(
                     f"{args.checkpoint}: the Gaussian CRF, there for comparison, is no program of plain operators: "
                     "--formats hub is what it can be exported to"
                 )
-            plain = trained_model(state, config)
-            if hasattr(plain, "crf") and hasattr(plain.crf, "backend"):
-                plain.crf.backend = "sdpa"  # plain operators; the others are one of our own
-            program = exported(plain, *shape)
-            for kind in (kind for kind in ("pt2", "onnx") if kind in args.formats):
-                path = folder / f"model.{kind}"
-                if kind == "pt2":
-                    torch.export.save(program, path, extra_files={"config.json": json.dumps(hub)})
-                else:
-                    write_onnx(program, path, hub)
-                difference = largest_difference(runner(path), model, *shape)
-                if not difference <= TOLERANCE:
-                    raise UserError(
-                        f"{args.checkpoint}: {path.name} differs from the model by {difference:.2g} in a logit: "
-                        f"nothing was written; leave it out with --formats {' '.join(k for k in FORMATS if k != kind)}"
-                    )
-                megabytes = path.stat().st_size / 1e6
-                print(f"{args.out}/{path.name}: {megabytes:.0f} MB, within {difference:.1e} on {NUM_SHAPES} shapes")
+            export_programs(args, folder, load_trained(state, config), model, hub)
 
 
-def parser() -> Parser:
-    words = Parser("export", __doc__)
-    words.add_argument("checkpoint", type=Path, help="a run's folder, its best_WAR.safetensors, or one checkpoint")
-    words.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
-    words.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    return words
+def main(arguments: list[str]) -> int:
+    parser = Parser("export", __doc__)
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, its best_WAR.safetensors, or one checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    args = parser.parse_args(arguments)
+    return one_line_errors("export", lambda: run(args))
 
 
 if __name__ == "__main__":
-    arguments = parser().parse_args()
-    sys.exit(one_line_errors("export.py", lambda: main(arguments)))
+    sys.exit(main(sys.argv[1:]))

@@ -150,6 +150,43 @@ def test_no_drawers():
     assert not names & {"utils", "util", "helpers", "helper", "common", "misc", "manager", "trainer"}
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def own_nodes(function: ast.AST) -> list[ast.AST]:
+    """The nodes of a function, those of functions in it left out but for themselves."""
+    found, left = [], list(ast.iter_child_nodes(function))
+    while left:
+        node = left.pop()
+        found.append(node)
+        left += [] if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else ast.iter_child_nodes(node)
+    return found
+
+
+def rebound(source: str) -> list[str]:
+    """Variables that a function reads of the function around it, which binds them again after it was made."""
+    found = []
+    for outer in (node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS)):
+        names = [node for node in own_nodes(outer) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+        parameters = {argument.arg for argument in ast.walk(outer.args) if isinstance(argument, ast.arg)}
+        for inner in (node for node in own_nodes(outer) if isinstance(node, FUNCTIONS)):
+            if isinstance(inner, ast.Lambda):
+                continue  # called where they are made; in a loop the linter looks at them
+            own = {a.arg for a in ast.walk(inner) if isinstance(a, ast.arg)}
+            own |= {n.id for n in ast.walk(inner) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            read = {n.id for n in ast.walk(inner) if isinstance(n, ast.Name)} - own
+            before = parameters | {name.id for name in names if name.lineno < inner.lineno}
+            found += sorted({n.id for n in names if n.id in read & before and n.lineno > inner.lineno})
+    return found
+
+
+def test_no_function_reads_a_variable_that_is_bound_again_behind_it():
+    fault = "def f(a):\n    def g():\n        return a\n    for a in range(3):\n        print(g())\n"
+    assert rebound(fault) == ["a"] and not rebound(fault.replace("for a", "for b"))
+    for path in sources():
+        assert not rebound(path.read_text()), path
+
+
 # What is forbidden everywhere, since it runs or writes what a file says. The first are left to the linter, the others,
 # which it does not know, to the test below.
 LINTED = {

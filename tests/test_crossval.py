@@ -14,20 +14,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from dfer.cli import one_line_errors
 from dfer.config import parse_config
 from dfer.lists.annotations import EMOTIONS, read_annotations
+from dfer.lists.folds import assign_folds, check_folds, find_folds, write_folds
 from dfer.lists.index import load_index
 from dfer.lists.releases import DFEW_TEST_COUNTS
-from dfer.report import figures
-from dfer.report import page as report
-from dfer.report.records import Pool, Predictions, bootstrap, pool, read_run, wilson
+from dfer.report import figures, fold_results, read_run
+from dfer.report.folds import folds_page
+from dfer.report.published import published_results
+from dfer.report.records import Predictions
+from dfer.report.statistics import Pool, bootstrap, pool, wilson
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
+from dfer.run.folder import fingerprint
+from dfer.run.folds import BEST, Job, drive, slots_for
+from dfer.run.signals import SIGNALS
 from scripts import crossval
 from tests.conftest import ROOT
 from tests.test_report import Page, closed_in_itself, some_predictions, some_rows, write_run
-from train import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,7 +134,7 @@ def test_the_folds_sum_to_the_pool_and_all_numbers_are_those_of_loops():
     seeds[1][0] = Predictions([first.clips[i] for i in shuffled], first.labels[shuffled],
                               first.predicted[shuffled], first.probabilities)  # fmt: skip
     pooled = pool(seeds)
-    found = crossval.summary(pooled)
+    found = fold_results.summary(pooled)
     for seed, matrices in enumerate(pooled.confusions()):
         assert [m.counts.tolist() for m in matrices] == [naive_counts(p) for p in seeds[seed]]
         assert found["confusion_per_seed"][seed] == sum(m.counts for m in matrices).tolist()
@@ -157,7 +162,7 @@ def test_the_folds_sum_to_the_pool_and_all_numbers_are_those_of_loops():
 
 
 def test_one_seed_has_no_spread_of_seeds_and_a_class_without_clips_no_recall():
-    found = crossval.summary(pool([[simulated(50, 0, known=5), simulated(50, 1, known=5)]]))
+    found = fold_results.summary(pool([[simulated(50, 0, known=5), simulated(50, 1, known=5)]]))
     assert found["pooled"]["WAR"]["sd_of_seeds"] is None and found["mean_of_folds"]["UAR"]["sd_of_seeds"] is None
     assert found["recall"]["Fear"] == {"clips": 0} and "NaN" not in json.dumps(found)
 
@@ -173,7 +178,7 @@ def test_seeds_of_other_clips_are_refused():
 def test_the_split_is_a_partition_and_each_fold_has_its_share_of_each_class():
     rng = np.random.default_rng(0)
     rows = [(f"clips/{i}", 20, int(k)) for i, k in enumerate(rng.choice(7, 223, p=SHARES))]
-    folds = crossval.split(rows, 5)
+    folds = assign_folds(rows, 5)
     assert set(folds) == set(range(5))
     for k in range(7):
         sizes = [sum(f == fold and row[2] == k for row, f in zip(rows, folds, strict=True)) for fold in range(5)]
@@ -181,13 +186,13 @@ def test_the_split_is_a_partition_and_each_fold_has_its_share_of_each_class():
         mine = [f for row, f in zip(rows, folds, strict=True) if row[2] == k]
         assert mine == sorted(mine)  # blocks in the order of the names, 9 before 10
     order = rng.permutation(len(rows)).tolist()
-    assert crossval.split([rows[i] for i in order], 5) == [folds[i] for i in order]
+    assert assign_folds([rows[i] for i in order], 5) == [folds[i] for i in order]
 
 
 def test_the_embedded_lists_are_split_and_still_point_at_their_clips(clips, tmp_path):
-    crossval.split_embedded([clips / "train.txt", clips / "test.txt"], tmp_path / "lists")
-    folds = crossval.find_folds(tmp_path / "lists")
-    crossval.check_folds(folds, None)
+    write_folds([clips / "train.txt", clips / "test.txt"], tmp_path / "lists", 5)
+    folds = find_folds(tmp_path / "lists")
+    check_folds(folds, None)
     everything = {r.path for part in ("train", "test") for r in read_annotations(clips / f"{part}.txt")}
     tested = [r.path.resolve() for _, test in folds for r in read_annotations(test)]
     assert len(tested) == 29 and set(tested) == {path.resolve() for path in everything}
@@ -223,10 +228,10 @@ def make_folds(clips: Path, folder: Path, num_folds: int = 3) -> Path:
 )  # fmt: skip
 def test_folds_that_are_none(clips, tmp_path, damage, said):
     folder = make_folds(clips, tmp_path / "lists")
-    crossval.check_folds(crossval.find_folds(folder), None)
+    check_folds(find_folds(folder), None)
     damage(folder)
     with pytest.raises(ValueError, match=said) as error:
-        crossval.check_folds(crossval.find_folds(folder), None)
+        check_folds(find_folds(folder), None)
     assert "\n" not in str(error.value)
 
 
@@ -267,18 +272,18 @@ def log(tmp_path: Path) -> list[str]:
 
 
 def test_jobs_in_sequence(tmp_path, play, capsys):
-    jobs = [crossval.Job("a", [play("a1"), play("a2")]), crossval.Job("b", [play("b1")])]
-    handlers = [signal.getsignal(number) for number in crossval.SIGNALS]
-    assert crossval.drive(jobs, [{}], tmp_path) == 0
+    jobs = [Job("a", [play("a1"), play("a2")]), Job("b", [play("b1")])]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    assert drive(jobs, [{}], tmp_path) == 0
     assert log(tmp_path) == [f"{name} {word}" for name in ("a1", "a2", "b1") for word in ("begins", "ends")]
-    assert handlers == [signal.getsignal(number) for number in crossval.SIGNALS]
+    assert handlers == [signal.getsignal(number) for number in SIGNALS]
 
 
 def test_jobs_at_once_have_their_own_environment_and_file(tmp_path):
     show = ["-c", "import os, time; print(os.environ['GPU']); time.sleep(0.5)"]
     begin = time.monotonic()
-    jobs = [crossval.Job(name, [show]) for name in "abcd"]
-    assert crossval.drive(jobs, [{"GPU": "x"}, {"GPU": "y"}], tmp_path) == 0
+    jobs = [Job(name, [show]) for name in "abcd"]
+    assert drive(jobs, [{"GPU": "x"}, {"GPU": "y"}], tmp_path) == 0
     assert sorted((tmp_path / f"{name}.txt").read_text() for name in "abcd") == ["x\n", "x\n", "y\n", "y\n"]
     assert time.monotonic() - begin > 0.9  # never more than two at once
     assert (tmp_path / "a.txt").read_text() != (tmp_path / "b.txt").read_text()
@@ -287,15 +292,15 @@ def test_jobs_at_once_have_their_own_environment_and_file(tmp_path):
 @pytest.mark.parametrize(("code", "goes_on"), [(2, False), (1, True), (69, True)])
 def test_a_job_that_fails(tmp_path, play, capfd, code, goes_on):
     """Its second command is not begun; others are, unless something is to be changed first."""
-    jobs = [crossval.Job("a", [play("a1", code=code), play("a2")]), crossval.Job("b", [play("b1")])]
-    assert crossval.drive(jobs, [{}], tmp_path) == code
+    jobs = [Job("a", [play("a1", code=code), play("a2")]), Job("b", [play("b1")])]
+    assert drive(jobs, [{}], tmp_path) == code
     assert ("b1 begins" in log(tmp_path)) == goes_on and "a2 begins" not in log(tmp_path)
     assert f"a failed with exit code {code}\n" in capfd.readouterr().err
 
 
 def test_a_job_that_is_killed(tmp_path):
-    job = crossval.Job("a", [["-c", "import os; os.kill(os.getpid(), 9)"]])
-    assert crossval.drive([job], [{}], tmp_path) == 137
+    job = Job("a", [["-c", "import os; os.kill(os.getpid(), 9)"]])
+    assert drive([job], [{}], tmp_path) == 137
 
 
 def wait_for(condition, child: subprocess.Popen | None = None) -> None:
@@ -305,7 +310,7 @@ def wait_for(condition, child: subprocess.Popen | None = None) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", crossval.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_signal_is_handed_on_and_nothing_else_begins(tmp_path, play, number, code):
     def send() -> None:
@@ -314,8 +319,8 @@ def test_a_signal_is_handed_on_and_nothing_else_begins(tmp_path, play, number, c
 
     thread = threading.Thread(target=send)
     thread.start()
-    jobs = [crossval.Job(name, [play(name, 600, code), play(f"{name}2")]) for name in "abc"]
-    assert crossval.drive(jobs, [{}, {}], tmp_path) == 75
+    jobs = [Job(name, [play(name, 600, code), play(f"{name}2")]) for name in "abc"]
+    assert drive(jobs, [{}, {}], tmp_path) == 75
     thread.join()
     assert sorted(log(tmp_path)) == ["a begins", "a saved", "b begins", "b saved"]
 
@@ -327,14 +332,14 @@ def test_a_run_that_somebody_else_stops_stops_all(tmp_path, play):
 
     thread = threading.Thread(target=send)
     thread.start()
-    assert crossval.drive([crossval.Job(n, [play(n, 600)]) for n in "abc"], [{}, {}], tmp_path) == 75
+    assert drive([Job(n, [play(n, 600)]) for n in "abc"], [{}, {}], tmp_path) == 75
     thread.join()
     assert sorted(log(tmp_path)) == ["a begins", "a saved", "b begins", "b saved"]
 
 
 def test_killed_hard_its_children_save_too(tmp_path, play):
     code = (
-        "import sys; from pathlib import Path; from scripts.crossval import Job, drive\n"
+        "import sys; from pathlib import Path; from dfer.run.folds import Job, drive\n"
         f"drive([Job('a', [{play('a', 600)}]), Job('b', [{play('b')}])], [{{}}], Path({str(tmp_path)!r}))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -347,17 +352,17 @@ def test_killed_hard_its_children_save_too(tmp_path, play):
 def test_slots(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert crossval.slots_for(1, "auto") == [{}]
-    assert crossval.slots_for(3, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 3
-    monkeypatch.setattr(crossval.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(crossval.torch.cuda, "device_count", lambda: 2)
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in crossval.slots_for(2, "auto")] == ["0", "1"]
-    assert crossval.slots_for(3, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert slots_for(1, "auto") == [{}]
+    assert slots_for(3, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in slots_for(2, "auto")] == ["0", "1"]
+    assert slots_for(3, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-77ab")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert crossval.slots_for(2, "cuda") == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "GPU-77ab"}]
+    assert slots_for(2, "cuda") == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "GPU-77ab"}]
     with pytest.raises(ValueError, match="--parallel 3: 2 GPUs"):
-        crossval.slots_for(3, "auto")
+        slots_for(3, "auto")
 
 
 # ---- The command, train.py and evaluate.py played in this process
@@ -403,11 +408,11 @@ class Played:
 
     def evaluate(self, words) -> None:
         path = Path(words[0]).parent
-        assert words == [str(path / "best_WAR.safetensors"), "--device", "auto", "--out", str(path / crossval.BEST)]
+        assert words == [str(path / "best_WAR.safetensors"), "--device", "auto", "--out", str(path / BEST)]
         predictions = read_run(path).predictions
         rows = [(c, int(a), int(b), *p) for c, a, b, p in zip(*predictions, strict=True)]
         scratch = write_run(path.parent / "scratch", parse_config(["debug"]), self.best(rows))
-        (scratch / "predictions.csv").rename(path / crossval.BEST)
+        (scratch / "predictions.csv").rename(path / BEST)
         (scratch / "config.json").unlink()
         scratch.rmdir()
 
@@ -423,9 +428,14 @@ def command(tmp_path: Path, clips: Path, *words: str, capsys, **options) -> tupl
     """Exit code and stderr."""
     if not (tmp_path / "lists").exists():
         make_folds(clips, tmp_path / "lists")
-    defaults = {"preset": "debug", "lists": tmp_path / "lists", "seeds": 1, "parallel": 1, "part": (1, 1), "name": "cv"}
-    args = argparse.Namespace(**(defaults | {"log_dir": tmp_path / "logs"} | options))
-    code = one_line_errors("crossval.py", lambda: crossval.main(args, list(words)))
+    options = {"preset": "debug", "lists": tmp_path / "lists", "name": "cv", "log-dir": tmp_path / "logs"} | options
+    arguments = [options.pop("preset")]
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value)] if value is not None else []
+    try:
+        code = crossval.main([*arguments, "--", *words])
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
     return code, capsys.readouterr().err
 
 
@@ -450,7 +460,7 @@ def test_stopped_in_fold_3_it_goes_on_there(tmp_path, clips, played, capsys):
     for row in results["runs"]:
         assert row["best"]["epoch"] == 1 and row["best"]["WAR"] >= row["last"]["WAR"] and row["last"]["epoch"] == 2
     assert results["published"] is None and "no published figures beside these" in results["notes"][-1]
-    for fold, (_, test) in enumerate(crossval.find_folds(tmp_path / "lists"), start=1):
+    for fold, (_, test) in enumerate(find_folds(tmp_path / "lists"), start=1):
         tested = {EMOTIONS[r.label] for r in read_annotations(test)}
         absent = [e for e in EMOTIONS if e not in tested]
         want = [f"fold {fold} tests no clip of {', '.join(absent)}: its UAR is of the other classes"] if absent else []
@@ -467,7 +477,7 @@ def test_stopped_in_fold_3_it_goes_on_there(tmp_path, clips, played, capsys):
 def test_parts_share_the_runs_and_the_last_collects(tmp_path, clips, played, capsys):
     for part in (1, 2, 3, 4):
         assert not (tmp_path / "logs" / "cv" / "results.json").exists()
-        assert command(tmp_path, clips, capsys=capsys, seeds=2, part=(part, 4)) == (0, "")
+        assert command(tmp_path, clips, capsys=capsys, seeds=2, part=f"{part}/4") == (0, "")
     names = [name for name, program in played.commands if program == "train.py"]
     order = [f"seed{s}-fold{f}" for s in range(2) for f in (1, 2, 3)]
     assert names == [order[i] for i in (0, 4, 1, 5, 2, 3)] and len(results_of(tmp_path)["runs"]) == 6
@@ -475,12 +485,12 @@ def test_parts_share_the_runs_and_the_last_collects(tmp_path, clips, played, cap
 
 def test_a_run_that_others_work_on_is_not_looked_at(tmp_path, clips, played, capsys):
     """Its checkpoints change while it runs: what is read half of one is no defect of the run."""
-    assert command(tmp_path, clips, capsys=capsys, part=(1, 3)) == (0, "")
+    assert command(tmp_path, clips, capsys=capsys, part="1/3") == (0, "")
     other = tmp_path / "logs" / "cv" / "seed0-fold2" / "checkpoints"
     other.mkdir(parents=True)
     (other / "step-00000004.json").write_text("{}")
-    assert command(tmp_path, clips, capsys=capsys, part=(1, 3)) == (0, "")
-    code, err = command(tmp_path, clips, capsys=capsys, part=(2, 3))
+    assert command(tmp_path, clips, capsys=capsys, part="1/3") == (0, "")
+    code, err = command(tmp_path, clips, capsys=capsys, part="2/3")
     assert code == 2 and "none of 1 checkpoints can be used" in err
 
 
@@ -508,9 +518,9 @@ def test_finished_folds_are_of_the_same_command_or_refused(tmp_path, clips, play
     (run / "checkpoints").rename(tmp_path / "gone")
     refused("its checkpoints are gone")
     (tmp_path / "gone").rename(run / "checkpoints")
-    with open(run / crossval.BEST, "a") as file:
+    with open(run / BEST, "a") as file:
         file.write("x\n")
-    refused(f"{run / crossval.BEST}: predictions.csv is damaged")
+    refused(f"{run / BEST}: predictions.csv is damaged")
 
 
 def test_a_run_that_is_not_whole_is_gone_on_with(tmp_path, clips, played, capsys):
@@ -520,7 +530,7 @@ def test_a_run_that_is_not_whole_is_gone_on_with(tmp_path, clips, played, capsys
     save_checkpoint(run / "checkpoints", load_checkpoint(run) | {"step": 30, "evaluated": 1})
     played.commands, played.commands_left = [], 0
     assert command(tmp_path, clips, capsys=capsys) == (75, "")
-    assert [p.parent.name for p in run.parent.glob(f"*/{crossval.BEST}")].count("seed0-fold2") == 0
+    assert [p.parent.name for p in run.parent.glob(f"*/{BEST}")].count("seed0-fold2") == 0
 
 
 def test_best_weights_that_evaluate_otherwise_are_named(tmp_path, clips, played, capsys):
@@ -546,11 +556,15 @@ def test_best_weights_that_evaluate_otherwise_are_named(tmp_path, clips, played,
         ([], {"preset": "ferv39k", "lists": None}, "no folds of its own"),
         ([], {"preset": "dfew", "lists": None}, "lists/dfew: needs"),
         ([], {"name": "a/b"}, "plain folder name"),
+        ([], {"log-dir": __file__}, "--log-dir: cannot use"),
+        ([], {"lists": "a" * 300}, "aa: cannot be read (File name too long)"),
+        ([], {"seeds": "two"}, "'two' is not a whole number"),
+        ([], {"part": "3/2"}, "'3/2' is not a part"),
     ],
 )
 def test_what_is_wrong_takes_one_line_and_leaves_nothing(tmp_path, clips, played, capsys, words, options, said):
     code, err = command(tmp_path, clips, *words, capsys=capsys, **options)
-    assert code == 2 and said in err and err.count("\n") == 1, err
+    assert code == 2 and said in err and err.count("\n") == 1 and err.startswith("crossval: "), err
     assert not (tmp_path / "logs").exists() and played.commands == []
 
 
@@ -595,19 +609,19 @@ def test_the_array_job(tmp_path, code, array, said):
 
 
 def test_published_figures_stand_beside_dfew_only():
-    assert crossval.published(DFEW_TEST_COUNTS)[0]["rows"][4] == {
+    assert published_results(DFEW_TEST_COUNTS)[0]["rows"][4] == {
         "method": "IAL", "start": "ResNet18", "UAR": 55.71, "WAR": 69.24}  # fmt: skip
-    assert crossval.published(DFEW_TEST_COUNTS)[1] == ""
+    assert published_results(DFEW_TEST_COUNTS)[1] == ""
     fewer = [list(row) for row in DFEW_TEST_COUNTS]
     fewer[2][0] -= 2
-    assert crossval.published(fewer)[0] and "2 of DFEW's 11,697" in crossval.published(fewer)[1]
+    assert published_results(fewer)[0] and "2 of DFEW's 11,697" in published_results(fewer)[1]
     fewer[3][6] += 1
-    assert crossval.published(fewer)[0] is None
+    assert published_results(fewer)[0] is None
     fewer[3][6] -= 1
     fewer[0][0] -= 200
-    assert crossval.published(fewer)[0] is None
-    assert crossval.published(DFEW_TEST_COUNTS[:4])[0] is None
-    assert crossval.published([[70, 56, 81, 67, 44, 5, 25]] * 5)[0] is None
+    assert published_results(fewer)[0] is None
+    assert published_results(DFEW_TEST_COUNTS[:4])[0] is None
+    assert published_results([[70, 56, 81, 67, 44, 5, 25]] * 5)[0] is None
 
 
 def test_the_page_says_what_the_results_say(tmp_path, clips, played, capsys):
@@ -637,10 +651,10 @@ def test_the_page_says_what_the_results_say(tmp_path, clips, played, capsys):
 
 def test_the_page_of_dfew_sets_others_figures_off(tmp_path, clips, played, capsys):
     assert command(tmp_path, clips, capsys=capsys) == (0, "")
-    results = results_of(tmp_path) | {"published": crossval.published(DFEW_TEST_COUNTS)[0], "name": "<b>$x"}
+    results = results_of(tmp_path) | {"published": published_results(DFEW_TEST_COUNTS)[0], "name": "<b>$x"}
     runs = [read_run(tmp_path / "logs" / "cv" / row["run"]) for row in results["runs"]]
     with figures.style():
-        page = Page(report.folds_page(results, runs))
+        page = Page(folds_page(results, runs))
     closed_in_itself(page)
     at = page.words.index("MAE-DFER")
     assert page.words[at + 1 : at + 4] == ["masked autoencoder, VoxCeleb2", "74.43", "63.41"]  # WAR, UAR

@@ -68,7 +68,7 @@ def test_no_gpu_is_no_error(monkeypatch):
 @pytest.mark.parametrize(("state", "code"), [("missing", 2), ("slower", 0), ("ok", 0)])
 def test_the_exit_code(monkeypatch, capsys, state, code):
     monkeypatch.setattr(doctor, "examine", lambda folder: [doctor.Finding("a[b]", "found", state, "do this")])
-    assert doctor.main() == code
+    assert doctor.main([]) == code
     out, err = capsys.readouterr()
     assert "a[b]" in out and "do this" in out
     assert ("training cannot work here: a[b]" in err) == (code == 2)

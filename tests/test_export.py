@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import train
-from dfer.cli import one_line_errors
 from dfer.config import Config, DataConfig, ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet, MeanPoolNet
+from dfer.model.build import build_model
 from dfer.model.dfernet import TemporalBlock
 from dfer.report.records import Predictions
 from dfer.run.checkpoint import save_checkpoint
+from dfer.state import load_weights
 from scripts import export
 
 pytestmark = pytest.mark.usefixtures("one_thread", "exports_as_outside")
@@ -31,7 +31,7 @@ def a_run(folder: Path, **model) -> nn.Module:
     data = DataConfig(train_list=Path("data/faces/train.txt"), size=SIZE, num_segments=NUM_FRAMES)
     config = Config(data=data, model=ModelConfig(backbone="test_resnet", **{"dim": 16, **model}))
     torch.manual_seed(0)
-    net = train.build_model(config.model, NUM_FRAMES).eval()
+    net = build_model(config.model, NUM_FRAMES).eval()
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     for module in net.modules():
@@ -56,8 +56,7 @@ def exports_as_outside(monkeypatch):
 
 
 def run_export(*words: str) -> int:
-    args = export.parser().parse_args(words)
-    return one_line_errors("export.py", lambda: export.main(args))
+    return export.main(list(words))
 
 
 def random_clips(batch: int, num_frames: int) -> Tensor:
@@ -120,6 +119,8 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run_export(run, "--out", str(tmp_path / "file" / "out"), "--formats", "hub") == 2
     assert "cannot be made" in capsys.readouterr().err
+    assert run_export(run, "--out", str(tmp_path / ("a" * 300)), "--formats", "hub") == 2
+    assert "cannot be made (File name too long)" in capsys.readouterr().err
     assert run_export(str(tmp_path / "gone"), "--out", str(tmp_path / "new")) == 2
     assert not (tmp_path / "new").exists()
 
@@ -143,7 +144,7 @@ def test_the_card_says_what_is_known_and_what_is_not():
     predicted = np.array([0] * 30 + [1] * 20)
     predictions = Predictions([""] * 50, labels, predicted, np.full((50, 7), 1 / 7))
     config = Config(model=ModelConfig(backbone="test_resnet", dim=16))
-    hub = export.hub_config(config, train.build_model(config.model, 4))
+    hub = export.hub_config(config, build_model(config.model, 4))
 
     def card(train_list: str, predictions: Predictions | None = predictions) -> str:
         data = dataclasses.replace(config.data, train_list=Path(train_list))
@@ -181,7 +182,7 @@ def test_weights_of_another_version_are_named(tmp_path):
     weights["crf.old.weight"] = weights.pop("crf.project.weight")
     weights["head.0.weight"] = weights["head.0.weight"][:-1]
     with pytest.raises(ValueError, match="another version of the model") as error:
-        train.put_weights(net, weights)
+        load_weights(net, weights)
     text = str(error.value)
     assert "lacks crf.project.weight" in text and "crf.old.weight" in text and "another shape head.0.weight" in text
     assert "\n" not in text

@@ -21,6 +21,7 @@ from tests.test_train import TINY
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 TOP_LEVEL = {package.split(".")[0] for package in SETUPTOOLS["packages"]}
+FOLDERS = (*sorted(TOP_LEVEL), "scripts")  # of the repository that go into the wheel
 NAMES = {
     "train", "check-list", "crossval", "doctor", "evaluate", "export", "hash-clips", "make-faces", "pack", "predict",
     "prepare-dfew", "prepare-ferv39k", "prepare-videos", "report",
@@ -49,16 +50,18 @@ def files_of(package: str) -> set[str]:
 
 def test_all_of_the_project_is_packaged():
     """But Slurm's scripts, which start what lies in a checkout."""
-    assert SETUPTOOLS["py-modules"] == ["train"]
+    assert {"dfer", "dali_pipes"} == TOP_LEVEL and "py-modules" not in SETUPTOOLS
     packaged = set()
     for package in SETUPTOOLS["packages"]:
-        folder, patterns = ROOT / package.replace(".", "/"), ["*.py", *SETUPTOOLS["package-data"].get(package, [])]
+        folder = ROOT / SETUPTOOLS["package-dir"].get(package, package.replace(".", "/"))
+        patterns = ["*.py", *SETUPTOOLS["package-data"].get(package, [])]
         packaged |= {str(p.relative_to(ROOT)) for pattern in patterns for p in folder.glob(pattern)}
-        assert (folder / "__init__.py").exists()
-    for package in TOP_LEVEL:
+        assert (folder / "__init__.py").exists() or folder == ROOT
+    for package in FOLDERS:
         assert {name for name in files_of(package) - packaged if not name.startswith("scripts/slurm/")} == set()
     outside = {p.parent.name for p in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert outside == TOP_LEVEL and {p.stem for p in ROOT.glob("*.py")} == {"train"}
+    assert outside == set(FOLDERS) and {p.stem for p in ROOT.glob("*.py")} == {"train"}
+    assert {"dfer/py.typed", "dali_pipes/py.typed"} <= packaged and not (ROOT / "dfer" / "_app").exists()
 
 
 def test_there_is_one_list_of_dependencies():
@@ -88,14 +91,28 @@ def test_the_command_without_being_installed(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr == "doctor: unrecognized arguments: --fast\n"
 
 
+HOSTILE = "raise RuntimeError('a module of somebody else: ' + __name__)\n"
+
+
+def add_hostile(folder: Path) -> None:
+    """Put packages of somebody else there that are called as what lies beside dfer in the repository."""
+    (folder / "scripts").mkdir()
+    for name in ("train.py", "scripts/__init__.py"):
+        assert not (folder / name).exists()
+        (folder / name).write_text(HOSTILE)
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """What pip makes of the project, in a folder that is named as an environment's."""
+    """Return a folder with what pip makes of the project, in site-packages/, and with here/, to work in.
+
+    In both, modules called train and scripts are somebody else's.
+    """
     folder = tmp_path_factory.mktemp("installed")
     (folder / "source").mkdir()
     for name in ("pyproject.toml", "requirements.txt", "LICENSE", "train.py"):
         shutil.copy(ROOT / name, folder / "source")
-    for package in TOP_LEVEL:
+    for package in FOLDERS:
         shutil.copytree(ROOT / package, folder / "source" / package, ignore=shutil.ignore_patterns("__pycache__"))
     pip = ("-m", "pip", "--disable-pip-version-check", "--quiet")
     wheels, target = folder / "wheels", folder / "site-packages"
@@ -105,30 +122,59 @@ def installed(tmp_path_factory):
     ):
         done = run_python(*pip, *words, "--no-deps", "--no-index", timeout=300)
         assert done.returncode == 0, done.stderr
+    names = {p.name for p in target.iterdir() if not p.name.endswith(".dist-info")}
+    assert names - {"bin", "__pycache__"} == TOP_LEVEL
+    assert (target / "dfer" / "py.typed").exists() and (target / "dali_pipes" / "py.typed").exists()
+    add_hostile(target)
     (folder / "here").mkdir()
+    add_hostile(folder / "here")
     return folder
 
 
-def dfer(folder, *words, launcher=None, timeout=120):
-    start = launcher or [sys.executable, str(folder / "site-packages" / "bin" / "dfer")]
+def python(folder, *words, timeout=120):
     env = {**os.environ, "PYTHONPATH": str(folder / "site-packages"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    command = [*start, *words]
+    command = [sys.executable, *words]
     return subprocess.run(command, cwd=folder / "here", env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def dfer(folder, *words, launcher=(), timeout=120):
+    """Run a command as it is installed; or with `launcher`, the words behind `python`."""
+    return python(folder, *(launcher or [str(folder / "site-packages" / "bin" / "dfer")]), *words, timeout=timeout)
+
+
+def left(folder: Path) -> set[str]:
+    return {p.name for p in (folder / "here").iterdir()} - {"train.py", "scripts"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_each_command_starts_where_it_is_installed(installed, name):
-    done = dfer(installed, name, "--help")
-    assert done.returncode == 0 and "usage:" in done.stdout and "--help" in done.stdout, done.stderr
-    assert str(ROOT) not in done.stderr and not list((installed / "here").iterdir())
+    """Also as a module, which puts the folder it is started in before all others."""
+    for launcher in ((), ("-m", "dfer")):
+        done = dfer(installed, name, "--help", launcher=launcher)
+        assert done.returncode == 0 and "usage:" in done.stdout and "--help" in done.stdout, done.stderr
+        assert str(ROOT) not in done.stderr and not left(installed)
+
+
+@pytest.mark.slow
+def test_the_packages_leave_the_names_of_others_alone(installed):
+    code = "import sys; before = list(sys.path); import dfer, dali_pipes, dfer.report.page; assert sys.path == before; "
+    for name in ("train", "scripts"):
+        done = python(installed, "-c", f"{code}import {name}")
+        assert done.stderr.endswith(f"RuntimeError: a module of somebody else: {name}\n"), done.stderr
 
 
 @pytest.mark.slow
 def test_an_installed_project_works_from_faces_to_report(installed):
     here = installed / "here"
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dfer"]
     try:
-        assert dfer(installed, "make-faces", "--size", "0.02").returncode == 0  # in processes that are spawned
+        for words in ((), ("--out", "drawn", "--video", "h264")):  # in processes that are spawned
+            drawn = dfer(installed, "make-faces", "--size", "0.02", "--workers", "2", *words)
+            assert drawn.returncode == 0, drawn.stderr
+        words = ("drawn", "--label", "Happy", "--out", "prepared", "--no-crop", "--workers", "2")
+        prepared = dfer(installed, "prepare-videos", *words, launcher=("-m", "dfer"))
+        assert prepared.returncode == 0, prepared.stdout + prepared.stderr
         checked = dfer(installed, "check-list", "data/faces/train.txt", "data/faces/test.txt")
         assert checked.returncode == 0, checked.stdout + checked.stderr
         words = ("train", *TINY, "--run.wandb", "off", "--optim.epochs", "1")
@@ -141,17 +187,19 @@ def test_an_installed_project_works_from_faces_to_report(installed):
         assert exported.returncode == 0, exported.stderr
         packed = dfer(installed, "pack", "data/faces/test.txt", "--out", "packed")
         assert packed.returncode == 0, packed.stderr
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dfer"]
-        together = dfer(installed, *words, "--validate-only", launcher=launcher)
-        assert together.returncode == 0 and "debug on 2 x cpu" in together.stdout, together.stderr
+        done = dfer(installed, *words, "--validate-only", launcher=together)
+        assert done.returncode == 0 and "debug on 2 x cpu" in done.stdout, done.stderr
+        folds = ("crossval", "debug", "--name", "cv", "--", *TINY[1:], "--optim.epochs", "1", "--run.wandb", "off")
+        done = dfer(installed, *folds, launcher=("-m", "dfer"), timeout=600)  # it starts train.py itself, five times
+        assert done.returncode == 0 and (here / "logs" / "cv" / "results.json").exists(), done.stdout + done.stderr
         wrong = dfer(installed, *words, "--data.train-list", "gone.txt")
         assert wrong.returncode == 2 and wrong.stderr.startswith("train.py: gone.txt: no such annotation list")
         assert wrong.stderr.count("\n") == 1
         healthy = dfer(installed, "doctor")
         assert healthy.returncode == 0 and "nvidia-dali-cuda120" in healthy.stdout, healthy.stderr
     finally:
-        for left in here.iterdir():
-            shutil.rmtree(left)
+        for name in left(installed):
+            shutil.rmtree(here / name)
 
 
 # ---- The container, which is not built by any test: what can be read from its files
@@ -199,9 +247,9 @@ def test_what_the_image_copies_is_there_and_enough():
         for name in sources:
             assert (ROOT / name).exists() and not ignored(name), name
             copied.add(name)
-    needed = {"pyproject.toml", "requirements.txt", "LICENSE", "train.py", *TOP_LEVEL}
+    needed = {"pyproject.toml", "requirements.txt", "LICENSE", "train.py", *FOLDERS}
     assert copied == needed and "ADD" not in dict(instructions())
-    assert not any(ignored(name) for package in TOP_LEVEL for name in files_of(package))
+    assert not any(ignored(name) for package in FOLDERS for name in files_of(package))
     assert all(ignored(p.name) != (p.name in needed) for p in ROOT.iterdir())
     for name in ("data/faces/train.txt", "logs/a/config.json", ".venv/bin/python", ".git/config", "lists/dfew/a.txt",
                  "wandb/x", ".env", "dfer/__pycache__/model.pyc", "build/lib/train.py", ".netrc"):  # fmt: skip

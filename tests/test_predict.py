@@ -34,7 +34,8 @@ from dfer.predict.output import spaced_frames
 from dfer.predict.predictor import Model
 from dfer.predict.progress import VideoProgress
 from dfer.predict.timeline import Timeline, place_windows, segments
-from dfer.report.figures import ACCENT, Lanes
+from dfer.report.figures import ACCENT
+from dfer.report.lanes import Lanes
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.distributed import World
 from dfer.video.decode import BadVideo, decode
@@ -629,7 +630,7 @@ def test_lanes_are_filled_as_high_as_probabilities() -> None:
     p[70:] = np.nan
     image = np.asarray(ov.timeline_picture(np.arange(101) / 10, p, unit=1.0)).astype(int)
     lanes = Lanes(900, 1.0)
-    left, right = lanes.course
+    left, right = lanes.extent
     orange = (image[:, :, 0] - image[:, :, 2]) > 100
     for k, share in ((0, 0.25), (3, 0.6)):
         x = round(left + share * (right - left))
@@ -657,9 +658,9 @@ def test_frames_of_any_size_become_legible_ones(width: int, height: int, shown: 
     assert not green[shown[1] :].any() and green[: shown[1]].sum() > 0.5 * shown[0] * shown[1]
     # The cursor: the darkest column of the lanes moves a third of the course with each frame.
     lanes = overlay._lanes
-    strip = [image[shown[1] + lanes.top + 2 : shown[1] + lanes.top + 4, slice(*lanes.course)] for image in drawn]
+    strip = [image[shown[1] + lanes.top + 2 : shown[1] + lanes.top + 4, slice(*lanes.extent)] for image in drawn]
     at = [int(s.astype(int).sum((0, 2)).argmin()) for s in strip]
-    span = lanes.course[1] - lanes.course[0]
+    span = lanes.extent[1] - lanes.extent[0]
     np.testing.assert_allclose(at, [span / 6, span / 2, 5 * span / 6], atol=3)
 
 

@@ -1,6 +1,5 @@
 """The page about a run: its numbers are those of the records, nothing is loaded, and what is missing is said."""
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -15,13 +14,21 @@ import torch
 
 import scripts.report
 import train
-from dfer.cli import one_line_errors
+from dali_pipes.build import build_loader
 from dfer.config import Config, DataConfig, ModelConfig
 from dfer.lists.annotations import EMOTIONS
-from dfer.report import figures
+from dfer.lists.index import load_index
+from dfer.model.build import build_model
+from dfer.report import figures, read_run
 from dfer.report import page as report
-from dfer.report.records import Predictions, bootstrap, choose, interval, read_run, same_clips, wilson
+from dfer.report.cards import TEXTS
+from dfer.report.gallery import upsample
+from dfer.report.inspection import Clip, Inspection, choose, free_energies, inspect_model
+from dfer.report.records import Predictions, align
+from dfer.report.statistics import bootstrap, interval, wilson
 from dfer.run.checkpoint import save_checkpoint
+from dfer.run.distributed import World
+from dfer.state import load_trained
 from tests.conftest import run_python
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -130,7 +137,7 @@ def tiny_config(clips: Path, **model) -> Config:
 
 def add_checkpoint(folder: Path, config: Config, step: int = 20) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = train.build_model(config.model, config.data.num_segments).eval()
+    model = build_model(config.model, config.data.num_segments).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     state = {"step": step, "model": model.state_dict(), "ema": None, "config": config.to_json()}
@@ -154,9 +161,7 @@ def trained(clips: Path, folder: Path, **model) -> Path:
 
 def write_page(run_dir: Path, *others: Path, **options) -> Page:
     run = read_run(run_dir)
-    path = report.write_report(
-        run, train.build_loader, train.trained_model, [read_run(other) for other in others], **options
-    )
+    path = report.write_report(run, build_loader, load_trained, [read_run(other) for other in others], **options)
     assert path == run_dir / "report.html" and path.stat().st_size < 5e6 and not list(run_dir.glob("*.partial"))
     page = read_page(run_dir)
     closed_in_itself(page)
@@ -246,11 +251,11 @@ def test_same_clips_in_any_order():
     rows = [*some_predictions(20, 0), ("clips/003", 6, 0, *["0"] * 7)]  # a clip that is listed twice
     order = np.random.default_rng(0).permutation(len(rows))
     one, other = as_predictions(rows), as_predictions([rows[i] for i in order])
-    found = same_clips(one, other)
+    found = align(one, other)
     assert [(other.clips[i], other.labels[i]) for i in found] == list(zip(one.clips, one.labels, strict=True))
     assert sorted(found) == list(range(len(rows)))
     relabelled = other._replace(labels=(other.labels + 1) % 7)
-    assert same_clips(one, relabelled) is None and same_clips(one, as_predictions(rows[:-1])) is None
+    assert align(one, relabelled) is None and align(one, as_predictions(rows[:-1])) is None
 
 
 def test_choose_shows_different_confusions_first():
@@ -301,7 +306,7 @@ def test_numbers_are_those_of_the_predictions(tmp_path):
 def test_a_whole_page(whole):
     folder, page = whole
     assert "Missing, or to be known" not in page.text and "Not drawn" not in page.text
-    titles = [text.split(" {")[0].split(",")[0] for text, _ in figures.TEXTS.values()]
+    titles = [text.split(" {")[0].split(",")[0] for text, _ in TEXTS.values()]
     assert all(any(word.startswith(title) for word in page.words) for title in titles)
     assert page.words.count(", taken for") == 2 and "uploaded" in page.text
     assert sum(word.startswith(", recognised with") for word in page.words) == 2
@@ -325,9 +330,9 @@ def test_everything_is_escaped(tmp_path):
     folder, other = (write_run(tmp_path / name, config, rows, some_rows()) for name in names)
     write_page(folder, other)
     run = read_run(folder)
-    clip = report.Clip(0, np.zeros((2, 64, 64, 3), np.uint8), None, None)
+    clip = Clip(0, np.zeros((2, 64, 64, 3), np.uint8), None, None)
     with figures.style():
-        text, _ = report.page(run, [read_run(other)], report.Look([evil], [clip]))
+        text, _ = report.page(run, [read_run(other)], Inspection([evil], [clip]))
     page = Page(text)
     closed_in_itself(page)
     assert folder.name in page.words and any(other.name in word for word in page.words)
@@ -471,20 +476,20 @@ def test_the_largest_page_is_small_enough(tmp_path):
     rng = np.random.default_rng(0)
     shape = (16, 112, 112, 3)
     clips = [
-        report.Clip(row, rng.integers(0, 256, shape, np.uint8), rng.random((16, 7, 7, 7)), rng.random((16, 7)))
+        Clip(row, rng.integers(0, 256, shape, np.uint8), rng.random((16, 7, 7, 7)), rng.random((16, 7)))
         for row in range(24)
     ]
     with figures.style():
-        text, _ = report.page(run, [], report.Look([], clips, 16))
+        text, _ = report.page(run, [], Inspection([], clips, 16))
     assert 1e6 < len(text.encode()) < 5e6
 
 
 # ---- What the model shows
 
 
-def test_spread_against_loops():
+def test_upsampling_against_loops():
     cells = np.random.default_rng(0).random((4, 4))
-    pixels = report.spread(cells, 16, 60)
+    pixels = upsample(cells, 16, 60)
     for y in range(60):
         for x in range(60):
             i, j = min(y // 16, 3), min(x // 16, 3)
@@ -496,41 +501,45 @@ def test_spread_against_loops():
 
 
 def test_what_is_shown_of_a_clip(clips, tmp_path):
-    """Frames, maps and course against the loader's and the model's own words."""
+    """Frames, maps and shares against the loader's and the model's own words."""
     folder = trained(clips, tmp_path / "run")
     run = read_run(folder)
-    seen = report.look(run, 9, train.build_loader, train.trained_model)
-    assert sorted(clip.row for clip in seen.clips) == list(range(9)) and seen.notes == [] and seen.stride == 16
+    inspection = inspect_model(run, 9, build_loader, load_trained)
+    assert (
+        sorted(clip.row for clip in inspection.clips) == list(range(9))
+        and inspection.notes == []
+        and inspection.stride == 16
+    )
     config = dataclasses.replace(tiny_config(clips), data=dataclasses.replace(tiny_config(clips).data, batch_size=9))
-    index = report.load_index(config.data.val_list)
-    batch = next(train.build_loader(config, index, "eval", report.World(0, 1, 0, 1, torch.device("cpu")))(0))
+    index = load_index(config.data.val_list)
+    batch = next(build_loader(config, index, "eval", World(0, 1, 0, 1, torch.device("cpu")))(0))
     model = add_checkpoint(tmp_path / "again", config)
     with torch.inference_mode():
         prediction = model(batch.clips)
         fine, _ = model.emotion_maps(batch.clips)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    for clip in seen.clips:
+    for clip in inspection.clips:
         colours = 255 * (batch.clips[clip.row].permute(0, 2, 3, 1) * std + mean)
         assert np.abs(clip.frames - colours.numpy()).max() <= 0.51
         assert np.allclose(clip.maps, fine[clip.row].numpy(), atol=1e-5)
-        assert clip.course.shape == (3, 7) and np.allclose(clip.course.sum(1), 1)
-    # Averaged over the frames with their weights, the course is what the CRF hands to the loss.
+        assert clip.shares.shape == (3, 7) and np.allclose(clip.shares.sum(1), 1)
+    # Averaged over the frames with their weights, the shares are what the CRF hands to the loss.
     with torch.inference_mode():
-        for clip in seen.clips:
+        for clip in inspection.clips:
             parts = model.emotion_maps(batch.clips[clip.row : clip.row + 1])
             per_frame = sum(part[0].sum((1, 2, 3)) for part in parts).numpy()
-            pooled = (clip.course * per_frame[:, None]).sum(0) / per_frame.sum()
+            pooled = (clip.shares * per_frame[:, None]).sum(0) / per_frame.sum()
             assert np.allclose(pooled, prediction.marginals[clip.row].exp().numpy(), atol=1e-5)
 
 
 def test_free_energies(clips):
     config = tiny_config(clips, max_coupling=8.0)
     torch.manual_seed(0)
-    crf = train.build_model(config.model, 3).crf.eval()
+    crf = build_model(config.model, 3).crf.eval()
     crf.project.weight.data[: crf.num_states] *= 5
     levels = [torch.randn(2, 3, 16, 4, 4), torch.randn(2, 3, 16, 2, 2)]
     with torch.inference_mode():
-        energies = report.free_energies(crf, levels)
+        energies = free_energies(crf, levels)
         assert crf.iterations == 3 and len(energies) == 7
         assert (np.diff(energies) < 1e-6).all() and energies[0] - energies[3] > 1e-4
         assert energies[2] == pytest.approx(crf(levels)[1].diagnostics["crf/free_energy"].item(), abs=1e-6)
@@ -546,7 +555,7 @@ def test_figures_are_the_same_files_each_time(whole, tmp_path):
     assert {
         f"{name}.{kind}" for name in ("confusion", "loss", "compatibility_appearance") for kind in ("svg", "png")
     } <= set(files)
-    assert len(files) == 2 * (len(figures.TEXTS) + 1)  # two kernels
+    assert len(files) == 2 * (len(TEXTS) + 1)  # two kernels
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
@@ -578,11 +587,13 @@ def test_the_command(whole, tmp_path):
 
 
 def test_errors_of_the_command_are_one_line(whole, tmp_path, capsys):
-    for path, said in ((tmp_path, "not a run: it holds no config.json"), (tmp_path / "x", "no such run")):
-        args = argparse.Namespace(runs=[whole[0], path], figures=None, clips=0)
-        assert one_line_errors("report.py", lambda args=args: scripts.report.main(args)) == 2
+    for path, said in (
+        (tmp_path, "not a run: it holds no config.json"),
+        (tmp_path / "x", "no such run"),
+        ("a" * 300, "no such run"),
+    ):
+        assert scripts.report.main([str(whole[0]), str(path), "--clips", "0"]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith(f"report.py: {path}: {said}") and err.count("\n") == 1
-    args = argparse.Namespace(runs=[whole[0], whole[0]], figures=tmp_path, clips=0)
-    assert one_line_errors("report.py", lambda: scripts.report.main(args)) == 2
+        assert out == "" and err.startswith(f"report: {path}: {said}") and err.count("\n") == 1
+    assert scripts.report.main([str(whole[0]), str(whole[0]), "--figures", str(tmp_path)]) == 2
     assert "same name" in capsys.readouterr().err

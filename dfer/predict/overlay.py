@@ -6,7 +6,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dfer.lists.annotations import EMOTIONS
 from dfer.report import figures
-from dfer.report.figures import ACCENT, GRID, INK, MUTED, Lanes
+from dfer.report.figures import ACCENT, GRID, INK, MUTED
+from dfer.report.lanes import Lanes, lanes_figure
 
 LONG_SIDE = (480, 1280)  # px; the longer side of the picture is brought into this range, so that faces are legible
 NARROWEST = 480  # px of the whole; names and bars need so much
@@ -32,12 +33,12 @@ def timeline_picture(
 ) -> Image.Image:
     """Return the timeline of a whole video with the mean of each emotion beside it.
 
-    `edges` and `probabilities` as of `figures.lanes_figure`; `width` in pixels at the size that one reads, each of
+    `edges` and `probabilities` as of `lanes_figure`; `width` in pixels at the size that one reads, each of
     which is `unit` pixels of the picture.
     """
     lanes = Lanes(round(width * unit), unit)
     with figures.style():
-        panel = Image.fromarray(figures.pixels(figures.lanes_figure(lanes, edges, probabilities, "mean")))
+        panel = Image.fromarray(figures.pixels(lanes_figure(lanes, edges, probabilities, "mean")))
     bar_chart(lanes, panel, np.nanmean(probabilities, axis=0))
     return panel
 
@@ -48,7 +49,7 @@ class Overlay:
     Args:
         height: of the video in pixels, upright, as `width`.
         width: see there.
-        edges: as of `figures.lanes_figure`, as `probabilities`.
+        edges: as of `lanes_figure`, as `probabilities`.
         boxes: squares (x, y, side, tilt) as in dfer/video/faces.py; None to draw none.
         probabilities: see `edges`.
         longest: of the picture's sides, in pixels.
@@ -70,7 +71,7 @@ class Overlay:
         self._scale = np.array(self._size) / (width, height)
         self._lanes = Lanes(whole, max(1.0, whole / 800))
         with figures.style():
-            figure = figures.lanes_figure(self._lanes, edges, probabilities, "now")
+            figure = lanes_figure(self._lanes, edges, probabilities, "now")
             self._panel = Image.fromarray(figures.pixels(figure))
         self._edges, self._boxes, self._probabilities = edges, boxes, probabilities
         self._font = ImageFont.truetype(str(figures.FONT), self._lanes.px(16))
@@ -113,7 +114,7 @@ class Overlay:
 
     def _cursor(self, panel: Image.Image, number: int) -> None:
         """Draw a line at the middle of the frame's time."""
-        (left, right), edges = self._lanes.course, self._edges
+        (left, right), edges = self._lanes.extent, self._edges
         now = (edges[number] + edges[number + 1]) / 2
         x = left + (right - left) * (now - edges[0]) / (edges[-1] - edges[0])
         bottom = self._lanes.top + self._lanes.lane * len(EMOTIONS)

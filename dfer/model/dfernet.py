@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfer.cli import UserError
+from dfer.crf.backends import Backend
 from dfer.crf.layers import BranchMessages, GaussianCRF, MeanFieldCRF
-from dfer.crf.pairs import Backend
 
 
 class Prediction(NamedTuple):

@@ -17,7 +17,7 @@ from dfer.cli import one_line_errors
 from dfer.config import Config, DataConfig, ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet, MeanPoolNet
-from dfer.model.dfernet import TemporalBlock
+from dfer.model.temporal import TemporalBlock
 from dfer.report.records import Predictions
 from dfer.run.checkpoint import save_checkpoint
 from scripts import export

@@ -54,7 +54,8 @@ from benchmarks.storage import (
 )
 from dfer.cli import Parser, in_range, shown
 from dfer.lists.index import load_index
-from dfer.plan.sampling import Augmentation, ClipSampler
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler
 
 CACHED = "dfer-cached-raw128"  # held in the memory of the GPU
 OURS = [*(f"dfer-{source}" for source in SOURCES), CACHED]

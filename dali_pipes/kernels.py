@@ -15,7 +15,8 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD, EpochPlan
+from dfer.plan.sampling import EpochPlan
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 # What the kernel is told about a frame, one vector of float32. Names of its parts:
 BOX, MIRROR, WARP, BLUR, ERASE, COLOUR = 0, 4, 5, 11, 12, 16  # as in EpochPlan; booleans are 0 or 1

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from dfer.cli import UserError
-from dfer.plan.sampling import MAX_RANDAUGMENT, Augmentation
+from dfer.plan.augmentation import MAX_RANDAUGMENT, Augmentation
 
 
 @dataclass(frozen=True)

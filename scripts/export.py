@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import Parser, UserError, one_line_errors, shown
 from dfer.config import Config, config_from_json
 from dfer.lists.annotations import EMOTIONS
-from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report.records import Predictions, read_run, wilson
 from dfer.run.checkpoint import load_checkpoint
 from train import trained_model

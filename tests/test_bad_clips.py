@@ -25,7 +25,8 @@ from dali_pipes.loader import ClipLoader
 from dali_pipes.sources import MAX_BYTES, _read
 from dfer.images import MAX_PIXELS
 from dfer.lists.index import ClipIndex, load_index
-from dfer.plan.sampling import Augmentation, ClipSampler
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler
 from dfer.video.decode import BadVideo, check_claims, read_frames, scan_video
 from scripts import check_list, hash_clips, pack
 from tests.conftest import run_python, smooth_image

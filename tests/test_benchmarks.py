@@ -16,7 +16,9 @@ from benchmarks.peers import PEERS, Clips, Cuts, Order, Task, encoded_clips, raw
 from dali_pipes.loader import ClipLoader
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import load_index
-from dfer.plan.sampling import IMAGENET_STD, Augmentation, ClipSampler
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler
+from dfer.plan.transforms import IMAGENET_STD
 
 SIZE, T = 40, 6
 TINY = ["--frames", "4", "--size", "32", "--batch-size", "4", "--threads", "1", "--warmup", "1", "--seconds", "0.05"]

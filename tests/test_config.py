@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dfer.config import PRESETS, RECIPES, Config, DataConfig, config_from_json, parse_config
-from dfer.plan.sampling import Augmentation, ClipSampler
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler
 
 
 def num_fields(cls) -> int:

@@ -13,7 +13,8 @@ from PIL import Image
 from dali_pipes.loader import ClipLoader
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import ClipIndex, build_index, load_index
-from dfer.plan.sampling import Augmentation, ClipSampler, shard
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler, shard
 from dfer.video.decode import decode
 from scripts import pack
 from tests.conftest import run_python, smooth_image

@@ -25,7 +25,7 @@ from dfer.config import config_from_json
 from dfer.crf.layers import SIGMA_APPEARANCE, SIGMA_SMOOTHNESS, STATES_PER_CLASS, MeanFieldCRF
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import load_index
-from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report import figures
 from dfer.report.figures import ACCENT, INK, MUTED, SECOND, Figure
 from dfer.report.records import Predictions, Run, bootstrap, choose, interval, same_clips, wilson

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
 from dfer.batch import Batch
 from dfer.cli import UserError, one_line_errors
 from dfer.config import Config, ModelConfig, config_from_json, parse_config
@@ -557,9 +558,7 @@ def build_loader(config: Config, index: ClipIndex, mode: str, world: World) -> C
     gpu = world.device.type == "cuda"
     if data.cache == "gpu" and not gpu:
         raise UserError("--data.cache gpu: there is no GPU here")
-    return ClipLoader(
-        index,
-        sampler,
+    options = LoaderOptions(
         batch_size=data.batch_size,
         size=data.size,
         device="gpu" if gpu else "cpu",
@@ -571,6 +570,7 @@ def build_loader(config: Config, index: ClipIndex, mode: str, world: World) -> C
         num_threads=max((os.cpu_count() or 1) // world.local_size, 1),
         device_id=world.device.index if gpu else None,
     )
+    return ClipLoader(index, sampler, options)
 
 
 def build_model(config: ModelConfig, num_frames: int) -> nn.Module:

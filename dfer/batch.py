@@ -6,16 +6,14 @@ K classes, N videos of a list (in dfer/crf/layers.py: tokens of a clip).
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
 class Batch(NamedTuple):
+    """A batch of clips on their device."""
+
     clips: Float[Tensor, "B T 3 H W"]  # normalised; channels-last in memory
     labels: Int64[Tensor, " B"]
     valid: Bool[Tensor, " B"]  # False: padding that fills up the last batch; counts nowhere
-    ids: Int64[Tensor, " B"]  # row of the clip in its ClipIndex
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+    ids: Int64[Tensor, " B"]  # row of the video in its ClipIndex, on the CPU

@@ -19,7 +19,7 @@ _TYPES = {"float32": types.FLOAT, "uint16": types.UINT16, "uint8": types.UINT8}
 
 
 class _Compiled(NumbaFunction):
-    """DALI's operator for compiled Python, handed machine code: by itself it would compile 6 seconds at every start."""
+    """DALI's operator for compiled Python, given machine code: by itself it would compile 6 seconds at every start."""
 
     def _get_run_fn_cpu(self, run_fn: int, *_: object) -> int:
         return run_fn
@@ -29,7 +29,7 @@ class _Compiled(NumbaFunction):
 
 
 def fused(kind: Input, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
-    """Images or pixels -> one batch of (size, size, 3) `dtype` pictures, rows-columns-channels, on the CPU.
+    """Build the graph from images or pixels to one batch of (size, size, 3) `dtype` pictures, on the CPU.
 
     Inputs, per frame: "source"; "parameters" as kernels.parameters makes them; and for images "anchor" and "shape",
     (2,) float32, the crop as (y, x) shares of the image.
@@ -58,7 +58,9 @@ def operators(
     device_id: int | None,
     jpeg_engine: float,
 ) -> Pipeline:
-    """Images, pixels or videos -> one batch of (size, size, 3) float32 pictures, from videos (T, size, size, 3).
+    """Build the graph from images, pixels or videos to one batch of float32 pictures by DALI's operators.
+
+    The pictures are (size, size, 3), from videos (T, size, size, 3).
 
     Inputs, per frame, or per clip for videos: "source", "anchor" and "shape" as in `fused`; "mirror" int32; "matrix"
     (3, 3) and "offset" (3,) float32, the affine map of RGB in 0..255; for videos "frames" (T,) int32.
@@ -77,7 +79,7 @@ def operators(
         elif kind == "pixels":
             frames = fn.slice(source.gpu() if device == "gpu" else source, *crop, **_CROP)
         else:
-            # Never pads: a frame that does not exist is an error, where the default is a black one.
+            # Without padding a frame that does not exist is an error; by default it would be black.
             frames = fn.decoders.video(source, device=mixed, frames=_input("frames"), pad_mode="none")
             frames = fn.slice(frames, *crop, **(_CROP | {"axes": [1, 2]}))
         frames = fn.resize(

@@ -1,4 +1,4 @@
-"""A raw data set held whole in the memory of the GPU: clips are cut out of it, and nothing is loaded any more."""
+"""A raw data set held whole in the memory of a device: clips are cut out of it, nothing is loaded after the start."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ class ResidentClips:
     """All pictures of a raw source on one device.
 
     Raises:
-        UserError: in one line, if the source is another one, pictures differ in size, or memory does not hold them.
+        UserError: if the source is not raw, pictures differ in size, or the memory does not hold them.
     """
 
     def __init__(self, index: ClipIndex, device: torch.device):
@@ -24,13 +24,14 @@ class ResidentClips:
     def clips(
         self, videos: Int64[Tensor, " B"], plan: torch_stages.DevicePlan, size: int
     ) -> Float[Tensor, "B T S S 3"]:
-        """The clips of some videos, made on the device; nothing is waited for."""
+        """Return the clips of some videos, made on the device without waiting for it."""
         pictures = self.pictures[self._first[videos][:, None] + plan.frames[videos]]
         clips = torch_stages.resize(pictures, plan.box[videos], plan.mirror[videos], size)
         return torch_stages.finish(clips, plan, videos)
 
 
 def _load(index: ClipIndex, device: torch.device) -> UInt8[Tensor, "F H W 3"]:
+    """Return all pictures of an index on a device, video after video."""
     store = index.store
     if index.source != "raw":
         raise UserError(f"--data.cache gpu holds raw clips, these are {index.source}: scripts/pack.py --format raw")

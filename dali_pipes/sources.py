@@ -1,6 +1,6 @@
 """Sources: from (video, frames) to the bytes or pixels of a clip. One class per kind of storage.
 
-`kind` says what comes out: "images" (encoded), "pixels" (uint8 pictures) or "videos" (whole encoded files).
+`kind` is what `fetch` returns: "images" (encoded), "pixels" (uint8 pictures) or "videos" (whole encoded files).
 """
 
 import math
@@ -15,12 +15,13 @@ from jaxtyping import Float32, Int64, UInt8
 
 from dali_pipes.headers import refusal
 from dfer.cli import UserError
+from dfer.files import reason
 from dfer.images import MAX_BYTES
 from dfer.lists.index import ClipIndex
 from dfer.video.decode import BadVideo, check_claims, read_frames, yuv_to_rgb
 
-# Codecs whose chroma samples lie on even columns of luma unless a stream says otherwise, which FFmpeg follows; those of
-# all others lie between two columns.
+# Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
+# of all other codecs lie between two columns.
 CHROMA_LEFT = frozenset({"h264", "hevc", "mpeg2video", "mpeg4"})
 
 CHANGED = "its bytes are not those that the hashes beside the list were made of"
@@ -40,34 +41,34 @@ class FrameFolders:
         self.index = index
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
-        """The T encoded images.
+        """Return the T encoded images.
 
         Raises:
-            BadClip: if a file cannot be read, is neither JPEG nor PNG, claims more than MAX_PIXELS, or does not fit its
-                hash.
+            BadClip: if a file cannot be read, is neither JPEG nor PNG, claims more than MAX_PIXELS, or differs in hash.
         """
         images = []
         for frame in frames.tolist():
-            data = _read(self.where(video, frame), MAX_BYTES)
-            reason = data if isinstance(data, str) else refusal(data)
-            if reason is None and self.index.hashes is not None and not self.index.hashes.fit(video, frame, data):
-                reason = CHANGED
-            if reason is not None:
-                raise BadClip(f"{self.name(video, frame)}: {reason}")
+            data = _read(self.path(video, frame), MAX_BYTES)
+            problem = data if isinstance(data, str) else refusal(data)
+            if problem is None and self.index.hashes is not None and not self.index.hashes.fit(video, frame, data):
+                problem = CHANGED
+            if problem is not None:
+                raise BadClip(f"{self.name(video, frame)}: {problem}")
             images.append(data)
         return images
 
-    def where(self, video: int, frame: int) -> str:
+    def path(self, video: int, frame: int) -> str:
+        """Return the file of a frame."""
         return self.index.frame_path(video, frame)
 
     def name(self, video: int, frame: int) -> str:
-        """How messages call a frame."""
+        """Return what messages call a frame."""
         record = self.index.records[video]
-        return f"{record.source}: bad frame {self.where(video, frame)} of clip {record.name}"
+        return f"{record.source}: bad frame {self.path(video, frame)} of clip {record.name}"
 
 
 class Shards:
-    """Encoded images, or pixels, inside packed files that are mapped into memory: what is fetched is not copied."""
+    """Encoded images, or pixels, inside packed files that are mapped into memory: `fetch` returns views of them."""
 
     def __init__(self, index: ClipIndex):
         self.index, self.store = index, index.store
@@ -76,16 +77,16 @@ class Shards:
         self._bytes = [np.frombuffer(whole, dtype=np.uint8) for whole in self._maps]
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
-        """The T encoded images (tar) or the T pictures (raw), (H, W, 3), as views of the file.
+        """Return the T encoded images (tar) or the T pictures (raw), (H, W, 3), as views of the file.
 
         Raises:
-            BadClip: if the shard ends before a frame does, an image is neither JPEG nor PNG, claims more than
-                MAX_PIXELS, or a frame does not fit its hash.
+            BadClip: if the shard ends before a frame does, an image is neither JPEG nor PNG or claims more than
+                MAX_PIXELS, or a frame's hash differs.
         """
         store, shard = self.store, self.store.shard[video]
         data, rows = self._bytes[shard], store.first[video] + frames
         ends = (store.offset[rows] + store.length[rows]).tolist()
-        # Whoever touches a map behind the end of its file is killed. Asking takes half a microsecond; to read
+        # A process that reads a map behind the end of its file is killed. This check takes half a microsecond; reading
         # instead of mapping would take a quarter of a raw clip's time.
         size = self._maps[shard].size()  # of the file, as it is now
         for frame, end in zip(frames.tolist(), ends, strict=True) if max(ends) > size else ():
@@ -94,16 +95,17 @@ class Shards:
         views = [data[start:end] for start, end in zip(store.offset[rows].tolist(), ends, strict=True)]
         hashes = self.index.hashes
         for frame, view in zip(frames.tolist(), views, strict=True) if self.kind == "images" or hashes else ():
-            reason = refusal(view) if self.kind == "images" else None
-            if reason is None and hashes is not None and not hashes.fit(video, frame, view):
-                reason = CHANGED
-            if reason is not None:
-                raise BadClip(f"{self.name(video, frame)}: {reason}")
+            problem = refusal(view) if self.kind == "images" else None
+            if problem is None and hashes is not None and not hashes.fit(video, frame, view):
+                problem = CHANGED
+            if problem is not None:
+                raise BadClip(f"{self.name(video, frame)}: {problem}")
         if self.kind == "images":
             return views
         return [view.reshape(store.height[video], store.width[video], 3) for view in views]
 
     def name(self, video: int, frame: int) -> str:
+        """Return what messages call a frame."""
         record, path = self.index.records[video], self.store.paths[self.store.shard[video]]
         return f"{record.source}: bad frame {frame} of clip {record.name} in {path}"
 
@@ -117,13 +119,13 @@ class VideoFiles:
         self.index, self.store = index, index.store
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
-        """The T pictures: planar 4:2:0 YUV (3 H / 2, W, 1), or RGB (H, W, 3) where the stream is of another kind.
+        """Return the T pictures: planar 4:2:0 YUV (3 H / 2, W, 1), or RGB (H, W, 3) from streams of other kinds.
 
         Raises:
-            BadClip: if the file cannot be read, is too large a picture or a frame does not come out of the decoder.
+            BadClip: if the file cannot be read, claims more than MAX_SIDE, or the decoder does not return a frame.
         """
         store, record = self.store, self.index.records[video]
-        if video in self.index.bad:  # even if it is mended by now: the index knows nothing of it
+        if video in self.index.bad:  # even if it was mended since: the index lacks its frames
             raise BadClip(self.index.bad[video])
         if self.index.hashes is not None:
             _read_video(self.index, video)
@@ -132,10 +134,10 @@ class VideoFiles:
             colours = str(store.matrix[video]), bool(store.full_range[video])
             return read_frames(record.path, store.pts[part], store.key[part], frames, *colours)
         except (BadVideo, av.FFmpegError, OSError) as error:
-            raise BadClip(f"{_video_name(self.index, video)}: {_reason(error)}") from None
+            raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
 
     def yuv(self) -> Float32[np.ndarray, "N 13"]:
-        """How the pixels of each video become RGB: the (3, 4) map, and 1 where chroma lies on even columns."""
+        """Return how the pixels of each video become RGB: the (3, 4) map, and 1 where chroma lies on even columns."""
         store, known = self.store, {}
         rows = np.empty((len(store.codec), 13), dtype=np.float32)
         streams = zip(store.codec.tolist(), store.matrix.tolist(), store.full_range.tolist(), strict=True)
@@ -147,7 +149,7 @@ class VideoFiles:
 
 
 class VideoBytes:
-    """Whole video files as they are, for a decoder that takes files (NVDEC)."""
+    """Whole video files, for a decoder that takes files (NVDEC)."""
 
     kind = "videos"
 
@@ -155,17 +157,17 @@ class VideoBytes:
         self.index = index
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
-        """The bytes of the file, one array.
+        """Return the bytes of the file, as one array.
 
         Raises:
-            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or does not fit its hash.
+            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or its hash differs.
         """
         if video in self.index.bad:
             raise BadClip(self.index.bad[video])
         try:
             check_claims(self.index.records[video].path)
         except (BadVideo, av.FFmpegError, OSError) as error:
-            raise BadClip(f"{_video_name(self.index, video)}: {_reason(error)}") from None
+            raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
         return [_read_video(self.index, video)]
 
 
@@ -173,7 +175,7 @@ Source: TypeAlias = FrameFolders | Shards | VideoFiles | VideoBytes
 
 
 def source_of(index: ClipIndex, *, whole_videos: bool) -> Source:
-    """The source of an index; `whole_videos`: videos as files, not as pixels."""
+    """Return the source of an index; `whole_videos`: videos as files, not as pixels."""
     if index.source == "frames":
         return FrameFolders(index)
     if index.source in ("shards", "raw"):
@@ -182,11 +184,13 @@ def source_of(index: ClipIndex, *, whole_videos: bool) -> Source:
 
 
 def _map(path: Path) -> mmap.mmap:
+    """Return a file as read-only memory."""
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_video(index: ClipIndex, video: int) -> UInt8[np.ndarray, " _"]:
+    """Return the bytes of a video file, or raise a BadClip."""
     data = _read(index.records[video].path)
     if not isinstance(data, str) and index.hashes is not None and not index.hashes.fit(video, 0, data):
         data = CHANGED
@@ -196,18 +200,13 @@ def _read_video(index: ClipIndex, video: int) -> UInt8[np.ndarray, " _"]:
 
 
 def _video_name(index: ClipIndex, video: int) -> str:
+    """Return what messages call a video file."""
     record = index.records[video]
     return f"{record.source}: cannot decode the video {record.path}"
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "file not found"
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
-
-
 def _read(path: str | Path, limit: float = math.inf) -> UInt8[np.ndarray, " _"] | str:
-    """The bytes of a file, or why there are none; a file of more than `limit` bytes is not read to its end."""
+    """Return the bytes of a file, or why there are none; a file of more than `limit` bytes is not read to its end."""
     # One system call reads a frame, where Python's file objects need four: a tenth of all of the loader's work.
     try:
         file = os.open(path, os.O_RDONLY)
@@ -220,5 +219,5 @@ def _read(path: str | Path, limit: float = math.inf) -> UInt8[np.ndarray, " _"] 
         finally:
             os.close(file)
     except OSError as error:
-        return _reason(error)
+        return reason(error)
     return np.frombuffer(b"".join(parts), dtype=np.uint8)

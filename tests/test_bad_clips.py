@@ -88,7 +88,7 @@ GOOD_IMAGES = {
     "progressive": lambda: encoded(picture(), progressive=True),
 }
 BAD_FILES = {  # frames only: what lies there is no file with bytes in it
-    "missing": (lambda path: path.unlink(), "file not found"),
+    "missing": (lambda path: path.unlink(), "no such file or folder"),
     "empty": (lambda path: path.write_bytes(b""), "zero bytes"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     "endless": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), f"more than {MAX_BYTES:,} bytes"),
@@ -489,7 +489,9 @@ def test_more_bad_clips_than_an_accident_explains_are_fatal(clips):
     index = index_of(clips, "frames")
     for clip in (1, 2):
         (clips / str(clip) / "0.jpg").unlink()
-    with pytest.raises(ValueError, match=r"0.jpg of clip \d: file not found; with it, 2 of 4 clips cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"0.jpg of clip \d: no such file or folder; with it, 2 of 4 clips cannot be read"
+    ):
         list(clip_loader(index, "skip")(0))
 
 

@@ -14,6 +14,7 @@ from dali_pipes.options import LoaderOptions
 from dali_pipes.sources import Source, VideoFiles
 from dali_pipes.torch_stages import DevicePlan
 from dfer.lists.index import ClipIndex
+from dfer.lists.index import VideoFiles as VideoStore
 from dfer.plan.sampling import EpochPlan
 from dfer.video.decode import yuv_to_rgb
 
@@ -127,6 +128,7 @@ class Feed:
 def _from_bt601(index: ClipIndex) -> Float32[np.ndarray, "N 3 4"]:
     """Return maps from the RGB of DALI's decoder, which takes all streams for BT.601, to the right RGB."""
     store, maps = index.store, {}
+    assert isinstance(store, VideoStore)
     rows = np.empty((len(store.matrix), 3, 4), dtype=np.float32)
     for video, kind in enumerate(zip(store.matrix.tolist(), store.full_range.tolist(), strict=True)):
         if kind not in maps:

@@ -6,6 +6,9 @@ contiguous vector code, columns one pixel at a time (in four lanes, of which the
 line are mixed while it is in the cache. Nothing is rounded in between.
 """
 
+# The types of numba describe Python's side of compiled functions, not the functions.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false
+
 import math
 
 import numpy as np

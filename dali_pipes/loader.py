@@ -81,6 +81,8 @@ class ClipLoader:
         plan = self.sampler.plan(epoch, self.index.num_frames)
         ids, valid = shard(plan.order, options.rank, options.world_size, options.batch_size, self._pad)
         ids, valid = ids[start_step:], valid[start_step:]
+        if not len(ids):
+            return
         if self._resident is not None:
             yield from self._resident_batches(self._resident, plan, ids, valid)
             return
@@ -93,9 +95,8 @@ class ClipLoader:
                 return [readers.submit(self._source.fetch, v, plan.frames[v]) for v in row.tolist()]
 
             ahead = deque(read(row) for row in ids[:AHEAD])
+            good = self._schedule(ahead.popleft(), ids[0], drawn)
             for step in range(len(ids)):
-                if step == 0:
-                    good = self._schedule(ahead.popleft(), ids[0], drawn)
                 pictures, row_good = self._outputs(ids[step], good, drawn)
                 filled = stand_ins(ids[step], row_good)
                 if step + AHEAD < len(ids):

@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+Kind = Literal["images", "pixels", "videos"]  # of a source: encoded images, uint8 pictures, encoded video files
+
 
 @dataclass(frozen=True)
 class LoaderOptions:

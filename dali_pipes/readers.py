@@ -23,7 +23,7 @@ class Readers:
     def __enter__(self) -> "Readers":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._closed = True  # jobs that wait are dropped
         for _ in range(self._num_threads):
             self._jobs.put(None)

@@ -9,15 +9,17 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
-import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import Float32, Int64, UInt8
 
 from dali_pipes.headers import refusal
+from dali_pipes.options import Kind
 from dfer.cli import UserError
 from dfer.files import reason
 from dfer.images import MAX_BYTES
-from dfer.lists.index import ClipIndex
+from dfer.lists.index import ClipIndex, Packed
+from dfer.lists.index import VideoFiles as VideoStore
 from dfer.video.decode import BadVideo, check_claims, read_frames, yuv_to_rgb
 
 # Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
@@ -35,7 +37,7 @@ class BadClip(UserError):
 class FrameFolders:
     """Folders of encoded images, one folder per video."""
 
-    kind = "images"
+    kind: Kind = "images"
 
     def __init__(self, index: ClipIndex):
         self.index = index
@@ -49,10 +51,8 @@ class FrameFolders:
         images = []
         for frame in frames.tolist():
             data = _read(self.path(video, frame), MAX_BYTES)
-            problem = data if isinstance(data, str) else refusal(data)
-            if problem is None and self.index.hashes is not None and not self.index.hashes.fit(video, frame, data):
-                problem = CHANGED
-            if problem is not None:
+            problem = data if isinstance(data, str) else refusal(data) or _changed(self.index, video, frame, data)
+            if problem is not None or isinstance(data, str):
                 raise BadClip(f"{self.name(video, frame)}: {problem}")
             images.append(data)
         return images
@@ -71,8 +71,9 @@ class Shards:
     """Encoded images, or pixels, inside packed files that are mapped into memory: `fetch` returns views of them."""
 
     def __init__(self, index: ClipIndex):
+        assert isinstance(index.store, Packed)
         self.index, self.store = index, index.store
-        self.kind = "images" if self.store.kind == "shards" else "pixels"
+        self.kind: Kind = "images" if self.store.kind == "shards" else "pixels"
         self._maps = [_map(path) for path in self.store.paths]
         self._bytes = [np.frombuffer(whole, dtype=np.uint8) for whole in self._maps]
 
@@ -93,11 +94,10 @@ class Shards:
             if end > size:
                 raise BadClip(f"{self.name(video, frame)}: the file was cut to {size:,} bytes after the run had begun")
         views = [data[start:end] for start, end in zip(store.offset[rows].tolist(), ends, strict=True)]
-        hashes = self.index.hashes
-        for frame, view in zip(frames.tolist(), views, strict=True) if self.kind == "images" or hashes else ():
+        checked = self.kind == "images" or self.index.hashes is not None
+        for frame, view in zip(frames.tolist(), views, strict=True) if checked else ():
             problem = refusal(view) if self.kind == "images" else None
-            if problem is None and hashes is not None and not hashes.fit(video, frame, view):
-                problem = CHANGED
+            problem = problem or _changed(self.index, video, frame, view)
             if problem is not None:
                 raise BadClip(f"{self.name(video, frame)}: {problem}")
         if self.kind == "images":
@@ -113,9 +113,10 @@ class Shards:
 class VideoFiles:
     """One video file per clip, decoded by FFmpeg on the calling thread, without its colour conversion."""
 
-    kind = "pixels"
+    kind: Kind = "pixels"
 
     def __init__(self, index: ClipIndex):
+        assert isinstance(index.store, VideoStore)
         self.index, self.store = index, index.store
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
@@ -131,9 +132,9 @@ class VideoFiles:
             _read_video(self.index, video)
         part = slice(store.first[video], store.first[video + 1])
         try:
-            colours = str(store.matrix[video]), bool(store.full_range[video])
+            colours = store.matrix[video].item(), bool(store.full_range[video])
             return read_frames(record.path, store.pts[part], store.key[part], frames, *colours)
-        except (BadVideo, av.FFmpegError, OSError) as error:
+        except (BadVideo, FFmpegError, OSError) as error:
             raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
 
     def yuv(self) -> Float32[np.ndarray, "N 13"]:
@@ -151,7 +152,7 @@ class VideoFiles:
 class VideoBytes:
     """Whole video files, for a decoder that takes files (NVDEC)."""
 
-    kind = "videos"
+    kind: Kind = "videos"
 
     def __init__(self, index: ClipIndex):
         self.index = index
@@ -166,7 +167,7 @@ class VideoBytes:
             raise BadClip(self.index.bad[video])
         try:
             check_claims(self.index.records[video].path)
-        except (BadVideo, av.FFmpegError, OSError) as error:
+        except (BadVideo, FFmpegError, OSError) as error:
             raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
         return [_read_video(self.index, video)]
 
@@ -183,6 +184,11 @@ def source_of(index: ClipIndex, *, whole_videos: bool) -> Source:
     return VideoBytes(index) if whole_videos else VideoFiles(index)
 
 
+def _changed(index: ClipIndex, video: int, frame: int, data: UInt8[np.ndarray, " _"]) -> str | None:
+    """Return what is wrong with bytes whose hash differs from the one beside the list, else None."""
+    return None if index.hashes is None or index.hashes.fit(video, frame, data) else CHANGED
+
+
 def _map(path: Path) -> mmap.mmap:
     """Return a file as read-only memory."""
     with open(path, "rb") as file:
@@ -192,10 +198,9 @@ def _map(path: Path) -> mmap.mmap:
 def _read_video(index: ClipIndex, video: int) -> UInt8[np.ndarray, " _"]:
     """Return the bytes of a video file, or raise a BadClip."""
     data = _read(index.records[video].path)
-    if not isinstance(data, str) and index.hashes is not None and not index.hashes.fit(video, 0, data):
-        data = CHANGED
-    if isinstance(data, str):
-        raise BadClip(f"{_video_name(index, video)}: {data}")
+    problem = data if isinstance(data, str) else _changed(index, video, 0, data)
+    if problem is not None or isinstance(data, str):
+        raise BadClip(f"{_video_name(index, video)}: {problem}")
     return data
 
 

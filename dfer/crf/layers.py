@@ -130,7 +130,8 @@ class MeanFieldCRF(TokenGraph):
         num_states = STATES_PER_CLASS * (num_classes + 1)
         has_pairs = iterations > 0 or has_values
         super().__init__(dim, strides, (num_states, EMBEDDING_DIM * has_pairs, VALUE_DIM * has_values))
-        self.num_classes, self.iterations, self.backend = num_classes, iterations, backend
+        self.num_classes, self.iterations = num_classes, iterations
+        self.backend: Backend = backend
         self.max_coupling, self.num_states = max_coupling, num_states
         self.adds_labels, self.adds_values = readout in ("labels", "both"), has_values
         if iterations > 0:
@@ -219,7 +220,7 @@ class GaussianCRF(TokenGraph):
 
     def __init__(self, dim: int, strides: tuple[int, int], backend: Backend = "auto"):
         super().__init__(dim, strides, (0, EMBEDDING_DIM, VALUE_DIM))
-        self.backend = backend
+        self.backend: Backend = backend
         self.log_beta = nn.Parameter(torch.zeros(()))
         self.readout = nn.Linear(VALUE_DIM, dim, bias=False)
         nn.init.zeros_(self.readout.weight)

@@ -6,7 +6,7 @@ inputs and one number per token, never an N x N matrix, and computes the margina
 operands the inputs take half the room, and the last marginals are kept in the room that is saved.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -116,6 +116,9 @@ def free_energy(
     return per_token.sum(-1)
 
 
+_Outputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class _Problem(NamedTuple):
     """The inputs of the inference but the points, of all clips or of one group."""
 
@@ -132,10 +135,10 @@ class _Problem(NamedTuple):
         return self._replace(unary=self.unary[clips], frames=frames, values=values)
 
     def smoothness(self) -> Smoothness | None:
-        return None if self.frames is None else Smoothness(self.frames, self.cells)
+        return None if self.frames is None or self.cells is None else Smoothness(self.frames, self.cells)
 
 
-def _infer(pairs: Pairs, problem: _Problem, damping: Tensor | None, bounds: Tensor) -> tuple[Tensor, ...]:
+def _infer(pairs: Pairs, problem: _Problem, damping: Tensor | None, bounds: Tensor) -> _Outputs:
     """Return the fields of MeanField, in order; torch operators throughout, so that autograd can follow `sdpa`."""
     unary, compatibility, values = problem.unary.contiguous(), problem.compatibility, problem.values
     smoothness = problem.smoothness()
@@ -192,7 +195,8 @@ def _meanfield_op(
     with torch.autocast(points.device.type, enabled=False):
         for clips, pairs in grouped(backend, points, operands, unary.dtype):
             parts.append(_infer(pairs, problem.group(clips), None if damping is None else damping[clips], bounds))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    marginals, swept, scale, rho, residual, energies = (torch.cat(part) for part in zip(*parts, strict=True))
+    return marginals, swept, scale, rho, residual, energies
 
 
 @_meanfield_op.register_fake
@@ -236,13 +240,14 @@ def _meanfield_backward_op(
     parts = []
     with torch.autocast(points.device.type, enabled=False):  # the backward pass may be called from under it
         for clips, pairs in grouped(backend, points, operands, unary.dtype, scale):
-            *adjoints, kept = (None if x is None else x[clips].contiguous() for x in (to_marginals, to_swept, result))
+            to_swept_here, kept = (None if x is None else x[clips].contiguous() for x in (to_swept, result))
+            adjoints = to_marginals[clips].contiguous(), to_swept_here
             parts.append(_differentiate(pairs, problem.group(clips), damping[clips], adjoints, kept))
         to_unary, to_points, to_values, q, steps, *swept = (torch.cat(part) for part in zip(*parts, strict=True))
         # As S is symmetric, (S q)^T step is q^T (S step).
         to_compatibility = [q.flatten(0, 2).mT @ x.flatten(0, 2) for x in swept[: len(compatibility)]]
         to_frames, to_cells = (unary.new_zeros(0) if x is None else torch.zeros_like(x) for x in (frames, cells))
-        if iterations and frames is not None:
+        if iterations and frames is not None and cells is not None:
             left = (steps @ compatibility[1].mT).flatten(2)
             to_frames, to_cells = Smoothness(frames, cells).gradient(left, q.flatten(2))
     return to_unary, to_points, to_frames, to_cells, torch.stack(to_compatibility), to_values
@@ -260,7 +265,7 @@ def _differentiate(
     pairs: DifferentiablePairs,
     problem: _Problem,
     damping: Tensor,
-    adjoints: list[Tensor | None],
+    adjoints: tuple[Tensor, Tensor | None],
     result: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return the adjoint of `_infer` for one group of clips. The forward pass is done again, except a kept `result`.
@@ -280,13 +285,12 @@ def _differentiate(
     steps, swept_steps, smooth_steps = [], [], []
     columns = unary.new_zeros(unary.shape[:2])
     to_values = unary.new_zeros(0)
-    if values is not None:
-        exact_values = rounded(values, problem.operands, unary.dtype)
+    exact_values = None if values is None else rounded(values, problem.operands, unary.dtype)
     for before in reversed(marginals):
         to_logits = _softmax_adjoint(q, adjoint) + (1 - eta) * to_logits
         step = eta * to_logits
         to_unary = to_unary + step
-        if values is not None and not steps:  # the values are swept together with the first step
+        if to_swept is not None and not steps:  # the values are swept together with the first step
             swept, to_values = adjoint_sweep_both(pairs, step, to_swept, problem.operands)
         else:
             swept = adjoint_sweep(pairs, step, problem.operands)
@@ -305,7 +309,7 @@ def _differentiate(
         torch.stack(x, dim=2) if x else nothing for x in (marginals[::-1], steps, swept_steps, smooth_steps)
     ]
     right, left = by_iteration[0].flatten(2), (by_iteration[1] @ compatibility[0].mT).flatten(2)
-    if values is not None:
+    if values is not None and exact_values is not None and to_swept is not None:
         if not marginals:
             to_values = adjoint_sweep(pairs, to_swept, problem.operands)
         columns += (to_values * exact_values).sum(-1)

@@ -4,6 +4,7 @@ import socket
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import timm
@@ -43,8 +44,9 @@ class FrameBackbone(nn.Module):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = f"--model.weights {weights}: cannot be loaded into" if weights else "--model.backbone"
             raise UserError(f"{what} {name} ({reason})") from None
-        self.channels: list[int] = self.net.feature_info.channels()
-        self.strides: list[int] = self.net.feature_info.reduction()
+        levels: Any = self.net.feature_info  # timm's FeatureInfo, of which the types of nn.Module know nothing
+        self.channels: list[int] = levels.channels()
+        self.strides: list[int] = levels.reduction()
 
     def forward(self, frames: Float[Tensor, "F 3 H W"]) -> list[Float[Tensor, "F _ _ _"]]:
         """Return the features of both levels, (F, C, h, w) each."""

@@ -43,7 +43,7 @@ def colour_matrices(
     0..255). Saturation and hue leave BT.601's luma as it is and act on the two axes of colour of YIQ alone: saturation
     is the length of `chroma` and hue its angle; 0 is grey and 1 leaves the colour as it is.
     """
-    gain, offset, stretch, turn = (x[:, None, None] for x in (gain, offset, chroma.real, chroma.imag))
+    gain, offset, stretch, turn = (x[:, None, None] for x in (gain, offset, np.real(chroma), np.imag(chroma)))
     matrix = gain * (stretch * np.eye(3) + (1 - stretch) * _LUMA + turn * _QUARTER_TURN)
     scale = 1 / (255 * IMAGENET_STD)[:, None]
     shift = (IMAGENET_MEAN / IMAGENET_STD)[:, None]

@@ -46,6 +46,7 @@ class ClipLoader:
         self._device = options.torch_device
         self._resident = ResidentClips(index, self._device) if options.cached else None
         self._bad = BadClips(index, options.bad_clips)
+        self.bad_clips: dict[int, str] = self._bad.found  # row of the index -> why it was left out
         for video, reason in index.bad.items():
             self._bad.add(video, BadClip(reason), tell=options.rank == 0)
         if options.dtype == torch.uint8 and (options.cached or not options.fused):
@@ -55,11 +56,6 @@ class ClipLoader:
             self._verify_all()
         else:
             self._feed = Feed(index, self._source, sampler.clip_length, options)
-
-    @property
-    def bad_clips(self) -> dict[int, str]:
-        """Return the rows of the index that were left out so far, and why."""
-        return self._bad.found
 
     def __len__(self) -> int:
         """Return the steps per epoch, the same on every rank."""

@@ -59,12 +59,10 @@ def make_problem(num_tokens: int, batch: int, device: str) -> Problem:
 
 def ours(problem: Problem, backend: str, operands: torch.dtype) -> tuple[Tensor, Tensor]:
     unary, points, frames, cells, compatibility, values = problem
-    valid = torch.ones(unary.shape[:2], dtype=torch.bool, device=unary.device)
     field = meanfield(
         unary,
         Features(points, frames, cells),
         compatibility,
-        valid,
         ITERATIONS,
         values=values,
         backend=backend,
@@ -77,14 +75,13 @@ def naive_meanfield(
     unary: Tensor,
     features: Features,
     compatibility: Tensor,
-    valid: Tensor,
     iterations: int,
     values: Tensor | None = None,
     **_: object,
 ) -> MeanField:
     """`meanfield` as one would write it first: all pairs in memory, and whatever autograd keeps of them."""
     points, frames, cells = features
-    kernel = normalised_kernel(points, valid)
+    kernel = normalised_kernel(points)
     to_itself = kernel.diagonal(dim1=-2, dim2=-1)
     kernel = kernel - torch.diag_embed(to_itself)
     smoothness = Smoothness(frames, cells)
@@ -107,8 +104,7 @@ def naive_meanfield(
 
 def naive(problem: Problem) -> tuple[Tensor, Tensor]:
     unary, points, frames, cells, compatibility, values = problem
-    valid = torch.ones(unary.shape[:2], dtype=torch.bool, device=unary.device)
-    field = naive_meanfield(unary, Features(points, frames, cells), compatibility, valid, ITERATIONS, values)
+    field = naive_meanfield(unary, Features(points, frames, cells), compatibility, ITERATIONS, values)
     return field.marginals, field.values
 
 

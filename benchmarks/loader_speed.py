@@ -54,7 +54,8 @@ from benchmarks.storage import (
 )
 from dfer.cli import Parser, in_range, shown
 from dfer.lists.index import load_index
-from dfer.plan.sampling import Augmentation, ClipSampler
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler
 
 CACHED = "dfer-cached-raw128"  # held in the memory of the GPU
 OURS = [*(f"dfer-{source}" for source in SOURCES), CACHED]
@@ -90,10 +91,9 @@ def ours_on(device: str) -> list[str]:
 
 def our_loader(task: Task, design: str):
     from dali_pipes.loader import ClipLoader  # here, so that no peer carries it
+    from dali_pipes.options import LoaderOptions
 
-    return ClipLoader(
-        load_index(task.list_of(source_of(design))),
-        task.sampler,
+    options = LoaderOptions(
         batch_size=task.batch_size,
         size=task.size,
         device=task.device,
@@ -101,6 +101,7 @@ def our_loader(task: Task, design: str):
         num_threads=task.workers,
         device_id=0 if task.device == "gpu" else None,
     )
+    return ClipLoader(load_index(task.list_of(source_of(design))), task.sampler, options)
 
 
 def ours(task: Task, design: str) -> Iterator[Tensor]:

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from dfer.images import natural_key
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import ClipIndex, load_index
-from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD, ClipSampler, EpochPlan
+from dfer.plan.sampling import ClipSampler, EpochPlan
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 LIBRARIES = ("decord", "torchcodec", "webdataset", "simplejpeg")  # of requirements-bench.txt: may be missing
 MEAN, STD = IMAGENET_MEAN.tolist(), IMAGENET_STD.tolist()

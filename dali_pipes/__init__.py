@@ -1,0 +1,1 @@
+"""The loader, the only place where DALI is imported: `from dali_pipes.loader import ClipLoader`."""

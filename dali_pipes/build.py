@@ -4,6 +4,7 @@ import os
 from typing import Literal
 
 from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
 from dfer.cli import UserError
 from dfer.config import Config
 from dfer.lists.index import ClipIndex
@@ -30,9 +31,7 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
     gpu = world.device.type == "cuda"
     if data.cache == "gpu" and not gpu:
         raise UserError("--data.cache gpu: there is no GPU here")
-    return ClipLoader(
-        index,
-        sampler,
+    options = LoaderOptions(
         batch_size=data.batch_size,
         size=data.size,
         device="gpu" if gpu else "cpu",
@@ -44,3 +43,4 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         num_threads=max((os.cpu_count() or 1) // world.local_size, 1),
         device_id=world.device.index if gpu else None,
     )
+    return ClipLoader(index, sampler, options)

@@ -11,9 +11,9 @@ _IHDR = (0, 0, 0, 13, 0x49, 0x48, 0x44, 0x52)
 
 
 def refusal(data: UInt8[np.ndarray, " _"]) -> str | None:
-    """Why an image file should not be given to a decoder; None if nothing speaks against it but damage further on.
+    """Return why an image file must not be decoded, or None; damage behind the header is not looked for.
 
-    Takes a third of a microsecond, where decoding a frame takes two hundred.
+    It takes a third of a microsecond, where decoding a frame takes two hundred.
     """
     pixels = claimed_pixels(data)
     if 0 < pixels <= MAX_PIXELS:
@@ -27,7 +27,7 @@ def refusal(data: UInt8[np.ndarray, " _"]) -> str | None:
 
 @njit(cache=True, nogil=True)
 def claimed_pixels(data):
-    """Height x width of a JPEG or PNG file's header; 0 if it states none, -1 for any other kind of file.
+    """Return height x width of a JPEG or PNG file's header; 0 if it states none, -1 for any other kind of file.
 
     Of several frame headers before the first scan, which no decoder should accept, the largest counts.
     """
@@ -44,7 +44,7 @@ def claimed_pixels(data):
         return -1
     most, place = 0, 2
     while True:
-        # As libjpeg does: what is no marker is passed over, and a marker may follow any number of 0xFF.
+        # As in libjpeg, bytes that are no marker are skipped, and a marker may follow any number of 0xFF.
         while place < size and data[place] != 0xFF:
             place += 1
         while place < size and data[place] == 0xFF:
@@ -66,6 +66,7 @@ def claimed_pixels(data):
 
 @njit(cache=True, nogil=True)
 def _number(data, place, size):
+    """Return the big-endian number of `size` bytes at `place`."""
     value = 0
     for i in range(size):
         value = value << 8 | np.int64(data[place + i])

@@ -1,10 +1,13 @@
 """The fused CPU kernel: crop -> resize -> mirror -> warp -> blur -> colour and normalise -> erase, one frame a call.
 
-DALI's own CPU operators do the same in several passes that each cost more than decoding the frame. This one runs inside
-the DALI graph, in its threads and without Python, and goes over the memory once: rows are blended with contiguous
-vector code, columns one pixel (four lanes, the last of them waste) at a time, and the colours of a line are mixed while
-it lies in the cache. Nothing is rounded on the way.
+DALI's own CPU operators do the same in several passes, each of which costs more than decoding the frame. This kernel
+runs inside the DALI graph, in its threads and without Python, and passes over the memory once: rows are blended with
+contiguous vector code, columns one pixel at a time (in four lanes, of which the last is not used), and the colours of a
+line are mixed while it is in the cache. Nothing is rounded in between.
 """
+
+# The types of numba describe Python's side of compiled functions, not the functions.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false
 
 import math
 
@@ -15,9 +18,10 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD, EpochPlan
+from dfer.plan.sampling import EpochPlan
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 
-# What the kernel is told about a frame, one vector of float32. Names of its parts:
+# The parameters of a frame are one vector of float32. Names of its parts:
 BOX, MIRROR, WARP, BLUR, ERASE, COLOUR = 0, 4, 5, 11, 12, 16  # as in EpochPlan; booleans are 0 or 1
 YUV, CHROMA_LEFT = 28, 40  # (3, 4) map from YUV to RGB, 0..255; chroma samples lie on even columns (else between)
 FILL = 41  # (3,) what is erased becomes
@@ -36,10 +40,14 @@ def parameters(
     yuv: Float32[np.ndarray, "B 13"] | None = None,
     normalised: bool = True,
 ) -> Float32[np.ndarray, "B P"]:
-    """The vectors of some videos of a plan.
+    """Return the parameters of some videos of a plan.
 
-    `crop=False`: the decoder has cut the box out already. `yuv`: what planar pictures need, YUV and CHROMA_LEFT.
-    `normalised=False`: colours stay in 0..255.
+    Args:
+        plan: of the epoch.
+        videos: rows of the plan.
+        crop: False if the decoder has cut the box out already.
+        yuv: YUV and CHROMA_LEFT, for planar pictures.
+        normalised: False if colours stay in 0..255.
     """
     p = np.zeros((len(videos), NUM_PARAMETERS), dtype=np.float32)
     p[:, BOX:MIRROR] = plan.box[videos] if crop else (0, 0, 1, 1)
@@ -60,7 +68,7 @@ def parameters(
 
 
 def compiled(size: int, dtype: str) -> tuple[int, int]:
-    """Addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel on one sample, and its output's shape.
+    """Return the addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel, and its output's shape.
 
     The operator's inputs are the pixels and the parameters of a frame, its output the frame as (size, size, 3) `dtype`:
     float32, uint16 (the bits of bfloat16) or uint8. The first call on a machine compiles for some seconds, later ones
@@ -92,7 +100,7 @@ def compiled(size: int, dtype: str) -> tuple[int, int]:
 
 @njit(**_FAST)
 def fused(out, pixels, p):
-    """One frame: fill `out`, (S, S, 3) float32, uint16 (the bits of bfloat16) or uint8 (rounded, clamped to 0..255).
+    """Write one frame to `out`, (S, S, 3) float32, uint16 (the bits of bfloat16) or uint8 (rounded, clamped to 0..255).
 
     `pixels` is uint8, either RGB (H, W, 3) or planar 4:2:0 YUV (3 H / 2, W, 1); `p` as `parameters` makes it.
     """
@@ -145,14 +153,14 @@ def fused(out, pixels, p):
 
 @njit(**_FAST)
 def _edges(start, length, size):
-    """Shares of a side -> its pixels [a, b), in float32 and rounded half to even, as EpochPlan says of `erase`."""
+    """Return the pixels [a, b) of shares of a side, in float32, rounded half to even, as EpochPlan says of `erase`."""
     n = np.float32(size)
     return int(np.rint(start * n)), int(np.rint((start + length) * n))
 
 
 @njit(**_FAST)
 def _cut(start, length, size):
-    """First pixel and number of pixels of a crop, at least one. DALI's rule: float64, half a pixel is rounded up."""
+    """Return first pixel and number of pixels of a crop, at least one. As in DALI: float64, halves are rounded up."""
     first = min(math.floor(np.float64(start) * size + 0.5), size - 1)
     last = min(math.floor((np.float64(start) + np.float64(length)) * size + 0.5), size)
     return first, max(last - first, 1)
@@ -160,10 +168,10 @@ def _cut(start, length, size):
 
 @njit(**_FAST)
 def _triangles(source, size, mirror):
-    """Antialiased linear resize of a line: for each output the first source pixel and the weights from there on.
+    """Return the antialiased linear resize of a line: for each output the first source pixel and weights from there.
 
-    A triangle as wide as an output pixel but never narrower than an input one; beyond the edge lies the edge pixel
-    again, as in DALI. The number of weights is a multiple of 2, filled up with zeros.
+    The filter is a triangle as wide as an output pixel but never narrower than an input one; beyond the edge the edge
+    pixel is repeated, as in DALI. The number of weights is a multiple of 2, filled up with zeros.
     """
     scale = source / size
     support = max(scale, 1.0)
@@ -191,7 +199,7 @@ def _triangles(source, size, mirror):
 
 @njit(**_FAST)
 def _blend_rows(out, source, row, last, start, length, weights):
-    """out[:length] = weights @ source[row : row + len(weights), start : start + length]; no row beyond `last`."""
+    """Set out[:length] to weights @ source[row : row + len(weights), start : start + length]; rows end at `last`."""
     for k in range(0, len(weights), 4):
         a = source[min(row + k, last), start : start + length]
         b = source[min(row + k + 1, last), start : start + length]
@@ -216,9 +224,9 @@ def _blend_rows(out, source, row, last, start, length, weights):
 
 @intrinsic
 def _blend_pixel(typingctx, out, o, source, j, weights, i, taps):
-    """out[o : o + 4] = sum over k < taps of weights[i + k] * source[j + 3 k : j + 3 k + 4], for flat float32 arrays.
+    """Set out[o : o + 4] to the sum over k < taps of weights[i + k] * source[j + 3 k : j + 3 k + 4]; float32, flat.
 
-    LLVM does not find this by itself. Any target has some form of four-lane vectors.
+    LLVM does not find this by itself. Every target has some form of four-lane vectors.
     """
 
     def codegen(context, builder, signature, args):
@@ -248,7 +256,7 @@ def _blend_pixel(typingctx, out, o, source, j, weights, i, taps):
 
 @njit(**_FAST)
 def _blend_columns(out, source, first, weights):
-    """out[3 x : 3 x + 3] = weights[x] @ pixels of `source` from first[x] on; leaves waste in the element after."""
+    """Set out[3 x : 3 x + 3] to weights[x] @ pixels of `source` from first[x] on; the element after holds garbage."""
     taps = weights.shape[1]
     flat = weights.reshape(weights.size)
     if taps == 2:  # a constant number is compiled into straight code
@@ -267,7 +275,7 @@ def _blend_columns(out, source, first, weights):
 
 @njit(**_FAST)
 def _blend_yuv(out, flat, height, width, row, weights, left, columns, chroma_left):
-    """As _blend_rows, from planar 4:2:0 to interleaved YUV: chroma is interpolated to the positions of luma."""
+    """Blend rows of planar 4:2:0 to a line of interleaved YUV: chroma is interpolated to the positions of luma."""
     luma = np.empty(columns, np.float32)
     _blend_rows(luma, flat, row, height - 1, left, columns, weights)
     # Rows of chroma lie a quarter of their distance below and above the luma rows they belong to.
@@ -297,7 +305,7 @@ def _blend_yuv(out, flat, height, width, row, weights, left, columns, chroma_lef
 
 @njit(**_FAST)
 def _mix(out, source, m):
-    """out = m @ (pixel, 1) for interleaved pixels, in the type of `out`, which is another array; m is (3, 4), flat."""
+    """Set out to m @ (pixel, 1) for interleaved pixels, in the type of `out`, another array; m is (3, 4), flat."""
     for x in range(len(out) // 3):
         r, g, b = source[3 * x], source[3 * x + 1], source[3 * x + 2]
         _put(out, 3 * x, m[0] * r + m[1] * g + m[2] * b + m[3])
@@ -306,7 +314,7 @@ def _mix(out, source, m):
 
 
 def _put(out, i, value) -> None:
-    """out[i] = value, in the type of `out`. Exists in compiled code only, as _put_as."""
+    """Set out[i] to value in the type of `out`. Compiled code only: `_put_as` implements it."""
 
 
 @overload(_put, jit_options=_FAST, inline="always")
@@ -330,7 +338,7 @@ def _put_as(out, i, value):
 
 @njit(**_FAST)
 def _warp(picture, m):
-    """The (S, 3 S) picture, sampled bilinearly where the affine map m, (2, 3) flat, sends its pixels; edges repeat."""
+    """Return the (S, 3 S) picture, bilinearly sampled where the affine map m, (2, 3) flat, sends it; edges repeat."""
     size = len(picture)
     n, half, last = np.float32(size), np.float32(0.5), np.float32(size - 1)
     out = np.empty_like(picture)
@@ -352,7 +360,7 @@ def _warp(picture, m):
 
 @njit(**_FAST)
 def _blur(picture, sigma):
-    """Gaussian blur of a (S, 3 S) picture in place, cut off at 3 sigma; the border mirrors about the edge pixel."""
+    """Blur a (S, 3 S) picture by a Gaussian in place, cut off at 3 sigma; the border mirrors about the edge pixel."""
     size = len(picture)
     radius = min(math.ceil(3 * sigma), size - 1)
     weights = np.empty(2 * radius + 1, np.float32)

@@ -1,17 +1,20 @@
-"""Threads that fetch clips ahead of the graph."""
+"""Threads that fetch clips before the graph needs them."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 
 class Readers:
-    """Threads that read ahead. The process does not wait for one that hangs when it ends, unlike those of a pool."""
+    """Threads that read ahead. Unlike those of a pool, they do not keep a process from ending while one hangs."""
 
     def __init__(self, num_threads: int):
-        self._jobs: SimpleQueue = SimpleQueue()
+        self._jobs: SimpleQueue[Any] = SimpleQueue()
         self._num_threads = num_threads
         self._closed = False
         for _ in range(num_threads):
@@ -20,13 +23,14 @@ class Readers:
     def __enter__(self) -> "Readers":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._closed = True  # what is waiting is not begun any more
+    def __exit__(self, *exception: object) -> None:
+        self._closed = True  # jobs that wait are dropped
         for _ in range(self._num_threads):
             self._jobs.put(None)
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
-        future: Future = Future()
+    def submit(self, function: Callable[[*Arguments], Result], *args: *Arguments) -> Future[Result]:
+        """Return the future result of a call, which the next free thread does."""
+        future: Future[Result] = Future()
         self._jobs.put((future, function, args))
         return future
 
@@ -37,5 +41,5 @@ class Readers:
                 continue
             try:
                 future.set_result(function(*args))
-            except BaseException as error:  # whatever it is, the consumer gets it
+            except BaseException as error:  # of any kind: it is raised where the result is asked for
                 future.set_exception(error)

@@ -1,4 +1,4 @@
-"""A raw data set held whole in the memory of the GPU: clips are cut out of it, and nothing is loaded any more."""
+"""A raw data set held whole in the memory of a device: clips are cut out of it, nothing is loaded after the start."""
 
 import numpy as np
 import torch
@@ -7,33 +7,34 @@ from torch import Tensor
 
 from dali_pipes import torch_stages
 from dfer.cli import UserError
-from dfer.lists.index import ClipIndex
+from dfer.lists.index import ClipIndex, Packed
 
 
 class ResidentClips:
     """All pictures of a raw source on one device.
 
     Raises:
-        UserError: in one line, if the source is another one, pictures differ in size, or memory does not hold them.
+        UserError: if the source is not raw, pictures differ in size, or the memory does not hold them.
     """
 
     def __init__(self, index: ClipIndex, device: torch.device):
-        self.pictures = _load(index, device)
-        self._first = torch.from_numpy(index.store.first[:-1]).to(device)
+        store = index.store
+        if index.source != "raw" or not isinstance(store, Packed):
+            raise UserError(f"--data.cache gpu holds raw clips, these are {index.source}: scripts/pack.py --format raw")
+        self.pictures = _load(store, device)
+        self._first = torch.from_numpy(store.first[:-1]).to(device)
 
     def clips(
         self, videos: Int64[Tensor, " B"], plan: torch_stages.DevicePlan, size: int
     ) -> Float[Tensor, "B T S S 3"]:
-        """The clips of some videos, made on the device; nothing is waited for."""
+        """Return the clips of some videos, made on the device without waiting for it."""
         pictures = self.pictures[self._first[videos][:, None] + plan.frames[videos]]
         clips = torch_stages.resize(pictures, plan.box[videos], plan.mirror[videos], size)
         return torch_stages.finish(clips, plan, videos)
 
 
-def _load(index: ClipIndex, device: torch.device) -> UInt8[Tensor, "F H W 3"]:
-    store = index.store
-    if index.source != "raw":
-        raise UserError(f"--data.cache gpu holds raw clips, these are {index.source}: scripts/pack.py --format raw")
+def _load(store: Packed, device: torch.device) -> UInt8[Tensor, "F H W 3"]:
+    """Return all pictures of a pack on a device, video after video."""
     sizes = np.unique(np.stack([store.height, store.width], axis=1), axis=0)
     if len(sizes) > 1:
         raise UserError("--data.cache gpu: the clips differ in size; scripts/pack.py --format raw --size PX")
@@ -47,7 +48,7 @@ def _load(index: ClipIndex, device: torch.device) -> UInt8[Tensor, "F H W 3"]:
             )
     pictures = torch.empty((int(store.first[-1]), height, width, 3), dtype=torch.uint8, device=device)
     maps = [np.memmap(path, dtype=np.uint8, mode="c") for path in store.paths]  # "c": torch refuses read-only arrays
-    for video in range(len(index)):
+    for video in range(len(store.shard)):
         rows = slice(int(store.first[video]), int(store.first[video + 1]))
         start = int(store.offset[rows.start])
         clip = maps[store.shard[video]][start : start + (rows.stop - rows.start) * height * width * 3]

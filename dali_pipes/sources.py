@@ -1,6 +1,6 @@
 """Sources: from (video, frames) to the bytes or pixels of a clip. One class per kind of storage.
 
-`kind` says what comes out: "images" (encoded), "pixels" (uint8 pictures) or "videos" (whole encoded files).
+`kind` is what `fetch` returns: "images" (encoded), "pixels" (uint8 pictures) or "videos" (whole encoded files).
 """
 
 import math
@@ -9,20 +9,24 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
-import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import Float32, Int64, UInt8
 
 from dali_pipes.headers import refusal
+from dali_pipes.options import Kind
 from dfer.cli import UserError
+from dfer.files import reason
 from dfer.images import MAX_BYTES
 from dfer.lists.index import ClipIndex
-from dfer.video import read_frames
+from dfer.lists.packed import Packed
+from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.video.colour import yuv_to_rgb
 from dfer.video.decode import BadVideo, check_claims
+from dfer.video.random_access import read_frames
 
-# Codecs whose chroma samples lie on even columns of luma unless a stream says otherwise, which FFmpeg follows; those of
-# all others lie between two columns.
+# Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
+# of all other codecs lie between two columns.
 CHROMA_LEFT = frozenset({"h264", "hevc", "mpeg2video", "mpeg4"})
 
 CHANGED = "its bytes are not those that the hashes beside the list were made of"
@@ -36,76 +40,75 @@ class BadClip(UserError):
 class FrameFolders:
     """Folders of encoded images, one folder per video."""
 
-    kind = "images"
+    kind: Kind = "images"
 
     def __init__(self, index: ClipIndex):
         self.index = index
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
-        """The T encoded images.
+        """Return the T encoded images.
 
         Raises:
-            BadClip: if a file cannot be read, is neither JPEG nor PNG, claims more than MAX_PIXELS, or does not fit its
-                hash.
+            BadClip: if a file cannot be read, is neither JPEG nor PNG, claims more than MAX_PIXELS, or differs in hash.
         """
         images = []
         for frame in frames.tolist():
-            data = _read(self.where(video, frame), MAX_BYTES)
-            reason = data if isinstance(data, str) else refusal(data)
-            if reason is None and self.index.hashes is not None and not self.index.hashes.fit(video, frame, data):
-                reason = CHANGED
-            if reason is not None:
-                raise BadClip(f"{self.name(video, frame)}: {reason}")
+            data = _read(self.path(video, frame), MAX_BYTES)
+            problem = data if isinstance(data, str) else refusal(data) or _changed(self.index, video, frame, data)
+            if problem is not None or isinstance(data, str):
+                raise BadClip(f"{self.name(video, frame)}: {problem}")
             images.append(data)
         return images
 
-    def where(self, video: int, frame: int) -> str:
+    def path(self, video: int, frame: int) -> str:
+        """Return the file of a frame."""
         return self.index.frame_path(video, frame)
 
     def name(self, video: int, frame: int) -> str:
-        """How messages call a frame."""
+        """Return what messages call a frame."""
         record = self.index.records[video]
-        return f"{record.source}: bad frame {self.where(video, frame)} of clip {record.name}"
+        return f"{record.source}: bad frame {self.path(video, frame)} of clip {record.name}"
 
 
 class Shards:
-    """Encoded images, or pixels, inside packed files that are mapped into memory: what is fetched is not copied."""
+    """Encoded images, or pixels, inside packed files that are mapped into memory: `fetch` returns views of them."""
 
     def __init__(self, index: ClipIndex):
+        assert isinstance(index.store, Packed)
         self.index, self.store = index, index.store
-        self.kind = "images" if self.store.kind == "shards" else "pixels"
+        self.kind: Kind = "images" if self.store.kind == "shards" else "pixels"
         self._maps = [_map(path) for path in self.store.paths]
         self._bytes = [np.frombuffer(whole, dtype=np.uint8) for whole in self._maps]
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
-        """The T encoded images (tar) or the T pictures (raw), (H, W, 3), as views of the file.
+        """Return the T encoded images (tar) or the T pictures (raw), (H, W, 3), as views of the file.
 
         Raises:
-            BadClip: if the shard ends before a frame does, an image is neither JPEG nor PNG, claims more than
-                MAX_PIXELS, or a frame does not fit its hash.
+            BadClip: if the shard ends before a frame does, an image is neither JPEG nor PNG or claims more than
+                MAX_PIXELS, or a frame's hash differs.
         """
         store, shard = self.store, self.store.shard[video]
         data, rows = self._bytes[shard], store.first[video] + frames
         ends = (store.offset[rows] + store.length[rows]).tolist()
-        # Whoever touches a map behind the end of its file is killed. Asking takes half a microsecond; to read
+        # A process that reads a map behind the end of its file is killed. This check takes half a microsecond; reading
         # instead of mapping would take a quarter of a raw clip's time.
         size = self._maps[shard].size()  # of the file, as it is now
         for frame, end in zip(frames.tolist(), ends, strict=True) if max(ends) > size else ():
             if end > size:
                 raise BadClip(f"{self.name(video, frame)}: the file was cut to {size:,} bytes after the run had begun")
         views = [data[start:end] for start, end in zip(store.offset[rows].tolist(), ends, strict=True)]
-        hashes = self.index.hashes
-        for frame, view in zip(frames.tolist(), views, strict=True) if self.kind == "images" or hashes else ():
-            reason = refusal(view) if self.kind == "images" else None
-            if reason is None and hashes is not None and not hashes.fit(video, frame, view):
-                reason = CHANGED
-            if reason is not None:
-                raise BadClip(f"{self.name(video, frame)}: {reason}")
+        checked = self.kind == "images" or self.index.hashes is not None
+        for frame, view in zip(frames.tolist(), views, strict=True) if checked else ():
+            problem = refusal(view) if self.kind == "images" else None
+            problem = problem or _changed(self.index, video, frame, view)
+            if problem is not None:
+                raise BadClip(f"{self.name(video, frame)}: {problem}")
         if self.kind == "images":
             return views
         return [view.reshape(store.height[video], store.width[video], 3) for view in views]
 
     def name(self, video: int, frame: int) -> str:
+        """Return what messages call a frame."""
         record, path = self.index.records[video], self.store.paths[self.store.shard[video]]
         return f"{record.source}: bad frame {frame} of clip {record.name} in {path}"
 
@@ -113,31 +116,32 @@ class Shards:
 class VideoFiles:
     """One video file per clip, decoded by FFmpeg on the calling thread, without its colour conversion."""
 
-    kind = "pixels"
+    kind: Kind = "pixels"
 
     def __init__(self, index: ClipIndex):
+        assert isinstance(index.store, VideoStore)
         self.index, self.store = index, index.store
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
-        """The T pictures: planar 4:2:0 YUV (3 H / 2, W, 1), or RGB (H, W, 3) where the stream is of another kind.
+        """Return the T pictures: planar 4:2:0 YUV (3 H / 2, W, 1), or RGB (H, W, 3) from streams of other kinds.
 
         Raises:
-            BadClip: if the file cannot be read, is too large a picture or a frame does not come out of the decoder.
+            BadClip: if the file cannot be read, claims more than MAX_SIDE, or the decoder does not return a frame.
         """
         store, record = self.store, self.index.records[video]
-        if video in self.index.bad:  # even if it is mended by now: the index knows nothing of it
+        if video in self.index.bad:  # even if it was mended since: the index lacks its frames
             raise BadClip(self.index.bad[video])
         if self.index.hashes is not None:
             _read_video(self.index, video)
         part = slice(store.first[video], store.first[video + 1])
         try:
-            colours = str(store.matrix[video]), bool(store.full_range[video])
+            colours = store.matrix[video].item(), bool(store.full_range[video])
             return read_frames(record.path, store.pts[part], store.key[part], frames, *colours)
-        except (BadVideo, av.FFmpegError, OSError) as error:
-            raise BadClip(f"{_video_name(self.index, video)}: {_reason(error)}") from None
+        except (BadVideo, FFmpegError, OSError) as error:
+            raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
 
     def yuv(self) -> Float32[np.ndarray, "N 13"]:
-        """How the pixels of each video become RGB: the (3, 4) map, and 1 where chroma lies on even columns."""
+        """Return how the pixels of each video become RGB: the (3, 4) map, and 1 where chroma lies on even columns."""
         store, known = self.store, {}
         rows = np.empty((len(store.codec), 13), dtype=np.float32)
         streams = zip(store.codec.tolist(), store.matrix.tolist(), store.full_range.tolist(), strict=True)
@@ -149,25 +153,25 @@ class VideoFiles:
 
 
 class VideoBytes:
-    """Whole video files as they are, for a decoder that takes files (NVDEC)."""
+    """Whole video files, for a decoder that takes files (NVDEC)."""
 
-    kind = "videos"
+    kind: Kind = "videos"
 
     def __init__(self, index: ClipIndex):
         self.index = index
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
-        """The bytes of the file, one array.
+        """Return the bytes of the file, as one array.
 
         Raises:
-            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or does not fit its hash.
+            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or its hash differs.
         """
         if video in self.index.bad:
             raise BadClip(self.index.bad[video])
         try:
             check_claims(self.index.records[video].path)
-        except (BadVideo, av.FFmpegError, OSError) as error:
-            raise BadClip(f"{_video_name(self.index, video)}: {_reason(error)}") from None
+        except (BadVideo, FFmpegError, OSError) as error:
+            raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
         return [_read_video(self.index, video)]
 
 
@@ -175,7 +179,7 @@ Source: TypeAlias = FrameFolders | Shards | VideoFiles | VideoBytes
 
 
 def source_of(index: ClipIndex, *, whole_videos: bool) -> Source:
-    """The source of an index; `whole_videos`: videos as files, not as pixels."""
+    """Return the source of an index; `whole_videos`: videos as files, not as pixels."""
     if index.source == "frames":
         return FrameFolders(index)
     if index.source in ("shards", "raw"):
@@ -183,33 +187,34 @@ def source_of(index: ClipIndex, *, whole_videos: bool) -> Source:
     return VideoBytes(index) if whole_videos else VideoFiles(index)
 
 
+def _changed(index: ClipIndex, video: int, frame: int, data: UInt8[np.ndarray, " _"]) -> str | None:
+    """Return what is wrong with bytes whose hash differs from the one beside the list, else None."""
+    return None if index.hashes is None or index.hashes.fit(video, frame, data) else CHANGED
+
+
 def _map(path: Path) -> mmap.mmap:
+    """Return a file as read-only memory."""
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_video(index: ClipIndex, video: int) -> UInt8[np.ndarray, " _"]:
+    """Return the bytes of a video file, or raise a BadClip."""
     data = _read(index.records[video].path)
-    if not isinstance(data, str) and index.hashes is not None and not index.hashes.fit(video, 0, data):
-        data = CHANGED
-    if isinstance(data, str):
-        raise BadClip(f"{_video_name(index, video)}: {data}")
+    problem = data if isinstance(data, str) else _changed(index, video, 0, data)
+    if problem is not None or isinstance(data, str):
+        raise BadClip(f"{_video_name(index, video)}: {problem}")
     return data
 
 
 def _video_name(index: ClipIndex, video: int) -> str:
+    """Return what messages call a video file."""
     record = index.records[video]
     return f"{record.source}: cannot decode the video {record.path}"
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "file not found"
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
-
-
 def _read(path: str | Path, limit: float = math.inf) -> UInt8[np.ndarray, " _"] | str:
-    """The bytes of a file, or why there are none; a file of more than `limit` bytes is not read to its end."""
+    """Return the bytes of a file, or why there are none; a file of more than `limit` bytes is not read to its end."""
     # One system call reads a frame, where Python's file objects need four: a tenth of all of the loader's work.
     try:
         file = os.open(path, os.O_RDONLY)
@@ -222,5 +227,5 @@ def _read(path: str | Path, limit: float = math.inf) -> UInt8[np.ndarray, " _"] 
         finally:
             os.close(file)
     except OSError as error:
-        return _reason(error)
+        return reason(error)
     return np.frombuffer(b"".join(parts), dtype=np.uint8)

@@ -1,7 +1,7 @@
-"""The stages after decoding as batched torch operations, for clips that are on the GPU already; kernels.py's maths.
+"""The stages after decoding as batched torch operations, with the same results as kernels.py.
 
-Used where the whole data set lies in GPU memory, and for the rare stages that the DALI graph leaves out. They run on
-any device, which is how they are tested.
+They serve clips that are on a GPU: of a data set held in its memory, and in stages that the graph of DALI's operators
+leaves out. They run on any device, which is how they are tested.
 """
 
 import numpy as np
@@ -14,7 +14,12 @@ from dfer.plan.sampling import EpochPlan
 
 
 class DevicePlan:
-    """What a plan says about pictures, on the device: rows are looked up there, and nothing is waited for."""
+    """The arrays of an `EpochPlan` that describe pictures, on the device: looking up rows there waits for nothing.
+
+    Args:
+        plan: of the epoch.
+        device: where clips are made.
+    """
 
     def __init__(self, plan: EpochPlan, device: torch.device):
         def put(array: np.ndarray) -> Tensor:
@@ -25,7 +30,7 @@ class DevicePlan:
         self.frames, self.mirror, self.warp = put(plan.frames), put(plan.mirror), put(plan.warp)
         self.box, self.erase = put(plan.box.astype(np.float32)), put(plan.erase)
         self.blur, self.colour = put(plan.blur), put(plan.colour)
-        # Asked on the host, so that a batch need not ask the GPU.
+        # Computed once per epoch on the CPU: testing the GPU's copy per batch would force a sync.
         self.warps = bool((plan.warp != np.eye(2, 3, dtype=np.float32)).any())
         self.largest_blur = float(plan.blur.max(initial=0.0))
         self.erases = bool((plan.erase[:, 2:] > 0).all(1).any())
@@ -35,7 +40,7 @@ class DevicePlan:
 def resize(
     pictures: UInt8[Tensor, "B T H W 3"], box: Float[Tensor, "B 4"], mirror: Bool[Tensor, " B"], size: int
 ) -> Float[Tensor, "B T S S 3"]:
-    """Crop, antialiased linear resize and mirror image, as two matrix products per picture."""
+    """Return pictures cropped, resized (linear, antialiased) and mirrored, by two matrix products each."""
     height, width = pictures.shape[2:4]
     rows = _triangles(box[:, 0], box[:, 2], height, size)
     columns = _triangles(box[:, 1], box[:, 3], width, size)
@@ -47,7 +52,10 @@ def resize(
 def _triangles(
     start: Float[Tensor, " B"], length: Float[Tensor, " B"], source: int, size: int
 ) -> Float[Tensor, "B S N"]:
-    """The resize of kernels.py as matrices over the whole side of the source; the crop is [start, start + length)."""
+    """Return the resize of kernels.py as matrices over the whole side of the source.
+
+    The crop is [start, start + length), in shares of the side.
+    """
     start, length = start.double(), length.double()  # DALI's rule: half a pixel is rounded up, in float64
     first = torch.floor(start * source + 0.5).clamp(max=source - 1).float()
     last = torch.floor((start + length) * source + 0.5).clamp(max=source).float()
@@ -57,7 +65,7 @@ def _triangles(
     centre = (torch.arange(size, device=start.device) + 0.5)[None, :, None] * scale - 0.5 + first[:, None, None]
     pixel = torch.arange(source, device=start.device, dtype=torch.float32)[None, None]
     weights = (1 - (pixel - centre).abs() / support).clamp(min=0)
-    # Beyond the edge of the crop lies its edge pixel again.
+    # Beyond the edge of the crop its edge pixel is repeated.
     inside = (pixel >= first[:, None, None]) & (pixel < last[:, None, None])
     weights = weights * inside
     for edge, sign in ((first, -1), (last - 1, 1)):
@@ -70,7 +78,10 @@ def _triangles(
 def finish(
     clips: Float[Tensor, "B T S S 3"], plan: DevicePlan, videos: Int64[Tensor, " B"], *, coloured: bool = False
 ) -> Float[Tensor, "B T S S 3"]:
-    """Warp, blur, colour and normalise, erase. `coloured`: colour was done before, as the plan has no warp or blur."""
+    """Return clips after warp, blur, colour and normalisation, and erase.
+
+    `coloured`: colour and normalisation were done before, which is right only if the plan neither warps nor blurs.
+    """
     if not coloured:
         if plan.warps:
             clips = _warp(clips, plan.warp[videos])
@@ -82,6 +93,7 @@ def finish(
 
 
 def _warp(clips: Float[Tensor, "B T S S 3"], warp: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B T S S 3"]:
+    """Return clips sampled where `EpochPlan.warp` sends their pixels."""
     batch, length, size = clips.shape[:3]
     theta = torch.cat([warp[:, :, :2], 2 * warp[:, :, 2:]], dim=2)  # torch's coordinates run from -1 to 1
     grid = F.affine_grid(theta, [batch, 1, size, size], align_corners=False)
@@ -91,6 +103,7 @@ def _warp(clips: Float[Tensor, "B T S S 3"], warp: Float[Tensor, "B 2 3"]) -> Fl
 
 
 def _blur(clips: Float[Tensor, "B T S S 3"], blur: Float[Tensor, " B"], largest: float) -> Float[Tensor, "B T S S 3"]:
+    """Return blurred clips, by two matrix products; `largest` is the largest of `blur` in the epoch."""
     size = clips.shape[2]
     sigma = (blur * size)[:, None]
     reach = min(int(np.ceil(3 * largest * size)), size - 1)
@@ -106,6 +119,7 @@ def _blur(clips: Float[Tensor, "B T S S 3"], blur: Float[Tensor, " B"], largest:
 
 
 def _erase(clips: Float[Tensor, "B T S S 3"], erase: Float[Tensor, "B 4"]) -> Float[Tensor, "B T S S 3"]:
+    """Return clips with their rectangle of `EpochPlan.erase` set to 0."""
     size = clips.shape[2]
     n = torch.tensor(size, dtype=torch.float32, device=clips.device)
     start, stop = torch.round(erase[:, :2] * n), torch.round((erase[:, :2] + erase[:, 2:]) * n)

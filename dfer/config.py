@@ -16,7 +16,7 @@ import tyro
 
 from dfer.cli import Range, UserError
 from dfer.files import read_file
-from dfer.plan.sampling import Augmentation
+from dfer.plan.augmentation import Augmentation
 from dfer.recipes import RECIPES
 
 Amp = Literal["auto", "off", "bf16", "fp16"]

@@ -7,7 +7,7 @@ Only MAE-DFER normalises its input.
 
 from typing import Any
 
-from dfer.plan.sampling import Augmentation
+from dfer.plan.augmentation import Augmentation
 
 RECIPES: dict[str, dict[str, Any]] = {
     # zengqunzhao/Former-DFER: dataloader/dataset_DFEW.py, dataloader/video_transform.py

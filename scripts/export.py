@@ -33,7 +33,7 @@ from dfer.cli import Parser, UserError, one_line_errors, shown
 from dfer.config import Config, config_from_json
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
-from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report import read_run
 from dfer.report.records import Predictions
 from dfer.report.statistics import wilson

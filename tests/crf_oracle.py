@@ -8,21 +8,14 @@ def gauss(a: list[float], b: list[float]) -> float:
     return math.exp(-0.5 * sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
 
 
-def degrees(points: list[list[float]], valid: list[bool]) -> list[float]:
-    return [sum(gauss(p, other) for other, v in zip(points, valid, strict=True) if v) for p in points]
+def degrees(points: list[list[float]]) -> list[float]:
+    return [sum(gauss(p, other) for other in points) for p in points]
 
 
-def kernel(points: list[list[float]], valid: list[bool] | None = None) -> list[list[float]]:
-    """Symmetric normalisation, no message to oneself, invalid tokens nowhere."""
-    valid = [True] * len(points) if valid is None else valid
-    degree, n = degrees(points, valid), range(len(points))
-    return [
-        [
-            gauss(points[i], points[j]) / math.sqrt(degree[i] * degree[j]) if i != j and valid[i] and valid[j] else 0.0
-            for j in n
-        ]
-        for i in n
-    ]
+def kernel(points: list[list[float]]) -> list[list[float]]:
+    """Normalise symmetrically; a token sends itself no message."""
+    degree, n = degrees(points), range(len(points))
+    return [[gauss(points[i], points[j]) / math.sqrt(degree[i] * degree[j]) if i != j else 0.0 for j in n] for i in n]
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -62,13 +55,11 @@ def meanfield(unary, kernels, compatibility, iterations: int, damping: float) ->
     return marginals
 
 
-def free_energy(unary, kernels, compatibility, q, valid=None) -> float:
+def free_energy(unary, kernels, compatibility, q) -> float:
     message = messages(kernels, compatibility, q)
-    valid = [True] * len(q) if valid is None else valid
     return sum(
         p * math.log(p) - p * (u + 0.5 * m) if p > 0 else 0.0
-        for rows, counts in zip(zip(q, unary, message, strict=True), valid, strict=True)
-        if counts
+        for rows in zip(q, unary, message, strict=True)
         for p, u, m in zip(*rows, strict=True)
     )
 

@@ -1,6 +1,5 @@
-"""Do the tests notice? Breaks the CRF in a line or two, in a copy, and runs its tests: `python tests/mutants.py`
+"""Break the CRF in a line or two, in a copy, and run its tests: `python tests/mutants.py [NAME ...]`
 
-Names of mutants as words try those only.
 Prints which test killed each mutant; exit code 1 if one survives. The first twelve are mistakes that published layers
 have made or that are easily made (docs/crf.md).
 """
@@ -15,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/test_crf.py", "tests/test_crf_layer.py")
 TOO_SLOW = "not compile and not fp16_survives"  # they are about other things
 
-MEANFIELD, PAIRS, LAYER = "dfer/crf/meanfield.py", "dfer/crf/pairs.py", "dfer/crf/layers.py"
+MEANFIELD, PAIRS, DENSE, LAYER = (f"dfer/crf/{name}.py" for name in ("meanfield", "pairs", "dense", "layers"))
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what it becomes)
-    "a token hears itself": [
-        (PAIRS, "kernel.diagonal(dim1=-2, dim2=-1).zero_()  # a token", "# a token"),
+    "a token sends itself a message": [
+        (DENSE, "kernel.diagonal(dim1=-2, dim2=-1).zero_()  # a token", "# a token"),
     ],
     "first message from log-probabilities": [
         (
@@ -29,8 +28,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what 
     ],
     "pairs count twice in the energy": [(MEANFIELD, "q * (unary + 0.5 * message)", "q * (unary + message)")],
     "normalised by rows": [
-        (PAIRS, "scaled = self.scale[..., None] * x\n", "scaled = x\n"),
-        (PAIRS, "return self.scale[..., None] * self.product", "return self.scale[..., None].square() * self.product"),
+        (DENSE, "scaled = self.scale[..., None] * x\n", "scaled = x\n"),
+        (DENSE, "return self.scale[..., None] * self.product", "return self.scale[..., None].square() * self.product"),
     ],
     "compatibility is not symmetric": [(LAYER, "gram = self.affinity @ self.affinity.mT", "gram = self.affinity")],
     "centres zeroed axis by axis": [
@@ -44,15 +43,15 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what 
     "what damping carries over is lost in backward": [
         (
             MEANFIELD,
-            "carried = _softmax_adjoint(q, adjoint) + (1 - eta) * carried\n",
-            "carried = _softmax_adjoint(q, adjoint)\n",
+            "to_logits = _softmax_adjoint(q, adjoint) + (1 - eta) * to_logits\n",
+            "to_logits = _softmax_adjoint(q, adjoint)\n",
         )
     ],
     "degree taken for a constant": [
-        (PAIRS, "worth = 0.5 * (row + columns[:, block])", "worth = 0 * (row + columns[:, block])")
+        (DENSE, "to_degree = 0.5 * (row + columns[:, block])", "to_degree = 0 * (row + columns[:, block])")
     ],
-    "row sums of the kernel taken for the degree": [(PAIRS, "row - worth * (1 - to_itself)", "row - worth")],
-    "the result kept for backward is the start": [(MEANFIELD, "            q = result\n", "")],
+    "row sums of the kernel taken for the degree": [(DENSE, "row - to_degree * (1 - to_itself)", "row - to_degree")],
+    "the result kept for backward is the start": [(MEANFIELD, "marginals.append(result)", "marginals.append(q)")],
     "damping of the whole batch": [
         (
             MEANFIELD,
@@ -60,12 +59,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what 
             "return ((lam - 2) / 4).clamp(min=0).amax().expand(len(lam))",
         )
     ],
-    "padding counts in the degree": [
-        (
-            PAIRS,
-            "half_norm = torch.where(valid, 0.5 * scaled.square().sum(-1), NEVER)",
-            "half_norm = 0.5 * scaled.square().sum(-1)",
-        )
+    "degree without the token itself": [
+        (DENSE, "self.scale = (1 + kernel.sum(-1)).rsqrt()", "self.scale = kernel.sum(-1).clamp(min=1e-6).rsqrt()")
     ],
     "softmax in bfloat16": [
         (
@@ -76,15 +71,21 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {  # name -> (file, text, what 
     ],
     "height and width swapped": [(LAYER, "torch.stack([y, x, torch", "torch.stack([x, y, torch")],
     "gradient of one side of each pair": [
-        (PAIRS, "            to_points.baddbmm_(pairs.mT, self.points[:, block])\n", "")
+        (DENSE, "            to_points.baddbmm_(pairs.mT, self.points[:, block])\n", "")
     ],
     "gradient of a frame's message to itself": [
-        (PAIRS, "to_frames = to_frames - torch.diag_embed(to_itself @ own_cell)", "to_frames = to_frames + 0")
+        (PAIRS, "to_frames = to_frames - torch.diag_embed(to_itself @ cell_diagonal)", "to_frames = to_frames + 0")
     ],
     "certificate without the degrees": [
         (MEANFIELD, "torch.maximum(max_self * bounds[:, 0]", "torch.maximum(0 * max_self * bounds[:, 0]")
     ],
-    "invalid tokens are pooled": [(LAYER, "torch.where(valid[..., None], q, 0).sum(1)", "q.sum(1)")],
+    "logarithms are pooled": [
+        (
+            LAYER,
+            "self.class_probabilities(q.sum(1)).clamp(min=1e-12).log()",
+            "self.class_probabilities(q).clamp(min=1e-12).log().mean(1)",
+        )
+    ],
 }
 
 
@@ -96,7 +97,7 @@ def mutate(root: Path, edits: list[tuple[str, str, str]]) -> None:
 
 
 def killer(root: Path) -> str | None:
-    """The first test that fails, or None. The name of an error in collecting counts: such a mutant is none."""
+    """Return the first test that fails, or None. An error in collecting the tests counts as a mistake of the mutant."""
     words = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", "-k", TOO_SLOW]
     run = subprocess.run([sys.executable, "-m", "pytest", *words, *TESTS], cwd=root, capture_output=True, text=True)
     if run.returncode == 0:

@@ -18,14 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
+import dali_pipes.bad_clips
 import dfer.video.random_access
-from dali_pipes import loader as loader_module
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
 from dali_pipes.sources import MAX_BYTES, _read
 from dfer.images import MAX_PIXELS, BadImage, decode_image
 from dfer.lists.index import ClipIndex, load_index
-from dfer.plan.sampling import Augmentation, ClipSampler
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler
 from dfer.video.decode import BadVideo, check_claims
 from dfer.video.random_access import read_frames, scan_video
 from scripts import hash_clips, pack
@@ -87,7 +89,7 @@ GOOD_IMAGES = {
     "progressive": lambda: encoded(picture(), progressive=True),
 }
 BAD_FILES = {  # frames only: what lies there is no file with bytes in it
-    "missing": (lambda path: path.unlink(), "file not found"),
+    "missing": (lambda path: path.unlink(), "no such file or folder"),
     "empty": (lambda path: path.write_bytes(b""), "zero bytes"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     "endless": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), f"more than {MAX_BYTES:,} bytes"),
@@ -151,7 +153,7 @@ def put(root: Path, source: str, data: bytes) -> ClipIndex:
 def clip_loader(index: ClipIndex, policy: str, batch_size: int = CLIPS, **options) -> ClipLoader:
     options = {"augmentation": EVERYTHING} | options
     sampler = ClipSampler(3, T, augmentation=replace(options.pop("augmentation"), speed=1.0))  # all T frames of each
-    return ClipLoader(index, sampler, batch_size=batch_size, size=SIZE, bad_clips=policy, **options)
+    return ClipLoader(index, sampler, LoaderOptions(batch_size, SIZE, bad_clips=policy, **options))
 
 
 @functools.cache
@@ -441,7 +443,7 @@ def test_a_process_that_is_killed_by_the_memory_it_touches_says_so(tmp_path):
 
 
 def test_a_batch_without_a_good_clip_is_zeros(clips, monkeypatch):
-    monkeypatch.setattr(loader_module, "TOLERATED", 1.0)
+    monkeypatch.setattr(dali_pipes.bad_clips, "TOLERATED", 1.0)
     index = index_of(clips, "frames")
     for clip in range(CLIPS):
         (clips / str(clip) / "0.jpg").write_bytes(encoded(picture())[:450] if clip % 2 else b"")
@@ -460,10 +462,10 @@ def test_a_bad_frame_that_is_not_drawn_costs_nothing_and_one_that_is_is_decoded_
     sampler = ClipSampler(3, 2, augmentation=PLAIN)
 
     def loader() -> ClipLoader:
-        return ClipLoader(index, sampler, batch_size=CLIPS, size=SIZE, bad_clips="skip")
+        return ClipLoader(index, sampler, LoaderOptions(CLIPS, SIZE, bad_clips="skip"))
 
     rebuilt, lasting = [], loader()
-    monkeypatch.setattr(lasting, "_build", lambda build=lasting._build: rebuilt.append(1) or build())
+    monkeypatch.setattr(lasting._feed, "_build", lambda build=lasting._feed._build: rebuilt.append(1) or build())
     seen = set()
     for epoch in range(12):
         (batch,), (anew,) = lasting(epoch), loader()(epoch)
@@ -488,19 +490,21 @@ def test_more_bad_clips_than_an_accident_explains_are_fatal(clips):
     index = index_of(clips, "frames")
     for clip in (1, 2):
         (clips / str(clip) / "0.jpg").unlink()
-    with pytest.raises(ValueError, match=r"0.jpg of clip \d: file not found; with it, 2 of 4 clips cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"0.jpg of clip \d: no such file or folder; with it, 2 of 4 clips cannot be read"
+    ):
         list(clip_loader(index, "skip")(0))
 
 
 def test_evaluation_leaves_nothing_out(clips):
     with pytest.raises(AssertionError, match="counts every clip"):
-        ClipLoader(index_of(clips, "frames"), ClipSampler(0, T, mode="eval"), batch_size=1, size=SIZE, bad_clips="skip")
+        ClipLoader(index_of(clips, "frames"), ClipSampler(0, T, mode="eval"), LoaderOptions(1, SIZE, bad_clips="skip"))
 
 
 def test_an_error_that_is_no_clips_fault_is_not_blamed_on_one(clips, monkeypatch):
     loader = clip_loader(index_of(clips, "frames"), "skip")
     failures = iter([RuntimeError("out of\nmemory")])
-    real = loader._pictures
+    real = loader._feed.pictures
 
     def pictures() -> torch.Tensor:
         made = real()
@@ -508,7 +512,7 @@ def test_an_error_that_is_no_clips_fault_is_not_blamed_on_one(clips, monkeypatch
             raise failure
         return made
 
-    monkeypatch.setattr(loader, "_pictures", pictures)
+    monkeypatch.setattr(loader._feed, "pictures", pictures)
     with pytest.raises(ValueError, match=r"not of any one clip, in the batch of .*: out of memory"):
         list(loader(0))
     assert not loader.bad_clips
@@ -778,6 +782,7 @@ BOMBS = """
 import json, sys
 from pathlib import Path
 from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
 from dfer.lists.index import load_index
 from dfer.plan.sampling import ClipSampler
 from scripts import check_list, pack
@@ -802,7 +807,7 @@ for kind in ("list.txt", "videos/list.txt"):
         index = load_index(good / kind)
         for video, record in enumerate(index.records):
             index.records[video] = type(record)(**{**vars(record), "path": folder / Path(kind).parent / record.name})
-        loader = ClipLoader(index, ClipSampler(0, 6), batch_size=4, size=40)
+        loader = ClipLoader(index, ClipSampler(0, 6), LoaderOptions(batch_size=4, size=40))
         list(loader(0))
     load(good)
     run("loader " + kind, lambda: load(bad))

@@ -15,9 +15,12 @@ from benchmarks.loader_speed import Results, main
 from benchmarks.peers import PEERS, Clips, Cuts, Order, Task, encoded_clips, raw_clips, tar_keys
 from dali_pipes import kernels
 from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import load_index
-from dfer.plan.sampling import IMAGENET_STD, Augmentation, ClipSampler
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler
+from dfer.plan.transforms import IMAGENET_STD
 
 SIZE, T = 40, 6
 TINY = ["--frames", "4", "--size", "32", "--batch-size", "4", "--threads", "1", "--warmup", "1", "--seconds", "0.05"]
@@ -30,7 +33,7 @@ def task_of(clips, colour: float = 0.0) -> Task:
 
 def ours(task: Task, epoch: int) -> dict[int, np.ndarray]:
     """Our loader's clips by video, (T, S, S, 3)."""
-    loader = ClipLoader(load_index(task.list_of("frames")), task.sampler, batch_size=4, size=SIZE)
+    loader = ClipLoader(load_index(task.list_of("frames")), task.sampler, LoaderOptions(batch_size=4, size=SIZE))
     batches = list(loader(epoch))
     return {int(v): c.permute(0, 2, 3, 1).numpy() for b in batches for v, c in zip(b.ids, b.clips, strict=True)}
 

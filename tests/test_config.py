@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dfer.config import PRESETS, Config, DataConfig, config_from_json, parse_config
-from dfer.plan.sampling import Augmentation, ClipSampler
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler
 from dfer.recipes import RECIPES
 
 

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfer.crf import pairs as crf_pairs
+from dfer.crf.backends import grouped
+from dfer.crf.dense import PAIRS_AT_ONCE, DensePairs
 from dfer.crf.layers import cell_positions
 from dfer.crf.meanfield import Features, MeanField, certified_damping, curvature_bounds, meanfield
-from dfer.crf.pairs import DensePairs, Smoothness, grouped, normalised_kernel
+from dfer.crf.pairs import Smoothness, normalised_kernel
 from tests import crf_oracle
 
 DOUBLE = torch.float64
@@ -47,7 +48,6 @@ class Problem:
         self.time = torch.arange(frames, dtype=DOUBLE)[:, None]
         self.cells = cell_positions([torch.Size(s) for s in sizes], (16, 32), torch.device("cpu")).double()
         num_tokens = frames * len(self.cells)
-        self.valid = torch.ones(batch, frames, dtype=torch.bool)
         factor = draw(2, states, states)
         matrix = factor + factor.mT if indefinite else factor @ factor.mT
         self.parameters = {
@@ -58,10 +58,6 @@ class Problem:
             "values": draw(batch, num_tokens, width),
         }
 
-    @property
-    def valid_tokens(self) -> torch.Tensor:
-        return self.valid.repeat_interleave(len(self.cells), dim=1)
-
     def features(self, smooth: bool = True, **changed: torch.Tensor) -> Features:
         p = self.parameters | changed
         appearance, smoothness = p["sigmas"]
@@ -71,7 +67,7 @@ class Problem:
         points = torch.cat([p["embedding"], position.expand(len(p["embedding"]), -1, -1)], dim=-1)
         if not smooth:
             return Features(points)
-        frames = normalised_kernel((self.time / smoothness[0]).expand(len(points), -1, -1), self.valid)
+        frames = normalised_kernel((self.time / smoothness[0]).expand(len(points), -1, -1))
         return Features(points, frames, normalised_kernel(self.cells / smoothness[1:]))
 
     def solve(
@@ -81,7 +77,7 @@ class Problem:
         p = self.parameters | {name: options.pop(name) for name in self.parameters if name in options}
         features = Features(*(f.to(dtype) for f in self.features(smooth, **p) if f is not None))
         matrices = p["compatibility"] if smooth else p["compatibility"][:1]
-        inputs = (p["unary"].to(dtype), features, matrices.to(dtype), self.valid_tokens, iterations)
+        inputs = (p["unary"].to(dtype), features, matrices.to(dtype), iterations)
         return meanfield(*inputs, values=p["values"].to(dtype), **options)
 
     def slow_kernels(self, clip: int = 0, smooth: bool = True) -> list[list[list[float]]]:
@@ -91,8 +87,7 @@ class Problem:
             for sigma in self.parameters["sigmas"].tolist()
         ]
         points = [e + p for e, p in zip(self.parameters["embedding"][clip].tolist(), scaled[0], strict=True)]
-        valid = self.valid_tokens[clip].tolist()
-        return [crf_oracle.kernel(points, valid)] + ([crf_oracle.kernel(scaled[1], valid)] if smooth else [])
+        return [crf_oracle.kernel(points)] + ([crf_oracle.kernel(scaled[1])] if smooth else [])
 
 
 def assert_equal_lists(got: torch.Tensor, want: list, tolerance: float) -> None:
@@ -111,18 +106,14 @@ def assert_equal_lists(got: torch.Tensor, want: list, tolerance: float) -> None:
     damping=st.sampled_from(["certified", "indefinite", 0.0, 0.7]),
     coupling=st.sampled_from([1.0, 4.0, 16.0]),
     smooth=st.booleans(),
-    mask=st.booleans(),
     backend=st.sampled_from(["dense", "sdpa"]),
 )
-def test_everything_equals_the_loops(seed, frames, states, iterations, damping, coupling, smooth, mask, backend):
+def test_everything_equals_the_loops(seed, frames, states, iterations, damping, coupling, smooth, backend):
     problem = Problem(seed, coupling, frames=frames, states=states, sizes=((2, 2), (1, 2)))
-    if mask:
-        problem.valid[0, -1] = frames == 1
     given_damping = damping if isinstance(damping, str) else torch.tensor([damping], dtype=DOUBLE)
     field = problem.solve(iterations, smooth, damping=given_damping, backend=backend)
 
     kernels = problem.slow_kernels(smooth=smooth)
-    valid = problem.valid_tokens[0].tolist()
     matrices = problem.parameters["compatibility"].tolist()[: len(kernels)]
     unary = problem.parameters["unary"][0].tolist()
     # S_ii, which the certificate needs, is 1/d_i, and the kernel's own diagonal is empty
@@ -130,27 +121,25 @@ def test_everything_equals_the_loops(seed, frames, states, iterations, damping, 
     sigmas = problem.parameters["sigmas"].tolist()
     scaled = [[[x / s for x, s in zip(p, sigma, strict=True)] for p in positions] for sigma in sigmas]
     points = [e + p for e, p in zip(problem.parameters["embedding"][0].tolist(), scaled[0], strict=True)]
-    degrees = [crf_oracle.degrees(x, valid) for x in (points, scaled[1])][: len(kernels)]
+    degrees = [crf_oracle.degrees(x) for x in (points, scaled[1])][: len(kernels)]
     if isinstance(damping, str):
         lam = 0.0
         for degree, m in zip(degrees, matrices, strict=True):
-            largest_self = max(1 / d for d, v in zip(degree, valid, strict=True) if v)
+            largest_self = max(1 / d for d in degree)
             norm = max(sum(abs(x) for x in row) for row in m)
             reach = max(sum(abs(x) for k, x in enumerate(row) if k != i) - row[i] for i, row in enumerate(m))
             lam += max(largest_self * norm, reach if damping == "indefinite" else 0.0)
         damping = max(0.0, (lam - 2) / 4)
     assert field.damping.item() == pytest.approx(damping, abs=1e-12)
     trajectory = crf_oracle.meanfield(unary, kernels, matrices, iterations, damping)
-    alive = problem.valid_tokens[0]
-    assert_equal_lists(field.marginals[0][alive], [q for q, v in zip(trajectory[-1], valid, strict=True) if v], 1e-12)
+    assert_equal_lists(field.marginals[0], trajectory[-1], 1e-12)
     swept = torch.tensor(kernels[0], dtype=DOUBLE) @ problem.parameters["values"][0]
     torch.testing.assert_close(field.values[0], swept, atol=1e-12, rtol=0)
-    energies = [crf_oracle.free_energy(unary, kernels, matrices, q, valid) for q in trajectory[:-1]]
+    energies = [crf_oracle.free_energy(unary, kernels, matrices, q) for q in trajectory[:-1]]
     assert_equal_lists(field.energies[0], energies, 1e-11)
-    inverse = [1 / math.sqrt(d) if v else 0.0 for d, v in zip(degrees[0], valid, strict=True)]
-    assert_equal_lists(field.scale[0], inverse, 1e-12)
+    assert_equal_lists(field.scale[0], [1 / math.sqrt(d) for d in degrees[0]], 1e-12)
     if iterations:
-        last = [torch.tensor(q, dtype=DOUBLE)[alive] for q in trajectory[-2:]]
+        last = [torch.tensor(q, dtype=DOUBLE) for q in trajectory[-2:]]
         assert field.residual.item() == pytest.approx((last[1] - last[0]).abs().max().item(), abs=1e-12)
 
 
@@ -188,8 +177,7 @@ def test_a_chain_against_forward_and_backward(num_tokens):
     exact = crf_oracle.chain_marginals(unary[0].tolist(), weights, matrix.tolist())
     _, enumerated = crf_oracle.enumerate_labelings(unary[0].tolist(), [kernel], [matrix.tolist()])
     assert_equal_lists(torch.tensor(exact), enumerated, 1e-6)
-    valid = torch.ones(1, num_tokens, dtype=torch.bool)
-    field = meanfield(unary, Features(points), matrix[None], valid, 60)
+    field = meanfield(unary, Features(points), matrix[None], 60)
     assert_equal_lists(field.marginals[0], exact, 0.01)
     alone = unary.softmax(-1)[0]
     assert (alone - torch.tensor(exact)).abs().max() > 5 * (field.marginals[0] - torch.tensor(exact)).abs().max()
@@ -239,9 +227,8 @@ def test_the_free_energy_never_increases_with_the_certificate():
 
 def pair(unary: list[list[float]], weight: float, **options: object) -> MeanField:
     """Two tokens in one place: S_12 = 1/2."""
-    points, valid = torch.zeros(1, 2, 1, dtype=DOUBLE), torch.ones(1, 2, dtype=torch.bool)
-    matrix = weight * torch.eye(2, dtype=DOUBLE)[None]
-    return meanfield(torch.tensor([unary], dtype=DOUBLE), Features(points), matrix, valid, 80, **options)
+    points, matrix = torch.zeros(1, 2, 1, dtype=DOUBLE), weight * torch.eye(2, dtype=DOUBLE)[None]
+    return meanfield(torch.tensor([unary], dtype=DOUBLE), Features(points), matrix, 80, **options)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +259,7 @@ def test_what_needs_no_damping_gets_none():
 def fixed_point(problem: Problem, logits: torch.Tensor, iterations: int) -> list[torch.Tensor]:
     """Undamped iterations from any start, by the layer's own sweeps."""
     points, frames, cells = problem.features()
-    ((_, pairs),) = grouped("dense", points, problem.valid_tokens, DOUBLE, DOUBLE)
+    ((_, pairs),) = grouped("dense", points, DOUBLE, DOUBLE)
     smoothness, matrices = Smoothness(frames, cells), problem.parameters["compatibility"]
     eta, marginals = torch.ones(len(points), dtype=DOUBLE), [logits.softmax(-1)]
     for _ in range(iterations):
@@ -322,17 +309,16 @@ def test_the_end_is_a_stationary_point_of_the_free_energy():
 # 6. Gradients
 
 
-def loss(problem: Problem, field: MeanField, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """A weighted sum of the valid tokens' marginals and values."""
+def loss(field: MeanField) -> torch.Tensor:
+    """A weighted sum of marginals and values."""
     generator = torch.Generator().manual_seed(99)
     weights = [torch.randn(x.shape, generator=generator, dtype=DOUBLE).to(x.dtype) for x in field[:2]]
-    valid = problem.valid_tokens if valid is None else valid
-    return sum((w * x)[valid].sum() for w, x in zip(weights, field[:2], strict=True))
+    return sum((w * x).sum() for w, x in zip(weights, field[:2], strict=True))
 
 
 def gradients(problem: Problem, **options: object) -> dict[str, torch.Tensor]:
     leaves = {name: p.detach().clone().requires_grad_() for name, p in problem.parameters.items()}
-    return dict(zip(leaves, torch.autograd.grad(loss(problem, problem.solve(**leaves, **options)), leaves.values())))  # noqa: B905
+    return dict(zip(leaves, torch.autograd.grad(loss(problem.solve(**leaves, **options)), leaves.values())))  # noqa: B905
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3])
@@ -340,13 +326,12 @@ def gradients(problem: Problem, **options: object) -> dict[str, torch.Tensor]:
 def test_gradients_equal_finite_differences(iterations, smooth):
     """Through the kernels too: degrees and sigmas are part of the function."""
     problem = Problem(0, 3.0, frames=2, sizes=((2, 2), (1, 1)), states=3, dim=2, width=2, batch=2)
-    problem.valid[1, 1] = False
     damping = torch.tensor([0.3, 0.0], dtype=DOUBLE)
 
     def function(*parameters: torch.Tensor) -> torch.Tensor:
         named = dict(zip(problem.parameters, parameters, strict=True))
         field = problem.solve(iterations, smooth, damping=damping, backend="dense", **named)
-        return torch.cat([x[problem.valid_tokens].flatten() for x in field[:2]])
+        return torch.cat([x.flatten() for x in field[:2]])
 
     inputs = [p.clone().requires_grad_() for p in problem.parameters.values()]
     assert torch.autograd.gradcheck(function, inputs)
@@ -355,7 +340,6 @@ def test_gradients_equal_finite_differences(iterations, smooth):
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_the_backward_pass_equals_unrolled_autograd(damping):
     problem = Problem(3, 4.0, batch=3)
-    problem.valid[1, 2] = False
     rho = torch.full((3,), damping, dtype=DOUBLE)
     ours, unrolled = (gradients(problem, damping=rho, backend=backend) for backend in ("dense", "sdpa"))
     for name in ours:
@@ -385,16 +369,10 @@ def test_relabelling_tokens_relabels_the_result():
     problem = Problem(0, 4.0, batch=2)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     points, _, _ = problem.features()
-    p, valid = problem.parameters, torch.ones(2, 24, dtype=torch.bool)
-    plain = meanfield(p["unary"], Features(points), p["compatibility"][:1], valid, 3, values=p["values"])
-    mixed = meanfield(
-        p["unary"][:, order],
-        Features(points[:, order]),
-        p["compatibility"][:1],
-        valid,
-        3,
-        values=p["values"][:, order],
-    )
+    p = problem.parameters
+    plain = meanfield(p["unary"], Features(points), p["compatibility"][:1], 3, values=p["values"])
+    features, values = Features(points[:, order]), p["values"][:, order]
+    mixed = meanfield(p["unary"][:, order], features, p["compatibility"][:1], 3, values=values)
     for a, b in zip(plain[:2], mixed[:2], strict=True):
         torch.testing.assert_close(a[:, order], b, atol=1e-12, rtol=0)
 
@@ -469,45 +447,6 @@ def gradients_like(problem: Problem, alone: Problem, clip: int, dtype: torch.dty
     return dict(zip(names, torch.autograd.grad(total, leaves), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["dense", "sdpa"])
-@pytest.mark.parametrize("garbage", [1e3, math.nan, math.inf])
-def test_invalid_tokens_change_nothing(garbage, backend):
-    problem = Problem(0, 4.0, batch=2)
-    problem.valid[1, 1:] = False
-    valid = problem.valid_tokens
-
-    def run() -> list[torch.Tensor]:
-        field = problem.solve(dtype=torch.float32, backend=backend)
-        return [field.marginals[valid], field.values[valid], field.damping, field.residual, field.energies]
-
-    def slopes() -> list[torch.Tensor]:
-        p = problem.parameters
-        leaves = [p[name].float().requires_grad_() for name in ("unary", "values", "compatibility")]
-        points, frames, cells = (f.float() for f in problem.features())
-        points = points.requires_grad_()
-        field = meanfield(
-            leaves[0], Features(points, frames, cells), leaves[2], valid, 3, values=leaves[1], backend=backend
-        )
-        return list(torch.autograd.grad(loss(problem, field), [*leaves, points]))
-
-    before, slopes_before = run(), slopes()
-    for name in ("unary", "embedding", "values"):
-        problem.parameters[name][~valid] = garbage
-    for a, b in zip(before + slopes_before[2:3], run() + slopes()[2:3], strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(slopes_before, slopes(), strict=True):
-        if a.shape[:2] == valid.shape:
-            assert torch.equal(a[valid], b[valid]) and not b[~valid].any()
-    # one valid frame of three is a clip of one frame
-    short = Problem(0, 4.0, frames=1)
-    for name in ("unary", "embedding", "values"):
-        short.parameters[name] = problem.parameters[name][1:, :8]
-    short.parameters["sigmas"] = problem.parameters["sigmas"]
-    short.parameters["compatibility"] = problem.parameters["compatibility"]
-    field = short.solve(dtype=torch.float32, backend=backend)
-    torch.testing.assert_close(field.marginals[0], run()[0][-8:], atol=1e-6, rtol=0)
-
-
 # 9. Precision, 10. determinism, 13. memory: at the size of a clip of 112 px
 
 
@@ -529,7 +468,6 @@ class FullSize:
         self.unary = torch.randn(batch, num_tokens, 16, generator=generator, dtype=DOUBLE)
         self.values = torch.randn(batch, num_tokens, 64, generator=generator, dtype=DOUBLE)
         self.compatibility = torch.eye(16, dtype=DOUBLE).repeat(2, 1, 1)
-        self.valid = torch.ones(batch, num_tokens, dtype=torch.bool)
         self.weights = [torch.randn(x.shape, generator=generator, dtype=DOUBLE) for x in (self.unary, self.values)]
 
     def inputs(self, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -542,7 +480,7 @@ class FullSize:
         unary, points, frames, cells, compatibility, values = inputs
         features = Features(points, frames, cells)
         options = {"values": values, "backend": backend, "operands": operands}
-        field = meanfield(unary, features, compatibility, self.valid, 3, **options)
+        field = meanfield(unary, features, compatibility, 3, **options)
         total = sum((w.to(dtype) * x).sum() for w, x in zip(self.weights, field[:2], strict=True))
         return [x.detach() for x in field[:2]], torch.autograd.grad(factor * total, inputs)
 
@@ -587,7 +525,7 @@ def test_repeated_runs_are_the_same_to_the_bit(exact, monkeypatch):
         again, slopes_again = problem.run(torch.float32, torch.float32)
         for a, b in zip((*outputs, *slopes), (*again, *slopes_again), strict=True):
             assert torch.equal(a, b)
-    monkeypatch.setitem(crf_pairs.PAIRS_AT_ONCE, "cpu", 2**17)  # more and smaller blocks
+    monkeypatch.setitem(PAIRS_AT_ONCE, "cpu", 2**17)  # more and smaller blocks
     blocked, blocked_slopes = problem.run(torch.float32, torch.float32)
     for a, b in zip((*outputs, *slopes), (*blocked, *blocked_slopes), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6 * a.abs().max().item(), rtol=1e-5)
@@ -604,9 +542,7 @@ def saved_bytes(problem: FullSize, operands: torch.dtype, with_values: bool) -> 
     unary, points, frames, cells, compatibility, values = problem.inputs(torch.float32)
     values = values.detach().to(operands).requires_grad_() if with_values else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        meanfield(
-            unary, Features(points, frames, cells), compatibility, problem.valid, 3, values=values, operands=operands
-        )
+        meanfield(unary, Features(points, frames, cells), compatibility, 3, values=values, operands=operands)
     return sum(storages.values())
 
 
@@ -621,9 +557,9 @@ def test_memory_for_the_backward_pass_is_small_and_linear():
 
 
 @pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["extreme unary", "identical tokens", "isolated tokens", "one valid frame"])
+@pytest.mark.parametrize("case", ["extreme unary", "identical tokens", "isolated tokens", "one frame"])
 def test_extremes_stay_finite_and_on_the_simplex(case, operands):
-    problem = Problem(0, 8.0, batch=2, frames=4, dim=28)
+    problem = Problem(0, 8.0, batch=2, frames=1 if case == "one frame" else 4, dim=28)
     p = problem.parameters
     if case == "extreme unary":
         p["unary"] *= 1e4
@@ -631,14 +567,12 @@ def test_extremes_stay_finite_and_on_the_simplex(case, operands):
         problem.time, problem.cells, p["embedding"] = 0 * problem.time, 0 * problem.cells, 0 * p["embedding"]
     elif case == "isolated tokens":
         p["embedding"] *= 100
-    else:
-        problem.valid[:, 1:] = False
     leaves = {name: x.float().requires_grad_() for name, x in p.items()}
     field = problem.solve(dtype=torch.float32, operands=operands, **leaves)
-    slopes = torch.autograd.grad(loss(problem, field), leaves.values())
+    slopes = torch.autograd.grad(loss(field), leaves.values())
     assert all(x.isfinite().all() for x in (*field, *slopes))
-    torch.testing.assert_close(field.marginals.sum(-1), torch.ones(2, 32), atol=1e-6, rtol=0)
-    degree = field.scale[problem.valid_tokens] ** -2
+    torch.testing.assert_close(field.marginals.sum(-1), torch.ones(field.scale.shape), atol=1e-6, rtol=0)
+    degree = field.scale.flatten() ** -2
     if case == "identical tokens":
         torch.testing.assert_close(degree, torch.full((64,), 32.0))
     if case == "isolated tokens":
@@ -648,16 +582,13 @@ def test_extremes_stay_finite_and_on_the_simplex(case, operands):
 # 12. The separable kernel
 
 
-@pytest.mark.parametrize("last_frame", [True, False])
-def test_the_smoothness_kernel_is_the_dense_one_without_its_diagonal(last_frame):
+def test_the_smoothness_kernel_is_the_dense_one_without_its_diagonal():
     problem = Problem(0)
-    problem.valid[0, -1] = last_frame
     _, frames, cells = problem.features()
     identity = torch.eye(24, dtype=DOUBLE)[None]
     response = Smoothness(frames, cells).sweep(identity)[0]
     assert_equal_lists(response, problem.slow_kernels()[1], 1e-12)
-    if last_frame:  # an impulse reaches every token but the one that sent it
-        assert torch.equal(response.abs() < 1e-15, identity[0].bool())
+    assert torch.equal(response.abs() < 1e-15, identity[0].bool())  # an impulse reaches all tokens but its own
 
 
 def test_damping_certificate_needs_no_decomposition():
@@ -682,7 +613,7 @@ def test_groups_and_blocks_of_any_size_agree(monkeypatch):
     problem = Problem(0, 3.0, batch=5)
     results = []
     for pairs in (2**20, 24 * 24 * 2, 24 * 10):
-        monkeypatch.setitem(crf_pairs.PAIRS_AT_ONCE, "cpu", pairs)
+        monkeypatch.setitem(PAIRS_AT_ONCE, "cpu", pairs)
         results.append((problem.solve(), gradients(problem)))
     for field, slopes in results[1:]:
         for a, b in zip(field, results[0][0], strict=True):
@@ -699,8 +630,7 @@ def test_an_impulse_on_the_gradient_pass():
     kernel = normalised_kernel(points)
     off = kernel - torch.diag_embed(kernel.diagonal(dim1=1, dim2=2))
     (want,) = torch.autograd.grad((off * (left @ right.mT)).sum(), points)
-    valid = torch.ones(1, 9, dtype=torch.bool)
-    ((_, pairs),) = grouped("dense", points.detach(), valid, DOUBLE, DOUBLE)
+    ((_, pairs),) = grouped("dense", points.detach(), DOUBLE, DOUBLE)
     assert isinstance(pairs, DensePairs)
     columns = (pairs.sweep(left) * right).sum(-1)
     torch.testing.assert_close(pairs.gradient(left, right, columns), want, atol=1e-13, rtol=0)
@@ -721,7 +651,7 @@ def test_another_implementation_agrees_in_two_dimensions():
 
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     points = torch.stack([y, x], dim=-1).flatten(0, 1)[None].float() / 3
-    ((_, pairs),) = grouped("dense", points, torch.ones(1, side * side, dtype=torch.bool), torch.float32, torch.float32)
+    ((_, pairs),) = grouped("dense", points, torch.float32, torch.float32)
     q = unary.softmax(-1)[None]
     for _ in range(iterations):
         heard = pairs.sweep(q) + pairs.scale.square()[..., None] * q

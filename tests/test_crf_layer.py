@@ -50,24 +50,6 @@ def test_the_layer_starts_as_the_identity_and_then_learns(readout, iterations):
     assert [name for name, p in crf.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@torch.no_grad()
-def test_frames_that_do_not_count_change_nothing():
-    crf, inputs = moved_layer(), levels()
-    valid = torch.tensor([[True, True, True, True], [True, True, False, False]])
-    outputs, crf_output = crf(inputs, valid)
-    for level in inputs:
-        level[1, 2:] = 1e3 * torch.randn_like(level[1, 2:])
-    garbage_outputs, garbage_crf_output = crf(inputs, valid)
-    assert torch.equal(crf_output.pooled, garbage_crf_output.pooled)
-    for a, b in zip(outputs, garbage_outputs, strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1, :2], b[1, :2])
-    # two valid frames of four are a clip of two frames
-    short, short_output = crf([level[1:, :2] for level in inputs])
-    torch.testing.assert_close(short_output.pooled, crf_output.pooled[1:], atol=1e-5, rtol=1e-5)
-    for a, b in zip(short, outputs, strict=True):
-        torch.testing.assert_close(a[0], b[1, :2], atol=1e-5, rtol=1e-5)
-
-
 def test_the_layer_reads_out_marginals_and_messages_of_values():
     crf, inputs = moved_layer(), levels(batch=1)
     with torch.no_grad():
@@ -84,8 +66,7 @@ def test_the_layer_reads_out_marginals_and_messages_of_values():
             for e, p in zip(embedding[0].tolist(), position, strict=True)
         ]
         smooth = [[x / s for x, s in zip(p, sigma_s.tolist(), strict=True)] for p in position]
-        everywhere = [True] * len(points)
-        kernels = [crf_oracle.kernel(points, everywhere), crf_oracle.kernel(smooth, everywhere)]
+        kernels = [crf_oracle.kernel(points), crf_oracle.kernel(smooth)]
         q = crf_oracle.meanfield(unary[0].tolist(), kernels, crf.compatibility().tolist(), 3, 0.0)[-1]
         assert crf_output.diagnostics["crf/damping"] == 0
         gathered = torch.cat([torch.tensor(q), torch.tensor(kernels[0]) @ values[0]], dim=1)
@@ -335,17 +316,13 @@ def test_the_gaussian_field_solves_its_equations(backend):
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(2, 12, 3, generator=generator, dtype=torch.float64)
     values = torch.randn(2, 12, 2, generator=generator, dtype=torch.float64)
-    valid = torch.ones(2, 12, dtype=torch.bool)
-    valid[1, 9:] = False
     for beta, iterations, tolerance in ((1.0, 8, 2e-6), (4.0, 8, 2e-3), (4.0, 14, 1e-8)):
-        x = gaussian_field(points, values, torch.tensor(beta).double(), valid, iterations, backend)
+        x = gaussian_field(points, values, torch.tensor(beta).double(), iterations, backend)
         for clip in range(2):
-            kernel = crf_oracle.kernel(points[clip].tolist(), valid[clip].tolist())
+            kernel = crf_oracle.kernel(points[clip].tolist())
             matrix = torch.eye(12).double() + beta * (torch.eye(12) - torch.tensor(kernel, dtype=torch.float64))
             want = torch.linalg.solve(matrix, values[clip])
-            alive = valid[clip]
-            torch.testing.assert_close(x[clip][alive], want[alive], atol=tolerance, rtol=0)
-            assert not x[clip][~alive].any()
+            torch.testing.assert_close(x[clip], want, atol=tolerance, rtol=0)
     bound = (want - values[1]).abs().max()
     assert bound > 0.1, "the field does nothing"
 
@@ -355,11 +332,9 @@ def test_gradients_of_the_gaussian_field_equal_finite_differences():
     points = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     values = torch.randn(2, 7, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     beta = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-    valid = torch.ones(2, 7, dtype=torch.bool)
-    valid[1, 5:] = False
 
     def solve(points, values, beta):
-        return gaussian_field(points, values, beta, valid, 12, "dense")
+        return gaussian_field(points, values, beta, 12, "dense")
 
     assert torch.autograd.gradcheck(solve, (points, values, beta))
 
@@ -367,10 +342,10 @@ def test_gradients_of_the_gaussian_field_equal_finite_differences():
 def test_the_gaussian_field_in_fp16_survives_loss_scaling():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(1, 20, 8, generator=generator).requires_grad_()
-    values, valid = torch.randn(1, 20, 4, generator=generator), torch.ones(1, 20, dtype=torch.bool)
+    values = torch.randn(1, 20, 4, generator=generator)
     slopes = []
     for factor in (1.0, 2.0**16):
-        x = gaussian_field(points, values, torch.tensor(1.0), valid, operands=torch.float16)
+        x = gaussian_field(points, values, torch.tensor(1.0), operands=torch.float16)
         slopes.append(torch.autograd.grad(factor * x.square().sum(), points)[0] / factor)
     torch.testing.assert_close(*slopes, rtol=1e-2, atol=1e-3)
 
@@ -398,7 +373,7 @@ def test_an_increase_of_the_free_energy_is_counted():
     """Energies of ten tokens: real increases count, what float32 cannot tell apart does not."""
     energies = torch.tensor([[-30.0, -31.0, -30.9], [-30.0, -31.0, -31.000001], [-30.0, -29.0, -28.0]])
     field = MeanField(torch.full((3, 10, 4), 0.25), None, torch.ones(3, 10), torch.zeros(3), torch.zeros(3), energies)
-    diagnostics = _diagnostics(field, torch.eye(4).repeat(2, 1, 1), torch.ones(3, 10, dtype=torch.bool))
+    diagnostics = _diagnostics(field, torch.eye(4).repeat(2, 1, 1))
     assert diagnostics["crf/energy_increases"].item() == 3
     assert diagnostics["crf/free_energy"].item() == pytest.approx((-30.9 - 31 - 28) / 30)
     assert diagnostics["crf/entropy"].item() == pytest.approx(math.log(4))

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import dfer.crf.triton
+from dfer.crf.backends import grouped
 from dfer.crf.gaussian import gaussian_field
 from dfer.crf.layers import MeanFieldCRF
 from dfer.crf.meanfield import Features, meanfield
-from dfer.crf.pairs import grouped
 from dfer.crf.triton import TritonPairs
 from tests.conftest import run_python
 from tests.test_crf import FullSize, Problem, error
@@ -21,13 +21,12 @@ CHECKS_PER_OPERANDS = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16:
 
 
 def small(smooth: bool = True) -> dict[str, torch.Tensor]:
-    """Two clips of 3 x 22 tokens, one of them a frame short: two blocks, the second almost empty."""
+    """Two clips of 3 x 22 tokens: two blocks, the second almost empty."""
     problem = Problem(0, 4.0, batch=2, sizes=((4, 4), (3, 2)), states=16 if smooth else 6, dim=28, spread=0.4, width=64)
-    problem.valid[1, 2] = False
     points, frames, cells = problem.features(smooth) if smooth else (*problem.features(smooth)[:1], None, None)
     p = problem.parameters
     tensors = {"unary": p["unary"], "points": points, "frames": frames, "cells": cells, "values": p["values"]}
-    tensors |= {"compatibility": p["compatibility"][: 2 if smooth else 1], "valid": problem.valid_tokens}
+    tensors |= {"compatibility": p["compatibility"][: 2 if smooth else 1]}
     return {name: x for name, x in tensors.items() if x is not None}
 
 
@@ -40,15 +39,13 @@ def run(
     factor: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """Outputs and gradients of a weighted sum of them, by name, on the CPU."""
-    leaves = {name: x.to(device, dtype, copy=True).requires_grad_() for name, x in tensors.items() if name != "valid"}
-    valid = tensors["valid"].to(device)
+    leaves = {name: x.to(device, dtype, copy=True).requires_grad_() for name, x in tensors.items()}
     features = Features(leaves["points"], leaves.get("frames"), leaves.get("cells"))
-    damping = torch.linspace(0, 0.5, len(valid), device=device, dtype=dtype)
+    damping = torch.linspace(0, 0.5, len(leaves["unary"]), device=device, dtype=dtype)
     field = meanfield(
         leaves["unary"],
         features,
         leaves["compatibility"],
-        valid,
         2,
         damping=damping,
         values=leaves.get("values"),
@@ -59,7 +56,7 @@ def run(
     for x in field[:2]:
         if x is not None:
             weights = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device, dtype)
-            total = total + (weights * x)[valid].sum()
+            total = total + (weights * x).sum()
     slopes = torch.autograd.grad(factor * total, leaves.values())
     outputs = {name: x.detach() for name, x in field._asdict().items() if x is not None}
     outputs |= {f"d{name}": slope for name, slope in zip(leaves, slopes, strict=True)}
@@ -91,18 +88,11 @@ def check_everything(device: str) -> None:
 
 
 def check_bits(device: str) -> None:
-    """The same to the bit: repeated, with other garbage in what does not count, and clip by clip."""
+    """The same to the bit: repeated, and clip by clip."""
     tensors = small()
     first, again = (run(tensors, "triton", torch.bfloat16, device=device) for _ in range(2))
     for name, x in first.items():
         assert torch.equal(x, again[name]), name
-    valid = tensors["valid"]
-    changed = {name: x.clone() for name, x in tensors.items()}
-    for name in ("unary", "points", "values"):
-        changed[name][~valid] = float("nan")
-    other = run(changed, "triton", torch.bfloat16, device=device)
-    for name, x in first.items():
-        assert torch.equal(x, other[name]), name
     alone = {name: x[1:] if x.shape[0] == 2 and name != "compatibility" else x for name, x in tensors.items()}
     both = meanfield(*inputs_of(tensors, device), 2, values=tensors["values"].to(device).float(), backend="triton")
     single = meanfield(*inputs_of(alone, device), 2, values=alone["values"].to(device).float(), backend="triton")
@@ -111,8 +101,8 @@ def check_bits(device: str) -> None:
 
 
 def inputs_of(tensors: dict[str, torch.Tensor], device: str) -> tuple:
-    t = {name: x.to(device) if name == "valid" else x.to(device).float() for name, x in tensors.items()}
-    return t["unary"], Features(t["points"], t["frames"], t["cells"]), t["compatibility"], t["valid"]
+    t = {name: x.to(device).float() for name, x in tensors.items()}
+    return t["unary"], Features(t["points"], t["frames"], t["cells"]), t["compatibility"]
 
 
 def check_blocks(device: str) -> None:
@@ -126,10 +116,10 @@ def check_blocks(device: str) -> None:
         dfer.crf.triton.BLOCK_LONG = 32
     for name, x in got.items():
         torch.testing.assert_close(x, want[name], atol=1e-6 * max(1.0, want[name].abs().max().item()), rtol=1e-6)
-    points, valid = tensors["points"].to(device).float(), tensors["valid"].to(device)
+    points = tensors["points"].to(device).float()
     wide = torch.randn(2, 66, 150, generator=torch.Generator().manual_seed(0)).to(device)
-    swept = TritonPairs(points, valid, torch.float32, None).sweep(wide).cpu()
-    ((_, dense),) = grouped("dense", points.cpu(), valid.cpu(), torch.float32, torch.float32)
+    swept = TritonPairs(points, torch.float32, None).sweep(wide).cpu()
+    ((_, dense),) = grouped("dense", points.cpu(), torch.float32, torch.float32)
     torch.testing.assert_close(swept, dense.sweep(wide.cpu()), atol=2e-6, rtol=1e-6)
 
 
@@ -139,7 +129,7 @@ def check_gaussian(device: str) -> None:
     for backend, where in (("dense", "cpu"), ("triton", device)):
         points, values = (tensors[name].to(where).float().requires_grad_() for name in ("points", "values"))
         beta = torch.tensor(1.5, device=where, requires_grad=True)
-        x = gaussian_field(points, values, beta, tensors["valid"].to(where), backend=backend)
+        x = gaussian_field(points, values, beta, backend=backend)
         slopes = torch.autograd.grad(x.square().sum(), (points, values, beta))
         results.append([t.detach().cpu() for t in (x, *slopes)])
     for a, b in zip(*results, strict=True):
@@ -238,7 +228,7 @@ def test_a_full_clip_on_a_gpu(backend, operands):
     """N = 1040, every backend, against float64 on the CPU; fp16 under loss scaling too."""
     problem = FullSize(batch=3)
     tensors = {name: getattr(problem, name) for name in ("unary", "points", "frames", "cells", "compatibility")}
-    tensors |= {"values": problem.values, "valid": problem.valid}
+    tensors |= {"values": problem.values}
     want = run(tensors, "dense", torch.float64, torch.float64)
     got = run(tensors, backend, operands, device="cuda")
     assert (got["marginals"] - want["marginals"]).abs().max() <= 2 * CHECKS_PER_OPERANDS[operands]
@@ -281,7 +271,7 @@ def test_memory_on_a_gpu_is_linear_in_the_tokens():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         field = meanfield(
-            unary, Features(points, frames_, cells), compatibility, problem.valid.cuda(), 3, values=values,
+            unary, Features(points, frames_, cells), compatibility, 3, values=values,
             backend="triton", operands=torch.bfloat16,
         )  # fmt: skip
         (field.marginals.square().sum() + field.values.square().sum()).backward()

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import ClipIndex, build_index, load_index
-from dfer.plan.sampling import Augmentation, ClipSampler, shard
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler, shard
 from dfer.video.decode import decode
 from scripts import pack
 from tests.conftest import run_python, smooth_image
@@ -80,7 +82,7 @@ def indexes(clips, tmp_path_factory) -> dict[tuple[str, str], ClipIndex]:
 
 def loader(index, mode="train", batch_size=4, seed=0, augmentation=PLAIN, **kwargs) -> ClipLoader:
     sampler = ClipSampler(seed, T, mode=mode, augmentation=augmentation)
-    return ClipLoader(index, sampler, batch_size=batch_size, size=SIZE, **kwargs)
+    return ClipLoader(index, sampler, LoaderOptions(batch_size, SIZE, **kwargs))
 
 
 def check_against_oracle(clip_loader, epoch, pixels, worst, mean) -> list[int]:
@@ -263,10 +265,11 @@ def test_storage_that_hangs_is_reported_and_not_waited_for(tmp_path):
     (tmp_path / "b" / "3.jpg").unlink()
     os.mkfifo(tmp_path / "b" / "3.jpg")
     script = (
-        "from dali_pipes.loader import ClipLoader; from dfer.lists.index import load_index; "
-        "from dfer.plan.sampling import ClipSampler\n"
+        "from dali_pipes.loader import ClipLoader; from dali_pipes.options import LoaderOptions\n"
+        "from dfer.lists.index import load_index; from dfer.plan.sampling import ClipSampler\n"
         f"index = load_index({str(list_path)!r})\n"
-        f"loader = ClipLoader(index, ClipSampler(0, {T}, mode='eval'), batch_size=2, size={SIZE}, patience=0.5)\n"
+        f"options = LoaderOptions(batch_size=2, size={SIZE}, patience=0.5)\n"
+        f"loader = ClipLoader(index, ClipSampler(0, {T}, mode='eval'), options)\n"
         "try: list(loader(0))\n"
         "except ValueError as error: print(error)\n"
     )
@@ -275,6 +278,22 @@ def test_storage_that_hangs_is_reported_and_not_waited_for(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "list.txt:2: reading clip b" in done.stdout and "more than 0.5 s (1 of 2 clips" in done.stdout
     assert time.monotonic() - began < 60
+
+
+def test_a_clip_that_comes_just_after_its_time_was_up_is_named_too(tmp_path, monkeypatch):
+    """By the time the message is made, nothing may be waiting any more."""
+    list_path = two_clips(tmp_path)
+    clip_loader = loader(build_index(read_annotations(list_path)), "eval", 2, patience=0.5)
+    fetch = clip_loader._source.fetch
+
+    def late(video, frames):
+        if video == 1:
+            raise TimeoutError  # as Future.result does, of a future that is done when it is asked again
+        return fetch(video, frames)
+
+    monkeypatch.setattr(clip_loader._source, "fetch", late)
+    with pytest.raises(ValueError, match=r"list.txt:2: reading clip b .* more than 0.5 s \(1 of 2 clips"):
+        list(clip_loader(0))
 
 
 def test_readers_end_with_the_epoch(indexes):

@@ -13,6 +13,7 @@ import torch
 
 import train
 from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
 from dfer.config import parse_config
 from dfer.lists.index import load_index
 from dfer.metrics import peak_memory
@@ -163,7 +164,8 @@ def test_the_head_of_an_index_gives_the_clips_of_the_whole(unpacked):
     index = load_index(unpacked / "test.txt", write_cache=False)
     assert not list(unpacked.glob("*.npz"))
     sampler = ClipSampler(0, 2, 1, "eval")
-    loaders = [ClipLoader(part, sampler, batch_size=3, size=32, num_threads=1) for part in (index, index.head(5))]
+    options = LoaderOptions(batch_size=3, size=32, num_threads=1)
+    loaders = [ClipLoader(part, sampler, options) for part in (index, index.head(5))]
     whole, head = (list(loader(0)) for loader in loaders)
     assert len(head) == 2 and sum(int(batch.valid.sum()) for batch in head) == 5
     assert torch.equal(head[0].clips, whole[0].clips) and torch.equal(head[1].clips[:2], whole[1].clips[:2])

@@ -16,7 +16,7 @@ from dfer.config import Config, DataConfig, ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.model.build import build_model
-from dfer.model.dfernet import TemporalBlock
+from dfer.model.temporal import TemporalBlock
 from dfer.report.records import Predictions
 from dfer.run.checkpoint import save_checkpoint
 from dfer.state import load_weights

@@ -9,7 +9,9 @@ import torch
 
 from dali_pipes import torch_stages
 from dali_pipes.kernels import fused, parameters
-from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD, Augmentation, EpochPlan, epoch_plan
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import EpochPlan, epoch_plan
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 from tests.oracle import oracle_clip, resize_weights
 
 SIZE = 24

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from dfer.model.dfernet import DFERNet, FrameBackbone, MeanPoolNet, upsample_aligned
+from dfer.model import DFERNet, MeanPoolNet
+from dfer.model.backbone import FrameBackbone
+from dfer.model.pyramid import upsample_aligned
 
 
 @pytest.fixture(scope="module")

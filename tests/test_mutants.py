@@ -11,7 +11,7 @@ from tests.mutants import MUTANTS, ROOT, mutate
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_fits_the_code(name, tmp_path):
     for file, *_ in MUTANTS[name]:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text((ROOT / file).read_text())
     mutate(tmp_path, MUTANTS[name])
     for file, *_ in MUTANTS[name]:

@@ -9,17 +9,9 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from dfer.plan.sampling import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Augmentation,
-    ClipSampler,
-    EpochPlan,
-    colour_matrices,
-    epoch_plan,
-    segment_frames,
-    shard,
-)
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import ClipSampler, EpochPlan, epoch_plan, segment_frames, shard
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD, colour_matrices
 from tests import oracle
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, 301)

@@ -15,7 +15,7 @@ from dfer.lists.annotations import read_annotations
 from dfer.lists.hashes import hashes_path
 from dfer.lists.index import load_index
 from dfer.lists.packed import read_pack
-from dfer.model.dfernet import FrameBackbone
+from dfer.model.backbone import FrameBackbone
 from dfer.run.checkpoint import load_checkpoint
 
 

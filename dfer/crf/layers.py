@@ -1,7 +1,7 @@
-"""The CRF layer: every space-time token of a clip's two feature levels hears all the others.
+"""The CRF layer: couples all space-time tokens of a clip's two feature levels.
 
-`MeanFieldCRF`: a token is one cell of one level in one frame; it carries one of L latent states, two for each emotion
-and two for the background. Two kernels couple all pairs of tokens: *appearance* (learned embedding and position) and
+`MeanFieldCRF`: a token is one cell of one level in one frame; it has one of L latent states, two for each emotion and
+two for the background. Two kernels couple all pairs of tokens: *appearance* (learned embedding and position) and
 *smoothness* (position only). Both are normalised symmetrically, S = D^-1/2 K D^-1/2, and a token sends no message to
 itself, so that there is an energy, and mean field with `certified_damping` never increases its free energy.
 
@@ -21,12 +21,13 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from dfer.crf.backends import Backend
 from dfer.crf.gaussian import gaussian_field
 from dfer.crf.meanfield import Features, MeanField, meanfield
-from dfer.crf.pairs import Backend, normalised_kernel
+from dfer.crf.pairs import normalised_kernel
 
 STATES_PER_CLASS = 2
 EMBEDDING_DIM = 28
@@ -37,61 +38,68 @@ SIGMA_SMOOTHNESS = (2.0, 0.15, 0.15, 1.0)
 
 
 class CRFOutput(NamedTuple):
+    """What a CRF layer returns besides the features. N tokens, L states, K classes."""
+
     pooled: Float[Tensor, "B K"] | None  # log-probabilities of the classes: the marginals, averaged over tokens
-    marginals: Float[Tensor, "B N L"] | None  # of every token's states; None, as `pooled`, where there are no labels
+    marginals: Float[Tensor, "B N L"] | None  # of each token's states; None, like `pooled`, in a layer without labels
     diagnostics: dict[str, Tensor]  # scalars without gradient
 
 
 class TokenGraph(nn.Module):
-    """The tokens of a clip and what the appearance kernel compares of them: the common part of the CRFs.
+    """The common part of the CRFs: the tokens of a clip, and the points of the appearance kernel.
 
     Args:
         dim: D, width of the features.
         strides: of the two levels, in pixels.
-        widths: of what is read from a token: log-potentials, embedding, values; 0 for what no one will read, since
-            distributed training wants no parameter that is not used. Without an embedding no pair is ever compared.
+        widths: of log-potentials, embedding and values, which are projected from a token; 0 for what is not needed, as
+            distributed training cannot have unused parameters. Without an embedding there is no appearance kernel.
     """
 
     def __init__(self, dim: int, strides: tuple[int, int], widths: tuple[int, int, int]):
         super().__init__()
         self.strides, self.widths = strides, widths
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in strides)  # their biases tell the levels apart
-        self.project = nn.Linear(dim, sum(widths))  # one product for all three: the tokens are read once
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in strides)  # their biases distinguish the levels
+        self.project = nn.Linear(dim, sum(widths))  # one product for all three
         if widths[1]:
             self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))  # norm of the embeddings
             self.log_sigma_appearance = nn.Parameter(torch.tensor(SIGMA_APPEARANCE).log())
 
     def no_weight_decay(self) -> set[str]:
-        """Logarithms, logits and the compatibility factor: decay would pull them to no neutral value."""
+        """Return the names of logarithms, logits and the compatibility factor, for which 0 is no neutral value."""
         names = ("log_scale", "log_sigma_appearance", "log_sigma_smoothness", "coupling_logit", "affinity", "log_beta")
         return {name for name in names if hasattr(self, name)}
 
-    def read(self, levels: list[Float[Tensor, "B T D _ _"]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-potentials, embedding and values (B, N, width) of all cells of both levels, from normalised features.
+    def project_tokens(self, levels: list[Float[Tensor, "B T D _ _"]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-potentials, embedding and values (B, N, width) of all cells of both levels.
 
-        Frame by frame: token (t, c) is row t*P + c.
+        Row t*P + c is cell c of frame t; the fine level's cells come first.
         """
         flat = [level.flatten(3).mT for level in levels]  # (B, T, h*w, D) each
-        read = torch.cat([self.project(norm(x)) for norm, x in zip(self.norms, flat, strict=True)], dim=2)
-        return read.flatten(1, 2).split(self.widths, dim=-1)
+        projected = torch.cat([self.project(norm(x)) for norm, x in zip(self.norms, flat, strict=True)], dim=2)
+        log_potentials, embedding, values = projected.flatten(1, 2).split(self.widths, dim=-1)
+        return log_potentials, embedding, values
 
-    def points(self, embedded: Float[Tensor, "B N e"], time: Tensor, cells: Tensor) -> Float[Tensor, "B N d"]:
-        """(embedding of fixed norm, position / sigma): tokens are close where both are."""
-        embedded = F.normalize(_precise(embedded), dim=-1) * self.log_scale.clamp(math.log(0.25), math.log(8)).exp()
+    def points(
+        self, embedding: Float[Tensor, "B N e"], time: Float[Tensor, "T 1"], cells: Float[Tensor, "P 3"]
+    ) -> Float[Tensor, "B N d"]:
+        """Return (embedding scaled to one norm, position / sigma): tokens are close where both are."""
+        scale = self.log_scale.clamp(math.log(0.25), math.log(8)).exp()
+        embedding = F.normalize(_precise(embedding), dim=-1) * scale
         sigma = self.log_sigma_appearance.exp()
         over_time = (time / sigma[0])[:, None].expand(-1, cells.shape[0], -1)
         over_cells = (cells / sigma[1:])[None].expand(time.shape[0], -1, -1)
         position = torch.cat([over_time, over_cells], dim=-1).flatten(0, 1)  # (N, 4)
-        return torch.cat([embedded, position.expand(embedded.shape[0], -1, -1)], dim=-1)
+        return torch.cat([embedding, position.expand(embedding.shape[0], -1, -1)], dim=-1)
 
     def positions(self, levels: list[Tensor]) -> tuple[Float[Tensor, "T 1"], Float[Tensor, "P 3"]]:
+        """Return the position in time of each frame, in frames, and `cell_positions`."""
         time = torch.arange(levels[0].shape[1], device=levels[0].device, dtype=self.project.weight.dtype)[:, None]
         cells = cell_positions([level.shape[-2:] for level in levels], self.strides, levels[0].device)
         return time, cells.to(time.dtype)
 
 
 class MeanFieldCRF(TokenGraph):
-    """One CRF per clip over both levels jointly; its beliefs and messages are added to the features.
+    """One CRF per clip over both levels jointly; its marginals and messages are added to the features.
 
     features <- features + W [ marginals ; S values ]: the label path and the value path. W starts at zero, so the layer
     starts as the identity, to the bit.
@@ -118,25 +126,26 @@ class MeanFieldCRF(TokenGraph):
         max_coupling: float = 8.0,
         backend: Backend = "auto",
     ):
-        reads_values = readout in ("value", "both")
+        has_values = readout in ("value", "both")
         num_states = STATES_PER_CLASS * (num_classes + 1)
-        pairs = iterations > 0 or reads_values
-        super().__init__(dim, strides, (num_states, EMBEDDING_DIM * pairs, VALUE_DIM * reads_values))
-        self.num_classes, self.iterations, self.backend = num_classes, iterations, backend
+        has_pairs = iterations > 0 or has_values
+        super().__init__(dim, strides, (num_states, EMBEDDING_DIM * has_pairs, VALUE_DIM * has_values))
+        self.num_classes, self.iterations = num_classes, iterations
+        self.backend: Backend = backend
         self.max_coupling, self.num_states = max_coupling, num_states
-        self.reads_labels, self.reads_values = readout in ("labels", "both"), reads_values
+        self.adds_labels, self.adds_values = readout in ("labels", "both"), has_values
         if iterations > 0:
             self.log_sigma_smoothness = nn.Parameter(torch.tensor(SIGMA_SMOOTHNESS).log())
             share = min(INITIAL_COUPLING / max_coupling, 0.5)
             self.coupling_logit = nn.Parameter(torch.full((2,), math.log(share / (1 - share))))
             self.affinity = nn.Parameter(torch.eye(self.num_states).repeat(2, 1, 1))
         if readout != "none":
-            width = self.num_states * self.reads_labels + VALUE_DIM * self.reads_values
+            width = self.num_states * self.adds_labels + VALUE_DIM * self.adds_values
             self.readout = nn.Linear(width, dim, bias=False)
             nn.init.zeros_(self.readout.weight)
 
     def compatibility(self) -> Float[Tensor, "2 L L"]:
-        """M^h = w_h B_h / max(1, ||B_h||_inf), B_h = A_h A_h^T: symmetric, positive semi-definite, norm <= w_h.
+        """Return M^h = w_h B_h / max(1, ||B_h||_inf), B_h = A_h A_h^T: symmetric, positive semi-definite, norm <= w_h.
 
         The couplings w_h sum to less than max_coupling. At the start M is Potts: agreement is rewarded.
         """
@@ -145,99 +154,96 @@ class MeanFieldCRF(TokenGraph):
         weight = self.max_coupling / 2 * self.coupling_logit.sigmoid()
         return (weight / bound)[:, None, None] * gram
 
-    def forward(
-        self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
-        """`levels`: fine and coarse features of all frames; `valid`: frames that take part, all if not given."""
-        valid, valid_tokens = _valid_tokens(levels, valid)
-        unary, embedded, values = self.read(levels)
+    def forward(self, levels: list[Float[Tensor, "B T D _ _"]]) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
+        """Return the updated features and the marginals of `levels`, the fine and the coarse features of all frames."""
+        unary, embedding, values = self.project_tokens(levels)
         unary = _precise(unary)
         field, diagnostics = None, {}
-        if self.iterations or self.reads_values:
-            with _without_autocast(unary.device.type):  # degrees, softmax and energy want float32
-                time, cells = self.positions(levels)
-                features = Features(self.points(embedded, time, cells))
-                compatibility = unary.new_zeros(1, self.num_states, self.num_states)
-                if self.iterations:
-                    sigma = self.log_sigma_smoothness.exp()
-                    over_time = (time / sigma[0]).expand(valid.shape[0], -1, -1)
-                    factors = normalised_kernel(over_time, valid), normalised_kernel(cells / sigma[1:])
-                    features = Features(features.points, *factors)
-                    compatibility = self.compatibility()
+        if self.iterations or self.adds_values:
+            with _without_autocast(unary.device.type):  # degrees, softmax and energy need float32
+                features, compatibility = self._kernels(levels, embedding)
                 field = meanfield(
                     unary,
                     features,
                     compatibility,
-                    valid_tokens,
                     self.iterations,
-                    values=values if self.reads_values else None,
+                    values=values if self.adds_values else None,
                     backend=self.backend,
-                    operands=embedded.dtype,
+                    operands=embedding.dtype,
                 )
             if self.iterations:
-                diagnostics = _diagnostics(field, compatibility, valid_tokens)
+                diagnostics = _diagnostics(field, compatibility)
         q = unary.softmax(-1) if field is None else field.marginals
-        gathered = [q] if self.reads_labels else []
-        if self.reads_values:
-            gathered.append(field.values)
-        if gathered:
-            levels = _added(levels, self.readout(torch.cat(gathered, dim=-1)))
-        return levels, CRFOutput(self._pool(q, valid_tokens), q, diagnostics)
+        update = [q] if self.adds_labels else []
+        if field is not None and field.values is not None:
+            update.append(field.values)
+        if update:
+            levels = _added(levels, self.readout(torch.cat(update, dim=-1)))
+        return levels, CRFOutput(self._pool(q), q, diagnostics)
 
-    def _pool(self, q: Float[Tensor, "B N L"], valid: Bool[Tensor, "B N"]) -> Float[Tensor, "B K"]:
-        """Log-probabilities of the classes: states summed by class, averaged over valid tokens, background left out."""
-        per_class = self.class_probabilities(torch.where(valid[..., None], q, 0).sum(1))
-        return per_class.clamp(min=1e-12).log().log_softmax(1)
+    def _kernels(
+        self, levels: list[Tensor], embedding: Float[Tensor, "B N e"]
+    ) -> tuple[Features, Float[Tensor, "H L L"]]:
+        """Return what the kernels are made of, and the compatibility of each: smoothness only serves the iterations."""
+        time, cells = self.positions(levels)
+        points = self.points(embedding, time, cells)
+        if not self.iterations:
+            return Features(points), points.new_zeros(1, self.num_states, self.num_states)
+        sigma = self.log_sigma_smoothness.exp()
+        over_time = (time / sigma[0]).expand(points.shape[0], -1, -1)
+        factors = normalised_kernel(over_time), normalised_kernel(cells / sigma[1:])
+        return Features(points, *factors), self.compatibility()
 
-    def emotion_maps(
-        self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
-    ) -> list[Float[Tensor, "B T K _ _"]]:
-        """Marginal probability of each class at every cell of each level; what is missing to 1 is the background."""
-        _, output = self(levels, valid)
+    def _pool(self, q: Float[Tensor, "B N L"]) -> Float[Tensor, "B K"]:
+        """Return log-probabilities of the classes: states summed by class, over all tokens, without the background."""
+        return self.class_probabilities(q.sum(1)).clamp(min=1e-12).log().log_softmax(1)
+
+    def emotion_maps(self, levels: list[Float[Tensor, "B T D _ _"]]) -> list[Float[Tensor, "B T K _ _"]]:
+        """Return the probability of each class at every cell of each level; the rest to 1 is the background."""
+        _, output = self(levels)
         per_cell = self.class_probabilities(output.marginals).unflatten(1, (levels[0].shape[1], -1))  # (B, T, P, K)
         sizes = [level.shape[-2:] for level in levels]
         parts = per_cell.split([h * w for h, w in sizes], dim=2)
         return [part.mT.unflatten(-1, size) for part, size in zip(parts, sizes, strict=True)]
 
     def class_probabilities(self, q: Float[Tensor, "*N L"]) -> Float[Tensor, "*N K"]:
-        """States summed by class; what is missing to 1 is the background."""
+        """Return the states' probabilities summed by class; the rest to 1 is the background."""
         return q.unflatten(-1, (self.num_classes + 1, STATES_PER_CLASS)).sum(-1)[..., : self.num_classes]
 
 
 class GaussianCRF(TokenGraph):
-    """features <- features + W x, x = argmin |x - values|^2 + beta x^T (I - S) x: continuous, exact, no labels.
+    """A continuous CRF without labels, solved exactly, for comparison.
 
-    S is the appearance kernel of `MeanFieldCRF`; beta >= 0.01 is learned, at most 4. W starts at zero.
+    features <- features + W x, x = argmin |x - values|^2 + beta x^T (I - S) x. S is the appearance kernel of
+    `MeanFieldCRF`; beta is learned, from 0.01 to 4. W starts at zero.
     """
 
     def __init__(self, dim: int, strides: tuple[int, int], backend: Backend = "auto"):
         super().__init__(dim, strides, (0, EMBEDDING_DIM, VALUE_DIM))
-        self.backend = backend
+        self.backend: Backend = backend
         self.log_beta = nn.Parameter(torch.zeros(()))
         self.readout = nn.Linear(VALUE_DIM, dim, bias=False)
         nn.init.zeros_(self.readout.weight)
 
-    def forward(
-        self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
-        _, valid_tokens = _valid_tokens(levels, valid)
-        _, embedded, values = self.read(levels)
+    def forward(self, levels: list[Float[Tensor, "B T D _ _"]]) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
+        """Return the updated features of `levels`, the fine and the coarse features of all frames."""
+        _, embedding, values = self.project_tokens(levels)
         with _without_autocast(values.device.type):
-            points = self.points(embedded, *self.positions(levels))
+            points = self.points(embedding, *self.positions(levels))
             beta = self.log_beta.clamp(math.log(0.01), math.log(4)).exp()
-            x = gaussian_field(points, values, beta, valid_tokens, backend=self.backend, operands=embedded.dtype)
+            x = gaussian_field(points, values, beta, backend=self.backend, operands=embedding.dtype)
         diagnostics = {"crf/coupling": beta.detach()}
         return _added(levels, self.readout(x)), CRFOutput(None, None, diagnostics)
 
 
 class BranchMessages(nn.Module):
-    """The messages of the original method, "Enhanced Multi-Scale Dynamic Facial Expression Recognition via Conditional
-    Random Fields", written from its description, for comparison.
+    """The messages of the original method, for comparison.
 
-    A *static* branch, the features, and a *dynamic* one, differences of consecutive frames and last the first frame
-    less the last one, tell each other once, h_i <- relu(h_i + relu(W_ji h_j)), at every cell. No kernel, no
-    normalisation, no compatibility, nothing between cells, frames or levels. As with the other layers the outcome is
-    added to the features through a projection that starts at zero.
+    Written from the description in "Enhanced Multi-Scale Dynamic Facial Expression Recognition via Conditional Random
+    Fields". A *static* branch, the features, and a *dynamic* one, differences of consecutive frames and last the first
+    frame less the last one, send each other one message, h_i <- relu(h_i + relu(W_ji h_j)), at every cell. There is no
+    kernel, no normalisation, no compatibility and nothing between cells, frames or levels. As in the other layers the
+    result is added to the features through a projection that starts at zero.
     """
 
     def __init__(self, dim: int):
@@ -247,40 +253,32 @@ class BranchMessages(nn.Module):
         self.readout = nn.Linear(2 * dim, dim, bias=False)
         nn.init.zeros_(self.readout.weight)
 
-    def forward(
-        self, levels: list[Float[Tensor, "B T D _ _"]], valid: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
-        assert valid is None, "the original method knows no padding"
+    def forward(self, levels: list[Float[Tensor, "B T D _ _"]]) -> tuple[list[Float[Tensor, "B T D _ _"]], CRFOutput]:
+        """Return the updated features of `levels`, the fine and the coarse features of all frames."""
         updates = []
         for level, to_static, to_dynamic in zip(levels, self.to_static, self.to_dynamic, strict=True):
             static = level.flatten(3).mT  # (B, T, h*w, D)
             dynamic = static.roll(-1, dims=1) - static
-            told = F.relu(static + F.relu(to_static(dynamic))), F.relu(dynamic + F.relu(to_dynamic(static)))
-            updates.append(self.readout(torch.cat(told, dim=-1)))
+            branches = F.relu(static + F.relu(to_static(dynamic))), F.relu(dynamic + F.relu(to_dynamic(static)))
+            updates.append(self.readout(torch.cat(branches, dim=-1)))
         return _added(levels, torch.cat(updates, dim=2).flatten(1, 2)), CRFOutput(None, None, {})
 
 
 def _precise(x: Tensor) -> Tensor:
-    """At least float32, whatever autocast has made of it."""
+    """Return x in float32, or in float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Where it is off anyway there is no switch: an exported program cannot be saved with one in it."""
+    """Return a context without autocast. If it is off already, the context is empty: an exported program that contains
+    the switch cannot be saved.
+    """
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
-def _valid_tokens(levels: list[Tensor], valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Frames and tokens that take part."""
-    if valid is None:
-        valid = torch.ones(levels[0].shape[:2], dtype=torch.bool, device=levels[0].device)
-    num_cells = sum(level.shape[-2] * level.shape[-1] for level in levels)
-    return valid, valid.repeat_interleave(num_cells, dim=1)
-
-
 def _added(levels: list[Tensor], update: Float[Tensor, "B N D"]) -> list[Tensor]:
-    """levels + update, whose rows are the tokens in the order of `TokenGraph.tokens`."""
+    """Return levels + update, whose rows are tokens in the order of `TokenGraph.project_tokens`."""
     sizes = [level.shape[-2:] for level in levels]
     parts = update.unflatten(1, (levels[0].shape[1], -1)).split([h * w for h, w in sizes], dim=2)  # (B, T, h*w, D)
     return [
@@ -290,9 +288,9 @@ def _added(levels: list[Tensor], update: Float[Tensor, "B N D"]) -> list[Tensor]
 
 
 def cell_positions(sizes: list[torch.Size], strides: tuple[int, ...], device: torch.device) -> Float[Tensor, "P 3"]:
-    """(height, width, level) of all cells of a frame, the first two as shares of the frame.
+    """Return (height, width, level) of all cells of a frame, the first two as shares of the frame.
 
-    Padded strided convolutions centre cell k of stride s on pixel s*k, at every level: coordinates are shared.
+    Padded strided convolutions centre cell k of stride s on pixel s*k at every level, so the levels share coordinates.
     """
     height, width = sizes[0][0] * strides[0], sizes[0][1] * strides[0]
     positions = []
@@ -305,15 +303,13 @@ def cell_positions(sizes: list[torch.Size], strides: tuple[int, ...], device: to
 
 
 @torch.no_grad()
-def _diagnostics(
-    field: MeanField, compatibility: Float[Tensor, "2 L L"], valid: Bool[Tensor, "B N"]
-) -> dict[str, Tensor]:
-    """Scalars for the log, computed on the device without waiting for it."""
-    num_tokens = valid.sum(1).clamp(min=1)
+def _diagnostics(field: MeanField, compatibility: Float[Tensor, "2 L L"]) -> dict[str, Tensor]:
+    """Return scalars for the log. They stay on the device, so that nothing waits for it."""
     q, to_itself = field.marginals, field.scale.square()
-    entropy = -torch.where(valid, torch.special.xlogy(q, q).sum(-1), 0).sum(1) / num_tokens
-    per_token = field.energies / num_tokens[:, None]
-    # What float32 can tell apart: sums of thousands of terms are good to some 1e-6 of their size.
+    num_tokens = torch.full((), q.shape[1], device=q.device)  # a tensor: CUDA divides by a Python number less exactly
+    entropy = -torch.special.xlogy(q, q).sum(-1).sum(1) / num_tokens
+    per_token = field.energies / num_tokens
+    # What float32 can distinguish: sums of thousands of terms are good to some 1e-6 of their size.
     tolerance = 1e-5 * per_token.abs().amax(1, keepdim=True).clamp(min=1)
     return {
         "crf/coupling": compatibility.abs().sum(-1).amax(-1).sum(),  # bound on sum_h ||M^h||; convex below 2
@@ -323,5 +319,5 @@ def _diagnostics(
         "crf/free_energy": per_token[:, -1].mean(),  # nats per token, before the last iteration
         "crf/energy_increases": (per_token.diff(dim=1) > tolerance).sum(),  # must be 0
         "crf/degree_min": 1 / to_itself.amax(),
-        "crf/degree_mean": (torch.where(valid, 1 / to_itself, 0).sum(1) / num_tokens).mean(),
+        "crf/degree_mean": ((1 / to_itself).sum(1) / num_tokens).mean(),
     }

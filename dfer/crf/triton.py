@@ -12,11 +12,12 @@ runtime bound under NumPy 2.4.
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from dfer.crf.pairs import NEVER, DifferentiablePairs, rounded
+from dfer.crf.pairs import DifferentiablePairs, rounded
 
+NEVER = 1e5  # a log-distance at which exp is 0 in every type
 # Compiled for compute capabilities 7.5 to 9.0, these need at most 48 KiB of shared memory, and no bf16 kernel spills.
 BLOCK_SHORT, BLOCK_LONG = 64, 32  # tokens, both ways, for operands of 16 and of 32 bits
 COLUMNS = 128  # of x at a time
@@ -78,7 +79,7 @@ def _scale_kernel(
     N: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, NEVER: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scale_i = 1 / sqrt(d_i), 0 for invalid tokens."""
+    """scale_i = 1 / sqrt(d_i)."""
     clip = tl.program_id(1).to(tl.int64)
     points += clip * N * D
     half_norm += clip * N
@@ -87,7 +88,7 @@ def _scale_kernel(
     for first in range(0, N, BLOCK):
         columns, z_j, h_j = _tokens(points, half_norm, first, N, D, BLOCK, NEVER)
         total += tl.sum(_pairs(rows, z_i, h_i, columns, z_j, h_j, BLOCK, WIDEN, PRECISION), axis=1)
-    tl.store(scale + clip * N + rows, tl.where(h_i < NEVER, tl.rsqrt(total), 0.0), mask=rows < N)
+    tl.store(scale + clip * N + rows, tl.rsqrt(total), mask=rows < N)
 
 
 @triton.jit
@@ -192,21 +193,20 @@ def _gradient_kernel(
 
 
 class TritonPairs(DifferentiablePairs):
-    """All clips of a batch at once; float32 in, float32 out."""
+    """The pairs of all clips of a batch at once; float32 in, float32 out."""
 
     def __init__(
         self,
         points: Float[Tensor, "B N d"],
-        valid: Bool[Tensor, "B N"],
         operands: torch.dtype,
         scale: Float[Tensor, "B N"] | None,
     ):
         assert points.dtype is not torch.float64, "the kernels sum in float32"
         self.operands, self.width = operands, points.shape[-1]
-        exact = rounded(points, valid, operands, torch.float32)
+        exact = rounded(points, operands, torch.float32)
         # Products of matrices want a power of two, 16 or more: zeros change no distance.
         self.points = torch.nn.functional.pad(exact, (0, _padded(self.width) - self.width)).to(operands).contiguous()
-        self.half_norm = torch.where(valid, 0.5 * exact.square().sum(-1), NEVER).contiguous()
+        self.half_norm = (0.5 * exact.square().sum(-1)).contiguous()
         if scale is None:
             scale = torch.empty_like(self.half_norm)
             self._launch(_scale_kernel, scale)

@@ -1,5 +1,6 @@
-"""The network: `from dfer.model import DFERNet`."""
+"""The networks: `from dfer.model import DFERNet`."""
 
-from dfer.model.dfernet import DFERNet, MeanPoolNet, Prediction
+from dfer.model.baselines import MeanPoolNet
+from dfer.model.dfernet import DFERNet, Prediction
 
 __all__ = ["DFERNet", "MeanPoolNet", "Prediction"]

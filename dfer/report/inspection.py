@@ -14,7 +14,7 @@ from dfer.config import Config, config_from_json
 from dfer.crf.layers import MeanFieldCRF
 from dfer.lists.index import load_index
 from dfer.model import DFERNet
-from dfer.plan.sampling import IMAGENET_MEAN, IMAGENET_STD
+from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report.records import Predictions, Run
 from dfer.run.checkpoint import load_checkpoint
 from dfer.run.distributed import World

@@ -1,0 +1,120 @@
+"""Clips that cannot be read: the policy, which clip of a refused batch is bad, and what stands in for it."""
+
+import sys
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+
+from dali_pipes.feeding import Epoch, Feed
+from dali_pipes.sources import BadClip, FrameFolders, Shards
+from dfer.cli import UserError, shown
+from dfer.lists.index import ClipIndex
+
+TOLERATED = 0.01  # share of the clips that may be bad by accident; one clip always may
+
+
+class BadClips:
+    """The clips of an index that cannot be read, as far as they were found, and what becomes of them.
+
+    Args:
+        index: the videos.
+        policy: "error", or "skip" as `LoaderOptions.bad_clips` says.
+    """
+
+    def __init__(self, index: ClipIndex, policy: Literal["error", "skip"]):
+        self._index, self._policy = index, policy
+        self.found: dict[int, str] = {}  # row of the index -> reason, as it was the first time
+        self._frames: dict[tuple[int, int], str] = {}  # (video, frame) that the decoder has refused before -> reason
+
+    def add(self, video: int, error: BadClip, tell: bool = True) -> None:
+        """Raise, or record and report a bad clip, as the policy says.
+
+        Pass tell=False where every rank finds the same clip and only one should print.
+
+        Raises:
+            BadClip: `error` itself, with the policy "error".
+            UserError: if it is one more than the TOLERATED share.
+        """
+        if self._policy == "error":
+            raise error from None
+        if video in self.found:
+            return
+        self.found[video] = str(error)
+        if len(self.found) > max(1, TOLERATED * len(self._index)):
+            raise UserError(
+                f"{error}; with it, {len(self.found):,} of {len(self._index):,} clips cannot be read: more than "
+                f"{TOLERATED:.0%} are not left out"
+            )
+        if tell:
+            print(f"clip left out: {shown(error)}", file=sys.stderr, flush=True)
+
+    def check_frames(self, video: int, frames: Int64[np.ndarray, " T"]) -> None:
+        """Raise a BadClip if the decoder has refused one of these frames before."""
+        for frame in frames.tolist() if self._frames else ():
+            if (video, frame) in self._frames:
+                raise BadClip(self._frames[video, frame])
+
+    def decode_one_by_one(
+        self, feed: Feed, ids: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], epoch: Epoch, message: str
+    ) -> tuple[torch.Tensor, Bool[np.ndarray, " B"]]:
+        """Return the pictures of a batch that DALI has refused, and which of its clips are good after all.
+
+        DALI refuses a batch as a whole and does not always name a sample, so the same graph judges each clip alone:
+        a clip is good or bad whatever its neighbours are.
+
+        Args:
+            feed: the graph.
+            ids: rows of the index.
+            good: clips that could be fetched.
+            epoch: what is drawn for them.
+            message: why DALI refused the batch.
+
+        Raises:
+            BadClip: with the policy "error", the first bad clip.
+            UserError: if too many are bad, or none of them alone.
+        """
+        clips: dict[int, torch.Tensor] = {}
+        for row in np.flatnonzero(good).tolist():
+            try:
+                clips[row] = self._decode_alone(feed, int(ids[row]), epoch)
+            except BadClip as error:
+                self.add(int(ids[row]), error)
+        if len(clips) == good.sum():
+            names = ", ".join(self._index.records[v].name for v in ids)
+            raise UserError(f"decoding failed, though not of any one clip, in the batch of {names}: {message}")
+        good = np.isin(np.arange(len(ids)), list(clips))
+        if not clips:
+            return feed.zeros(len(ids)), good
+        stand_in = next(iter(clips.values()))
+        return torch.cat([clips.get(row, stand_in) for row in range(len(ids))]), good
+
+    def _decode_alone(self, feed: Feed, video: int, epoch: Epoch) -> torch.Tensor:
+        """Return the pictures of one clip.
+
+        Raises:
+            BadClip: if it cannot be decoded; its message names the frame, if the source has frames.
+        """
+        frames, ids = epoch.plan.frames[video], np.array([video])
+        clip = feed.source.fetch(video, frames)
+        try:
+            feed.start(clip, ids, epoch)
+            return feed.pictures()
+        except RuntimeError as error:
+            message = " ".join(str(error).split())
+        if isinstance(feed.source, FrameFolders | Shards) and feed.source.kind == "images":
+            for frame, data in zip(frames.tolist(), clip, strict=True):
+                try:
+                    feed.start([data], ids, epoch)
+                    feed.pictures()
+                except RuntimeError:
+                    self._frames[video, frame] = f"{feed.source.name(video, frame)}: cannot be decoded"
+                    raise BadClip(self._frames[video, frame]) from None
+        record = self._index.records[video]
+        raise BadClip(f"{record.source}: decoding clip {record.name} ({record.path}) failed: {message}")
+
+
+def stand_ins(ids: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+    """Return the clips whose pixels a batch holds: for a bad one the first good one, so that its rows look like any."""
+    return np.where(good, ids, ids[good.argmax()])

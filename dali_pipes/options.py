@@ -1,0 +1,42 @@
+"""The options of the loader, without DALI."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["images", "pixels", "videos"]  # of a source: encoded images, uint8 pictures, encoded video files
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """Options of a `ClipLoader`: the batch, the machine, and the policy on clips that cannot be read."""
+
+    batch_size: int  # clips per batch and rank
+    size: int  # height and width of the clips in pixels
+    dtype: torch.dtype = torch.float32  # or bfloat16, float16; or uint8: colours 0..255, not normalised (fused only)
+
+    device: Literal["cpu", "gpu"] = "cpu"  # where clips end up; on "gpu" it decodes too (nvJPEG, NVDEC)
+    device_id: int | None = None  # number of the GPU
+    graph: Literal["fused", "operators"] | None = None  # our CPU kernel, or DALI's operators; None: by the device
+    jpeg_engine: float = 0.65  # share of the images for the GPU's JPEG engine, if it has one; its cores do the others
+    cached: bool = False  # hold all pictures of a raw source in the device's memory; nothing is loaded after the start
+    num_threads: int = 2  # of the graph
+    rank: int = 0
+    world_size: int = 1
+
+    # What becomes of a clip that cannot be read: "error", or "skip", which names it on stderr, once, and goes on. Its
+    # row of the batch is not valid and holds another clip's pixels, or zeros where no clip of the batch can be read. No
+    # other row and no number of batches changes.
+    bad_clips: Literal["error", "skip"] = "error"
+    patience: float = 300.0  # seconds to wait for storage or a decoder before giving up on it
+
+    @property
+    def fused(self) -> bool:
+        """Return True for the graph with our CPU kernel, False for the one of DALI's operators."""
+        return (self.graph or ("operators" if self.device == "gpu" else "fused")) == "fused"
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Return the device where clips end up."""
+        return torch.device("cuda", self.device_id or 0) if self.device == "gpu" else torch.device("cpu")

@@ -1,0 +1,73 @@
+"""A timm network as a feature extractor, with random, downloaded or given weights."""
+
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dfer.cli import UserError
+
+
+class FrameBackbone(nn.Module):
+    """A timm network that returns its last two levels (C4 at stride 16, C5 at stride 32).
+
+    Args:
+        name: of the network in timm.
+        weights: None = random, "timm" = timm's pretrained ones (downloaded once), else a file of weights.
+
+    Raises:
+        UserError: if timm has no such model, or the weights cannot be had or do not fit.
+    """
+
+    def __init__(self, name: str, weights: str | None = None):
+        super().__init__()
+        if not timm.is_model(name):
+            close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+            raise UserError(f"--model.backbone {name}: timm has no such model" + (f" (has {close})" if close else ""))
+        options = {}
+        if weights == "timm":
+            _check_weights_can_be_had(name)
+            options["pretrained"] = True
+        elif weights is not None:
+            if not Path(weights).is_file():
+                raise UserError(f"--model.weights {weights}: no such file (or 'timm' for timm's pretrained weights)")
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
+        try:
+            self.net = timm.create_model(name, features_only=True, out_indices=(-2, -1), **options)
+        except Exception as error:  # hub, safetensors and torch raise different classes
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = f"--model.weights {weights}: cannot be loaded into" if weights else "--model.backbone"
+            raise UserError(f"{what} {name} ({reason})") from None
+        levels: Any = self.net.feature_info  # timm's FeatureInfo, of which the types of nn.Module know nothing
+        self.channels: list[int] = levels.channels()
+        self.strides: list[int] = levels.reduction()
+
+    def forward(self, frames: Float[Tensor, "F 3 H W"]) -> list[Float[Tensor, "F _ _ _"]]:
+        """Return the features of both levels, (F, C, h, w) each."""
+        return self.net(frames)
+
+
+def _check_weights_can_be_had(name: str) -> None:
+    """Raise a UserError at once if the machine is offline: the hub's client would retry for half a minute first."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, f), str) for f in files):
+        return
+    if "https" in urllib.request.getproxies():
+        return
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        raise UserError(
+            f"--model.weights timm: {host} cannot be reached to download {config.hf_hub_id}; "
+            "give a file with --model.weights FILE, or leave it out for random weights"
+        ) from None

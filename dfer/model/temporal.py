@@ -1,0 +1,41 @@
+"""The temporal block: convolution and attention over the frames of a clip."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class TemporalBlock(nn.Module):
+    """Depthwise convolution over time (motion), attention over frames (order) and MLP, as pre-norm residuals.
+
+    Args:
+        dim: D, width of the features of a frame.
+        num_frames: T, frames of a clip in training.
+        num_heads: heads of the attention.
+    """
+
+    def __init__(self, dim: int, num_frames: int, num_heads: int = 4):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(num_frames, dim) * 0.02)
+        self.conv_norm, self.conv = nn.LayerNorm(dim), nn.Conv1d(dim, dim, 3, padding=1, groups=dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.num_heads = num_heads
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        x = x + self.positions(x.shape[1])
+        x = x + self.conv(self.conv_norm(x).transpose(1, 2)).transpose(1, 2)
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+    def positions(self, num_frames: int) -> Float[Tensor, "T D"]:
+        """Return the position embeddings of T frames, interpolated if T is not that of training."""
+        trained = len(self.position)
+        if not torch.compiler.is_exporting() and num_frames == trained:  # an exported program must not branch on T
+            return self.position
+        at = torch.arange(num_frames, device=self.position.device) * ((trained - 1) / max(num_frames - 1, 1))
+        distance = (at[:, None] - torch.arange(trained, device=self.position.device)).abs()
+        return ((1 - distance).clamp(min=0)[..., None] * self.position).sum(1)  # (T, trained, D), small

@@ -1,17 +1,25 @@
 """benchmarks/gpu.py without a card: what children do to themselves costs nothing else, and no part has a typo."""
 
+import ctypes
+import dataclasses
 import inspect
+import json
 import signal
 import subprocess
 import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks.gpu_parts import rows, runner
+from benchmarks import floor, gpu
+from benchmarks.gpu_parts import checks, data, mixing, nvdec, rows, runner, trace
+from benchmarks.gpu_parts.card import _Card
 from benchmarks.gpu_parts.plan import PARTS, all_cases
+from benchmarks.gpu_parts.setting import NotHere, Setting, setting_of
 from tests import gpu_cases
 from tests.conftest import ROOT, run_python
 
@@ -149,3 +157,182 @@ def test_the_plan_names_what_there_is():
     suspects = ("engine 0.65", "engine 1", "Triton", "compiled", "bf16", "cudnn", "engines", "NVDEC, all", "two proc")
     for case in cases:
         assert not (case.proven and any(word in case.name for word in suspects)), case.name
+
+
+class Card:
+    """torch.cuda as far as its names and arguments go; what it tells is made up."""
+
+    def __getattr__(self, name: str):
+        signature = inspect.signature(getattr(torch.cuda, name))  # an AttributeError where torch has no such name
+
+        def call(*args, **kwargs):
+            signature.bind(*args, **kwargs)
+            return {"get_device_name": "NVIDIA stub", "is_available": False, "max_memory_allocated": 2**30}.get(name)
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Setting:
+    """The smallest setting, with its data."""
+    folder = tmp_path_factory.mktemp("toy")
+    setting = setting_of("toy", folder / "data", folder)
+    (made,) = data.prepare(setting)
+    assert made["what"] == "data drawn and packed"
+    (again,) = data.prepare(setting)
+    assert again["what"] == "data"
+    return setting
+
+
+COMMON = {"what", "value", "unit", "n"}
+KEYS = {  # what a figure of a part tells beside that
+    "eager": {
+        "ms", "busy_share", "kernels_ms", "launches", "share_of_floor", "share_of_eager_floor", "mfu", "peak_GiB"
+    },
+    "alone": {"cores_used", "others_used", "B"},
+    "share_of_crf": {"ms", "its_kernels_ms"},
+    "jpeg": {"kB_an_image"},
+    "videos": {"frames_a_video"},
+}  # fmt: skip
+# One case for each function and each way through it; the others, which take the same ways, are slow.
+QUICK = {
+    "copies and product", "SMs, engine and cores together", "nvJPEG on SMs, crops", "NVDEC, one session",
+    "FFmpeg on all cores", "loader frames", "loader raw128 held", "eager 0", "training from video", "clips of frames",
+    "clips of raw128 held", "mixing, engine 1", "eager against eager", "feeding", "share of the CRF, dense",
+    "step, bf16 input", "bf16 input against eager", "NVDEC's limits",
+}  # fmt: skip
+
+
+def walked() -> list:
+    """All cases but the data's, which the fixture makes, and those whose options a CPU cannot take."""
+    cases = [c for c in all_cases() if c.part != "data" and not any(word in str(c) for word in ("triton", "compiled"))]
+    cases = [case for case in cases if case.function != "eager" or case.options["place"] == 0]
+    quick = [case for case in cases if case.name in QUICK or case.part == "peers"]
+    return [*quick, *(pytest.param(case, marks=pytest.mark.slow) for case in cases if case not in quick)]
+
+
+@pytest.mark.parametrize("case", walked(), ids=lambda case: case.name.replace(" ", "-"))
+def test_every_part_as_far_as_python_goes(toy, one_thread, monkeypatch, case):
+    """The device and the calls of torch.cuda are stubbed; everything else is real, and tiny."""
+    monkeypatch.setattr(_Card, "module", Card())
+    work = getattr(import_module(case.module), case.function)
+    try:
+        found = list(work(toy, **case.options))
+    except NotHere as reason:
+        assert any(word in str(reason) for word in ("not installed", "TorchCodec", "NVDEC"))
+        return
+    assert found
+    for row in found:
+        assert set(row) >= COMMON and row["n"] >= 1 and row["unit"], row
+        assert json.loads(json.dumps(row)) == row  # what is written can be read
+        assert row["value"] == row["value"] and row["value"] >= 0, row
+    wanted = KEYS.get(case.function, set())
+    assert wanted <= set(found[0]), wanted - set(found[0])
+    if case.part == "checks" and "against eager" not in case.name:  # two steps say nothing about a course of losses
+        assert all(row["right"] for row in found), found
+
+
+# ---- Checks and readings that could pass whatever happens.
+
+
+def test_a_mixed_batch_is_seen(toy, monkeypatch):
+    real = mixing.image_batches
+
+    def mixes(setting, groups, engine, depth):
+        for number, pixels in enumerate(real(setting, groups, engine, depth)):
+            if depth == 2 and number == 1:
+                pixels[0][5, 5, 1] ^= 1
+            yield pixels
+
+    monkeypatch.setattr(_Card, "module", Card())
+    monkeypatch.setattr(mixing, "image_batches", mixes)
+    assert [(row["value"], row["right"]) for row in mixing.of_decoder(toy, 0.65)] == [(0, True), (1, False)] * 2
+
+
+def test_wrong_clips_are_seen(toy, monkeypatch):
+    real = checks.clip_loader
+
+    def mirrored(setting, source, where="card", **options):
+        loader = real(setting, source, where=where, **options)
+        if where == "cpu":
+            return loader
+        return lambda epoch: (batch._replace(clips=batch.clips.flip(-1)) for batch in loader(epoch))
+
+    monkeypatch.setattr(checks, "clip_loader", mirrored)
+    assert [row["right"] for row in checks.clips_against_cpu(toy, "frames")] == [False]
+
+
+def test_a_variant_that_computes_something_else_is_seen(toy, one_thread):
+    (eager,) = checks.eager_against_eager(toy)
+    assert eager["right"] and eager["value"] == 0  # on one thread
+    verdicts = [next(checks.variant_against_eager(toy, "x", {"nudge": nudge}))["right"] for nudge in (0.0, 0.3)]
+    assert verdicts == [True, False]
+    with pytest.raises(NotHere, match="has not been run"):
+        list(checks.variant_against_eager(dataclasses.replace(toy, out=toy.out / "elsewhere"), "x", {}))
+
+
+def test_gradients_of_another_batch_are_seen():
+    """And a gradient that is nothing but rounding is not."""
+    want = {"a": torch.ones(4), "b": torch.tensor([1e-9])}
+    apart = checks.gradients_apart({"a": torch.ones(4) * 1.01, "b": torch.tensor([-1e-9])}, want)
+    assert apart["a"] == pytest.approx(0.01, rel=0.01) and apart["b"] < 1e-4
+
+
+def test_a_trace_is_read_as_defined():
+    """Two steps: kernels that overlap count once in what is busy, twice in the sum."""
+    kernels = [("a", 0, 10, 1), ("b", 5, 10, 2), ("c", 100, 4, 3), ("d", 200, 6, 4)]
+    events = [
+        {"cat": "kernel", "name": name, "ts": at, "dur": took, "args": {"correlation": number}}
+        for name, at, took, number in kernels
+    ]
+    launches = [(1, 1.0), (2, 2.0), (3, 52.0), (4, 60.0)]
+    events += [{"cat": "cuda_runtime", "name": "launch", "ts": at, "args": {"correlation": n}} for n, at in launches]
+    events += [{"cat": "cpu_op", "name": "dfer::meanfield", "ts": 50.0, "dur": 5.0}, {"name": "nothing"}]
+    seen = trace.work(events, 2)
+    assert seen == pytest.approx((12.5e-6, 15e-6, 2.0, 2e-6))
+    assert trace.union([(0, 1), (2, 3), (2.5, 2.75)]) == 2
+
+
+def test_bytes_are_counted_by_hand():
+    a, b = torch.ones(2, 3), torch.ones(3, 4)
+    with floor.Watch() as watch:
+        (a @ b).view(8).relu()
+    assert watch.needed == 4 * (6 + 12 + 8) and watch.eager == watch.needed + 4 * (8 + 8)
+    counts = floor.Counts(1e9, 1e6, 2e6, 1e6, 9e6)
+    assert floor.floor_seconds(counts, 4, 9e6, 1e15) == pytest.approx(1.0)  # bytes
+    assert floor.floor_seconds(counts, 4, 9e15, 1e9) == pytest.approx(4.0)  # FLOP
+
+
+def test_what_nvdec_says_is_read(toy, monkeypatch):
+    """H.264 with seven engines; nothing else."""
+
+    def ask(pointer):
+        caps = pointer._obj
+        if caps.codec == 4:
+            caps.supported, caps.engines, caps.min_width, caps.min_height = 1, 7, 48, 16
+        return 0
+
+    assert ctypes.sizeof(nvdec._Caps) == 88  # as in cuviddec.h
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuvidGetDecoderCaps=ask))
+    assert nvdec.limits(toy) == [("h264", 7, 48, 16)]
+    (row,) = nvdec.told(toy)
+    assert (row["value"], row["unit"], row["engines"]) == (16, "px", 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--parts", "loader"], "no part 'loader'; there are data"), (["--budget", "0"], "'0'")]
+)
+def test_bad_arguments_are_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.startswith("gpu.py: ") and error.count("\n") == 1
+
+
+def test_fewer_cores_than_a_case_asks_for_leave_it_out():
+    def names(gpu_there: bool, cores: int) -> list[str]:
+        return [case.name for case in gpu.chosen(["loaders"], False, gpu_there, cores) if case.cores]
+
+    assert names(False, 2) == ["CPU loader on all cores", "CPU loader on 1 cores"]
+    assert names(True, 16)[-1] == "CPU loader on 8 cores"
+    assert not any(case.gpu for case in gpu.chosen(list(PARTS), True, False, 2))

@@ -90,13 +90,15 @@ def image_batches(
         encoded = fn.external_source(name="source", batch=True, no_copy=True)
         pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if card else "cpu", **hints))
     pipeline.build()
-    for number in range(len(groups) + depth):
-        if number < len(groups):
-            pipeline.feed_input("source", list(groups[number]))
+    for group in groups[:depth]:
+        pipeline.feed_input("source", list(group))
+    pipeline.schedule_run()  # the first time as many as the queue is deep
+    for number in range(len(groups)):
+        # No name for them here: their memory is free for the next batch as soon as the caller lets go.
+        yield pixels_of(pipeline, cuda.current_stream().cuda_stream if card else None)
+        if number + depth < len(groups):
+            pipeline.feed_input("source", list(groups[number + depth]))
             pipeline.schedule_run()
-        if number >= depth:
-            # No name for them here: their memory is free for the next batch as soon as the caller lets go.
-            yield pixels_of(pipeline, cuda.current_stream().cuda_stream if card else None)
 
 
 def pixels_of(pipeline: Pipeline, stream: int | None) -> list[Tensor]:

@@ -47,7 +47,7 @@ def setting_of(size: Literal["card", "cpu", "toy"], data: Path, out: Path) -> Se
     if size == "cpu":
         return Setting(data, out, gpu=False, device="cpu", seconds=0.8, images=256, list_length=9356, data_share=0.05)
     return Setting(
-        data, out, gpu=True, device="cpu", seconds=0.0, repeats=1, warm_up=1, frames=2, size=32, batches=(2, 3),
+        data, out, gpu=True, device="cpu", seconds=0.0, repeats=1, warm_up=1, frames=2, size=32, batches=(2,),
         batch=2, loader_batch=2, dim=16, copy_bytes=2**12, product_side=16, images=8, train_steps=2, mixing_batches=3,
         list_length=30, data_share=0.003,
     )  # fmt: skip

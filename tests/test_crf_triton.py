@@ -170,7 +170,8 @@ def test_the_kernels_in_the_interpreter():
 
 COMPILE = """
 import sys
-import torch, triton
+import jaxtyping, torch, triton
+jaxtyping.install_import_hook("dfer", "beartype.beartype")  # as in the tests that run on a GPU
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import dfer.crf_triton as kernels

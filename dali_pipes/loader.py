@@ -38,10 +38,12 @@ class ClipLoader:
         sampler: what a clip is; its mode says whether the last batch is dropped (train) or padded (eval).
         batch_size: clips per batch and rank.
         size: height and width of the clips in pixels.
-        device: where clips end up, "cpu" or "gpu"; on "gpu" it decodes too (nvJPEG, NVDEC).
+        device: where clips end up, "cpu" or "gpu"; on "gpu" it decodes too (nvJPEG, NVDEC, which on H100 and H200
+            refuses HEVC below 144 px and VP9 below 128 px a side).
         dtype: of the clips: float32, bfloat16, float16, or uint8: colours 0..255, not normalised (from the CPU kernel).
         graph: "fused" (our CPU kernel) or "operators" (DALI's); the default is what the device has.
         jpeg_engine: share of the images that the GPU's JPEG engine decodes, where it has one; its cores do the others.
+            0 until a card has shown that it does not mix the pixels of two batches (benchmarks/gpu.py).
         bad_clips: what becomes of a clip that cannot be read: "error", or "skip": it is named on stderr, once, and
             kept in `bad_clips`; its row of the batch is not valid and holds another clip's pixels, or zeros where no
             clip of the batch can be read. No other row and no number of batches changes.
@@ -59,7 +61,7 @@ class ClipLoader:
         device: Literal["cpu", "gpu"] = "cpu",
         dtype: torch.dtype = torch.float32,
         graph: Literal["fused", "operators"] | None = None,
-        jpeg_engine: float = 0.65,
+        jpeg_engine: float = 0.0,
         bad_clips: Literal["error", "skip"] = "error",
         cached: bool = False,
         rank: int = 0,

@@ -5,9 +5,9 @@ and results are the same to the bit every time. The logits of a Gaussian are at 
 rescaling, which attention needs. One launch per iteration: message, compatibility, damping and softmax in one.
 
 Sums, logits, degrees and softmax are float32, operands of the products what the caller says. With TRITON_INTERPRET=1
-everything runs on a CPU. `no_type_check`: an import hook that checks types would wrap the kernels, and Triton would look
-for their names in the wrapper's module. The number of tokens is a compile-time constant: Triton 3.6's interpreter
-cannot loop to a runtime bound under NumPy 2.4.
+everything runs on a CPU. The number of tokens is a compile-time constant: Triton 3.6's interpreter cannot loop to a
+runtime bound under NumPy 2.4. `no_type_check`: an import hook that checks types would wrap the kernels, and Triton would
+look for their names in the module of the wrapper.
 """
 
 from typing import no_type_check

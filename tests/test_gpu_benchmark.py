@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -336,3 +337,31 @@ def test_fewer_cores_than_a_case_asks_for_leave_it_out():
     assert names(False, 2) == ["CPU loader on all cores", "CPU loader on 1 cores"]
     assert names(True, 16)[-1] == "CPU loader on 8 cores"
     assert not any(case.gpu for case in gpu.chosen(list(PARTS), True, False, 2))
+
+
+def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path):
+    """With a Python that writes down what it is asked: one file's tests die, another's hang."""
+    python, asked = tmp_path / "python", tmp_path / "asked.txt"
+    python.write_text(
+        f'#!/bin/bash\necho "$@" >> {asked}\necho "said of ${{@: -1}}"\n'
+        'case "$*" in *test_doctor*) kill -SEGV $$ ;; *test_finite*) sleep 30 ;;\n'
+        '*peers*) echo "a table"; exit 1 ;; esac\n'
+    )
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "TEST_SECONDS": "1", "BUDGET": "90"}
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "a table" in done.stdout
+    told = dict(line.split(": ", 1) for line in (out / "tests.txt").read_text().splitlines())
+    assert set(told) >= {f"tests/test_{name}.py" for name in ("crf_triton", "dali_pipes", "doctor", "finite")}
+    assert told["tests/test_doctor.py"].startswith("exit code 139;")
+    assert told["tests/test_finite.py"].startswith("exit code 124;")
+    assert told["tests/test_crf_triton.py"] == "exit code 0; said of tests/test_crf_triton.py"
+    commands = asked.read_text().splitlines()
+    (last,) = (line for line in commands if "--peers" in line)
+    words = last.split()
+    assert 60 <= int(words[words.index("--budget") + 1]) <= 90 and words[words.index("--out") + 1] == str(out)
+    gpu.parse(words[1:])
+    assert f"benchmarks/gpu.py --parts data --out {out}/data" in commands and commands[-1] == last

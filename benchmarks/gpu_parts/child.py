@@ -7,6 +7,7 @@ that a process does on the card from then on. The parent starts another one for 
 import argparse
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -46,6 +47,7 @@ def do_cases(names: Sequence[str], known: Mapping[str, Case], setting: Setting) 
             return 1
         else:
             rows.append(results, {"event": "end", **about, "seconds": time.monotonic() - began})
+        gc.collect()  # a model that waits for it would count in the next case's memory
     return 0
 
 

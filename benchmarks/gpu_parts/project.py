@@ -181,6 +181,7 @@ def gradients(
     setting: Setting, batch: Batch, wrap: Callable[[nn.Module], nn.Module] = lambda m: m
 ) -> dict[str, Tensor]:
     """The gradients of one batch in float32, by name; batch statistics and dropout stand still."""
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions, a 1,000th off
     config = config_of(setting)
     config = replace(config, model=replace(config.model, dropout=0.0))
     model = model_of(setting, config).eval()

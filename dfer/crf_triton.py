@@ -6,8 +6,8 @@ rescaling, which attention needs. One launch per iteration: message, compatibili
 
 Sums, logits, degrees and softmax are float32, operands of the products what the caller says. With TRITON_INTERPRET=1
 everything runs on a CPU. The number of tokens is a compile-time constant: Triton 3.6's interpreter cannot loop to a
-runtime bound under NumPy 2.4. `no_type_check`: an import hook that checks types would wrap the kernels, and Triton would
-look for their names in the module of the wrapper.
+runtime bound under NumPy 2.4. `no_type_check`: an import hook that checks types would wrap the kernels, and Triton
+would look for their names in the module of the wrapper.
 """
 
 from typing import no_type_check

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import floor, gpu
-from benchmarks.gpu_parts import checks, data, mixing, nvdec, rows, runner, trace
+from benchmarks.gpu_parts import checks, data, mixing, nvdec, rows, runner, steps, timing, trace
 from benchmarks.gpu_parts.card import _Card
 from benchmarks.gpu_parts.plan import PARTS, all_cases
 from benchmarks.gpu_parts.setting import NotHere, Setting, setting_of
@@ -365,3 +365,20 @@ def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path):
     assert 60 <= int(words[words.index("--budget") + 1]) <= 90 and words[words.index("--out") + 1] == str(out)
     gpu.parse(words[1:])
     assert f"benchmarks/gpu.py --parts data --out {out}/data" in commands and commands[-1] == last
+
+
+def test_ratios_and_shares_are_the_right_way_round(toy, monkeypatch):
+    assert timing.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b") == [2.0, 3.0]
+    monkeypatch.setattr(steps, "in_turns", lambda setting, runs: {"with": [80.0], "without": [100.0]})
+    monkeypatch.setattr(steps, "traced", lambda setting, run: trace.Work(0.5, 0.6, 900.0, 0.002))
+    (row,) = steps.share_of_crf(toy, "dense")
+    assert (row["value"], row["ms"], row["its_kernels_ms"]) == pytest.approx((0.2, 25.0, 2.0))
+    counts = floor.Counts(1e9, 0.0, 1e6, 0.0, 4e6)
+    monkeypatch.setattr(steps, "read_counts", lambda setting: counts)
+    monkeypatch.setattr(steps, "copy_rates", lambda setting: [1e9])
+    monkeypatch.setattr(_Card, "module", Card())  # whose datasheet says 1e12 FLOP/s
+    told = steps.beside_it(toy, lambda: 1, [100.0, 200.0, 1000.0], batch=100)  # half a second
+    assert told["ms"] == 500 and told["busy_share"] == 1 and told["kernels_ms"] == 600 and told["launches"] == 900
+    assert told["mfu"] == pytest.approx(100e9 / 1e12 / 0.5) and told["peak_GiB"] == 1
+    assert told["share_of_floor"] == pytest.approx(0.1 / 0.5)  # 0.1 s of bytes, 0.1 s of FLOP
+    assert told["share_of_eager_floor"] == pytest.approx(0.4 / 0.5)

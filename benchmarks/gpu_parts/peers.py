@@ -96,7 +96,7 @@ def spdl(setting: Setting) -> Iterator[Row]:
         import spdl.io
     except ImportError as error:
         raise NotHere(f"not installed: {error.name}") from None
-    size = {"scale_width": setting.size, "scale_height": setting.size}
+    size = {"width": setting.size, "height": setting.size}
 
     def decode(images: Sequence[np.ndarray]) -> object:
         config = spdl.io.cuda_config(device_index=0)

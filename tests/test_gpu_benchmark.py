@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import floor, gpu
-from benchmarks.gpu_parts import checks, data, mixing, nvdec, rows, runner, steps, timing, trace
+from benchmarks.gpu_parts import ceilings, checks, data, mixing, nvdec, rows, runner, steps, timing, trace
 from benchmarks.gpu_parts.card import _Card
 from benchmarks.gpu_parts.plan import PARTS, all_cases
 from benchmarks.gpu_parts.setting import NotHere, Setting, setting_of
@@ -47,9 +47,9 @@ def test_what_happens_to_a_child_costs_its_own_case_only(accidents):
     assert fine | {"is_wrong"} == set(of(found, "end"))
     failed = of(found, "failed")
     assert set(failed) == {"segfaults", "raises", "leaves", "hangs", "exhausts_memory", "is_killed"}
-    assert failed["segfaults"].startswith("died of SIGSEGV")
+    assert failed["segfaults"].startswith("died of SIGSEGV: File") and failed["segfaults"].endswith("in segfaults")
     assert failed["raises"].startswith("ValueError: of no use: in two lines (child.py:")
-    assert failed["hangs"].startswith("not done after 0.7 s: killed")
+    assert failed["hangs"].startswith("not done after 0.7 s: killed: File") and failed["hangs"].endswith("in hangs")
     assert failed["exhausts_memory"].startswith("MemoryError")
     assert failed["is_killed"].startswith("died of SIGKILL (out of memory?)")
     assert failed["leaves"].startswith("its process ended without it")
@@ -153,8 +153,8 @@ def test_the_plan_names_what_there_is():
     for case in cases:
         work = getattr(import_module(case.module), case.function)
         inspect.signature(work).bind(None, **case.options)
-    first_alone = next(i for i, case in enumerate(cases) if not case.proven)
-    assert not any(case.proven for case in cases[first_alone:])  # the proven figures come first
+    on_card = [case.proven for case in cases if case.gpu]
+    assert on_card == sorted(on_card, reverse=True)  # the proven figures come first
     suspects = ("engine 0.65", "engine 1", "Triton", "compiled", "bf16", "cudnn", "engines", "NVDEC, all", "two proc")
     for case in cases:
         assert not (case.proven and any(word in case.name for word in suspects)), case.name
@@ -367,6 +367,14 @@ def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path):
     assert f"benchmarks/gpu.py --parts data --out {out}/data" in commands and commands[-1] == last
 
 
+def test_the_copy_rate_of_the_floor_is_the_measured_one(toy, tmp_path):
+    setting = dataclasses.replace(toy, out=tmp_path)
+    rows.append(tmp_path / "results.jsonl", {"event": "figure", "what": ceilings.COPY, "value": 3e12})
+    assert ceilings.copy_rate(setting) == 3e12
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "T4": None}
+    assert {name: ceilings.datasheet_flops(name) for name in names} == names
+
+
 def test_ratios_and_shares_are_the_right_way_round(toy, monkeypatch):
     assert timing.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b") == [2.0, 3.0]
     monkeypatch.setattr(steps, "in_turns", lambda setting, runs: {"with": [80.0], "without": [100.0]})
@@ -375,7 +383,7 @@ def test_ratios_and_shares_are_the_right_way_round(toy, monkeypatch):
     assert (row["value"], row["ms"], row["its_kernels_ms"]) == pytest.approx((0.2, 25.0, 2.0))
     counts = floor.Counts(1e9, 0.0, 1e6, 0.0, 4e6)
     monkeypatch.setattr(steps, "read_counts", lambda setting: counts)
-    monkeypatch.setattr(steps, "copy_rates", lambda setting: [1e9])
+    monkeypatch.setattr(steps, "copy_rate", lambda setting: 1e9)
     monkeypatch.setattr(_Card, "module", Card())  # whose datasheet says 1e12 FLOP/s
     told = steps.beside_it(toy, lambda: 1, [100.0, 200.0, 1000.0], batch=100)  # half a second
     assert told["ms"] == 500 and told["busy_share"] == 1 and told["kernels_ms"] == 600 and told["launches"] == 900

@@ -62,6 +62,7 @@ def machine() -> Row:
     """Describe what figures depend on, without touching the card: its driver's own tool is asked."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     cards = [line.split(", ") for line in _output(query).splitlines() if line.count(", ") == 2]
+    unnamed = "a card that nvidia-smi does not name" if Path("/dev/nvidiactl").exists() else None
     versions = {}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -69,7 +70,7 @@ def machine() -> Row:
     commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]).strip()
     changed = bool(_output(["git", "-C", str(ROOT), "status", "--porcelain"]).strip()) if commit else None
     return {
-        "card": cards[0][0] if cards else None,
+        "card": cards[0][0] if cards else unnamed,
         "driver": cards[0][1] if cards else None,
         "card_memory": cards[0][2] if cards else None,
         "cores": len(os.sched_getaffinity(0)),

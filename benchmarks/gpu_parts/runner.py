@@ -177,8 +177,13 @@ def death(code: int | None) -> str:
 
 
 def _last_line(log: Path) -> str:
-    words = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f": {words[-1][:300]}" if len(words) > 1 and not words[-1].startswith("#") else ""
+    """What a child said last: where its main thread was, if faulthandler had to tell, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    stack = max((i for i, line in enumerate(lines) if line.startswith("Current thread")), default=None)
+    places = [line for line in lines[stack:] if line.startswith("File ")] if stack is not None else []
+    if places:
+        return f": {places[0]}"
+    return f": {lines[-1][:300]}" if lines and not lines[-1].startswith("#") else ""
 
 
 def child_command(words: Sequence[str]) -> Callable[[list[str]], list[str]]:

@@ -18,7 +18,7 @@ class Setting:
     out: Path
     gpu: bool
     device: Literal["cuda", "cpu"]
-    seconds: float = 1.0  # of one repeat
+    seconds: float = 0.6  # of one repeat
     repeats: int = 3
     warm_up: int = 4  # batches or steps
     frames: int = 16  # T of a clip
@@ -45,7 +45,7 @@ def setting_of(size: Literal["card", "cpu", "toy"], data: Path, out: Path) -> Se
     if size == "card":
         return Setting(data, out, gpu=True, device="cuda")
     if size == "cpu":
-        return Setting(data, out, gpu=False, device="cpu", seconds=0.8, images=256, list_length=9356, data_share=0.05)
+        return Setting(data, out, gpu=False, device="cpu", images=256, data_share=0.03)
     return Setting(
         data, out, gpu=True, device="cpu", seconds=0.0, repeats=1, warm_up=1, frames=2, size=32, batches=(2,),
         batch=2, loader_batch=2, dim=16, copy_bytes=2**12, product_side=16, images=8, train_steps=2, mixing_batches=3,

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.floor import Counts, read_counts
 from benchmarks.gpu_parts.card import cuda
-from benchmarks.gpu_parts.ceilings import copy_rates, datasheet_flops
+from benchmarks.gpu_parts.ceilings import copy_rate, datasheet_flops
 from benchmarks.gpu_parts.project import Batch, Step, free_card, replace_clips, synthetic, training_step
 from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import Setting
@@ -84,7 +84,7 @@ def shares_of_floor(
     """
     if flops is None:
         return {}
-    rate = sorted(copy_rates(setting))[setting.repeats // 2]
+    rate = copy_rate(setting)
     needed, eager = counts.needed(batch), counts.eager(batch)
     computing = counts.flops(batch) / flops
     floors = {"share_of_floor": max(needed / rate, computing), "share_of_eager_floor": max(eager / rate, computing)}

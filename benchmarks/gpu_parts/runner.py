@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.gpu_parts import rows
 
 POLL_S = 0.02
+ENDED_BY_BUDGET = "ended by the budget"
 EXIT_S = 15.0  # for a child that has settled all its cases
 SETTLED = ("end", "failed", "left out")
 LAST_WORDS_S = 1.0  # from SIGABRT, at which faulthandler prints where all threads are, to SIGKILL
@@ -99,7 +100,7 @@ def run_child(
                 if events != seen:
                     seen, since = events, now
                 if now >= end:
-                    why = "ended by the budget"
+                    why = ENDED_BY_BUDGET
                     break
                 limit = limit_of(group, settled, running)
                 if now >= since + limit:
@@ -113,7 +114,8 @@ def run_child(
     unsettled = [case for case in group if case.name not in settled]
     if unsettled and not (why is None and ends_with_failure(found)):
         culprit = next((case for case in unsettled if case.name == running), unsettled[0])
-        tell(results, [culprit], "failed", f"{why or death(process.returncode)}{_last_line(log)}")
+        event = "left out" if why == ENDED_BY_BUDGET else "failed"  # no fault of its own
+        tell(results, [culprit], event, f"{why or death(process.returncode)}{_last_line(log)}")
         settled.add(culprit.name)
     return settled
 

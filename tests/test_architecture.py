@@ -17,7 +17,7 @@ ONLY_IN = {
     "safetensors": {"dfer/checkpoint.py"},
     "tyro": {"dfer/config.py"},
     "matplotlib": {"dfer/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
-    "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py"},
+    "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py", "benchmarks/gpu_parts/decoders.py"},
     "cv2": {"dfer/faces.py", "scripts/make_faces.py", "benchmarks/peers.py"},
 }
 
@@ -52,6 +52,13 @@ def test_the_core_knows_neither_the_loader_nor_the_scripts():
     for path in (ROOT / "dfer").rglob("*.py"):
         used = {name.split(".")[0] for name in imports(path)}
         assert not used & {"dali_pipes", "scripts", "benchmarks", "tests", "train"}, path
+
+
+def test_the_gpu_benchmark_knows_the_project_by_one_door():
+    """Its measuring parts take loader, model and step from one module; the parent's command line is no part of it."""
+    for path in (ROOT / "benchmarks" / "gpu_parts").glob("*.py"):
+        used = {name.split(".")[0] for name in imports(path)}
+        assert path.name == "project.py" or not used & {"dfer", "dali_pipes", "train", "scripts"}, path
 
 
 def test_no_drawers():

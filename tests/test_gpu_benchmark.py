@@ -84,13 +84,20 @@ def test_logs_say_where_a_child_was_and_on_what(accidents):
 
 
 def test_the_table_has_it_all(accidents):
-    out, _ = accidents
+    out, found = accidents
     table = (out / "table.md").read_text()
     assert table.startswith("card none, cores 2")
     assert "part | first | something | 2 | clips/s | 3 | 1 to 4 | right" in table
     assert "- part, segfaults: died of SIGSEGV" in table and "- part, is_not_here: no such library" in table
     assert table.endswith("WRONG:\n\n- part, is_wrong: mixed batches: 3 batches\n")
+    ends = [row for row in found if row.get("event") == "end"]
+    assert all(row["seconds"] > 0 and row["cores_used"] >= 0 <= row["foreign_cores"] for row in ends)
     assert not list(out.glob("*.partial"))
+
+
+def test_who_was_disturbed_is_told():
+    found = [{"event": "end", "part": "part", "case": str(cores), "foreign_cores": cores} for cores in (0.05, 1.5)]
+    assert rows.table(found).endswith("cores:\n\n- part, 1.5: 1.50 cores\n")
 
 
 def test_the_budget_ends_it_in_the_middle(tmp_path):

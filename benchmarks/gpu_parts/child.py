@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from benchmarks.gpu_parts import rows
 from benchmarks.gpu_parts.plan import all_cases
 from benchmarks.gpu_parts.runner import Case
 from benchmarks.gpu_parts.setting import NotHere, Setting, setting_of
+from benchmarks.quiet import Usage
 
 
 def do_cases(names: Sequence[str], known: Mapping[str, Case], setting: Setting) -> int:
@@ -32,7 +32,7 @@ def do_cases(names: Sequence[str], known: Mapping[str, Case], setting: Setting) 
         case = known[name]
         about = {"part": case.part, "case": case.name}
         rows.append(results, {"event": "begin", **about})
-        began = time.monotonic()
+        start = Usage.now()
         try:
             if case.cores is not None:  # before any library makes threads: they inherit it, as under taskset
                 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.cores])
@@ -46,7 +46,9 @@ def do_cases(names: Sequence[str], known: Mapping[str, Case], setting: Setting) 
             rows.append(results, {"event": "failed", **about, "reason": in_one_line(error)})
             return 1
         else:
-            rows.append(results, {"event": "end", **about, "seconds": time.monotonic() - began})
+            used = Usage.now().since(start)
+            told = {"seconds": used["seconds"], "cores_used": used["cpu_s"] / used["seconds"]}
+            rows.append(results, {"event": "end", **about, **told, "foreign_cores": used["foreign_cores"]})
         gc.collect()  # a model that waits for it would count in the next case's memory
     return 0
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quiet import QUIET
+
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "nvidia-dali-cuda120", "triton", "torchvision", "av", "numpy", "simplejpeg", "torchcodec")
 SOURCES = ("train.py", "dfer", "dali_pipes", "scripts", "benchmarks")
@@ -108,6 +110,9 @@ def table(rows: Sequence[Row]) -> str:
         told = [row for row in rows if row.get("event") == event]
         lines += [f"\n{event}:\n"] * bool(told)
         lines += [f"- {row['part']}, {row['case']}: {row['reason']}" for row in told]
+    loud = [row for row in rows if row.get("foreign_cores", 0.0) > QUIET]
+    lines += [f"\nNOT QUIET, do not quote: other processes took more than {QUIET} cores:\n"] * bool(loud)
+    lines += [f"- {row['part']}, {row['case']}: {row['foreign_cores']:.2f} cores" for row in loud]
     wrong = [row for row in rows if row.get("right") is False]
     lines += ["\nWRONG:\n"] * bool(wrong)
     lines += [f"- {row['part']}, {row['case']}: {row['what']}: {_number(row['value'])} {row['unit']}" for row in wrong]

@@ -2,10 +2,10 @@
 # All that a machine with a GPU is asked, in one go and with nobody watching: the tests that need a GPU, then
 # benchmarks/gpu.py. Needs no argument. Each part has a timeout; what they say and measure is in one folder.
 #   OUT=data/gpu-results   the folder         PYTHON=python3     with the libraries, or PYTHONPATH=/tmp/site
-#   BUDGET=570             seconds in all     TEST_SECONDS=60    of one file of tests
+#   BUDGET=570             seconds in all     TEST_SECONDS=90    of one file of tests
 set -u
 cd "$(dirname "$0")/.." || exit 1
-OUT=${OUT:-data/gpu-results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-570} TEST_SECONDS=${TEST_SECONDS:-60}
+OUT=${OUT:-data/gpu-results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-570} TEST_SECONDS=${TEST_SECONDS:-90}
 [ -z "${PYTHONPATH:-}" ] && [ -d /tmp/site ] && export PYTHONPATH=/tmp/site
 export REQUIRE_GPU=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 mkdir -p "$OUT/tests"

@@ -38,8 +38,8 @@ class ClipLoader:
         sampler: what a clip is; its mode says whether the last batch is dropped (train) or padded (eval).
         batch_size: clips per batch and rank.
         size: height and width of the clips in pixels.
-        device: where clips end up, "cpu" or "gpu"; on "gpu" it decodes too (nvJPEG, NVDEC, which on H100 and H200
-            refuses HEVC below 144 px and VP9 below 128 px a side).
+        device: where clips end up, "cpu" or "gpu"; on "gpu" it decodes too (nvJPEG, NVDEC, which refuses HEVC
+            below 144 px and VP9 below 128 px a side).
         dtype: of the clips: float32, bfloat16, float16, or uint8: colours 0..255, not normalised (from the CPU kernel).
         graph: "fused" (our CPU kernel) or "operators" (DALI's); the default is what the device has.
         jpeg_engine: share of the images that the GPU's JPEG engine decodes, where it has one; its cores do the others.

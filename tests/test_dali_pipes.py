@@ -301,7 +301,7 @@ def test_gpu_clips_are_close_to_the_oracle(indexes, source, augmentation):
     assert len(check_against_oracle(clip_loader, 3, pixels, worst, mean)) == 20
 
 
-NVDEC_LEAST = {"hevc": 144, "vp9": 128}  # px a side, for H100 and H200; what is smaller its driver refuses
+NVDEC_LEAST = {"hevc": 144, "vp9": 128}  # px a side, seen on an H200; what is smaller its driver refuses
 
 
 @pytest.mark.gpu

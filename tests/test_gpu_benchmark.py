@@ -250,7 +250,7 @@ def test_a_mixed_batch_is_seen(toy, monkeypatch):
     def mixes(setting, groups, engine, depth):
         for number, pixels in enumerate(real(setting, groups, engine, depth)):
             if depth == 2 and number == 1:
-                pixels[0][5, 5, 1] ^= 1
+                pixels[0, 5, 5, 1] ^= 1
             yield pixels
 
     monkeypatch.setattr(_Card, "module", Card())

@@ -81,8 +81,8 @@ def fed_pipeline(count: int, names: Sequence[str]) -> Pipeline:
 
 def image_batches(
     setting: Setting, groups: Sequence[Sequence[np.ndarray]], engine: float, depth: int
-) -> Iterator[list[Tensor]]:
-    """The pixels of each group of images, as the decoder left them; `depth` groups are under way."""
+) -> Iterator[Tensor]:
+    """The pixels of each group of images, all of one size, as the decoder left them; `depth` groups are under way."""
     card = setting.device == "cuda"
     hints = {"hw_decoder_load": engine, "preallocate_width_hint": 256, "preallocate_height_hint": 256}
     pipeline = Pipeline(len(groups[0]), setting.cores, 0 if card else None, prefetch_queue_depth=depth)
@@ -101,9 +101,9 @@ def image_batches(
             pipeline.schedule_run()
 
 
-def pixels_of(pipeline: Pipeline, stream: int | None) -> list[Tensor]:
+def pixels_of(pipeline: Pipeline, stream: int | None) -> Tensor:
     (pixels,) = pipeline.outputs(cuda_stream=stream)
-    return [torch.from_dlpack(pixels[i]) for i in range(len(pixels))]
+    return torch.from_dlpack(pixels.as_tensor())  # as the loader does it
 
 
 def counted(pipeline: Pipeline, units: int) -> Callable[[], int]:

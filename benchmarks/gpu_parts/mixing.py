@@ -40,7 +40,7 @@ def of_decoder(setting: Setting, engine: float) -> Iterator[Row]:
         groups = [images[start : start + size] for start in range(0, len(images) - size + 1, size)][:16]
         want = []
         for pixels in image_batches(setting, groups, engine, depth=1):
-            want.append([image.clone() for image in pixels])
+            want.append(pixels.clone())
             wait(setting)
         for depth in (1, 2):
             order = [int(i) for i in torch.randint(len(groups), (setting.mixing_batches,))]
@@ -48,7 +48,7 @@ def of_decoder(setting: Setting, engine: float) -> Iterator[Row]:
             for number in order:
                 pixels = next(stream)  # not by zip or enumerate, which hold on to what they gave
                 consume()
-                different.append(torch.stack([(a != b).any() for a, b in zip(pixels, want[number], strict=True)]).any())
+                different.append((pixels != want[number]).any())
                 del pixels
             yield verdict(f"decoder, engine {engine:g}, {size} images, {depth} ahead", different)
 

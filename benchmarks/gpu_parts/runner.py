@@ -6,6 +6,7 @@ This process imports neither torch nor DALI, so that it cannot touch the card an
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def run_child(
     """Run a child on some cases until it ends or must; the names of those that are settled, at least one."""
     results = out / "results.jsonl"
     _, place = rows.read(results)
-    log = out / "logs" / f"{group[0].name.replace(' ', '-').replace('/', '-')}.log"
+    log = out / "logs" / f"{re.sub('[^A-Za-z0-9.]+', '-', group[0].name)}.log"
     log.parent.mkdir(exist_ok=True)
     why, seen, since = None, -1, time.monotonic()
     with open(log, "a") as file:

@@ -105,9 +105,9 @@ def tokens_a_frame(size: int) -> int:
     return (-(-size // 16)) ** 2 + (-(-size // 32)) ** 2
 
 
-def floor_seconds(counts: Counts, batch: int, copy_rate: float, flops_per_s: float) -> float:
+def floor_seconds(num_bytes: float, flops: float, copy_rate: float, flops_per_s: float) -> float:
     """The time that a step takes at least: of moving its bytes or of computing, whichever is longer."""
-    return max(counts.needed(batch) / copy_rate, counts.flops(batch) / flops_per_s)
+    return max(num_bytes / copy_rate, flops / flops_per_s)
 
 
 def read_counts(setting: Setting) -> Counts:
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
           f"{counts.eager_a_clip / 1e6:.0f} MB eager; a step besides: {counts.needed_a_step / 1e6:.0f} and "
           f"{counts.eager_a_step / 1e6:.0f} MB")  # fmt: skip
     for batch in setting.batches:
-        seconds = floor_seconds(counts, batch, args.copy, flops)
+        seconds = floor_seconds(counts.needed(batch), counts.flops(batch), args.copy, flops)
         print(f"B = {batch}: floor {1000 * seconds:.2f} ms, {batch / seconds:,.0f} clips/s")
     return 0
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_parts import rows
 from benchmarks.gpu_parts.plan import PARTS, all_cases
-from benchmarks.gpu_parts.runner import Case, child_command, run_all
+from benchmarks.gpu_parts.runner import ALL_CORES, Case, child_command, run_all
 from dfer.commandline import Parser, in_range
 
 BUDGET_S = {True: 600.0, False: 180.0}  # with a card, without
@@ -36,7 +36,7 @@ def chosen(parts: Sequence[str], peers: bool, gpu: bool, cores: int) -> list[Cas
     wanted = {"data", *parts, *["peers"] * peers}
     cases = [case for case in all_cases() if case.part in wanted and (gpu or not case.gpu)]
     # On fewer cores than a case asks for it would only repeat another.
-    return [case for case in cases if case.cores is None or case.cores >= 10**6 or case.cores < cores]
+    return [case for case in cases if case.cores is None or case.cores == ALL_CORES or case.cores < cores]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,10 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = about["card"] is not None
     cases = chosen(args.parts, args.peers, gpu, about["cores"])
     if args.list:
+        print(f"# {rows.headline(about)}")
         for case in cases:
             print(f"{case.part:10}{'shared' if case.proven and not case.cores else 'alone':8}{case.name}")
         return 0
-    (args.out / "results.jsonl").unlink(missing_ok=True)  # of an earlier run
+    for name in ("results.jsonl", "eager_losses.json"):  # of an earlier run
+        (args.out / name).unlink(missing_ok=True)
     shutil.rmtree(args.out / "logs", ignore_errors=True)
     words = ["--out", str(args.out.resolve()), "--data", str(args.data.resolve()), "--size", "card" if gpu else "cpu"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the table is written

@@ -10,13 +10,15 @@ OUT=${OUT:-data/gpu-results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-570} TES
 export REQUIRE_GPU=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 mkdir -p "$OUT/tests"
 nvidia-smi > "$OUT/nvidia-smi.txt" 2>&1
+about=$("$PYTHON" benchmarks/gpu.py --list 2>&1 | tee "$OUT/cases.txt" | head -n 1) # card, versions, commit
 # The clips are drawn on the cores meanwhile; tests are not timed.
 timeout -k 5 150 "$PYTHON" benchmarks/gpu.py --parts data --out "$OUT/data" > "$OUT/data.txt" 2>&1 &
 failed=0
 for file in $(grep -l "mark.gpu" tests/test_*.py); do # one by one: what kills one file's process leaves the others
     log=$OUT/tests/$(basename "$file" .py).txt
+    echo "$about" > "$log"
     timeout -k 5 "$TEST_SECONDS" "$PYTHON" -m pytest -m gpu -o filterwarnings=default -p no:cacheprovider -q \
-        --durations=5 "$file" > "$log" 2>&1
+        --durations=5 "$file" >> "$log" 2>&1
     code=$?
     [ $code -eq 0 ] || failed=1
     echo "$file: exit code $code; $(tail -n 1 "$log")" | tee -a "$OUT/tests.txt"

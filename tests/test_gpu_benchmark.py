@@ -215,7 +215,7 @@ QUICK = {
 def walked() -> list:
     """All cases but the data's, which the fixture makes, and those whose options a CPU cannot take."""
     cases = [c for c in all_cases() if c.part != "data" and not any(word in str(c) for word in ("triton", "compiled"))]
-    cases = [case for case in cases if case.function != "eager" or case.options["place"] == 0]
+    cases = [case for case in cases if case.options.get("place", 0) == 0 and "other batches" not in case.name]
     quick = [case for case in cases if case.name in QUICK or case.part == "peers"]
     return [*quick, *(pytest.param(case, marks=pytest.mark.slow) for case in cases if case not in quick)]
 
@@ -309,8 +309,9 @@ def test_bytes_are_counted_by_hand():
         (a @ b).view(8).relu()
     assert watch.needed == 4 * (6 + 12 + 8) and watch.eager == watch.needed + 4 * (8 + 8)
     counts = floor.Counts(1e9, 1e6, 2e6, 1e6, 9e6)
-    assert floor.floor_seconds(counts, 4, 9e6, 1e15) == pytest.approx(1.0)  # bytes
-    assert floor.floor_seconds(counts, 4, 9e15, 1e9) == pytest.approx(4.0)  # FLOP
+    assert (counts.flops(4), counts.needed(4), counts.eager(4)) == (4e9, 9e6, 37e6)
+    assert floor.floor_seconds(9e6, 4e9, 9e6, 1e15) == pytest.approx(1.0)  # bytes
+    assert floor.floor_seconds(9e6, 4e9, 9e15, 1e9) == pytest.approx(4.0)  # FLOP
 
 
 def test_what_nvdec_says_is_read(toy, monkeypatch):
@@ -343,8 +344,8 @@ def test_fewer_cores_than_a_case_asks_for_leave_it_out():
     def names(gpu_there: bool, cores: int) -> list[str]:
         return [case.name for case in gpu.chosen(["loaders"], False, gpu_there, cores) if case.cores]
 
-    assert names(False, 2) == ["CPU loader on all cores", "CPU loader on 1 cores"]
-    assert names(True, 16)[-1] == "CPU loader on 8 cores"
+    assert names(False, 2) == ["CPU loader, cores: all", "CPU loader, cores: 1"]
+    assert names(True, 16)[-1] == "CPU loader, cores: 8"
     assert not any(case.gpu for case in gpu.chosen(list(PARTS), True, False, 2))
 
 
@@ -368,6 +369,7 @@ def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path):
     assert told["tests/test_doctor.py"].startswith("exit code 139;")
     assert told["tests/test_finite.py"].startswith("exit code 124;")
     assert told["tests/test_crf_triton.py"] == "exit code 0; said of tests/test_crf_triton.py"
+    assert (out / "tests" / "test_doctor.txt").read_text().startswith("said of --list\n")
     commands = asked.read_text().splitlines()
     (last,) = (line for line in commands if "--peers" in line)
     words = last.split()

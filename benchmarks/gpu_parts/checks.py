@@ -21,7 +21,7 @@ from benchmarks.gpu_parts.project import (
     synthetic,
     training_step,
 )
-from benchmarks.gpu_parts.rows import Row, figure
+from benchmarks.gpu_parts.rows import Row, figure, read
 from benchmarks.gpu_parts.setting import NotHere, Setting
 
 # Largest and mean difference from the CPU's clip, in steps of 255, as tests/test_dali_pipes.py has them: nvJPEG and
@@ -71,7 +71,9 @@ def eager_against_eager(setting: Setting) -> Iterator[Row]:
     again = losses(setting, training_step(setting))
     nudged = [losses(setting, training_step(setting, nudge=sign * NUDGE)) for sign in (1, -1)]
     rounding = max(distance(first, other) for other in nudged)
-    (setting.out / "eager_losses.json").write_text(json.dumps({"losses": first, "rounding": rounding}))
+    about = read(setting.out / "results.jsonl")[0][:1]  # the machine
+    told = {"about": about, "losses": first, "rounding": rounding}
+    (setting.out / "eager_losses.json").write_text(json.dumps(told))
     apart = distance(first, again)
     yield figure(
         "eager against eager, first losses", apart, "of the loss", right=apart <= SAME * rounding,

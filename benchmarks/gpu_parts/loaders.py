@@ -29,7 +29,7 @@ def alone(
     used = Usage.now().since(start)
     what = f"loader, {source}{', held in the card' if held else ''}"
     what += f", engine {engine:g}" if engine else ""
-    what += f" on {setting.cores} cores, CPU" if where == "cpu" else ""
+    what += f", CPU, cores: {setting.cores}" if where == "cpu" else ""
     more = {"cores_used": used["cpu_s"] / used["seconds"], "others_used": used["foreign_cores"], "B": loader.batch_size}
     yield figure(what, speeds, "clips/s", **more)
 

@@ -4,26 +4,28 @@ What needs no card comes last: nothing that happens to the card can harm it.
 Proven is what has run on an H200 before (2026-11-26). A new kernel, a capture, a decoder, a cache begins as not proven.
 """
 
-from benchmarks.gpu_parts.runner import Case
+from benchmarks.gpu_parts.runner import ALL_CORES, Case
 
 HERE = "benchmarks.gpu_parts"
 PARTS = ("data", "ceilings", "loaders", "step", "training", "checks", "peers")
 SOURCES = ("frames", "shards144", "raw128", "video")
 TRITON, BF16, CUDNN = {"crf_backend": "triton"}, {"bf16_input": True}, {"cudnn_benchmark": True}
-ALL_TOGETHER = "Triton CRF + bf16 input + cudnn.benchmark"
-VARIANTS = {
+QUICK_TO_START = {
     "Triton CRF": TRITON,
     "bf16 input": BF16,
     "cudnn.benchmark": CUDNN,
-    ALL_TOGETHER: TRITON | BF16 | CUDNN,
+    "Triton CRF + bf16 input + cudnn.benchmark": TRITON | BF16 | CUDNN,
+}
+COMPILED = {  # a minute for each batch size
     "compiled": {"compiled": True},
     "compiled + Triton CRF + bf16 input": {"compiled": True} | TRITON | BF16,
 }
+TELLING, OTHERS = (0, 1), (2, 3)  # places of the setting's batch sizes
 
 
 def all_cases() -> list[Case]:
     """The whole plan."""
-    return [*on_the_cpu_first(), *proven(), *alone(), *loaders_by_cores(), *peers()]
+    return [*on_the_cpu_first(), *proven(), *alone(), *loaders_by_cores(), *peers(), *the_rest()]
 
 
 def on_the_cpu_first() -> list[Case]:
@@ -78,23 +80,20 @@ def _training(name: str, options: dict) -> Case:
 
 
 def loaders_by_cores() -> list[Case]:
-    """The CPU's loader on more and more cores of the machine; None: all of them."""
+    """The CPU's loader on all cores of the machine and on fewer."""
+    work = (f"{HERE}.loaders", "on_cpu")
     return [
-        Case("loaders", f"CPU loader on {cores or 'all'} cores", f"{HERE}.loaders", "on_cpu", limit_s=90, proven=True,
-             gpu=False, cores=cores or 10**6)
-        for cores in (None, 1, 2, 4, 8)
-    ]  # fmt: skip
+        Case("loaders", f"CPU loader, cores: {told}", *work, limit_s=90, proven=True, gpu=False, cores=cores)
+        for told, cores in (("all", ALL_CORES), ("1", 1), ("2", 2), ("4", 4), ("8", 8))
+    ]
 
 
 def alone() -> list[Case]:
     """What is not proven: each in a child of its own."""
     cases = [check(f"mixing, engine {engine:g}", "both", {"engine": engine}) for engine in (0.65, 1.0)]
-    for name, options in VARIANTS.items():
-        limit_s = 240 if "compiled" in options else 75
-        cases.append(_variant(name, options, limit_s))
-        work = {"name": name, "options": options}
-        cases.append(check(f"{name} against eager", "variant_against_eager", work, limit_s=limit_s))
-    cases[2:] = sorted(cases[2:], key=lambda case: "compiled" in case.name)  # stable: they come last
+    for name, options in QUICK_TO_START.items():
+        cases.append(_variant(name, options, TELLING))
+        cases.append(_against_eager(name, options))
     cases += [
         check("two processes", "two_processes", {}),
         ceiling("JPEG engine", "jpeg", proven=False, where=["engine"]),
@@ -113,10 +112,26 @@ def alone() -> list[Case]:
     return cases
 
 
-def _variant(name: str, options: dict, limit_s: float) -> Case:
-    places = (0, 1, 2, 3) if name == ALL_TOGETHER else (0, 1)  # of the batch sizes: time is scarce
+def the_rest() -> list[Case]:
+    """Also each in a child of its own, last since it takes long or tells little more."""
+    cases = []
+    for name, options in COMPILED.items():
+        cases.append(_variant(name, options, TELLING, limit_s=240))
+        cases.append(_against_eager(name, options, limit_s=150))
+    return cases + [
+        _variant(name, options, OTHERS, limit_s=300) for name, options in (QUICK_TO_START | COMPILED).items()
+    ]
+
+
+def _variant(name: str, options: dict, places: tuple[int, ...], limit_s: float = 90) -> Case:
+    more = "" if places == TELLING else ", other batches"
     work = {"name": name, "options": options, "places": places}
-    return Case("step", f"step, {name}", f"{HERE}.steps", "variant", work, limit_s=limit_s)
+    return Case("step", f"step, {name}{more}", f"{HERE}.steps", "variant", work, limit_s=limit_s)
+
+
+def _against_eager(name: str, options: dict, limit_s: float = 75) -> Case:
+    work = {"name": name, "options": options}
+    return check(f"{name} against eager", "variant_against_eager", work, limit_s=limit_s)
 
 
 def peers() -> list[Case]:

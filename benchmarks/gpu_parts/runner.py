@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.gpu_parts import rows
 
 POLL_S = 0.02
+ALL_CORES = 10**6  # of a case that wants a child of its own, but no fewer cores
 ENDED_BY_BUDGET = "ended by the budget"
 EXIT_S = 15.0  # for a child that has settled all its cases
 SETTLED = ("end", "failed", "left out")
@@ -37,7 +38,7 @@ class Case:
     limit_s: float = 30.0
     proven: bool = False  # it has run on such hardware before: it may share a child with others
     gpu: bool = True  # needs a card
-    cores: int | None = None  # of the machine; None: all
+    cores: int | None = None  # that its child, which is then its own, may use
 
 
 def run_all(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.floor import Counts, read_counts
+from benchmarks.floor import Counts, floor_seconds, read_counts
 from benchmarks.gpu_parts.card import cuda
 from benchmarks.gpu_parts.ceilings import copy_rate, datasheet_flops
 from benchmarks.gpu_parts.project import Batch, Step, free_card, replace_clips, synthetic, training_step
@@ -85,10 +85,8 @@ def shares_of_floor(
     if flops is None:
         return {}
     rate = copy_rate(setting)
-    needed, eager = counts.needed(batch), counts.eager(batch)
-    computing = counts.flops(batch) / flops
-    floors = {"share_of_floor": max(needed / rate, computing), "share_of_eager_floor": max(eager / rate, computing)}
-    return {name: floor_s / step_s for name, floor_s in floors.items()}
+    moved = {"share_of_floor": counts.needed(batch), "share_of_eager_floor": counts.eager(batch)}
+    return {name: floor_seconds(num, counts.flops(batch), rate, flops) / step_s for name, num in moved.items()}
 
 
 def share_of_crf(setting: Setting, backend: str) -> Iterator[Row]:

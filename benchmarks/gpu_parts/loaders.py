@@ -15,10 +15,15 @@ from benchmarks.quiet import Usage
 
 
 def alone(
-    setting: Setting, source: str, where: Literal["card", "cpu"] = "card", engine: float = 0.0, held: bool = False
+    setting: Setting,
+    source: str,
+    where: Literal["card", "cpu"] = "card",
+    engine: float = 0.0,
+    held: bool = False,
+    batch: int | None = None,
 ) -> Iterator[Row]:
     """The trainer's loader with nobody at work beside it."""
-    loader = clip_loader(setting, source, where=where, engine=engine, held=held)
+    loader = clip_loader(setting, source, where=where, engine=engine, held=held, batch=batch)
     stream = batches(loader)
 
     def run() -> int:

@@ -185,7 +185,8 @@ def gradients(
     config = config_of(setting)
     config = replace(config, model=replace(config.model, dropout=0.0))
     model = model_of(setting, config).eval()
-    loss, _ = training_loss(wrap(model), batch, None, None, config)
+    wrapped = wrap(model)  # has to live until the gradients are there: DDP sums them
+    loss, _ = training_loss(wrapped, batch, None, None, config)
     loss.backward()
     return {name: p.grad.detach().cpu() for name, p in model.named_parameters()}
 

@@ -10,7 +10,8 @@ OUT=${OUT:-data/gpu-results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-570} TES
 export REQUIRE_GPU=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 mkdir -p "$OUT/tests"
 nvidia-smi > "$OUT/nvidia-smi.txt" 2>&1
-about=$("$PYTHON" benchmarks/gpu.py --list 2>&1 | tee "$OUT/cases.txt" | head -n 1) # card, versions, commit
+"$PYTHON" benchmarks/gpu.py --list > "$OUT/cases.txt" 2>&1
+about=$(head -n 1 "$OUT/cases.txt") # card, versions, commit
 # The clips are drawn on the cores meanwhile; tests are not timed.
 timeout -k 5 150 "$PYTHON" benchmarks/gpu.py --parts data --out "$OUT/data" > "$OUT/data.txt" 2>&1 &
 failed=0

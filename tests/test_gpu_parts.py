@@ -112,12 +112,15 @@ def test_a_mixed_batch_is_seen(toy, monkeypatch):
     def mixes(setting, groups, engine, depth):
         for number, pixels in enumerate(real(setting, groups, engine, depth)):
             if depth == 2 and number == 1:
-                pixels[0, 5, 5, 1] ^= 1
+                pixels[0, 5, 5, 1] ^= 32
             yield pixels
 
     monkeypatch.setattr(_Card, "module", Card())
     monkeypatch.setattr(mixing, "image_batches", mixes)
-    assert [(row["value"], row["right"]) for row in mixing.of_decoder(toy, 0.65)] == [(0, True), (1, False)] * 2
+    assert [(row["value"], row["worst"], row["right"]) for row in mixing.of_decoder(toy, 0.65)] == [
+        (0, 0, True),
+        (1, 32, False),
+    ] * 2
 
 
 def test_wrong_clips_are_seen(toy, monkeypatch):

@@ -83,7 +83,7 @@ CASES = [
     case("is_not_here"),
     case("leaves"),
     case("is_wrong"),
-    case("hangs", limit_s=0.7),
+    case("hangs", limit_s=1.5),
     case("fine", name="after a hang"),
     case("fine", proven=False, name="alone"),
     case("exhausts_memory", proven=False),

@@ -40,7 +40,7 @@ def test_what_happens_to_a_child_costs_its_own_case_only(accidents):
     assert set(failed) == {"segfaults", "raises", "leaves", "hangs", "exhausts_memory", "is_killed"}
     assert failed["segfaults"].startswith("died of SIGSEGV: File") and failed["segfaults"].endswith("in segfaults")
     assert failed["raises"].startswith("ValueError: of no use: in two lines (child.py:")
-    assert failed["hangs"].startswith("not done after 0.7 s: killed: File") and failed["hangs"].endswith("in hangs")
+    assert failed["hangs"].startswith("not done after 1.5 s: killed: File") and failed["hangs"].endswith("in hangs")
     assert failed["exhausts_memory"].startswith("MemoryError")
     assert failed["is_killed"].startswith("died of SIGKILL (out of memory?)")
     assert failed["leaves"].startswith("its process ended without it")
@@ -95,12 +95,12 @@ def test_the_budget_ends_it_in_the_middle(tmp_path):
     cases = [case for case in gpu_cases.CASES if case.name in ("first", "sleeps", "last")]
     cases = [cases[0], cases[2], cases[1]]
     began = time.monotonic()
-    runner.run_all(cases, tmp_path, 2.0, gpu_cases.command(tmp_path), ABOUT)
-    assert time.monotonic() - began < 6
+    runner.run_all(cases, tmp_path, 3.0, gpu_cases.command(tmp_path), ABOUT)
+    assert time.monotonic() - began < 7
     found, _ = rows.read(tmp_path / "results.jsonl")
     assert of(found, "figure") == {"first": "something", "sleeps": "before it sleeps"}
     left_out = of(found, "left out")
-    assert left_out["sleeps"].startswith("ended by the budget") and left_out["last"] == "the budget of 2 s was used up"
+    assert left_out["sleeps"].startswith("ended by the budget") and left_out["last"] == "the budget of 3 s was used up"
     assert not of(found, "failed")
     assert "before it sleeps" in (tmp_path / "table.md").read_text()
 
@@ -175,7 +175,7 @@ def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path):
     )
     python.chmod(0o755)
     out = tmp_path / "out"
-    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "TEST_SECONDS": "1", "BUDGET": "90"}
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "TEST_SECONDS": "2", "BUDGET": "90"}
     done = subprocess.run(
         ["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )

@@ -28,13 +28,9 @@ faults: $(VENV)/.installed
 bench: $(VENV)/.installed-bench data/faces/test.txt
 	$(RUN) benchmarks/loader_speed.py $(ARGS)
 
-# All that README calls "not yet measured on a GPU", in one go: correctness first, then speed, starvation and memory.
-bench-gpu: $(VENV)/.installed-bench data/faces/test.txt
-	REQUIRE_GPU=1 $(RUN) -m pytest -m gpu
-	$(RUN) benchmarks/loader_speed.py --device gpu --peers --json benchmarks/results/loader_speed_gpu.json --plot docs/img/loader_speed_gpu.svg
-	$(RUN) benchmarks/loader_speed.py --device gpu --starve --compile --batch-size 64 --json benchmarks/results/starve_gpu.json
-	$(RUN) benchmarks/crf_speed.py --step --json benchmarks/results/crf_speed_gpu.json --plot docs/img/crf_speed_gpu.svg
-	$(RUN) benchmarks/loader_speed.py --device gpu --soak 2 --designs dfer-frames,dfer-video --json benchmarks/results/soak_gpu.json
+# All that README calls "not yet measured on a GPU", in one go: the tests that need one, then all figures, in 10 minutes.
+bench-gpu: $(VENV)/.installed-bench
+	PYTHON=$(RUN) benchmarks/gpu.sh
 
 # make demo ARGS="--checkpoint logs/NAME": a page to try the model on.
 demo: $(DEMO)/.installed

@@ -16,10 +16,14 @@ class LoaderOptions:
     size: int  # height and width of the clips in pixels
     dtype: torch.dtype = torch.float32  # or bfloat16, float16; or uint8: colours 0..255, not normalised (fused only)
 
-    device: Literal["cpu", "gpu"] = "cpu"  # where clips end up; on "gpu" it decodes too (nvJPEG, NVDEC)
+    # Where clips end up; on "gpu" it decodes too (nvJPEG; NVDEC, which refuses HEVC below 144 px and VP9 below 128 px a
+    # side).
+    device: Literal["cpu", "gpu"] = "cpu"
     device_id: int | None = None  # number of the GPU
     graph: Literal["fused", "operators"] | None = None  # our CPU kernel, or DALI's operators; None: by the device
-    jpeg_engine: float = 0.65  # share of the images for the GPU's JPEG engine, if it has one; its cores do the others
+    # Share of the images for the GPU's JPEG engine, if it has one; its cores do the others. 0 until a card has shown
+    # that it does not mix the pixels of two batches (benchmarks/gpu.py).
+    jpeg_engine: float = 0.0
     cached: bool = False  # hold all pictures of a raw source in the device's memory; nothing is loaded after the start
     num_threads: int = 2  # of the graph
     rank: int = 0

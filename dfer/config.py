@@ -32,8 +32,8 @@ class DataConfig:
     """Where relative paths in the lists start; the list's own folder if not given."""
     source: Literal["auto", "frames", "video", "shards", "raw"] = "auto"
     """Where the clips are read from; auto = what the list points at."""
-    jpeg_engine: Annotated[float, Range(0.0, 1.0)] = 0.65
-    """Share of the images that a GPU's JPEG engine decodes, where it has one; more frees cores, less may be faster."""
+    jpeg_engine: Annotated[float, Range(0.0, 1.0)] = 0.0
+    """Share of the images that a GPU's JPEG engine decodes, where it has one. It frees cores, but see docs/LOG.md."""
     bad_clips: Literal["error", "skip"] = "skip"
     """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
     cache: Literal["off", "gpu"] = "off"

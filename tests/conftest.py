@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available() or os.environ.get("REQUIRE_GPU"):
         return  # REQUIRE_GPU=1: without a GPU the tests fail, so that a skip cannot hide
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # not a keyword: those are also the names of folders
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU (REQUIRE_GPU=1 makes this a failure)"))
 
 

@@ -6,8 +6,11 @@ rescaling, which attention needs. One launch per iteration: message, compatibili
 
 Sums, logits, degrees and softmax are float32, operands of the products what the caller says. With TRITON_INTERPRET=1
 everything runs on a CPU. The number of tokens is a compile-time constant: Triton 3.6's interpreter cannot loop to a
-runtime bound under NumPy 2.4.
+runtime bound under NumPy 2.4. `no_type_check`: an import hook that checks types would wrap the kernels, and Triton
+would look for their names in the module of the wrapper.
 """
+
+from typing import no_type_check
 
 import torch
 import triton
@@ -30,6 +33,7 @@ WIDEN = triton.knobs.runtime.interpret
 
 
 @triton.jit
+@no_type_check
 def _dot(a, b, total, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
     """total + a @ b, summed in float32."""
     if WIDEN:
@@ -39,6 +43,7 @@ def _dot(a, b, total, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _tokens(points, half_norm, first, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NEVER: tl.constexpr):
     """Points and half norms of a block of one clip; what lies beyond the last token is far from everything."""
     tokens = first + tl.arange(0, BLOCK)
@@ -49,6 +54,7 @@ def _tokens(points, half_norm, first, N: tl.constexpr, D: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+@no_type_check
 def _pairs(
     rows, z_i, h_i, columns, z_j, h_j, BLOCK: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -59,6 +65,7 @@ def _pairs(
 
 
 @triton.jit
+@no_type_check
 def _block(pointer, tokens, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr):
     """Rows `tokens`, columns first, first + 1, ... of a (N, WIDTH) matrix; zero beyond its edges."""
     columns = first + tl.arange(0, PADDED)
@@ -67,6 +74,7 @@ def _block(pointer, tokens, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, N:
 
 
 @triton.jit
+@no_type_check
 def _store(pointer, tokens, x, WIDTH: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr):
     columns = tl.arange(0, PADDED)
     inside = (tokens < N)[:, None] & (columns < WIDTH)[None, :]
@@ -74,6 +82,7 @@ def _store(pointer, tokens, x, WIDTH: tl.constexpr, PADDED: tl.constexpr, N: tl.
 
 
 @triton.jit
+@no_type_check
 def _scale_kernel(
     points, half_norm, scale,
     N: tl.constexpr, D: tl.constexpr,
@@ -92,6 +101,7 @@ def _scale_kernel(
 
 
 @triton.jit
+@no_type_check
 def _sweep_kernel(
     points, half_norm, scale, x, out,
     N: tl.constexpr, D: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr,
@@ -114,6 +124,7 @@ def _sweep_kernel(
 
 
 @triton.jit
+@no_type_check
 def _step_kernel(
     points, half_norm, scale, x, values, unary, smooth, logits, compatibility, eta,
     new_logits, new_q, message_out, swept_out,
@@ -159,6 +170,7 @@ def _step_kernel(
 
 
 @triton.jit
+@no_type_check
 def _gradient_kernel(
     points, half_norm, left, right, worth, out,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,

@@ -1,0 +1,65 @@
+"""What the card can do at all: copy, take in, multiply. All else is judged by it."""
+
+import statistics
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu_parts.card import cuda
+from benchmarks.gpu_parts.rows import Row, figure, read
+from benchmarks.gpu_parts.setting import Setting
+from benchmarks.gpu_parts.timing import repeated
+
+COPY = "copy on the device, read + written"
+# Dense bf16 FLOP/s of the datasheets, by what nvidia-smi calls the card; the first that fits counts.
+DATASHEET = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "stub": 1e12,
+}
+
+
+def copies_and_product(setting: Setting) -> Iterator[Row]:
+    """The rate of a copy on the device, of one from pinned memory, and of a matrix product in bf16."""
+    mib = setting.copy_bytes / 2**20
+    yield figure(COPY, copy_rates(setting), "B/s", MiB=mib)
+    host = torch.empty(setting.copy_bytes, dtype=torch.uint8, pin_memory=cuda.is_available())
+    there = torch.empty_like(host, device=setting.device)
+    yield figure("copy from pinned memory", repeated(setting, lambda: moved(there, host)), "B/s", MiB=mib)
+    side = setting.product_side
+    a, b = (torch.randn(side, side, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def product() -> int:
+        torch.mm(a, b, out=out)
+        return 2 * side**3
+
+    yield figure("bf16 matrix product", repeated(setting, product), "FLOP/s", side=side)
+
+
+def copy_rate(setting: Setting) -> float:
+    """The measured rate of a copy, of which floors are made: as an earlier case has it, or measured now."""
+    found, _ = read(setting.out / "results.jsonl")
+    told = [row["value"] for row in found if row.get("what") == COPY]
+    return told[-1] if told else statistics.median(copy_rates(setting))
+
+
+def copy_rates(setting: Setting) -> list[float]:
+    """Bytes read and written per second by copies on the device."""
+    source = torch.zeros(setting.copy_bytes, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    return repeated(setting, lambda: 2 * moved(target, source))
+
+
+def moved(target: torch.Tensor, source: torch.Tensor) -> int:
+    target.copy_(source, non_blocking=True)
+    return source.numel()
+
+
+def datasheet_flops(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a card; None where no datasheet was looked up."""
+    return next((flops for known, flops in DATASHEET.items() if known in name), None)

@@ -1,0 +1,150 @@
+"""Right or wrong on the card: clips against the CPU's, losses of a variant against eager, two processes against one."""
+
+import itertools
+import json
+import multiprocessing
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.gpu_parts.project import (
+    IMAGENET_STD,
+    Step,
+    clip_loader,
+    gradients,
+    replace_clips,
+    synthetic,
+    training_step,
+)
+from benchmarks.gpu_parts.rows import Row, figure, read
+from benchmarks.gpu_parts.setting import NotHere, Setting
+
+# Largest and mean difference from the CPU's clip, in steps of 255, as tests/test_dali_pipes.py has them: nvJPEG and
+# NVDEC round the inverse DCT and the chroma their own way, pixels that were never encoded only what follows.
+CLOSE = {"frames": (12, 1), "shards144": (12, 1), "raw128": (0.05, 0.002), "video": (12, 1.5)}
+NUDGE = 2.0**-9  # what rounding to bf16 moves a number by, at most
+SAME = 2.0  # times the distance that such a nudge of all weights makes: further away is not rounding
+EARLY = 20  # steps in which a wrong gradient shows before chaos does
+
+
+def clips_against_cpu(setting: Setting, source: str, held: bool = False, engine: float = 0.0) -> Iterator[Row]:
+    """The clips of a route on the card and those of the CPU's kernel, of the same plan."""
+    one = clip_loader(setting, source, held=held, engine=engine, batch=setting.loader_batch)
+    other = clip_loader(setting, source, where="cpu", short=held, batch=setting.loader_batch)
+    worst, total, number, seen = 0.0, 0.0, 0, 0
+    for ours, want in itertools.islice(zip(one(0), other(0), strict=True), 4):
+        assert torch.equal(ours.ids, want.ids), "the batches hold other clips"
+        steps = (ours.clips.float().cpu() - want.clips).abs() * torch.tensor(255 * IMAGENET_STD).view(3, 1, 1)
+        worst, total = max(worst, float(steps.max())), total + float(steps.double().sum())
+        number, seen = number + steps.numel(), seen + len(ours.ids)
+    limits = CLOSE[source]
+    what = f"{source}{', held in the card' if held else ''}{f', engine {engine:g}' if engine else ''}"
+    yield figure(
+        f"clips of {what} against the CPU's: largest difference", worst, "of 255", mean=total / number, clips=seen,
+        right=worst <= limits[0] and total / number <= limits[1],
+    )  # fmt: skip
+
+
+def losses(setting: Setting, step: Step, bf16_input: bool = False) -> list[float]:
+    """The losses of the setting's training steps on eight batches in turn."""
+    size = min(16, setting.batch)
+    given = [synthetic(setting, size, seed=seed) for seed in range(8)]
+    if bf16_input:
+        given = [replace_clips(batch, batch.clips.to(torch.bfloat16)) for batch in given]
+    made = [step(given[number % 8]).clone() for number in range(setting.train_steps)]
+    return torch.stack(made).float().tolist()
+
+
+def distance(a: Sequence[float], b: Sequence[float]) -> float:
+    """The mean difference of two courses of the loss in their first steps."""
+    return float(np.abs(np.subtract(a[:EARLY], b[:EARLY])).mean())
+
+
+def eager_against_eager(setting: Setting) -> Iterator[Row]:
+    """The same training twice, and twice with weights that were nudged: how far apart does rounding bring losses?"""
+    first = losses(setting, training_step(setting))
+    again = losses(setting, training_step(setting))
+    nudged = [losses(setting, training_step(setting, nudge=sign * NUDGE)) for sign in (1, -1)]
+    rounding = max(distance(first, other) for other in nudged)
+    about = read(setting.out / "results.jsonl")[0][:1]  # the machine
+    told = {"about": about, "losses": first, "rounding": rounding}
+    (setting.out / "eager_losses.json").write_text(json.dumps(told))
+    apart = distance(first, again)
+    yield figure(
+        "eager against eager, first losses", apart, "of the loss", right=apart <= SAME * rounding,
+        rounding=rounding, last_loss=_end(first), last_loss_again=_end(again),
+    )  # fmt: skip
+
+
+def variant_against_eager(setting: Setting, name: str, options: dict[str, Any]) -> Iterator[Row]:
+    """The losses of a variant and those of eager: right if they are as near as rounding would leave them.
+
+    Raises:
+        NotHere: if eager's are missing.
+    """
+    path = setting.out / "eager_losses.json"
+    if not path.exists():
+        raise NotHere("eager against eager has not been run")
+    eager = json.loads(path.read_text())
+    made = losses(setting, training_step(setting, **options), bool(options.get("bf16_input")))
+    apart = distance(made, eager["losses"])
+    yield figure(
+        f"{name} against eager, first losses", apart, "of the loss", right=apart <= SAME * eager["rounding"],
+        rounding=eager["rounding"], last_loss=_end(made), last_loss_eager=_end(eager["losses"]),
+    )  # fmt: skip
+
+
+def _end(course: Sequence[float]) -> float:
+    return float(np.mean(course[-50:]))
+
+
+def two_processes(setting: Setting) -> Iterator[Row]:
+    """The gradients of two processes on one card (gloo), half of the batch each, against one with all of it."""
+    whole = gradients(setting, synthetic(setting, 4))
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = setting.out / "gradients.pt"
+    path.unlink(missing_ok=True)
+    processes = [context.Process(target=one_of_two, args=(setting, rank, port, str(path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise RuntimeError(f"the two processes ended with {codes}")
+    shared = torch.load(path, weights_only=True)
+    path.unlink()
+    apart = gradients_apart(shared, whole)
+    worst = max(apart, key=lambda name: apart[name])
+    # float32 sums of up to a million terms in another order differ by some 1e-5
+    yield figure(
+        "gradients of two processes against one", apart[worst], "of the norm", right=apart[worst] <= 1e-3, of=worst
+    )
+
+
+def gradients_apart(ours: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far gradients are apart, as a share of their norm.
+
+    Some are zero but for rounding, as that of a bias before a softmax: to each norm a 10,000th of that of all is added.
+    """
+    total = torch.stack([g.norm() for g in want.values()]).norm()
+    return {name: float((ours[name] - g).norm() / (g.norm() + 1e-4 * total)) for name, g in want.items()}
+
+
+def one_of_two(setting: Setting, rank: int, port: int, path: str) -> None:
+    """A process of the two: its half of the batch, gradients averaged by gloo."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    batch = synthetic(setting, 4)
+    half = type(batch)(*(part.chunk(2)[rank] for part in batch))
+    found = gradients(setting, half, DistributedDataParallel)
+    if rank == 0:
+        torch.save(found, path)
+    dist.destroy_process_group()

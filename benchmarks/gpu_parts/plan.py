@@ -1,0 +1,140 @@
+"""All cases, in the order in which a card does them: what is proven, most valuable first; then each of the rest alone.
+
+What needs no card comes last: nothing that happens to the card can harm it.
+Proven is what has run on an H200 before (2026-11-26). A new kernel, a capture, a decoder, a cache begins as not proven.
+"""
+
+from benchmarks.gpu_parts.runner import ALL_CORES, Case
+
+HERE = "benchmarks.gpu_parts"
+PARTS = ("data", "ceilings", "loaders", "step", "training", "checks", "peers")
+SOURCES = ("frames", "shards144", "raw128", "video")
+TRITON, BF16, CUDNN = {"crf_backend": "triton"}, {"bf16_input": True}, {"cudnn_benchmark": True}
+QUICK_TO_START = {
+    "Triton CRF": TRITON,
+    "bf16 input": BF16,
+    "cudnn.benchmark": CUDNN,
+    "Triton CRF + bf16 input + cudnn.benchmark": TRITON | BF16 | CUDNN,
+}
+COMPILED = {  # a minute for each batch size
+    "compiled": {"compiled": True},
+    "compiled + Triton CRF + bf16 input": {"compiled": True} | TRITON | BF16,
+}
+TELLING, OTHERS = (0, 1), (2, 3)  # places of the setting's batch sizes
+
+
+def all_cases() -> list[Case]:
+    """The whole plan."""
+    return [*on_the_cpu_first(), *proven(), *alone(), *loaders_by_cores(), *peers(), *the_rest()]
+
+
+def on_the_cpu_first() -> list[Case]:
+    return [
+        Case("data", "data", f"{HERE}.data", "prepare", limit_s=150, proven=True, gpu=False),
+        Case("data", "counts", f"{HERE}.steps", "counted", limit_s=60, proven=True, gpu=False),
+    ]
+
+
+def ceiling(name: str, function: str, proven: bool = True, gpu: bool = True, **options: object) -> Case:
+    return Case("ceilings", name, f"{HERE}.decoders", function, options, limit_s=60, proven=proven, gpu=gpu)
+
+
+def check(name: str, function: str, options: dict, proven: bool = False, limit_s: float = 60) -> Case:
+    module = "mixing" if function == "both" else "checks"
+    return Case("checks", name, f"{HERE}.{module}", function, options, limit_s=limit_s, proven=proven)
+
+
+def proven() -> list[Case]:
+    """What shares one child on the card."""
+    cases = [
+        Case("ceilings", "copies and product", f"{HERE}.ceilings", "copies_and_product", limit_s=60, proven=True),
+        ceiling("nvJPEG on SMs", "jpeg", where=["sms"]),
+        ceiling("libjpeg-turbo on all cores", "jpeg", gpu=False, where=["cores"]),
+        ceiling("libjpeg-turbo on all cores, crops", "jpeg", gpu=False, where=["cores"], crop=True),
+        ceiling("NVDEC, one session", "videos", sessions=1),
+        ceiling("FFmpeg on all cores", "videos_on_cores", gpu=False),
+    ]
+    # Where NVDEC takes 13 ms for a clip, a large batch takes seconds.
+    sources = [{"source": name, "batch": 16} if name == "video" else {"source": name} for name in SOURCES]
+    for options in sources:
+        name = f"loader {options['source']}"
+        cases.append(Case("loaders", name, f"{HERE}.loaders", "alone", options, limit_s=45, proven=True))
+    held = {"source": "raw128", "held": True}
+    cases.append(Case("loaders", "loader raw128 held", f"{HERE}.loaders", "alone", held, limit_s=45, proven=True))
+    for place in range(4):  # of the setting's batch sizes
+        options = {"place": place}
+        cases.append(Case("step", f"eager {place}", f"{HERE}.steps", "eager", options, limit_s=60, proven=True))
+    for options in sources:
+        cases.append(_training(f"training from {options['source']}", options))
+    cases.append(_training("training from raw128 held", held))
+    for source in SOURCES:
+        cases.append(check(f"clips of {source}", "clips_against_cpu", {"source": source}, proven=True))
+    cases.append(check("clips of raw128 held", "clips_against_cpu", held, proven=True))
+    cases.append(check("mixing, engine 0", "both", {"engine": 0.0}, proven=True))
+    cases.append(check("eager against eager", "eager_against_eager", {}, proven=True, limit_s=120))
+    cases.append(Case("loaders", "feeding", f"{HERE}.loaders", "feed", limit_s=60, proven=True, gpu=False))
+    return cases
+
+
+def _training(name: str, options: dict) -> Case:
+    return Case("training", name, f"{HERE}.training", "from_source", options, limit_s=60, proven=True)
+
+
+def loaders_by_cores() -> list[Case]:
+    """The CPU's loader on all cores of the machine and on fewer."""
+    work = (f"{HERE}.loaders", "on_cpu")
+    return [
+        Case("loaders", f"CPU loader, cores: {told}", *work, limit_s=90, proven=True, gpu=False, cores=cores)
+        for told, cores in (("all", ALL_CORES), ("1", 1), ("2", 2), ("4", 4), ("8", 8))
+    ]
+
+
+def alone() -> list[Case]:
+    """What is not proven: each in a child of its own."""
+    cases = [check(f"mixing, engine {engine:g}", "both", {"engine": engine}) for engine in (0.65, 1.0)]
+    for name, options in QUICK_TO_START.items():
+        cases.append(_variant(name, options, TELLING))
+        cases.append(_against_eager(name, options))
+    cases += [
+        check("two processes", "two_processes", {}),
+        ceiling("JPEG engine", "jpeg", proven=False, where=["engine"]),
+        ceiling("nvJPEG on both", "jpeg", proven=False, where=["both"]),
+        ceiling("SMs, engine and cores together", "jpeg", proven=False, where=["sms", "engine", "cores"]),
+        ceiling("nvJPEG on SMs, crops", "jpeg", proven=False, where=["sms"], crop=True),
+        ceiling("NVDEC, all engines", "videos", proven=False, sessions=None),
+        Case("ceilings", "NVDEC's limits", f"{HERE}.nvdec", "told"),
+    ]
+    for engine in (0.65, 1.0):
+        options = {"source": "frames", "engine": engine}
+        cases.append(Case("loaders", f"loader frames, engine {engine:g}", f"{HERE}.loaders", "alone", options))
+    for backend in ("dense", "triton"):
+        options = {"backend": backend}
+        cases.append(Case("step", f"share of the CRF, {backend}", f"{HERE}.steps", "share_of_crf", options, limit_s=60))
+    return cases
+
+
+def the_rest() -> list[Case]:
+    """Also each in a child of its own, last since it takes long or tells little more."""
+    cases = []
+    for name, options in COMPILED.items():
+        cases.append(_variant(name, options, TELLING, limit_s=240))
+        cases.append(_against_eager(name, options, limit_s=150))
+    return cases + [
+        _variant(name, options, OTHERS, limit_s=300) for name, options in (QUICK_TO_START | COMPILED).items()
+    ]
+
+
+def _variant(name: str, options: dict, places: tuple[int, ...], limit_s: float = 90) -> Case:
+    more = "" if places == TELLING else ", other batches"
+    work = {"name": name, "options": options, "places": places}
+    return Case("step", f"step, {name}{more}", f"{HERE}.steps", "variant", work, limit_s=limit_s)
+
+
+def _against_eager(name: str, options: dict, limit_s: float = 75) -> Case:
+    work = {"name": name, "options": options}
+    return check(f"{name} against eager", "variant_against_eager", work, limit_s=limit_s)
+
+
+def peers() -> list[Case]:
+    names = ("torchvision_on_card", "simplejpeg_and_copy", "spdl", "torchcodec_videos")
+    return [Case("peers", f"peer {name}", f"{HERE}.peers", name, limit_s=45) for name in names]

@@ -1,0 +1,111 @@
+"""The training step on synthetic input: its speed, what of it is the card's work, and how far from the floor it is."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.floor import Counts, floor_seconds, read_counts
+from benchmarks.gpu_parts.card import cuda
+from benchmarks.gpu_parts.ceilings import copy_rate, datasheet_flops
+from benchmarks.gpu_parts.project import Batch, Step, free_card, replace_clips, synthetic, training_step
+from benchmarks.gpu_parts.rows import Row, figure
+from benchmarks.gpu_parts.setting import Setting
+from benchmarks.gpu_parts.timing import in_turns, ratios, repeated
+from benchmarks.gpu_parts.trace import traced
+
+
+def clips_of(step: Step, batch: Batch) -> Callable[[], int]:
+    """A run for the clock: one step, so many clips."""
+
+    def run() -> int:
+        step(batch)
+        return len(batch.labels)
+
+    return run
+
+
+def input_of(setting: Setting, batch: int, options: dict[str, Any]) -> Batch:
+    """What the step is given: noise, in bf16 where the option says that the loader would give it so."""
+    made = synthetic(setting, batch)
+    return replace_clips(made, made.clips.to(torch.bfloat16)) if options.get("bf16_input") else made
+
+
+def eager(setting: Setting, place: int) -> Iterator[Row]:
+    """The step as it is, with the batch that stands at that place of the setting's."""
+    batch = setting.batches[place]
+    step, given = training_step(setting), synthetic(setting, batch)
+    run = clips_of(step, given)
+    speeds = repeated(setting, run)
+    yield figure(f"step, eager, B={batch}", speeds, "clips/s", **beside_it(setting, run, speeds, batch))
+
+
+def variant(setting: Setting, name: str, options: dict[str, Any], places: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
+    """A step under some options and the eager one in turns."""
+    for batch in (setting.batches[place] for place in places if place < len(setting.batches)):
+        runs = {
+            "eager": clips_of(training_step(setting), synthetic(setting, batch)),
+            name: clips_of(training_step(setting, **options), input_of(setting, batch, options)),
+        }
+        found = in_turns(setting, runs)
+        more = beside_it(setting, runs[name], found[name], batch)
+        yield figure(f"step, {name}, B={batch}", found[name], "clips/s", **more)
+        yield figure(f"step, {name} over eager, B={batch}", ratios(found, name, "eager"), "times")
+        del runs
+        free_card()
+
+
+def beside_it(setting: Setting, run: Callable[[], int], speeds: list[float], batch: int) -> dict[str, float | None]:
+    """All that is told of a step beside its speed; docs/speed.md has the definitions."""
+    clips_per_s = sorted(speeds)[len(speeds) // 2]
+    cuda.reset_peak_memory_stats()
+    run()
+    peak = cuda.max_memory_allocated() / 2**30
+    seen = traced(setting, run)
+    counts, flops = read_counts(setting), datasheet_flops(cuda.get_device_name())
+    step_s = batch / clips_per_s
+    return {
+        "ms": 1000 * step_s,
+        "busy_share": seen.busy_s / step_s,
+        "kernels_ms": 1000 * seen.kernels_s,
+        "launches": seen.launches,
+        **shares_of_floor(setting, counts, flops, batch, step_s),
+        "mfu": counts.flops(batch) / step_s / flops if flops else None,
+        "peak_GiB": peak,
+    }
+
+
+def shares_of_floor(
+    setting: Setting, counts: Counts, flops: float | None, batch: int, step_s: float
+) -> dict[str, float]:
+    """The time of the floor over the step's, with the bytes that are needed and with those that eager operators move.
+
+    Nothing where the datasheet of the card is not known.
+    """
+    if flops is None:
+        return {}
+    rate = copy_rate(setting)
+    moved = {"share_of_floor": counts.needed(batch), "share_of_eager_floor": counts.eager(batch)}
+    return {name: floor_seconds(num, counts.flops(batch), rate, flops) / step_s for name, num in moved.items()}
+
+
+def share_of_crf(setting: Setting, backend: str) -> Iterator[Row]:
+    """What the CRF costs: the step with it less the step without it, in turns; its kernels' sum beside it."""
+    runs = {
+        "with": clips_of(training_step(setting, crf_backend=backend), synthetic(setting, setting.batch)),
+        "without": clips_of(training_step(setting, crf=False), synthetic(setting, setting.batch)),
+    }
+    found = in_turns(setting, runs)
+    shares = [1 - ratio for ratio in ratios(found, "with", "without")]
+    seen = traced(setting, runs["with"])
+    step_ms = 1000 * setting.batch / sorted(found["with"])[setting.repeats // 2]
+    more = {"ms": step_ms, "its_kernels_ms": 1000 * seen.crf_s}
+    yield figure(f"share of the CRF ({backend}) of a step, B={setting.batch}", shares, "of the step", **more)
+
+
+def counted(setting: Setting) -> Iterator[Row]:
+    """What the model computes and moves for a clip, and for a step besides; kept for the cases that follow."""
+    counts = read_counts(setting)
+    yield figure("computing", counts.flops_a_clip, "FLOP a clip")
+    yield figure("bytes that are needed", counts.needed_a_clip, "B a clip", a_step_besides=counts.needed_a_step)
+    yield figure("bytes that eager operators move", counts.eager_a_clip, "B a clip", a_step_besides=counts.eager_a_step)

@@ -1,0 +1,33 @@
+"""Training from each source as a fraction of its speed on one batch that lies there: same step, same B, in turns."""
+
+import time
+from collections.abc import Iterator
+
+from benchmarks.gpu_parts.project import batches, clip_loader, training_step
+from benchmarks.gpu_parts.rows import Row, figure
+from benchmarks.gpu_parts.setting import Setting
+from benchmarks.gpu_parts.timing import in_turns, ratios
+
+
+def from_source(setting: Setting, source: str, held: bool = False, batch: int | None = None) -> Iterator[Row]:
+    """The step on what the loader brings, and on the first batch of it again and again."""
+    loader = clip_loader(setting, source, held=held, batch=batch)
+    stream, step, waited = batches(loader), training_step(setting), [0.0, 0.0]
+    first = next(stream)
+
+    def synthetic() -> int:
+        step(first)
+        return len(first.labels)
+
+    def loaded() -> int:
+        began = time.perf_counter()
+        given = next(stream)
+        waited[0] += time.perf_counter() - began
+        step(given)
+        waited[1] += time.perf_counter() - began
+        return len(given.labels)
+
+    found = in_turns(setting, {"synthetic": synthetic, "loaded": loaded})
+    where = f"{source}{', held in the card' if held else ''}, B={loader.options.batch_size}"
+    yield figure(f"training from {where}", found["loaded"], "clips/s", host_waits_share=waited[0] / waited[1])
+    yield figure(f"training from {where}: fraction of synthetic", ratios(found, "loaded", "synthetic"), "of synthetic")

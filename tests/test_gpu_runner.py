@@ -1,0 +1,194 @@
+"""benchmarks/gpu.py: what children do to themselves, a budget and a signal cost nothing that is not theirs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu_parts import rows, runner
+from benchmarks.gpu_parts.plan import PARTS
+from tests import gpu_cases
+from tests.conftest import ROOT, run_python
+
+ABOUT = {"card": "none", "cores": 2}
+
+
+def of(found: list[dict], event: str) -> dict[str, str]:
+    """Case -> reason, or what was measured."""
+    return {row["case"]: row.get("reason", row.get("what")) for row in found if row.get("event") == event}
+
+
+@pytest.fixture(scope="module")
+def accidents(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """A run of all that can happen to a child."""
+    out = tmp_path_factory.mktemp("accidents")
+    cases = [case for case in gpu_cases.CASES if case.name != "sleeps"]
+    runner.run_all(cases, out, 120.0, gpu_cases.command(out), ABOUT)
+    return out, rows.read(out / "results.jsonl")[0]
+
+
+def test_what_happens_to_a_child_costs_its_own_case_only(accidents):
+    _, found = accidents
+    fine = {case.name for case in gpu_cases.CASES if case.function == "fine"}
+    assert fine | {"is_wrong"} == set(of(found, "end"))
+    failed = of(found, "failed")
+    assert set(failed) == {"segfaults", "raises", "leaves", "hangs", "exhausts_memory", "is_killed"}
+    assert failed["segfaults"].startswith("died of SIGSEGV: File") and failed["segfaults"].endswith("in segfaults")
+    assert failed["raises"].startswith("ValueError: of no use: in two lines (child.py:")
+    assert failed["hangs"].startswith("not done after 1.5 s: killed: File") and failed["hangs"].endswith("in hangs")
+    assert failed["exhausts_memory"].startswith("MemoryError")
+    assert failed["is_killed"].startswith("died of SIGKILL (out of memory?)")
+    assert failed["leaves"].startswith("its process ended without it")
+    assert of(found, "left out") == {"is_not_here": "no such library"}
+    figures = of(found, "figure")
+    assert figures["segfaults"] == "before it" and figures["raises"] == "before it"  # what came before is there
+
+
+def test_proven_cases_share_a_child_until_one_of_them_ends_it(accidents):
+    found = [row for row in accidents[1] if row.get("what") == "something"]
+    process = {row["case"]: row["process"] for row in found}
+    assert len(set(process.values())) == len(process)  # each of these came after an accident, or is not proven
+    assert [row["n"] for row in found] == [3] * len(found) and {row["value"] for row in found} == {2.0}
+
+
+def test_nothing_outlives_a_child_that_was_killed(accidents):
+    (pid,) = (int(row["value"]) for row in accidents[1] if row.get("what") == "its process")
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_memory_runs_out_in_the_child_first(accidents):
+    (points,) = (row["value"] for row in accidents[1] if row.get("what") == "adjusted")
+    assert points == 1000
+
+
+def test_logs_say_where_a_child_was_and_on_what(accidents):
+    (log,) = (path for path in (accidents[0] / "logs").iterdir() if "in hangs" in path.read_text())
+    assert log.read_text().startswith("# card none, cores 2") and "gpu_cases.py" in log.read_text()
+
+
+def test_the_table_has_it_all(accidents):
+    out, found = accidents
+    table = (out / "table.md").read_text()
+    assert table.startswith("card none, cores 2")
+    assert "part | first | something | 2 | clips/s | 3 | 1 to 4 | right" in table
+    assert "- part, segfaults: died of SIGSEGV" in table and "- part, is_not_here: no such library" in table
+    assert table.endswith("WRONG:\n\n- part, is_wrong: mixed batches: 3 batches\n")
+    ends = [row for row in found if row.get("event") == "end"]
+    assert all(row["seconds"] > 0 and row["cores_used"] >= 0 <= row["foreign_cores"] for row in ends)
+    assert not list(out.glob("*.partial"))
+
+
+def test_who_was_disturbed_is_told():
+    found = [{"event": "end", "part": "part", "case": str(cores), "foreign_cores": cores} for cores in (0.05, 1.5)]
+    assert rows.table(found).endswith("cores:\n\n- part, 1.5: 1.50 cores\n")
+
+
+def test_the_budget_ends_it_in_the_middle(tmp_path):
+    cases = [case for case in gpu_cases.CASES if case.name in ("first", "sleeps", "last")]
+    cases = [cases[0], cases[2], cases[1]]
+    began = time.monotonic()
+    runner.run_all(cases, tmp_path, 3.0, gpu_cases.command(tmp_path), ABOUT)
+    assert time.monotonic() - began < 7
+    found, _ = rows.read(tmp_path / "results.jsonl")
+    assert of(found, "figure") == {"first": "something", "sleeps": "before it sleeps"}
+    left_out = of(found, "left out")
+    assert left_out["sleeps"].startswith("ended by the budget") and left_out["last"] == "the budget of 3 s was used up"
+    assert not of(found, "failed")
+    assert "before it sleeps" in (tmp_path / "table.md").read_text()
+
+
+def test_a_signal_leaves_the_table(tmp_path):
+    """As `timeout` sends it."""
+    code = (
+        "import signal, sys; from pathlib import Path; from tests import gpu_cases; "
+        "from benchmarks.gpu_parts import runner; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+        f"out = Path({str(tmp_path)!r}); cases = [c for c in gpu_cases.CASES if c.name in ('first', 'sleeps')]; "
+        "runner.run_all(cases, out, 60.0, gpu_cases.command(out), {})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        deadline = time.monotonic() + 30
+        while "before it sleeps" not in str(rows.read(tmp_path / "results.jsonl")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+    assert "- part, sleeps: ended by SystemExit" in (tmp_path / "table.md").read_text()
+
+
+def test_a_line_that_was_cut_off_is_no_row(tmp_path):
+    path = tmp_path / "results.jsonl"
+    rows.append(path, {"event": "begin"})
+    with open(path, "a") as file:
+        file.write('{"event": "fig')
+    found, place = rows.read(path)
+    assert found == [{"event": "begin"}]
+    with open(path, "a") as file:
+        file.write('ure"}\nno row\n')
+    assert rows.read(path, place)[0] == [{"event": "figure"}]
+
+
+def test_the_parent_has_no_way_to_the_card():
+    """Neither torch nor DALI is loaded there."""
+    code = (
+        "import sys; sys.argv = ['gpu.py', '--list']; sys.path.insert(0, '.'); from benchmarks import gpu; gpu.main()"
+    )
+    code += "; print('loaded', [m for m in sys.modules if m.split('.')[0] in ('torch', 'nvidia', 'numba')])"
+    done = run_python("-c", code)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "loaded []", done.stderr
+    assert "libjpeg-turbo on all cores" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--parts", "loader"], "no part 'loader'; there are data"), (["--budget", "0"], "'0'")]
+)
+def test_bad_arguments_are_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.startswith("gpu.py: ") and error.count("\n") == 1
+
+
+def test_fewer_cores_than_a_case_asks_for_leave_it_out():
+    def names(gpu_there: bool, cores: int) -> list[str]:
+        return [case.name for case in gpu.chosen(["loaders"], False, gpu_there, cores) if case.cores]
+
+    assert names(False, 2) == ["CPU loader, cores: all", "CPU loader, cores: 1"]
+    assert names(True, 16)[-1] == "CPU loader, cores: 8"
+    assert not any(case.gpu for case in gpu.chosen(list(PARTS), True, False, 2))
+
+
+def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path):
+    """With a Python that writes down what it is asked: one file's tests die, another's hang."""
+    python, asked = tmp_path / "python", tmp_path / "asked.txt"
+    python.write_text(
+        f'#!/bin/bash\necho "$@" >> {asked}\necho "said of ${{@: -1}}"\n'
+        'case "$*" in *test_doctor*) kill -SEGV $$ ;; *test_finite*) sleep 30 ;;\n'
+        '*peers*) echo "a table"; exit 1 ;; esac\n'
+    )
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "TEST_SECONDS": "2", "BUDGET": "90"}
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "a table" in done.stdout
+    told = dict(line.split(": ", 1) for line in (out / "tests.txt").read_text().splitlines())
+    assert set(told) >= {f"tests/test_{name}.py" for name in ("crf_triton", "dali_pipes", "doctor", "finite")}
+    assert told["tests/test_doctor.py"].startswith("exit code 139;")
+    assert told["tests/test_finite.py"].startswith("exit code 124;")
+    assert told["tests/test_crf_triton.py"] == "exit code 0; said of tests/test_crf_triton.py"
+    assert (out / "tests" / "test_doctor.txt").read_text().startswith("said of --list\n")
+    commands = asked.read_text().splitlines()
+    (last,) = (line for line in commands if "--peers" in line)
+    words = last.split()
+    assert 60 <= int(words[words.index("--budget") + 1]) <= 90 and words[words.index("--out") + 1] == str(out)
+    gpu.parse(words[1:])
+    assert f"benchmarks/gpu.py --parts data --out {out}/data" in commands and commands[-1] == last

@@ -39,6 +39,7 @@ demo: $(DEMO)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
 # The stamp is written last: an installation that was cut off is done again.
 $(VENV)/.installed: requirements.txt

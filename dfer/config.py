@@ -269,8 +269,9 @@ def _check_ranges(section: Any, prefix: str) -> None:
     for name, hint in get_type_hints(type(section), include_extras=True).items():
         flag = f"{prefix}{name.replace('_', '-')}"
         value: Any = getattr(section, name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(type(value)):
             _check_ranges(value, f"{flag}.")
+            continue
         for limits in (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)):
             if not math.isfinite(value) or not limits.low <= value <= limits.high:
                 raise UserError(f"{flag} {value}: must be between {limits.low} and {limits.high}")

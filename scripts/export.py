@@ -35,9 +35,9 @@ from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report import read_run
-from dfer.report.records import Predictions
 from dfer.report.statistics import wilson
 from dfer.run.checkpoint import load_checkpoint
+from dfer.run.predictions import Predictions
 from dfer.state import load_trained
 
 FORMATS = ("hub", "pt2", "onnx")

@@ -72,6 +72,6 @@ def run_python(*args: str, timeout: float = 120, fresh: bool = False, **env: str
     """Run a script of the repository as a user would, in a fork of a process that has its libraries, or a fresh one."""
     # One thread each: several tests run at once, and threads that wait for each other wait long then.
     env = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **env}
-    if args[0].endswith(".py") and not fresh:
+    if args[0].endswith(".py") and not fresh and "PYTHONIOENCODING" not in env:
         return nursery().run(list(args), env, timeout)
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)

@@ -24,11 +24,11 @@ from dfer.lists.releases import DFEW_TEST_COUNTS
 from dfer.report import figures, fold_results, read_run
 from dfer.report.folds import folds_page
 from dfer.report.published import published_results
-from dfer.report.records import Predictions
 from dfer.report.statistics import Pool, bootstrap, pool, wilson
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from dfer.run.folder import fingerprint
 from dfer.run.folds import BEST, Job, drive, slots_for
+from dfer.run.predictions import Predictions
 from dfer.run.signals import SIGNALS
 from scripts import crossval
 from tests.conftest import ROOT

@@ -17,8 +17,8 @@ from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.model.build import build_model
 from dfer.model.temporal import TemporalBlock
-from dfer.report.records import Predictions
 from dfer.run.checkpoint import save_checkpoint
+from dfer.run.predictions import Predictions
 from dfer.state import load_weights
 from scripts import export
 

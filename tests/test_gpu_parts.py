@@ -96,7 +96,8 @@ def test_every_part_as_far_as_python_goes(toy, one_thread, monkeypatch, case):
     for row in found:
         assert set(row) >= COMMON and row["n"] >= 1 and row["unit"], row
         assert json.loads(json.dumps(row)) == row  # what is written can be read
-        assert row["value"] == row["value"] and row["value"] >= 0, row
+        # A share is a difference of two times, which at this size is noise.
+        assert row["value"] == row["value"] and (row["value"] >= 0 or "share" in row["what"]), row
     wanted = KEYS.get(case.function, set())
     assert wanted <= set(found[0]), wanted - set(found[0])
     if case.part == "checks" and "against eager" not in case.name:  # two steps say nothing about a course of losses

@@ -11,8 +11,8 @@ import pytest
 
 from dfer.config import Config, DataConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
-from dfer.report.records import Predictions
 from dfer.run.logger import Logger
+from dfer.run.predictions import Predictions
 from dfer.run.wandb_log import _tables
 
 

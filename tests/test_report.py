@@ -24,10 +24,10 @@ from dfer.report import page as report
 from dfer.report.cards import TEXTS
 from dfer.report.gallery import upsample
 from dfer.report.inspection import Clip, Inspection, choose, free_energies, inspect_model
-from dfer.report.records import Predictions, align
 from dfer.report.statistics import bootstrap, interval, wilson
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.distributed import World
+from dfer.run.predictions import Predictions, align
 from dfer.state import load_trained
 from tests.conftest import run_python
 

@@ -29,7 +29,7 @@ STAGES = 1
 
 
 # The interpreter multiplies bf16 by its bits, as integers: there operands are widened, after they were rounded.
-WIDEN = triton.knobs.runtime.interpret
+WIDEN = triton.knobs.runtime.interpret  # type: ignore[attr-defined]
 
 
 @triton.jit
@@ -286,4 +286,4 @@ class TritonPairs(DifferentiablePairs):
 
 
 def _padded(width: int) -> int:
-    return max(triton.next_power_of_2(width), 16)
+    return max(1 << (width - 1).bit_length(), 16)

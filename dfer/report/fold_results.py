@@ -12,9 +12,10 @@ from dfer.cli import UserError
 from dfer.lists.annotations import EMOTIONS, read_annotations
 from dfer.metrics import ConfusionMatrix
 from dfer.report.published import published_results
-from dfer.report.records import Predictions, Run, read_predictions, read_run
+from dfer.report.records import Run, read_run
 from dfer.report.statistics import Pool, pool, wilson
 from dfer.run.folds import BEST, FoldRun
+from dfer.run.predictions import Predictions, read_predictions
 
 
 class FinishedRun(NamedTuple):

@@ -15,7 +15,7 @@ from dfer.report.charts import shares_chart
 from dfer.report.figures import ACCENT, SECOND, inline_svg
 from dfer.report.inspection import Clip, Inspection
 from dfer.report.markup import grid, section
-from dfer.report.records import Predictions
+from dfer.run.predictions import Predictions
 
 NUM_FRAMES, TILE = 8, 96  # frames of a clip that are shown, and their size in pixels
 PRIVACY = (

@@ -15,9 +15,10 @@ from dfer.crf.layers import MeanFieldCRF
 from dfer.lists.index import load_index
 from dfer.model import DFERNet
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dfer.report.records import Predictions, Run
+from dfer.report.records import Run
 from dfer.run.checkpoint import load_checkpoint
 from dfer.run.distributed import World
+from dfer.run.predictions import Predictions
 
 ENERGY_CLIPS = 4  # whose free energy is followed: the kernel of a long clip is large
 

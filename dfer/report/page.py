@@ -21,8 +21,9 @@ from dfer.report.cards import Card, crf_cards, prediction_cards, training_cards
 from dfer.report.gallery import gallery_section
 from dfer.report.inspection import ENERGY_CLIPS, Inspection, inspect_model
 from dfer.report.markup import document, grid, interval_text, notes_box, section, settings_section, table, tiles
-from dfer.report.records import Predictions, Run, align
+from dfer.report.records import Run
 from dfer.report.statistics import bootstrap, interval, wilson
+from dfer.run.predictions import Predictions, align
 
 
 def write_report(

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from dfer.cli import UserError
 from dfer.metrics import ConfusionMatrix
-from dfer.report.records import Predictions, align, confusion_matrix
+from dfer.run.predictions import Predictions, align, confusion_matrix
 
 
 def wilson(right: int | float, total: int) -> tuple[float, float]:

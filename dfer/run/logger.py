@@ -20,8 +20,8 @@ from dfer.evaluation import Evaluation
 from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix, peak_memory
-from dfer.report.records import read_predictions
 from dfer.run import distributed
+from dfer.run.predictions import read_predictions
 from dfer.run.wandb_log import WandbLog
 from dfer.state import Job
 

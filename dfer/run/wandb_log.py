@@ -16,7 +16,7 @@ from dfer.config import Config
 from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix
-from dfer.report.records import Predictions
+from dfer.run.predictions import Predictions
 
 if TYPE_CHECKING:
     import wandb

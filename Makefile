@@ -11,8 +11,10 @@ ARGS ?=
 train: $(VENV)/.installed data/faces/test.txt
 	$(RUN) train.py $(ARGS)
 
+# One more than there are cores, as many tests wait for processes and time-outs.
+WORKERS := $(shell echo $$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 )))
 test: $(VENV)/.installed
-	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -23,7 +23,9 @@ import dfer.report.page, matplotlib.pyplot, onnxruntime  # the ends of runs, and
 import wandb.sdk.data_types._private as media  # timm has imported it
 
 torch.set_num_threads(1)
-media.MEDIA_TMP._finalizer.detach()  # one folder for all: the first to end would delete it
+# One folder for all children, which the first to end would delete.
+media.MEDIA_TMP._finalizer.detach()
+atexit.unregister(media.MEDIA_TMP.cleanup)
 
 def play(order):
     os.setsid()

@@ -34,18 +34,26 @@ from dfer.files import reason
 from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import Objective, build_objective
 from dfer.metrics import BEGINNING, Throughput
-from dfer.optim import Schedule
+from dfer.optim import build_schedule
 from dfer.precision import build_precision
 from dfer.run import distributed, dry_run
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.distributed import World
-from dfer.run.folder import RunFolder, about_run, continued_config, diverged
+from dfer.run.folder import RunFolder, about_run, continued_config, diverged, shared_config
 from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
 from dfer.run.profiler import TRACE, WARM_UP, Profiler
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.state import Job, build_state, load_trained
+
+
+class Data(NamedTuple):
+    """The clips of a run, and what training on them minimises."""
+
+    train_index: ClipIndex
+    val_index: ClipIndex
+    objective: Objective
 
 
 class Step(NamedTuple):
@@ -65,14 +73,14 @@ class Diverged(Exception):
 
 def main(config: Config) -> int:
     """Run what the configuration says, and return the exit code."""
-    data, keep = config.data, not config.validate_only
-    train_index = load_index(data.train_list, data.root, data.source, bad_videos=data.bad_clips, write_cache=keep)
-    val_index = load_index(data.val_list, data.root, data.source, write_cache=keep)
-    objective = build_objective(config.loss, train_index.records)
+    data = read_data(config)
     world = distributed.setup(config.run.device, timedelta(seconds=config.run.timeout))
-    with distributed.peers_named(world), memory_advice(config):
+    with distributed.peers_named(world):
+        if (shared := shared_config(config, world)) != config:
+            config, data = shared, read_data(shared)
         if config.validate_only:
-            return try_out(config, train_index, val_index, objective, world)
+            with memory_advice(config):
+                return try_out(config, data, world)
         run, saved, damage = None, None, []
         if world.is_main:
             name = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -83,50 +91,42 @@ def main(config: Config) -> int:
             content = distributed.share(saved, world)
             state = decode_state(content, config.run.log_dir) if content else None
             if state:
-                config = continued_config(state, config, train_index, world.size)
-            job = prepare(config, train_index, val_index, objective, world, state)
-            code = train(job, run, state, damage)
+                config = continued_config(state, config, data.train_index, world.size)
+            with memory_advice(config):
+                job = prepare(config, data, world, state)
+                code = train(job, run, state, damage)
     if run and code == 0:
         print_report(run.path)
     return code
 
 
-def prepare(
-    config: Config,
-    train_index: ClipIndex,
-    val_index: ClipIndex,
-    objective: Objective,
-    world: World,
-    checkpoint: dict[str, Any] | None,
-) -> Job:
-    """Build all that a run needs before its first step, fresh or as a checkpoint has it."""
-    optim, data = config.optim, config.data
-    train_loader = build_loader(config, train_index, "train", world)
-    val_loader = build_loader(config, val_index, "eval", world)
-    steps_per_epoch = len(train_loader) // optim.accumulate
-    if steps_per_epoch == 0:
-        raise UserError(
-            f"{data.train_list}: {len(train_index)} clips do not fill one step of "
-            f"{data.batch_size} clips x {world.size} processes x {optim.accumulate} batches; lower --data.batch-size"
-        )
-    if optim.steps_per_epoch:
-        steps_per_epoch = min(steps_per_epoch, optim.steps_per_epoch)
-    if config.profile and WARM_UP + config.profile > steps_per_epoch:
-        raise UserError(
-            f"--profile {config.profile}: an epoch has {steps_per_epoch} steps, of which the first {WARM_UP} warm up"
-        )
-    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
-    schedule = Schedule(optim.lr, warmup_steps, steps_per_epoch * optim.epochs, steps_per_epoch)
+def read_data(config: Config) -> Data:
+    """Find the clips of both lists, and the labels to train on."""
+    data, keep = config.data, not config.validate_only
+    train_index = load_index(data.train_list, data.root, data.source, bad_videos=data.bad_clips, write_cache=keep)
+    val_index = load_index(data.val_list, data.root, data.source, write_cache=keep)
+    return Data(train_index, val_index, build_objective(config.loss, train_index.records))
 
+
+def prepare(config: Config, data: Data, world: World, checkpoint: dict[str, Any] | None) -> Job:
+    """Build all that a run needs before its first step, fresh or as a checkpoint has it."""
+    train_loader = build_loader(config, data.train_index, "train", world)
+    val_loader = build_loader(config, data.val_index, "eval", world)
+    schedule = build_schedule(config, train_loader, world.size)
+    if config.profile and WARM_UP + config.profile > schedule.steps_per_epoch:
+        raise UserError(
+            f"--profile {config.profile}: an epoch has {schedule.steps_per_epoch} steps, of which the first {WARM_UP} "
+            "warm up"
+        )
     precision = build_precision(config.run, world.device)
     state = build_state(config, precision, checkpoint)
     model = state.model
     if world.size > 1:
         model = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
-    job = Job(config, world, train_loader, val_loader, state, model, objective, schedule, precision)
+    job = Job(config, world, train_loader, val_loader, state, model, data.objective, schedule, precision)
     if isinstance(model, DistributedDataParallel):
-        empty = empty_batch(data.batch_size, train_loader.sampler.clip_length, data.size, world.device)
-        distributed.settle_buckets(model, empty, lambda _, batch: training_loss(job, batch)[0])
+        empty = empty_batch(config.data.batch_size, train_loader.sampler.clip_length, config.data.size, world.device)
+        distributed.settle_buckets(model, empty, lambda batch: training_loss(job, batch)[0])
     return job
 
 
@@ -253,12 +253,11 @@ def training_loss(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return job.objective(prediction, batch), prediction.diagnostics
 
 
-def try_out(config: Config, train_index: ClipIndex, val_index: ClipIndex, objective: Objective, world: World) -> int:
+def try_out(config: Config, data: Data, world: World) -> int:
     """Do everything that a run does but write, in small, and print what the run will take by that."""
-    global_batch = config.data.batch_size * world.size
-    head = val_index.head(dry_run.BATCHES * global_batch)
+    head = data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size)
     with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop:
-        job = prepare(config, train_index, head, objective, world, None)
+        job = prepare(config, data._replace(val_index=head), world, None)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
         num_steps = min(dry_run.STEPS, job.schedule.steps_per_epoch)
@@ -269,14 +268,16 @@ def try_out(config: Config, train_index: ClipIndex, val_index: ClipIndex, object
                 if job.state.step == 1 < num_steps:
                     warm = throughput.snapshot()
                 if stop.requested():
+                    stop.saved = True  # there is nothing to save
                     return EXIT_STOPPED
         for _ in range(2):  # the first one compiles
             result = evaluate(job.state.evaluated_model(), job.val_loader, world, job.precision, stop)
             if result is None:
+                stop.saved = True
                 return EXIT_STOPPED
-    measured = dry_run.measured(job, len(val_index), throughput.read(since=warm), result.throughput, disk)
+    measured = dry_run.measured(job, len(data.val_index), throughput.read(since=warm), result.throughput, disk)
     if world.is_main:
-        dry_run.print_table(job, val_index, measured)
+        dry_run.print_table(job, data.val_index, measured)
     return 0
 
 
@@ -288,11 +289,12 @@ def print_report(path: Path) -> None:
 
         print(f"report: {write_report(read_run(path), build_loader, load_trained)}")
     except (Exception, KeyboardInterrupt) as error:
-        print(f"no report ({reason(error)}); python scripts/report.py {path} tries again", file=sys.stderr)
+        file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        print(f"no report ({file}{reason(error)}); python scripts/report.py {path} tries again", file=sys.stderr)
 
 
 if __name__ == "__main__":
     gc.enable()
-    gc.freeze()  # what the imports have made is not looked at again in training
+    gc.freeze()  # what the imports have made is not scanned again in training
     faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
     sys.exit(one_line_errors("train.py", lambda: main(parse_config(sys.argv[1:]))))

@@ -52,7 +52,7 @@ from benchmarks.storage import (
     repeat_list,
     warm,
 )
-from dfer.cli import Parser, in_range, shown
+from dfer.cli import Parser, in_range, printable
 from dfer.lists.index import load_index
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
@@ -247,7 +247,7 @@ def child(args: argparse.Namespace) -> int:
         hint = error.msg if error.msg.startswith("needs ") else BENCH_HINT
         print(f"not installed: {error.name}: {hint}", file=sys.stderr)
     except ValueError as error:
-        print(f"loader_speed.py: {shown(error)}", file=sys.stderr)
+        print(f"loader_speed.py: {printable(error)}", file=sys.stderr)
     return 2
 
 
@@ -345,7 +345,7 @@ def run_all(args: argparse.Namespace, cases: Sequence[Case], rounds: int) -> Res
             except ValueError as error:
                 results.failed[case.name] = str(error)
                 results.records.pop(case.name, None)
-                print(f"{case.name}: {shown(error)}", file=sys.stderr)
+                print(f"{case.name}: {printable(error)}", file=sys.stderr)
                 continue
             results.records.setdefault(case.name, []).append(record)
             speed, foreign = record["clips_per_s"], record["foreign_cores"]
@@ -584,7 +584,7 @@ def headline(report: dict) -> str:
 
 def print_caveats(args: argparse.Namespace, report: dict, console: Console) -> None:
     for name, reason in report["failed"].items():
-        console.print(f"{name}: {escape(shown(reason))}", soft_wrap=True)
+        console.print(f"{name}: {escape(printable(reason))}", soft_wrap=True)
     runs = [record for records in report.get("runs", {}).values() for record in records]
     runs += [{"foreign_cores": record["foreign_cores"][0]} for record in report.get("starve", {}).values()]
     disturbed = sum(record["foreign_cores"] > QUIET for record in runs)
@@ -676,11 +676,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = prepare_frames(args.list, args.root, args.clips, args.cache)
         data = describe_data(args, folder)
     except ValueError as error:
-        print(f"loader_speed.py: {shown(error)}", file=sys.stderr)
+        print(f"loader_speed.py: {printable(error)}", file=sys.stderr)
         return 2
     if args.batch_size > data["clips"]:
-        print(f"loader_speed.py: {shown(args.list)}: {data['clips']} clips do not fill a batch of {args.batch_size}; "
-              "lower --batch-size", file=sys.stderr)  # fmt: skip
+        print(f"loader_speed.py: {printable(args.list)}: {data['clips']} clips do not fill a batch of "
+              f"{args.batch_size}; lower --batch-size", file=sys.stderr)  # fmt: skip
         return 2
     hidden = ("json", "plot", "design", "folder", "stem")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in hidden}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfer.cli import shown
+from dfer.cli import printable
 from dfer.lists.annotations import read_annotations, write_annotations
 from dfer.lists.index import build_index, load_index
 
@@ -57,7 +57,7 @@ def prepare(folder: Path, source: str) -> None:
     target = folder / source
     if source == "frames" or (target / "frames.txt").exists():
         return
-    print(f"{shown(target)}: made once, from {shown(folder / 'frames.txt')}", file=sys.stderr)
+    print(f"{printable(target)}: made once, from {printable(folder / 'frames.txt')}", file=sys.stderr)
     shutil.rmtree(target, ignore_errors=True)  # what an interrupted run left
     if source == "video":
         encode_videos(folder, target)

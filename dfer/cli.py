@@ -11,7 +11,10 @@ from typing import NamedTuple, NoReturn, TypeVar
 Item = TypeVar("Item")
 
 EXIT_PROBLEMS = 1  # the work is done, and what is wrong with its input was named
-EXIT_USAGE = 2  # something is to be changed, which one line says; nothing was done
+EXIT_USAGE = 2  # something is to be changed, which one line says; what was saved before stays
+EXIT_PEER = 69  # EX_UNAVAILABLE: another process of a run died or hangs
+EXIT_GAVE_UP = 70  # stopped by a signal, but the step did not end in time: the last checkpoint counts
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, everything is saved, the same command continues
 
 
 class UserError(ValueError):
@@ -28,7 +31,7 @@ def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
     except UserError as error:
         # What is wrong before the ranks have joined is wrong on all of them: one says it.
         if _joined() or os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {shown(error)}", file=sys.stderr)
+            print(f"{program}: {printable(error)}", file=sys.stderr)
         return EXIT_USAGE
     finally:
         if _joined():
@@ -41,8 +44,8 @@ def _joined() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def shown(text: object) -> str:
-    """A path or a message as it is printed: in one line whatever a file is called."""
+def printable(text: object) -> str:
+    """Return a path or a message as one printable line, whatever a file is called."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -60,11 +63,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {shown(message)}\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)}\n")
 
 
 def in_range(kind: type[int] | type[float], low: int | float, high: int | float) -> Callable[[str], int | float]:
-    """An argument's type: a number of that kind from `low` to `high`."""
+    """Return the type of an argument: a number of that kind from `low` to `high`."""
     name = "whole number" if kind is int else "number"
 
     def parse(text: str) -> int | float:

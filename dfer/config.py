@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, presets in Python, overrides on the command line. A field has one reader."""
+"""Configuration: frozen dataclasses, presets in Python, overrides on the command line."""
 
 import argparse
 import contextlib
@@ -9,7 +9,8 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -18,6 +19,7 @@ from dfer.cli import Range, UserError
 from dfer.files import read_file
 from dfer.plan.augmentation import Augmentation
 from dfer.recipes import RECIPES
+from dfer.run.checkpoint import find_manifests
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
 
@@ -200,17 +202,17 @@ def parse_config(args: list[str]) -> Config:
     preset = args[0] if args and not args[0].startswith("-") else "faces"
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    rest = args[1:] if args and args[0] == preset else args
+    flags = args[1:] if args and args[0] == preset else args
     default = PRESETS[preset](torch.cuda.is_available())
-    recipe = _recipe(rest)
+    recipe = _recipe(flags)
     if recipe in RECIPES:  # anything else is named by tyro
         default = dataclasses.replace(default, data=dataclasses.replace(default.data, **RECIPES[recipe]))
-    config = _parse(rest, default)
+    config = _parse(flags, default)
     validate(config)
     begun = begun_config(config.run.log_dir / config.run.name) if config.run.name else None
     if begun is None:
         return config
-    config = _parse(rest, _continued(begun, config, preset_typed=len(rest) < len(args)))
+    config = _parse(flags, _continued(begun, config, preset_typed=len(flags) < len(args)))
     validate(config)
     return config
 
@@ -236,14 +238,14 @@ def _parse(words: list[str], default: Config) -> Config:
 
 
 def _recipe(args: list[str]) -> str | None:
-    """The value of --data.recipe, ahead of all other flags, whose defaults it is to set."""
+    """Return the value of --data.recipe, which is read before all other flags since it sets their defaults."""
     flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flag.add_argument("--data.recipe", dest="recipe", nargs="?")
     return flag.parse_known_args(args)[0].recipe
 
 
 def _first_sentence(panel: str) -> str:
-    """tyro explains an error in a drawn panel, several lines high: keep what is wrong and what may be meant."""
+    """Return in one line what is wrong, and what may be meant, from the panel that tyro draws."""
     words = re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel)
     words = re.split(r"For full helptext|Argument helptext", words)[0]
     return re.sub(r"\s+", " ", words.replace("Perhaps you meant:", "- perhaps you meant")).strip()
@@ -279,13 +281,13 @@ def _check_ranges(section: Any, prefix: str) -> None:
 
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
 _BEFORE = {
-    "data.jpeg_engine": 0.65,  # DALI's own; a default of ours since 0.1.0
+    "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
 }
 
-# What may differ in the command that continues a run: nothing that is trained depends on it. The size of a batch is
-# checked by `dfer.run.folder.same_global_batch`, which knows the number of processes.
-_FREE = {"resume", "run.name", "run.log_dir", "run.wandb", "run.save_minutes", "run.timeout", "data.batch_size"}
-_FREE |= {"profile", "validate_only"}
+# What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
+# another JPEG decoder. `dfer.run.folder.same_global_batch`, which knows the number of processes, checks the batch size.
+_FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
+_FREE |= {"run.timeout", "data.batch_size", "data.jpeg_engine"}
 
 
 def begun_config(folder: Path) -> Config | None:
@@ -296,11 +298,13 @@ def begun_config(folder: Path) -> Config | None:
     """
     saved, rows = folder / "config.json", folder / "metrics.jsonl"
     try:
-        begun = any((folder / "checkpoints").glob("step-*.json")) or (rows.exists() and rows.stat().st_size > 0)
+        begun = find_manifests(folder / "checkpoints") or (rows.exists() and rows.stat().st_size > 0)
         if not begun or not saved.exists():
             return None
-    except OSError:  # a folder that cannot be looked into: the run's own folder says so when it is opened
+    except NotADirectoryError:  # which whoever is to write there finds
         return None
+    except OSError as error:
+        raise UserError(f"--run.log-dir: cannot use {folder} ({error.strerror})") from None
     return config_from_json(read_file(saved).decode(errors="replace"), saved)
 
 
@@ -328,7 +332,8 @@ def _differences(saved: dict, now: dict, prefix: str) -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             lines += _differences(old, new, f"{prefix}{key}.")
         elif old != new and prefix + key not in _FREE:
-            lines.append(f"--{prefix}{key} was {old}, is {new}".replace("_", "-"))
+            flag = "preset" if prefix + key == "preset" else f"--{prefix}{key}".replace("_", "-")
+            lines.append(f"{flag} was {old}, is {new}")
     return lines
 
 
@@ -336,34 +341,44 @@ def config_from_json(text: str, source: Path) -> Config:
     """Return the configuration that `to_json` wrote; `source` is named in messages.
 
     Raises:
-        UserError: if it is no such configuration.
+        UserError: if it is no such configuration, or has a value that no flag would take.
     """
     try:
         saved = json.loads(text)
         for flag, value in _BEFORE.items():
             section, name = flag.split(".")
             saved.get(section, {}).setdefault(name, value)
-        return _build(Config, saved)
+        config = _restored(Config, saved, "--")
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     except (TypeError, AttributeError, ValueError, RecursionError) as error:  # json's errors are ValueErrors
         raise UserError(f"{source}: not a run's configuration ({error})") from None
+    return config
 
 
-def _path(text: str) -> Path:
-    if "\0" in text:
-        raise ValueError(f"no path has a NUL in it: {text!r}")
-    return Path(text)
+def _restored(kind: Any, saved: Any, flag: str) -> Any:
+    """Return a value of a field's type from what JSON has of it.
 
-
-def _build(cls: type, saved: dict) -> Any:
-    nested = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "loss": LossConfig, "run": RunConfig}
-    nested["augmentation"] = Augmentation
-    paths = {"train_list", "val_list", "root", "log_dir", "soft_labels"}
-    values = {
-        key: _build(nested[key], value)
-        if key in nested
-        else _path(value)
-        if key in paths and value is not None
-        else value
-        for key, value in saved.items()
-    }
-    return cls(**values)
+    Raises:
+        TypeError, ValueError: if it is of another type, or none of the choices.
+    """
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        start = flag if flag == "--" else f"{flag}."
+        known = {k: _restored(hints[k], v, start + k.replace("_", "-")) for k, v in saved.items() if k in hints}
+        return cast(type, kind)(**(dict(saved) | known))  # an unknown key is a TypeError
+    if get_origin(kind) is Literal:
+        fits = saved in get_args(kind)
+    elif get_origin(kind) is UnionType:  # a type, or None
+        return None if saved is None else _restored(get_args(kind)[0], saved, flag)
+    elif kind is Path:
+        fits = isinstance(saved, str) and "\0" not in saved
+        saved = Path(saved) if fits else saved
+    else:
+        fits = isinstance(saved, int | float if kind is float else kind) and isinstance(saved, bool) == (kind is bool)
+    if not fits:
+        raise ValueError(f"{flag} is {saved!r}")
+    return saved

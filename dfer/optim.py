@@ -9,6 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dfer.batch import Loader
+from dfer.cli import UserError
+from dfer.config import Config
+
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Return two groups: matrices and filters, which decay; biases, norms, positions and what a module exempts."""
@@ -57,6 +61,23 @@ class Schedule(NamedTuple):
         """Give all parameters of the optimizer the learning rate of a step."""
         for group in optimizer.param_groups:
             group["lr"] = self.lr_at(step)
+
+
+def build_schedule(config: Config, loader: Loader, world_size: int) -> Schedule:
+    """Return the schedule of a run on the batches of a loader.
+
+    Raises:
+        UserError: if they do not fill one step.
+    """
+    optim, steps = config.optim, len(loader) // config.optim.accumulate
+    if steps == 0:
+        raise UserError(
+            f"{config.data.train_list}: {len(loader.index)} clips do not fill one step of "
+            f"{config.data.batch_size} clips x {world_size} processes x {optim.accumulate} batches; lower "
+            "--data.batch-size"
+        )
+    steps = min(steps, optim.steps_per_epoch or steps)
+    return Schedule(optim.lr, round(optim.warmup_epochs * steps), steps * optim.epochs, steps)
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:

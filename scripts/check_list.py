@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, shown
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import disk_errors, write_whole
 from dfer.lists.annotations import EMOTIONS, write_annotations
 from dfer.lists.checking import (
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     for placed in lists:
         describe(placed, lengths[start : start + len(placed.clips)], args.frames)
         start += len(placed.clips)
-    found = {kind: [shown(line) for line in lines] for kind, lines in problems.items() if lines}
+    found = {kind: [printable(line) for line in lines] for kind, lines in problems.items() if lines}
     for kind, lines in found.items():
         print(f"{kind}: {len(lines):,}", *lines[:NAMED], sep="\n  ")
         if len(lines) > NAMED:
@@ -98,7 +98,11 @@ def describe(placed: PlacedList, lengths: Sequence[int], clip_length: int) -> No
     """Print format, class counts and lengths of a list. `lengths` are in frames, 0 where unknown."""
     clips, form = placed.clips, placed.form
     title = f"{placed.path}: {len(clips):,} clips: {form.name}"
-    print(shown(title), *(f"  because: {shown(line)}" for line in (*form.evidence, placed.remark) if line), sep="\n")
+    print(
+        printable(title),
+        *(f"  because: {printable(line)}" for line in (*form.evidence, placed.remark) if line),
+        sep="\n",
+    )
     counts = Counter(clip.row.label for clip in clips)
     for label, emotion in enumerate(EMOTIONS):
         print(f"  {label} {emotion:<9}{counts[label]:>8,} {counts[label] / len(clips):>7.1%}")
@@ -127,11 +131,11 @@ def write_outputs(
         OSError: if a file cannot be written.
     """
     if args.write and (blocking := [kind for kind in UNWRITABLE if kind in found]):
-        print(f"not written: {shown(args.write)}: {', '.join(blocking)}")
+        print(f"not written: {printable(args.write)}: {', '.join(blocking)}")
     elif args.write:
         root = base if base != os.path.abspath(args.write.parent) else None
         write_annotations(args.write, [(c.name, n, c.row.label) for c, n in zip(clips, lengths, strict=True)], root)
-        print(f"written: {shown(args.write)}")
+        print(f"written: {printable(args.write)}")
     if args.picture:
         draw_contact_sheet(args.picture, clips, folders)
     if args.report:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
     lists, notes = choose_lists(args.lists, config, folder)
     folds = find_folds(lists)
     check_folds(folds, config.data.root)
-    runs = fold_runs(config, folds, args.seeds, folder)
+    runs = fold_runs(config, folds, args.seeds, folder, [args.preset, *words])
     fingerprint_of = list_fingerprints(config.data)
 
     def trained(run: FoldRun) -> bool:

@@ -26,7 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dali_pipes.torch_stages import resize
-from dfer.cli import Parser, UserError, in_range, one_line_errors, shown
+from dfer.cli import Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
 from dfer.predict import Predictor
@@ -129,7 +129,7 @@ def analyse(
         summary = write_outputs(video, prediction, predictor, folder, "mp4", passes.follow)
         maps = emotion_maps(path, prediction, predictor)
     except VIDEO_ERRORS as error:
-        raise UserError(f"The video cannot be read: {shown(reason(error))}.") from None
+        raise UserError(f"The video cannot be read: {printable(reason(error))}.") from None
     files = [folder / f"{video.name}{suffix}" for suffix in (".mp4", ".png", ".csv", ".json")]
     timeline = timeline_picture(prediction.edges, prediction.probabilities, TIMELINE_WIDTH)
     return Result(describe(summary), summary["mean_probabilities"], maps, timeline, files[0], files)
@@ -173,7 +173,7 @@ def emotion_maps(path: Path, prediction: VideoPrediction, predictor: Predictor) 
 
 
 def warn(line: str) -> None:
-    print(f"demo: {shown(line)}", file=sys.stderr)
+    print(f"demo: {printable(line)}", file=sys.stderr)
 
 
 def make_examples(clips: Sequence[Path], predictor: Predictor, folder: Path) -> list[Path]:

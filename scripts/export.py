@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import Parser, UserError, one_line_errors, shown
+from dfer.cli import Parser, UserError, one_line_errors, printable
 from dfer.config import Config, config_from_json
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
@@ -210,7 +210,7 @@ def export_hub(args: argparse.Namespace, folder: Path, config: Config, model: nn
     whole_run = args.checkpoint.is_dir()
     predictions = read_run(args.checkpoint).predictions if whole_run else None
     path = args.checkpoint if whole_run else args.checkpoint.parent
-    card = model_card(config, hub, shown(path.resolve().name), predictions)
+    card = model_card(config, hub, printable(path.resolve().name), predictions)
     (folder / "README.md").write_text(card, encoding="utf-8")
     model.save_pretrained(folder, config=hub)
     (folder / "model.safetensors").chmod(0o644)

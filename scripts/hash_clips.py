@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dali_pipes.sources import BadClip, Source, source_of
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, progress, shown
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable, progress
 from dfer.files import disk_errors
 from dfer.lists import load_index
 from dfer.lists.hashes import digest, hashes_path, write_hashes
@@ -56,7 +56,7 @@ def write(args: argparse.Namespace) -> int:
     parts = list(progress(found, count, "clips", to_stderr=True, quiet_s=QUIET_S))
     with disk_errors("cannot write"):
         path = write_hashes(args.list, source.index.records, parts)
-    print(f"written: {shown(path)}: {sum(map(len, parts)):,} hashes of {count:,} clips")
+    print(f"written: {printable(path)}: {sum(map(len, parts)):,} hashes of {count:,} clips")
     return 0
 
 
@@ -69,7 +69,7 @@ def verify(args: argparse.Namespace) -> int:
     found = in_order(lambda video: problem(source, video), range(count), args.workers)
     problems = [line for line in progress(found, count, "clips", to_stderr=True, quiet_s=QUIET_S) if line is not None]
     for line in problems:
-        print(f"hash_clips: {shown(line)}", file=sys.stderr)
+        print(f"hash_clips: {printable(line)}", file=sys.stderr)
     print(f"{len(problems):,} of {count:,} clips differ" if problems else f"{count:,} clips: all as written")
     return EXIT_PROBLEMS if problems else 0
 

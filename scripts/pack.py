@@ -26,7 +26,7 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, in_range, one_line_errors, shown
+from dfer.cli import EXIT_PROBLEMS, Parser, in_range, one_line_errors, printable
 from dfer.lists.annotations import packed_index
 from dfer.lists.packed import SUFFIX, read_pack
 from dfer.lists.packing import pack
@@ -42,7 +42,7 @@ def run_pack(args: argparse.Namespace, command: str) -> int:
     assert index_path is not None
     print(read_pack(index_path).summary())
     for target in targets:
-        path = shown(shlex.quote(str(target)))
+        path = printable(shlex.quote(str(target)))
         print(f"train on it: python train.py --data.train-list {path} --data.val-list VAL_LIST")
     return 0
 
@@ -51,7 +51,7 @@ def run_verify(args: argparse.Namespace) -> int:
     """Verify a pack, and print its problems."""
     found, problems = verify(args.verify, args.workers)
     for problem in problems:
-        print(f"pack: {shown(problem)}", file=sys.stderr)
+        print(f"pack: {printable(problem)}", file=sys.stderr)
     print(f"{found.summary()}: {len(problems)} problems" if problems else f"{found.summary()}: all as packed")
     return EXIT_PROBLEMS if problems else 0
 

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dali_pipes.torch_stages import resize
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, shown
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import reason
 from dfer.predict import Predictor
 from dfer.predict.inputs import find_videos
@@ -37,7 +37,7 @@ PASSES: dict[Annotate, int] = {"mp4": 3, "gif": 4, "none": 2}  # through a video
 
 
 def warn(line: str) -> None:
-    print(f"predict: {shown(line)}", file=sys.stderr, flush=True)
+    print(f"predict: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def record_camera(camera: str, seconds: float, folder: Path) -> Path:
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.mp4"
     folder.mkdir(exist_ok=True)
     source, kind = (f"/dev/video{camera}", "v4l2") if camera.isdecimal() else (camera, None)
-    print(f"recording {seconds:g} s of {shown(source)}; Ctrl-C ends it earlier", flush=True)
+    print(f"recording {seconds:g} s of {printable(source)}; Ctrl-C ends it earlier", flush=True)
     record(source, path, seconds, kind)
     return path
 
@@ -67,7 +67,7 @@ def predict_all(clips: Sequence[Path], predictor: Predictor, out: Path, annotate
     videos, code = find_videos(clips, out, warn), 0
     with VideoProgress(videos, PASSES[annotate], predictor.fps) as progress:
         for number, video in enumerate(videos):
-            progress.begin(number, shown(video.name))
+            progress.begin(number, printable(video.name))
             try:
                 prediction = predictor.predict(video.path, progress.show)
             except VIDEO_ERRORS as error:
@@ -78,7 +78,7 @@ def predict_all(clips: Sequence[Path], predictor: Predictor, out: Path, annotate
                 summary = write_outputs(video, prediction, predictor, out, annotate, progress.show)
             except VIDEO_ERRORS as error:
                 raise UserError(f"{out / video.name}: cannot be written ({error})") from None
-            progress.print(f"{shown(video.name)}: {describe(summary)}")
+            progress.print(f"{printable(video.name)}: {describe(summary)}")
     return code
 
 

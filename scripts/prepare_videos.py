@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, shown
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import hash_file, reason
 from dfer.video.clips import ClipOptions, ClipResult
 from dfer.video.faces import make_detector
@@ -24,7 +24,7 @@ from dfer.video.preparation import LISTS, REPORT, prepare
 
 
 def warn(line: str) -> None:
-    print(f"prepare_videos: {shown(line)}", file=sys.stderr)
+    print(f"prepare_videos: {printable(line)}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +66,7 @@ def summarize(videos: Sequence[LabelledVideo], results: Sequence[ClipResult], ou
     """Print what came of the videos. Returns the exit code."""
     outcomes = [result.outcome for result in results]
     bad = [
-        f"{shown(video.path)}: {outcome.removeprefix('failed: ')}"
+        f"{printable(video.path)}: {outcome.removeprefix('failed: ')}"
         for video, outcome in zip(videos, outcomes, strict=True)
         if outcome.startswith(("failed", "no face"))
     ]

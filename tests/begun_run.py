@@ -1,4 +1,4 @@
-"""Begin a run with another version of the project, and keep it: `python tests/begun_run.py CHECKOUT NAME`.
+"""Begin a run with another version of the project, and keep it: `python tests/begun_run.py CHECKOUT NAME [FLAGS]`.
 
 Writes tests/data/NAME.tar.xz: the folder of a run that was killed in its second epoch, and in final.json how it ends if
 that version alone takes it to its end. tests/test_continuation.py continues it with the version at hand.
@@ -56,14 +56,14 @@ def how_it_ended(run: Path) -> dict:
     }
 
 
-def main(checkout: Path, name: str) -> None:
+def main(checkout: Path, name: str, flags: list[str]) -> None:
     """Make the fixture."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_clips(folder)
-        whole = start(checkout, folder, "whole", *WORDS)
+        whole = start(checkout, folder, "whole", *WORDS, *flags)
         assert whole.wait() == 0, whole.stderr.read()
-        begun = start(checkout, folder, "begun", *WORDS)
+        begun = start(checkout, folder, "begun", *WORDS, *flags)
         while not list((folder / "logs" / "begun" / "checkpoints").glob(f"step-{KILLED_AFTER:08d}.json")):
             assert begun.poll() is None, begun.stderr.read()
             time.sleep(0.001)
@@ -87,4 +87,4 @@ def main(checkout: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), sys.argv[2])
+    main(Path(sys.argv[1]).resolve(), sys.argv[2], sys.argv[3:])

@@ -41,10 +41,15 @@ def play(order):
     sys.__stdin__, sys.__stdout__ = sys.stdin, sys.stdout
     if not order["report"]:
         dfer.report.page.write_report = lambda run, *_: f"{run.path}/report.html, not written for this test"
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != order["cwd"]]  # a script finds them itself
+    sys.path.insert(0, "")
     sys.argv, sys.path[0] = order["words"], os.path.dirname(os.path.abspath(order["words"][0]))
     code = 0
     try:
-        runpy.run_path(order["words"][0], run_name="__main__")
+        if order["words"][0] == "-c":
+            exec(compile(sys.argv.pop(1), "-c", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(order["words"][0], run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         if isinstance(stop.code, str):
@@ -81,7 +86,10 @@ class Nursery:
         atexit.register(self.close)
 
     def run(self, words: list[str], env: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
-        """Run `python WORDS` in the repository's root. train.py writes no report: that takes half of a small run."""
+        """Run `python WORDS`, a script or -c CODE, in the repository's root.
+
+        train.py writes no report: that takes half of a small run.
+        """
         with tempfile.TemporaryDirectory() as folder:
             names = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
             order = {"words": words, "env": env, "cwd": str(ROOT), "report": words[0] != "train.py", **names}

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import tarfile
 
 import pytest
 
+from dfer.cli import UserError
 from dfer.config import PRESETS, begun_config, config_from_json, differences, parse_config
 from tests.begun_run import how_it_ended, start
 from tests.conftest import ROOT, make_clips
@@ -52,14 +54,15 @@ def test_what_is_typed_is_compared(begun, tmp_path):
     config = begun("debug", "--optim.lr", "0.02")
     assert differences(config, again(tmp_path, "debug", "--optim.lr", "0.03")) == ["--optim.lr was 0.02, is 0.03"]
     assert differences(config, again(tmp_path, "debug", "--optim.lr", "0.02")) == []
-    assert differences(config, again(tmp_path, "dfew")) == ["--preset was debug, is dfew"]
+    assert differences(config, again(tmp_path, "dfew")) == ["preset was debug, is dfew"]
     recipe = again(tmp_path, "debug", "--data.recipe", "ial")
     assert differences(config, recipe) == ["--data.recipe was none, is ial"]
 
 
 def test_what_a_command_is_for_is_not_taken_from_the_run(begun, tmp_path):
     config = begun("debug", "--profile", "3", "--run.timeout", "7", "--run.wandb", "off")
-    now = again(tmp_path, "--resume", "--run.save-minutes", "2", "--data.batch-size", "4")
+    more = ("--run.save-minutes", "2", "--data.batch-size", "4", "--data.jpeg-engine", "0.5")
+    now = again(tmp_path, "--resume", *more)
     assert (now.profile, now.resume, now.run.timeout, now.run.save_minutes) == (0, True, 7, 2)
     assert differences(config, now) == []
 
@@ -78,10 +81,44 @@ def test_a_field_that_an_old_run_lacks_means_what_that_run_did(tmp_path):
     assert (config.data.jpeg_engine, config.data.cache) == (0.65, "off")
 
 
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"data": {"size": "112"}}, "--data.size is '112'"),
+        ({"data": {"size": None}}, "--data.size is None"),
+        ({"data": {"size": 5}}, "--data.size 5: must be between 32 and 1024"),
+        ({"data": {"source": "mxnet"}}, "--data.source is 'mxnet'"),
+        ({"data": {"augmentation": {"flip": True}}}, "--data.augmentation.flip is True"),
+        ({"data": {"augmentation": []}}, "not a run's configuration"),
+        ({"data": {"train_list": "a\0b"}}, "--data.train-list is"),
+        ({"run": {"timeout": None}}, "--run.timeout is None"),
+        ({"run": {"compile": 1}}, "--run.compile is 1"),
+        ({"optim": {"lr": "fast"}}, "--optim.lr is 'fast'"),
+        ({"seed": "7"}, "--seed is '7'"),
+        ({"model": {"weights": 3}}, "--model.weights is 3"),
+    ],
+)
+def test_a_damaged_value_is_one_line_that_names_the_file(tmp_path, saved, message):
+    with pytest.raises(UserError) as error:
+        config_from_json(json.dumps(saved), tmp_path / "config.json")
+    assert str(error.value).startswith(f"{tmp_path}/config.json: ") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_line(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=r"--run\.log-dir: cannot use .*/a \(Permission denied\)"):
+        again(tmp_path, "debug")
+
+
 @pytest.mark.slow
-def test_a_run_of_the_first_version_goes_on_as_it_would_have(tmp_path):
+@pytest.mark.parametrize("name", ["run-of-0ce724e", "averaged-run-of-0ce724e"])
+def test_a_run_of_the_first_version_goes_on_as_it_would_have(tmp_path, name):
     make_clips(tmp_path)
-    with tarfile.open(ROOT / "tests" / "data" / "run-of-0ce724e.tar.xz") as tar:
+    with tarfile.open(ROOT / "tests" / "data" / f"{name}.tar.xz") as tar:
         tar.extractall(tmp_path / "logs", filter="data")
     want = json.loads((tmp_path / "logs" / "final.json").read_text())
     process = start(ROOT, tmp_path, "begun")  # nothing typed but the name

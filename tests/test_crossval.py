@@ -1,6 +1,7 @@
 """Cross-validation: the sums are those of loops, the intervals cover the truth, and a killed command goes on."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfer.config import parse_config
+from dfer.config import PRESETS, OptimConfig, parse_config
 from dfer.lists.annotations import EMOTIONS, read_annotations
 from dfer.lists.folds import assign_folds, check_folds, find_folds, write_folds
 from dfer.lists.index import load_index
@@ -27,7 +28,7 @@ from dfer.report.published import published_results
 from dfer.report.statistics import Pool, bootstrap, pool, wilson
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from dfer.run.folder import fingerprint
-from dfer.run.folds import BEST, Job, drive, slots_for
+from dfer.run.folds import BEST, FoldJob, drive, slots_for
 from dfer.run.predictions import Predictions
 from dfer.run.signals import SIGNALS
 from scripts import crossval
@@ -272,7 +273,7 @@ def log(tmp_path: Path) -> list[str]:
 
 
 def test_jobs_in_sequence(tmp_path, play, capsys):
-    jobs = [Job("a", [play("a1"), play("a2")]), Job("b", [play("b1")])]
+    jobs = [FoldJob("a", [play("a1"), play("a2")]), FoldJob("b", [play("b1")])]
     handlers = [signal.getsignal(number) for number in SIGNALS]
     assert drive(jobs, [{}], tmp_path) == 0
     assert log(tmp_path) == [f"{name} {word}" for name in ("a1", "a2", "b1") for word in ("begins", "ends")]
@@ -282,7 +283,7 @@ def test_jobs_in_sequence(tmp_path, play, capsys):
 def test_jobs_at_once_have_their_own_environment_and_file(tmp_path):
     show = ["-c", "import os, time; print(os.environ['GPU']); time.sleep(0.5)"]
     begin = time.monotonic()
-    jobs = [Job(name, [show]) for name in "abcd"]
+    jobs = [FoldJob(name, [show]) for name in "abcd"]
     assert drive(jobs, [{"GPU": "x"}, {"GPU": "y"}], tmp_path) == 0
     assert sorted((tmp_path / f"{name}.txt").read_text() for name in "abcd") == ["x\n", "x\n", "y\n", "y\n"]
     assert time.monotonic() - begin > 0.9  # never more than two at once
@@ -292,14 +293,14 @@ def test_jobs_at_once_have_their_own_environment_and_file(tmp_path):
 @pytest.mark.parametrize(("code", "goes_on"), [(2, False), (1, True), (69, True)])
 def test_a_job_that_fails(tmp_path, play, capfd, code, goes_on):
     """Its second command is not begun; others are, unless something is to be changed first."""
-    jobs = [Job("a", [play("a1", code=code), play("a2")]), Job("b", [play("b1")])]
+    jobs = [FoldJob("a", [play("a1", code=code), play("a2")]), FoldJob("b", [play("b1")])]
     assert drive(jobs, [{}], tmp_path) == code
     assert ("b1 begins" in log(tmp_path)) == goes_on and "a2 begins" not in log(tmp_path)
     assert f"a failed with exit code {code}\n" in capfd.readouterr().err
 
 
 def test_a_job_that_is_killed(tmp_path):
-    job = Job("a", [["-c", "import os; os.kill(os.getpid(), 9)"]])
+    job = FoldJob("a", [["-c", "import os; os.kill(os.getpid(), 9)"]])
     assert drive([job], [{}], tmp_path) == 137
 
 
@@ -319,7 +320,7 @@ def test_a_signal_is_handed_on_and_nothing_else_begins(tmp_path, play, number, c
 
     thread = threading.Thread(target=send)
     thread.start()
-    jobs = [Job(name, [play(name, 600, code), play(f"{name}2")]) for name in "abc"]
+    jobs = [FoldJob(name, [play(name, 600, code), play(f"{name}2")]) for name in "abc"]
     assert drive(jobs, [{}, {}], tmp_path) == 75
     thread.join()
     assert sorted(log(tmp_path)) == ["a begins", "a saved", "b begins", "b saved"]
@@ -332,15 +333,15 @@ def test_a_run_that_somebody_else_stops_stops_all(tmp_path, play):
 
     thread = threading.Thread(target=send)
     thread.start()
-    assert drive([Job(n, [play(n, 600)]) for n in "abc"], [{}, {}], tmp_path) == 75
+    assert drive([FoldJob(n, [play(n, 600)]) for n in "abc"], [{}, {}], tmp_path) == 75
     thread.join()
     assert sorted(log(tmp_path)) == ["a begins", "a saved", "b begins", "b saved"]
 
 
 def test_killed_hard_its_children_save_too(tmp_path, play):
     code = (
-        "import sys; from pathlib import Path; from dfer.run.folds import Job, drive\n"
-        f"drive([Job('a', [{play('a', 600)}]), Job('b', [{play('b')}])], [{{}}], Path({str(tmp_path)!r}))"
+        "import sys; from pathlib import Path; from dfer.run.folds import FoldJob, drive\n"
+        f"drive([FoldJob('a', [{play('a', 600)}]), FoldJob('b', [{play('b')}])], [{{}}], Path({str(tmp_path)!r}))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     wait_for(lambda: log(tmp_path) == ["a begins"], child)
@@ -494,7 +495,7 @@ def test_a_run_that_others_work_on_is_not_looked_at(tmp_path, clips, played, cap
     assert code == 2 and "none of 1 checkpoints can be used" in err
 
 
-def test_finished_folds_are_of_the_same_command_or_refused(tmp_path, clips, played, capsys):
+def test_finished_folds_are_of_the_same_command_or_refused(tmp_path, clips, played, capsys, monkeypatch):
     assert command(tmp_path, clips, capsys=capsys) == (0, "")
     played.commands = []
     run = tmp_path / "logs" / "cv" / "seed0-fold1"
@@ -506,6 +507,12 @@ def test_finished_folds_are_of_the_same_command_or_refused(tmp_path, clips, play
     refused("--optim.lr was 0.001, is 0.01; continue", "--optim.lr", "0.01")
     refused("--data.batch-size 4", "--data.batch-size", "4")
     refused("--data.size was 32, is 48", "--data.size", "48")
+    with monkeypatch.context() as newer:
+        before = PRESETS["debug"]
+        newer.setitem(
+            PRESETS, "debug", lambda gpu: dataclasses.replace(before(gpu), optim=OptimConfig(lr=0.5, epochs=2))
+        )
+        refused("was begun with other defaults than this version's: --optim.lr was 0.001, is 0.5;")
     lists = tmp_path / "lists"
     test_list, train_list = lists / "set_1_test.txt", lists / "set_1_train.txt"
     before = test_list.read_text(), train_list.read_text()

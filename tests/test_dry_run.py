@@ -16,7 +16,7 @@ from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dfer.config import parse_config
 from dfer.lists.index import load_index
-from dfer.metrics import peak_memory
+from dfer.metrics import Throughput, peak_memory
 from dfer.optim import Schedule
 from dfer.plan.sampling import ClipSampler
 from dfer.run.dry_run import DryRun, duration, free_disk, padded
@@ -79,7 +79,6 @@ def test_several_processes(unpacked):
     done = validate_only(unpacked, "--run.name", "here", "--run.log-dir", str(unpacked), launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("debug on 2 x cpu: a run could begin") == 1 and "2 of 2 steps of 8 clips" in done.stdout
-    assert "here is there: continued if it is this run" in done.stdout
 
 
 def test_what_would_stop_a_run_is_one_line(unpacked):
@@ -130,8 +129,39 @@ def test_its_steps_have_the_learning_rates_of_the_run(unpacked, monkeypatch):
 
 
 def test_a_signal_ends_it_as_it_ends_a_run(unpacked, monkeypatch):
-    monkeypatch.setattr(train.StopSignals, "requested", lambda self: True)
+    saved = []
+
+    class Asked(train.StopSignals):
+        def requested(self):
+            return True
+
+        def __exit__(self, *args):
+            saved.append(self.saved)
+            super().__exit__(*args)
+
+    monkeypatch.setattr(train, "StopSignals", Asked)
     assert train.main(trial(unpacked)) == 75
+    assert saved == [True]  # or the watchdog would end it with 70 if its end took long
+
+
+def test_the_first_step_is_not_measured(unpacked, monkeypatch):
+    """It allocates, and compiles."""
+    since = []
+    read = Throughput.read
+    monkeypatch.setattr(Throughput, "read", lambda self, *args, **kw: since.append(kw) or read(self, *args, **kw))
+    assert train.main(trial(unpacked)) == 0
+    assert [kw["since"].num_clips for kw in since if kw] == [4]
+
+
+def test_a_run_that_has_begun_is_known(unpacked, tmp_path, monkeypatch, capsys):
+    words = ("--run.log-dir", str(tmp_path), "--run.name", "x", "--data.views", "2")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text(trial(unpacked, *words).to_json())
+    (tmp_path / "x" / "metrics.jsonl").write_text('{"step": 1}\n')
+    monkeypatch.setenv("COLUMNS", "200")
+    for more, outcome in (((), "would be continued"), (("--seed", "1"), "another configuration: --seed was 0, is 1")):
+        assert train.main(trial(unpacked, *words, *more)) == 0
+        assert f"x has begun and {'is ' * bool(more)}{outcome}" in capsys.readouterr().out
 
 
 def test_durations():

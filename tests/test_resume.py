@@ -17,7 +17,7 @@ from dfer.lists.index import load_index
 from dfer.plan.sampling import ClipSampler
 from dfer.run.checkpoint import load_checkpoint
 from dfer.run.folder import same_global_batch
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, nursery, run_python
 from tests.test_train import losses, rows
 
 # A CRF, batch statistics and dropout, as the full model has them, at a fraction of its size; 5 steps of 4 clips.
@@ -131,7 +131,8 @@ print("codes", *codes)
 
 def play(words, clips, log_dir, *extra, **env):
     """The exit codes of the processes, and what they printed."""
-    done = start([sys.executable, "-c", DRIVER], words, clips, log_dir, extra, env)
+    command, env = order([], words, clips, log_dir, extra, env)
+    done = nursery().run(["-c", DRIVER, *command], env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return [int(c) for c in done.stdout.splitlines()[-1].split()[1:]], done.stdout + done.stderr
 
@@ -141,14 +142,15 @@ def play_together(processes, words, clips, log_dir, *extra, **env):
     (log_dir / "driver.py").write_text(DRIVER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher.append(f"--max-restarts={words.count(',')}")
-    return start([*launcher, str(log_dir / "driver.py")], words, clips, log_dir, extra, env)
+    command, env = order([*launcher, str(log_dir / "driver.py")], words, clips, log_dir, extra, env)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
 
 
-def start(launcher, words, clips, log_dir, extra, env):
+def order(launcher, words, clips, log_dir, extra, env):
+    """The words of a command, and its environment."""
     lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
     command = [*launcher, words, *SMALL, *lists, "--run.log-dir", str(log_dir / "logs"), *extra]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+    return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
 
 
 def what_was_computed(run_dir):
@@ -230,9 +232,12 @@ def five_kills(seed: int) -> str:
     return "".join(f"{step - before + 1}," for before, step in itertools.pairwise([1, *steps])) + "-"
 
 
+SLOW_KILLS = [(2, "2,2t,-"), *((n, five_kills(n)) for n in (1, 2, 4))]
+
+
 @pytest.mark.parametrize(
     ("processes", "words"),
-    [(2, "2,2t,-"), *(pytest.param(n, five_kills(n), marks=pytest.mark.slow) for n in (1, 2, 4))],
+    [(2, "2,-"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_KILLS)],
 )
 def test_processes_killed_and_started_again_end_as_unbroken_ones(clips, tmp_path, processes, words):
     """What happens to the last rank ends them all; torchrun starts them again, in the folder that nobody has named."""

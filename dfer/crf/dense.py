@@ -51,12 +51,12 @@ class DensePairs(DifferentiablePairs):
 
     @property
     def on_tensor_cores(self) -> bool:
-        """Whether products take 16-bit operands and sum in float32, as tensor cores do."""
+        """Return whether products take 16-bit operands and sum in float32, as tensor cores do."""
         return self.points.is_cuda and self.operands in (torch.bfloat16, torch.float16)
 
     @property
     def rounds_sums(self) -> bool:
-        """Whether sums may be rounded to bf16: a CPU is two to three times as fast then, but cannot keep them long."""
+        """Return whether sums may be rounded to bf16: a CPU is two to three times as fast then."""
         return not self.points.is_cuda and self.operands is torch.bfloat16
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:

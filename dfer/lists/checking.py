@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-from dfer.cli import UserError, progress, shown
+from dfer.cli import UserError, printable, progress
 from dfer.files import reason
 from dfer.images import FRAME_SUFFIXES, frame_names, open_image
 from dfer.lists.annotations import EMOTIONS
@@ -189,7 +189,7 @@ def check_disk(clips: Sequence[Clip], decode: bool, problems: Problems) -> tuple
         (width, height), most = sizes.most_common(1)[0]
         lines.append(f"images ({how}): {width}x{height} in {most:,} of {sizes.total():,}")
         for (width, height), number in sizes.most_common(_NAMED + 1)[1:]:
-            lines.append(f"  other size: {width}x{height} in {number:,}, first in {shown(first[width, height])}")
+            lines.append(f"  other size: {width}x{height} in {number:,}, first in {printable(first[width, height])}")
     return folders, lines
 
 
@@ -227,7 +227,7 @@ def hint_at_nested_copy(clip: Clip, base: str | None) -> str:
         level = sorted(inner)[:200]
         for folder in level:
             if os.path.isdir(os.path.join(folder, clip.name)):
-                return f"{shown(clip.name)} lies in {shown(folder)}: say --root {shown(folder)}"
+                return f"{printable(clip.name)} lies in {printable(folder)}: say --root {printable(folder)}"
     return ""
 
 

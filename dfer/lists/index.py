@@ -53,7 +53,7 @@ class ClipIndex:
 
     @property
     def source(self) -> Source:
-        """How the frames are stored."""
+        """Return how the frames are stored."""
         if isinstance(self.store, Packed):
             return self.store.kind
         return "frames" if isinstance(self.store, FrameFiles) else "video"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from dfer.cli import UserError, progress, shown
+from dfer.cli import UserError, printable, progress
 from dfer.files import disk_errors, hash_file
 from dfer.lists.annotations import (
     VideoRecord,
@@ -81,7 +81,7 @@ def pack(
         key = hash_task(clips, rows, options)
         if index_path.exists():
             _check_same(index_path, key)
-            print(f"{shown(index_path)} is packed already; --verify reads it again")
+            print(f"{printable(index_path)} is packed already; --verify reads it again")
         else:
             if options.quality is not None and not any(is_encoded(clip, options) for clip in clips):
                 raise UserError("--quality: nothing is encoded: image files are copied as they are without --size")
@@ -238,7 +238,7 @@ def check_space(clips: Sequence[Clip], left: Sequence[Clip], out: Path, options:
     per_frame = sum(len(pack_clip(clip, options).data) for clip in sample) / sum(clip.num_frames for clip in sample)
     total, rest = (per_frame * sum(clip.num_frames for clip in some) for some in (clips, left))
     free = shutil.disk_usage(out).free
-    size, room = f"about {format_bytes(total)}", f"{format_bytes(free)} are free in {shown(out)}"
+    size, room = f"about {format_bytes(total)}", f"{format_bytes(free)} are free in {printable(out)}"
     print(f"{len(clips):,} clips, {sum(clip.num_frames for clip in clips):,} frames: {size}; {room}")
     if 1.02 * rest > free:
         raise UserError(f"{out}: about {format_bytes(rest)} are left to write, but only {format_bytes(free)} are free")

@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 from av.error import FFmpegError
 
-from dfer.cli import Parser, UserError, progress, shown
+from dfer.cli import Parser, UserError, printable, progress
 from dfer.files import commit, disk_errors, reason, write_whole
 from dfer.images import frame_names, natural_key
 from dfer.lists.annotations import EMOTIONS, write_annotations
@@ -96,11 +96,11 @@ def only_one(part: str, found: Iterable[str], root: str | Path) -> str:
         by_place.setdefault(os.path.realpath(path), path)
     places = list(by_place.values())
     if not places:
-        raise UserError(f"{shown(root)}: found no {part} in it")
+        raise UserError(f"{printable(root)}: found no {part} in it")
     if len(places) > 1:
         more = f" (and {len(places) - 2} more)" if len(places) > 2 else ""
         raise UserError(
-            f"{part}: found in {shown(places[0])} and in {shown(places[1])}{more}; "
+            f"{part}: found in {printable(places[0])} and in {printable(places[1])}{more}; "
             "give a --root that holds only the one you mean, or move all pieces into one folder"
         )
     if not places[0].isprintable() or places[0] != places[0].strip():
@@ -147,7 +147,7 @@ def scan_frames(path: str) -> Scan:
         return Scan(0, "missing (no frames in its folder)")
     for index in sorted({0, len(names) // 2, len(names) - 1}):
         if not _starts_as_image(os.path.join(path, names[index])):
-            return Scan(len(names), f"unreadable ({shown(names[index])} is no JPEG or PNG image)")
+            return Scan(len(names), f"unreadable ({printable(names[index])} is no JPEG or PNG image)")
     return Scan(len(names))
 
 

@@ -23,7 +23,7 @@ from av.error import FFmpegError
 from jaxtyping import Int32, Int64
 from PIL import Image
 
-from dfer.cli import UserError, shown
+from dfer.cli import UserError, printable
 from dfer.files import commit, hash_file, reason, write_whole
 from dfer.images import BadImage, decode_image
 from dfer.lists.annotations import EMOTIONS, VideoRecord
@@ -208,7 +208,7 @@ class Shard:
         self._write(block.data)
 
     def finish(self, record: Path) -> Record:
-        """Close the shard, write `record` and name the shard, in this order: without a record it is taken for foreign.
+        """Close the shard, write `record` and name the shard, in this order: without a record it is not recognised.
 
         Raises:
             OSError: if the disk is full or fails.
@@ -268,7 +268,7 @@ def finished_shards(out: Path, name: str, suffix: str) -> list[Record]:
                 if path.stat().st_size == done["size"] and hash_file(path) == str(done["sha256"]):
                     found.append(done)
                     continue
-            print(f"{shown(path)} is not whole and packed again")
+            print(f"{printable(path)} is not whole and packed again")
         path.unlink(missing_ok=True)
         record.unlink()
     for file in sorted(os.listdir(out)):

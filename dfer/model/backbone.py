@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfer.cli import UserError
+from dfer.files import reason
 
 
 class FrameBackbone(nn.Module):
@@ -41,9 +42,8 @@ class FrameBackbone(nn.Module):
         try:
             self.net = timm.create_model(name, features_only=True, out_indices=(-2, -1), **options)
         except Exception as error:  # hub, safetensors and torch raise different classes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = f"--model.weights {weights}: cannot be loaded into" if weights else "--model.backbone"
-            raise UserError(f"{what} {name} ({reason})") from None
+            raise UserError(f"{what} {name} ({reason(error)})") from None
         levels: Any = self.net.feature_info  # timm's FeatureInfo, of which the types of nn.Module know nothing
         self.channels: list[int] = levels.channels()
         self.strides: list[int] = levels.reduction()

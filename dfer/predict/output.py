@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from dfer.cli import shown
+from dfer.cli import printable
 from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.predict.inputs import ANNOTATED, InputVideo, ShowProgress, read_pictures
@@ -50,7 +50,7 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
     known, times = prediction.track >= 0, prediction.times
     mean = prediction.probabilities[known].mean(axis=0) if known.any() else None
     return {
-        "video": shown(video.path),
+        "video": printable(video.path),
         "outcome": "ok" if known.any() else "no face",
         "emotion": None if mean is None else EMOTIONS[int(mean.argmax())],
         "mean_probabilities": None if mean is None else dict(zip(EMOTIONS, mean.round(6).tolist(), strict=True)),
@@ -66,7 +66,12 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
         "window_frames": prediction.window,
         "stride_frames": prediction.stride,
         "models": [
-            {"checkpoint": shown(m.path), "step": m.step, "frames": m.sampler.clip_length, "size": m.config.data.size}
+            {
+                "checkpoint": printable(m.path),
+                "step": m.step,
+                "frames": m.sampler.clip_length,
+                "size": m.config.data.size,
+            }
             for m in models
         ],
         "segments": [

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from dfer.cli import shown
+from dfer.cli import printable
 from dfer.lists.annotations import EMOTIONS
 from dfer.report.charts import shares_chart
 from dfer.report.figures import ACCENT, SECOND, inline_svg
@@ -66,7 +66,7 @@ def _clip_card(number: int, clip: Clip, predictions: Predictions, stride: int) -
         text += f", recognised with {probability:.0f} %"
     else:
         text = f'<span class="label">{EMOTIONS[label]}</span>, taken for {text} with {probability:.0f} %'
-    text = f"<h3>{escape(shown(predictions.clips[clip.row]))}</h3><p>{text}</p>{pictures}"
+    text = f"<h3>{escape(printable(predictions.clips[clip.row]))}</h3><p>{text}</p>{pictures}"
     if clip.shares is not None:
         kinds = zip(layers, peaks, ("orange", "teal"), strict=False)
         scales = "; ".join(f"{EMOTIONS[k]} in {colour}, at most {peak:.2f}" for (k, _), peak, colour in kinds)

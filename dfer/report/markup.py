@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dfer.cli import shown
+from dfer.cli import printable
 
 
 def section(title: str, lead: str, content: str) -> str:
@@ -30,7 +30,7 @@ def interval_text(low: float, high: float) -> str:
 
 
 def notes_box(notes: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(shown(note))}</li>" for note in notes)
+    items = "".join(f"<li>{escape(printable(note))}</li>" for note in notes)
     return f'<div class="notes"><strong>Missing, or to be known</strong><ul>{items}</ul></div>'
 
 
@@ -53,7 +53,7 @@ def _settings_rows(config: dict[str, Any], prefix: str = "--") -> list[list[str]
     for key, value in config.items():
         name = f"{prefix}{key}".replace("_", "-")
         nested = isinstance(value, dict)
-        rows += _settings_rows(value, f"{name}.") if nested else [[escape(shown(x)) for x in (name, value)]]
+        rows += _settings_rows(value, f"{name}.") if nested else [[escape(printable(x)) for x in (name, value)]]
     return rows
 
 
@@ -67,5 +67,5 @@ def document(title: str, lead: str, body: Sequence[str], writer: str) -> str:
         writer: the script that the last line names.
     """
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title), lead=escape(shown(lead)), body="\n".join(body), writer=writer
+        title=escape(title), lead=escape(printable(lead)), body="\n".join(body), writer=writer
     )

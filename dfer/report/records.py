@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from dfer.cli import UserError, shown
+from dfer.cli import UserError, printable
 from dfer.run.predictions import Predictions, read_predictions
 
 
@@ -24,7 +24,8 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return shown(self.path.resolve().name)
+        """Return the name of its folder."""
+        return printable(self.path.resolve().name)
 
     def series(self, key: str) -> tuple[Float64[np.ndarray, " R"], Float64[np.ndarray, " R"]]:
         """Return steps and values of the rows that have the key; nan where the value is not a finite number."""

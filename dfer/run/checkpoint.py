@@ -53,9 +53,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     Raises:
         UserError: if the state is non-finite or cannot be written; the checkpoints before it stay.
     """
-    harmful = next(_non_finite(state), None)
-    if harmful is not None:
-        raise UserError(f"{folder}: step {state['step']} is not saved: {harmful} is not finite")
+    non_finite = next(_non_finite(state), None)
+    if non_finite is not None:
+        raise UserError(f"{folder}: step {state['step']} is not saved: {non_finite} is not finite")
     manifest = folder / f"step-{state['step']:08d}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
         steps = [step for step in find_manifests(folder) if step <= state["step"]]
         delete_all_but(folder, set(steps[:KEPT]) | best & set(steps))
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"{manifest}: cannot write the checkpoint ({_first_line(error)})") from None
+        raise UserError(f"{manifest}: cannot write the checkpoint ({reason(error)})") from None
     return manifest
 
 
@@ -268,7 +268,3 @@ def _digest(weights: dict[str, Tensor], about: dict[str, str]) -> str:
         sha256.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfer.batch import Batch
-from dfer.cli import UserError
+from dfer.cli import EXIT_PEER, UserError
 
-EXIT_PEER = 69  # EX_UNAVAILABLE: another process died or hangs
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -77,9 +76,11 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
         keep_freed_memory()
     if size == 1:
         return World(rank, size, local_rank, local_size, torch_device)
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError("the environment has WORLD_SIZE and no MASTER_ADDR: start several processes with torchrun")
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
-        _from_launcher("MASTER_PORT", 0),
+        _from_launcher("MASTER_PORT", None),
         # torchrun keeps the store and its content when it restarts the processes
         is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=timeout,
@@ -91,9 +92,9 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
     return World(rank, size, local_rank, local_size, torch_device, store)
 
 
-def _from_launcher(name: str, default: int) -> int:
-    """Return a number that torchrun has left in the environment."""
-    text = os.environ.get(name, str(default))
+def _from_launcher(name: str, default: int | None) -> int:
+    """Return a number that torchrun has left in the environment; without a default it has to be there."""
+    text = os.environ.get(name, "" if default is None else str(default))
     if not re.fullmatch("[0-9]{1,9}", text):
         raise UserError(f"the environment's {name} is {text!r}, not a number: start several processes with torchrun")
     return int(text)
@@ -198,7 +199,7 @@ def _exit_with_launcher(world: World) -> NoReturn:
     os._exit(EXIT_PEER)  # not by the interpreter's ways, as a thread still waits for the store
 
 
-def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor]) -> None:
+def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable[[Batch], Tensor]) -> None:
     """Run one backward pass without effect, before the first step of a process.
 
     DDP then sorts the gradients into buckets anew, and a sum over three or more ranks depends on its place in a bucket.
@@ -207,7 +208,7 @@ def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable
     """
     buffers = [b.clone() for b in ddp.module.buffers()]
     ddp.train()
-    loss_of(ddp, batch).backward()
+    loss_of(batch).backward()
     ddp.zero_grad()
     for buffer, before in zip(ddp.module.buffers(), buffers, strict=True):
         buffer.copy_(before)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dfer.cli import UserError
+from dfer.config import begun_config, differences
 from dfer.lists.index import ClipIndex
 from dfer.metrics import peak_memory
 from dfer.run import distributed
@@ -135,6 +136,8 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
     table.add_row("clips", f"{len(train_index):,} to train, {len(val_index):,} to evaluate ({train_index.source})")
     for row in result.rows().items():
         table.add_row(*row)
-    if config.run.name and (config.run.log_dir / config.run.name).exists():
-        table.add_row("name", f"{config.run.name} is there: continued if it is this run, else refused")
+    if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:
+        differing = "; ".join(differences(begun, config))
+        outcome = f"is another configuration: {differing}" if differing else "would be continued"
+        table.add_row("name", f"{config.run.name} has begun and {outcome}")
     Console(highlight=False).print(table)

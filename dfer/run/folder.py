@@ -24,7 +24,9 @@ from dfer.config import Config, begun_config, config_from_json, differences
 from dfer.files import read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
+from dfer.run import distributed
 from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint, save_weights
+from dfer.run.distributed import World
 from dfer.state import Job, TrainState
 
 
@@ -94,7 +96,7 @@ class RunFolder:
             )
 
     def begin(self, config: Config, state_bytes: int) -> None:
-        """Make the folder ready for the first step: lock it, delete leftovers, try that it can be written.
+        """Make the folder ready for the first step: lock it, delete leftovers, check that it is writable.
 
         Raises:
             UserError: if it cannot be written or the disk has no room for `state_bytes` twice (a new
@@ -111,8 +113,8 @@ class RunFolder:
             text = read_file(saved) if find_manifests(self.checkpoints) else f"{config.to_json()}\n".encode()
             write_whole(saved, text)  # again too: better now than at the first checkpoint
             free = shutil.disk_usage(self.checkpoints).free
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--run.log-dir: cannot write {self.path} ({reason(error)})") from None
+        except OSError as error:
+            raise UserError(f"--run.log-dir: cannot write {error.filename or self.path} ({reason(error)})") from None
         if free < 2 * state_bytes:
             raise UserError(
                 f"{self.checkpoints}: {free / 1e6:.0f} MB are free, and two checkpoints take "
@@ -148,6 +150,12 @@ def fingerprint(index: ClipIndex) -> str:
     return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
+def shared_config(config: Config, world: World) -> Config:
+    """Return rank 0's configuration on all ranks: only there may the run's folder be seen."""
+    text = distributed.share(config.to_json().encode() if world.is_main else None, world)
+    return config if text is None or world.is_main else config_from_json(text.decode(), config.run.log_dir)
+
+
 def continued_config(state: dict[str, Any], config: Config, index: ClipIndex, world_size: int) -> Config:
     """Return the configuration that a run goes on with, on however many processes.
 
@@ -158,14 +166,8 @@ def continued_config(state: dict[str, Any], config: Config, index: ClipIndex, wo
         world_size: the number of processes.
 
     Raises:
-        UserError: if it is another configuration, the clips are others, or the batch cannot be shared.
+        UserError: if the clips are others, or the batch cannot be shared.
     """
-    begun = config_from_json(state["config"], config.run.log_dir)
-    if differing := differences(begun, config):
-        raise UserError(
-            f"{config.run.name} was begun with another configuration ({'; '.join(differing)}), which this process does "
-            "not find: --run.log-dir must be one folder for all machines, or give the flags that it was begun with"
-        )
     if state["train_list"] != fingerprint(index):
         raise UserError(
             f"{config.data.train_list}: not the clips that {config.run.name} was trained on so far (names, labels "
@@ -214,7 +216,10 @@ def diverged(job: Job, run: RunFolder | None, batch: Batch) -> UserError:
     dump: Path | str = "rank 0's"
     if run:
         dump = run.path / "skipped_steps.json"
-        _dump_step(dump, job.state, batch, job.train_loader.index)
+        try:
+            _dump_step(dump, job.state, batch, job.train_loader.index)
+        except OSError as error:
+            dump = f"{dump}, which cannot be written ({reason(error)}),"
     return UserError(
         f"step {job.state.step + 1}: {job.state.guard.LIMIT} steps in a row were skipped, as their loss or gradient is "
         f"not finite; {dump} has the last one; try a lower --optim.lr, or --run.amp off"

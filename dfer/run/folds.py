@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from dfer.cli import EXIT_USAGE, UserError
-from dfer.config import Config, DataConfig, config_from_json, differences
+from dfer.config import Config, DataConfig, config_from_json, differences, parse_config
 from dfer.lists.index import load_index
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.folder import fingerprint, same_global_batch
@@ -38,7 +38,7 @@ class FoldRun(NamedTuple):
     config: Config
 
 
-class Job(NamedTuple):
+class FoldJob(NamedTuple):
     """What is left to do of a run: commands, one after the other, each the words behind `python`."""
 
     name: str
@@ -48,21 +48,35 @@ class Job(NamedTuple):
 # ---- Which runs there are, and what is left of them
 
 
-def fold_runs(config: Config, folds: Sequence[tuple[Path, Path]], num_seeds: int, folder: Path) -> list[FoldRun]:
-    """Return the runs of all seeds and folds, seed by seed, as subfolders of `folder`."""
+def fold_runs(
+    config: Config, folds: Sequence[tuple[Path, Path]], num_seeds: int, folder: Path, words: Sequence[str]
+) -> list[FoldRun]:
+    """Return the runs of all seeds and folds, seed by seed, as subfolders of `folder`.
+
+    A run that has begun goes on as what it was; `words` are of train.py's command line, for all runs.
+
+    Raises:
+        UserError: if runs that have begun differ from those that have not: the defaults have changed in between.
+    """
     runs = []
     for seed in range(num_seeds):
         for fold, (train_list, test_list) in enumerate(folds, start=1):
             data = dataclasses.replace(config.data, train_list=train_list, val_list=test_list)
             name = f"seed{seed}-fold{fold}"
             run = dataclasses.replace(config.run, log_dir=folder, name=name)
-            runs.append(FoldRun(seed, fold, folder / name, dataclasses.replace(config, seed=seed, data=data, run=run)))
+            own = dataclasses.replace(config, seed=seed, data=data, run=run)
+            runs.append(FoldRun(seed, fold, folder / name, parse_config(_flags(own, words))))
+            if differing := differences(runs[-1].config, own):
+                raise UserError(
+                    f"{folder / name}: was begun with other defaults than this version's: {'; '.join(differing)}; type "
+                    "what it was behind --, for all folds to be alike, or choose another --name"
+                )
     return runs
 
 
 def remaining_jobs(
     runs: Sequence[FoldRun], words: Sequence[str], app: Path, trained: Callable[[FoldRun], bool]
-) -> list[Job]:
+) -> list[FoldJob]:
     """Return what is to be trained or evaluated. A best epoch that is of the past is deleted.
 
     Args:
@@ -83,7 +97,7 @@ def remaining_jobs(
             (run.path / BEST).unlink(missing_ok=True)
             evaluate = [str(app / "scripts" / "evaluate.py"), str(run.path / "best_WAR.safetensors")]
             commands.append([*evaluate, "--device", run.config.run.device, "--out", str(run.path / BEST)])
-            jobs.append(Job(run.path.name, commands))
+            jobs.append(FoldJob(run.path.name, commands))
     return jobs
 
 
@@ -177,7 +191,7 @@ def slots_for(parallel: int, device: str) -> list[dict[str, str]]:
     return slots
 
 
-def drive(jobs: Sequence[Job], slots: Sequence[dict[str, str]], folder: Path) -> int:
+def drive(jobs: Sequence[FoldJob], slots: Sequence[dict[str, str]], folder: Path) -> int:
     """Work the jobs off in their order, one at a time for each slot, and return an exit code: 0 if all are done.
 
     SIGTERM, SIGINT and SIGUSR1 are handed on to the runs as SIGTERM, and all end. Otherwise a job that fails is named,
@@ -195,7 +209,7 @@ def drive(jobs: Sequence[Job], slots: Sequence[dict[str, str]], folder: Path) ->
 
 
 class _Child(NamedTuple):
-    job: Job
+    job: FoldJob
     commands: list[list[str]]  # that follow the one that runs
     process: subprocess.Popen[bytes]
 
@@ -203,7 +217,7 @@ class _Child(NamedTuple):
 class _Driver:
     """Jobs that wait, run and are done."""
 
-    def __init__(self, jobs: Sequence[Job], slots: Sequence[dict[str, str]], folder: Path):
+    def __init__(self, jobs: Sequence[FoldJob], slots: Sequence[dict[str, str]], folder: Path):
         self.slots, self.folder = slots, folder
         self.waiting, self.free = list(jobs), list(range(len(slots)))
         self.children: dict[int, _Child] = {}  # by slot
@@ -230,7 +244,7 @@ class _Driver:
                     self.next_command(slot, code)
             time.sleep(0.1)
 
-    def start(self, slot: int, job: Job, commands: list[list[str]]) -> None:
+    def start(self, slot: int, job: FoldJob, commands: list[list[str]]) -> None:
         """Start the first of the commands."""
         command = [sys.executable, "-c", _ENDS_WITH_PARENT, *commands[0]]
         with open(self.folder / f"{job.name}.txt", "ab") if len(self.slots) > 1 else contextlib.nullcontext() as out:

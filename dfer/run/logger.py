@@ -141,7 +141,10 @@ class Logger:
             )
 
     def steps(self, job: Job, grad_norm: Tensor, diagnostics: dict[str, Tensor], rates: dict[str, float]) -> None:
-        """Log the training since the last row: its mean loss, and of its last step the rest; `rates` are all ranks'."""
+        """Log the mean loss since the last row; learning rate, gradient norm and diagnostics are the last step's.
+
+        `rates` are of all ranks.
+        """
         state, world, steps_per_epoch = job.state, job.world, job.schedule.steps_per_epoch
         clips_per_step = job.config.data.batch_size * world.size * job.config.optim.accumulate
         rates = rates | {

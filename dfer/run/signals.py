@@ -10,10 +10,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dfer.cli import EXIT_GAVE_UP, EXIT_STOPPED
 from dfer.run.distributed import World
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, everything is saved, the same command continues
-EXIT_GAVE_UP = 70  # stopped by a signal, but the step did not end in time: the last checkpoint counts
 GRACE_S = 8.0  # from a signal to the end of the process, whatever it is waiting for
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

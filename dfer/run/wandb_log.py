@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from dfer.config import Config
-from dfer.files import write_whole
+from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix
 from dfer.run.predictions import Predictions
@@ -90,7 +90,7 @@ class WandbLog:
                 folder.rename(folder.parent / "replaced" / folder.name)
         except Exception as error:  # network, key, disk: all of them mean "not this way"
             instead = "; recording offline" if mode == "online" else ""
-            self._say(f"W&B cannot record {mode} ({_first_line(error)}){instead}")
+            self._say(f"W&B cannot record {mode} ({reason(error)}){instead}")
             wandb.teardown()  # its service still holds the run's id
             for folder in set((self._run_dir / "wandb").glob("run-*/")) - set(folders):  # nothing was sent from it
                 shutil.rmtree(folder, ignore_errors=True)
@@ -100,7 +100,7 @@ class WandbLog:
         return True
 
     def _options(self) -> dict:
-        """Return what W&B is told of the run: its project, group, tags, name and configuration."""
+        """Return the arguments of wandb.init: project, group, tags, name and configuration."""
         about = _grouping(self._config)
         fold = [f"fold{about['fold']}"] if about["fold"] else []
         return {
@@ -140,7 +140,7 @@ class WandbLog:
             work(self._run)
         except Exception as error:
             self._run = None
-            self._say(f"W&B failed ({_first_line(error)}); nothing more goes there, metrics.jsonl has everything")
+            self._say(f"W&B failed ({reason(error)}); nothing more goes there, metrics.jsonl has everything")
 
 
 def _run_id(id_file: Path, wandb_id: str | None) -> str:
@@ -150,10 +150,6 @@ def _run_id(id_file: Path, wandb_id: str | None) -> str:
         swept = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
         write_whole(id_file, wandb_id or swept or secrets.token_hex(4))
     return id_file.read_text(encoding="utf-8", errors="replace")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tables(confusion: ConfusionMatrix, predictions: Predictions) -> dict[str, "wandb.plot.CustomChart | wandb.Table"]:

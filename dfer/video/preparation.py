@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dfer.cli import UserError, progress, shown
+from dfer.cli import UserError, printable, progress
 from dfer.files import write_whole
 from dfer.lists.annotations import write_annotations
 from dfer.video.clips import ClipOptions, ClipResult, remove_clip, write_clips
@@ -168,7 +168,7 @@ def _write_lists(videos: Sequence[LabelledVideo], results: Sequence[ClipResult],
     for video, result in zip(videos, results, strict=True):
         kept, clips = sum(result.clips.values()), ";".join(result.clips)
         found = (result.decoded, kept, result.faces, result.cuts, result.outcome)
-        report.writerow([shown(video.path), clips, video.label, *found])
+        report.writerow([printable(video.path), clips, video.label, *found])
         names += list(result.clips)
         if video.label is not None:
             rows += [(name, count, video.label) for name, count in result.clips.items()]

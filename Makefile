@@ -5,7 +5,7 @@ DEMO := .venv-demo
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test test-slow test-gpu faults bench bench-gpu demo lint
+.PHONY: train test quick test-slow test-gpu faults bench bench-gpu demo lint
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed data/faces/test.txt
@@ -15,6 +15,12 @@ train: $(VENV)/.installed data/faces/test.txt
 WORKERS := $(shell echo $$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 )))
 test: $(VENV)/.installed
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# While working, in under a minute: rules, formats, plans, model, one whole run.
+QUICK := architecture annotations checkpoint cli config continuation crf files finite images index kernels logger metrics \
+  model sampling train
+quick: $(VENV)/.installed
+	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(QUICK:%=tests/test_%.py) $(ARGS)
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow $(ARGS)

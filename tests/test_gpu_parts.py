@@ -115,7 +115,7 @@ def test_every_part_as_far_as_python_goes(toy, one_thread, monkeypatch, case):
         assert json.loads(json.dumps(row)) == row  # what is written can be read
         # A share is a difference of two times, which at this size is noise.
         assert row["value"] == row["value"] and (row["value"] >= 0 or "share" in row["what"]), row
-    assert case.function != "alone" or found[0]["what"].endswith(", B=2")
+    assert case.function != "alone" or found[0]["what"].endswith(f", B={case.options.get('batch', 2)}")
     wanted = KEYS.get(case.function, set())
     assert wanted <= set(found[0]), wanted - set(found[0])
     if "control" in case.name:

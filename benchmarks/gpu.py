@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (args.out / name).unlink(missing_ok=True)
     shutil.rmtree(args.out / "logs", ignore_errors=True)
     words = ["--out", str(args.out.resolve()), "--data", str(args.data.resolve()), "--size", "card" if gpu else "cpu"]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the table is written
+    exit_on_signals()
     began = time.monotonic()
     try:
         run_all(cases, args.out, args.budget or BUDGET_S[gpu], child_command(words), about)
@@ -62,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - began:.0f} s; all of it is in {args.out}")
     found, _ = rows.read(args.out / "results.jsonl")
     return int(any(row.get("event") == "failed" or row.get("right") is False for row in found))
+
+
+def exit_on_signals() -> None:
+    """Have SIGTERM (of `timeout`) and SIGHUP (of a terminal that is gone) end this as an error, with the table."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

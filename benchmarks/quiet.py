@@ -9,6 +9,12 @@ from pathlib import Path
 QUIET = 0.10  # cores that other processes may take
 
 
+def counts_others(cores: int) -> bool:
+    """Whether /proc/stat counts the cores of this machine only: in a container it has those of the whole host."""
+    lines = Path("/proc/stat").read_text().splitlines()
+    return os.cpu_count() == cores == sum(1 for line in lines if line[:3] == "cpu" and line[3].isdigit())
+
+
 @dataclass(frozen=True)
 class Usage:
     """CPU seconds since the start, of this process with its children, and of the whole machine."""

@@ -37,7 +37,8 @@ def raises(setting: Setting) -> Iterator[Row]:
 
 
 def exhausts_memory(setting: Setting) -> Iterator[Row]:
-    yield figure("adjusted", int(Path("/proc/self/oom_score_adj").read_text()), "points")
+    core = resource.getrlimit(resource.RLIMIT_CORE)[0]
+    yield figure("adjusted", int(Path("/proc/self/oom_score_adj").read_text()), "points", core_file_bytes=core)
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
     blocks = []
     while True:

@@ -17,15 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 SERVER = """
-import atexit, json, os, runpy, sys, threading, traceback
+import atexit, contextlib, json, os, runpy, sys, threading, traceback
 import torch, torch.distributed, timm, tyro, dali_pipes.build, dfer.evaluation, dfer.run.logger, dfer.run.folder
 import dfer.report.page, matplotlib.pyplot, onnxruntime  # the ends of runs, and export
-import wandb.sdk.data_types._private as media  # timm has imported it
 
 torch.set_num_threads(1)
-# One folder for all children, which the first to end would delete.
-media.MEDIA_TMP._finalizer.detach()
-atexit.unregister(media.MEDIA_TMP.cleanup)
+with contextlib.suppress(ImportError):  # on a machine for a GPU's tests there is no wandb
+    import wandb.sdk.data_types._private as media  # timm has imported it
+    # One folder for all children, which the first to end would delete.
+    media.MEDIA_TMP._finalizer.detach()
+    atexit.unregister(media.MEDIA_TMP.cleanup)
 
 def play(order):
     os.setsid()

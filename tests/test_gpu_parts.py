@@ -7,11 +7,12 @@ import json
 from importlib import import_module
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import floor
-from benchmarks.gpu_parts import ceilings, checks, data, mixing, nvdec, rows, steps, timing, trace
+from benchmarks.gpu_parts import ceilings, checks, data, decoders, mixing, nvdec, project, rows, steps, timing, trace
 from benchmarks.gpu_parts.card import _Card
 from benchmarks.gpu_parts.plan import PARTS, all_cases
 from benchmarks.gpu_parts.setting import NotHere, Setting, setting_of
@@ -26,8 +27,16 @@ def test_the_plan_names_what_there_is():
     on_card = [case.proven for case in cases if case.gpu]
     assert on_card == sorted(on_card, reverse=True)  # the proven figures come first
     suspects = ("engine 0.65", "engine 1", "Triton", "compiled", "bf16", "cudnn", "engines", "NVDEC, all", "two proc")
+    suspects += ("control", "NVDEC's")
     for case in cases:
         assert not (case.proven and any(word in case.name for word in suspects)), case.name
+    names = [case.name for case in cases]
+    first_small = min(i for i, name in enumerate(names) if "small batch" in name)
+    before = ("share of the CRF, triton", "NVDEC, all engines", "CPU loader, cores: all", "clips of frames, engine 1")
+    assert all(names.index(name) < first_small for name in before)
+    # What a trace leaves in its process would be in all speeds that come after it there.
+    child = names[names.index("traces") : next(i for i, case in enumerate(cases) if case.gpu and not case.proven)]
+    assert all(name == "traces" or name.startswith(("clips of", "mixing", "eager against")) for name in child)
 
 
 class Card:
@@ -38,9 +47,16 @@ class Card:
 
         def call(*args, **kwargs):
             signature.bind(*args, **kwargs)
-            return {"get_device_name": "NVIDIA stub", "is_available": False, "max_memory_allocated": 2**30}.get(name)
+            said = {"get_device_name": "NVIDIA stub", "is_available": False, "max_memory_allocated": 2**30}
+            return Event() if name == "Event" else said.get(name)
 
         return call
+
+
+class Event:
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -57,27 +73,28 @@ def toy(tmp_path_factory) -> Setting:
 
 COMMON = {"what", "value", "unit", "n"}
 KEYS = {  # what a figure of a part tells beside that
-    "eager": {
-        "ms", "busy_share", "kernels_ms", "launches", "share_of_floor", "share_of_eager_floor", "mfu", "peak_GiB"
-    },
-    "alone": {"cores_used", "others_used", "B"},
+    "eager": {"ms", "share_of_floor", "share_of_eager_floor", "mfu", "peak_GiB"},
+    "traces": {"kernels_ms", "launches"},
+    "alone": {"cores_used"},
+    "control_in_graph": {"of", "differ", "worst"},
+    "control_torchvision": {"of", "differ", "worst"},
     "share_of_crf": {"ms", "its_kernels_ms"},
     "jpeg": {"kB_an_image"},
     "videos": {"frames_a_video"},
 }  # fmt: skip
-# One case for each function and each way through it; the others, which take the same ways, are slow.
+# One case for each function and each way through it, but for those that have a test below; the others are slow.
 QUICK = {
     "copies and product", "SMs, engine and cores together", "nvJPEG on SMs, crops", "NVDEC, one session",
     "FFmpeg on all cores", "loader frames", "loader raw128 held", "eager 0", "training from video", "clips of frames",
-    "clips of raw128 held", "mixing, engine 1", "feeding", "share of the CRF, dense", "step, bf16 input",
-    "NVDEC's limits",
+    "clips of raw128 held", "mixing, engine 1", "feeding", "NVDEC's limits", "traces",
+    "mixing, control in the graph", "mixing, control torchvision",
 }  # fmt: skip
 
 
 def walked() -> list:
     """All cases but the data's, which the fixture makes, and those whose options a CPU cannot take."""
     cases = [c for c in all_cases() if c.part != "data" and not any(word in str(c) for word in ("triton", "compiled"))]
-    cases = [case for case in cases if case.options.get("place", 0) == 0 and "other batches" not in case.name]
+    cases = [case for case in cases if case.options.get("place", 0) == 0 and 0 in case.options.get("places", (0,))]
     quick = [case for case in cases if case.name in QUICK or case.part == "peers"]
     return [*quick, *(pytest.param(case, marks=pytest.mark.slow) for case in cases if case not in quick)]
 
@@ -98,9 +115,12 @@ def test_every_part_as_far_as_python_goes(toy, one_thread, monkeypatch, case):
         assert json.loads(json.dumps(row)) == row  # what is written can be read
         # A share is a difference of two times, which at this size is noise.
         assert row["value"] == row["value"] and (row["value"] >= 0 or "share" in row["what"]), row
+    assert case.function != "alone" or found[0]["what"].endswith(f", B={case.options.get('batch', 2)}")
     wanted = KEYS.get(case.function, set())
     assert wanted <= set(found[0]), wanted - set(found[0])
-    if case.part == "checks" and "against eager" not in case.name:  # two steps say nothing about a course of losses
+    if "control" in case.name:
+        assert all("right" not in row and row["what"].startswith("control: ") for row in found), found
+    elif case.part == "checks" and "against eager" not in case.name:  # two steps say nothing about a course of losses
         assert all(row["right"] for row in found), found
 
 
@@ -108,20 +128,100 @@ def test_every_part_as_far_as_python_goes(toy, one_thread, monkeypatch, case):
 
 
 def test_a_mixed_batch_is_seen(toy, monkeypatch):
+    """And one that is only rounded another way is not taken for it."""
     real = mixing.image_batches
 
-    def mixes(setting, groups, engine, depth):
-        for number, pixels in enumerate(real(setting, groups, engine, depth)):
-            if depth == 2 and number == 1:
-                pixels[0, 5, 5, 1] ^= 32
+    def mixes(setting, groups, engine, depth, read_in_graph=False):
+        for number, pixels in enumerate(real(setting, groups, engine, depth, read_in_graph)):
+            if depth == 2 and number < 2:
+                pixels[0, 5, 5, 1] ^= (4, 32)[number]
             yield pixels
 
     monkeypatch.setattr(_Card, "module", Card())
     monkeypatch.setattr(mixing, "image_batches", mixes)
-    assert [(row["value"], row["worst"], row["right"]) for row in mixing.of_decoder(toy, 0.65)] == [
-        (0, 0, True),
-        (1, 32, False),
-    ] * 2
+    found = [(row["value"], row["differ"], row["worst"], row["right"]) for row in mixing.of_decoder(toy, 0.65)]
+    assert found == [(0, 0, 0, True), (1, 2, 32, False)] * 2
+    (control,) = mixing.control_in_graph(toy, 1.0)
+    assert (control["value"], control["differ"]) == (1, 2) and "right" not in control
+    assert mixing.told("", [torch.tensor(float("nan"))])["value"] == 1
+
+
+def test_a_loader_that_mixes_is_seen(toy, monkeypatch):
+    """Its clips are normalised: a difference counts in steps of 255."""
+    real, made = mixing.clip_loader, []
+
+    def mixes(*args, **options):
+        loader = real(*args, **options)
+        made.append(loader)
+        if len(made) == 1:
+            return loader
+        return lambda epoch: (batch._replace(clips=batch.clips + off) for batch in loader(epoch))
+
+    monkeypatch.setattr(_Card, "module", Card())
+    monkeypatch.setattr(mixing, "clip_loader", mixes)
+    for by, right in ((14, True), (18, False)):
+        off = (by / (255 * torch.tensor(mixing.IMAGENET_STD).float())).view(3, 1, 1)
+        made.clear()
+        (row,) = mixing.of_loader(toy, 0.0)
+        assert row["right"] is right and row["differ"] == row["of"] and row["worst"] == pytest.approx(by, abs=0.01)
+
+
+def test_the_host_is_never_far_ahead_of_the_card(toy, monkeypatch):
+    """Of a card that does nothing until it is waited for."""
+    queued = done = furthest = 0
+
+    class Slow(Event):
+        def record(self):
+            self.at = queued
+
+        def synchronize(self):
+            nonlocal done
+            done = self.at
+
+    def run() -> int:
+        nonlocal queued, furthest
+        queued += 1
+        furthest = max(furthest, queued - done)
+        return 1
+
+    card = SimpleNamespace(Event=Slow, synchronize=lambda: None)
+    monkeypatch.setattr(_Card, "module", card)
+    assert timing.window(dataclasses.replace(toy, seconds=0.01), run) > 0
+    assert queued > 20 and furthest <= 8
+
+
+def test_decoders_are_fed_what_is_ready(toy):
+    images = [np.arange(size, dtype=np.uint8) for size in (3, 4, 5)]
+    ((first, second),) = decoders.ready(images, 2)  # whole batches only
+    assert isinstance(first, decoders.TensorCPU) and np.array_equal(np.array(second), images[1])
+    cut = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert [np.array(t).tolist() for (t,) in decoders.ready(cut, 1)] == cut.tolist()
+
+
+def test_shares_of_decoders_are_medians(toy, monkeypatch):
+    turns = iter([({"a": 10.0, "b": 1.0}, 5.0), ({"a": 30.0, "b": 3.0}, 7.0), ({"a": 20.0, "b": 9.0}, 6.0)])
+    monkeypatch.setattr(decoders, "at_once", lambda *_: next(turns))
+    runs = dict.fromkeys("ab", lambda: 1)
+    (row,) = decoders._rows(dataclasses.replace(toy, repeats=3), "x", runs, lambda: 1, 2, {})
+    assert (row["value"], row["of a"], row["of b"], row["step_clips_per_s"]) == (14.5, 10, 1.5, 6)
+
+
+def test_no_case_makes_an_index(toy, monkeypatch):
+    """Within its time: all lists have been read when the data is there."""
+
+    def scan(*_, **__):
+        raise AssertionError("a list is scanned")
+
+    monkeypatch.setattr("dfer.lists.index.scan", scan)
+    for source in project.LISTS:
+        assert len(project.index_of(toy, source)) == toy.list_length and len(project.index_of(toy, source, "short")) > 2
+    assert project.index_of(toy, "raw128", "held").source == "raw"
+
+
+def test_each_clip_that_is_held_comes_eight_times(toy):
+    count = {name: len(data.rows_of(toy.data / "raw128" / f"{name}.txt")) for name in ("short", "held")}
+    assert count["held"] == 8 * count["short"] > 0
+    assert project.clip_loader(toy, "raw128", where="cpu", listed="held").options.cached is False
 
 
 def test_wrong_clips_are_seen(toy, monkeypatch):
@@ -138,13 +238,52 @@ def test_wrong_clips_are_seen(toy, monkeypatch):
 
 
 def test_a_variant_that_computes_something_else_is_seen(toy, one_thread):
-    (eager,) = checks.eager_against_eager(toy)
-    assert eager["right"] and eager["value"] == 0  # on one thread
-    variants = ({"nudge": 0.0}, {"nudge": 0.3}, {"bf16_input": True})
+    bits, eager, wrong = checks.eager_against_eager(toy)
+    assert (bits["value"], bits["weights_the_same_bits"]) == (2, True)  # on one thread
+    assert eager["right"] and eager["value"] == 0
+    assert wrong["value"] > checks.SAME * wrong["rounding"] and eager["known_wrong"] == wrong["value"]
+    variants = ({"nudge": 0.3}, {"bf16_input": True})
     verdicts = [next(checks.variant_against_eager(toy, "x", options))["right"] for options in variants]
-    assert verdicts == [True, False, True]
+    assert verdicts == [False, True]
     with pytest.raises(NotHere, match="has not been run"):
         list(checks.variant_against_eager(dataclasses.replace(toy, out=toy.out / "elsewhere"), "x", {}))
+
+
+def test_a_check_that_would_pass_what_is_wrong_has_no_verdict():
+    assert checks.judged(0.1, rounding=0.1, wrong=0.3)["right"] and not checks.judged(0.25, 0.1, 0.3)["right"]
+    for wrong in (0.2, float("nan")):
+        row = checks.judged(0.1, 0.1, wrong)
+        assert "right" not in row and row["verdict"].startswith("proves nothing")
+
+
+def test_bits_that_differ_are_counted(toy, monkeypatch, one_thread):
+    real, made = checks.training_step, []
+
+    def nudged(setting):
+        made.append(real(setting, nudge=1e-6 * len(made)))
+        return made[-1]
+
+    monkeypatch.setattr(checks, "training_step", nudged)
+    (row,) = checks.eager_for_long(dataclasses.replace(toy, long_train_steps=1))
+    assert (row["value"], row["weights_the_same_bits"]) == (0, False) and "eager, 1 steps" in row["what"]
+
+
+def test_a_variant_has_its_process_to_itself(toy, tmp_path, monkeypatch):
+    """Eager's speed is that of an earlier process; without it there is no ratio."""
+    setting, made = dataclasses.replace(toy, out=tmp_path, batches=(2, 4)), []
+    monkeypatch.setattr(steps, "training_step", lambda setting, **options: made.append(options) or (lambda batch: None))
+    monkeypatch.setattr(steps, "repeated", lambda setting, run: [50.0, 60.0, 70.0])
+    monkeypatch.setattr(steps, "beside_it", lambda *_: {})
+    monkeypatch.setattr(steps, "traced", lambda setting, run: trace.Work(0.01, 0.02, 9.0, 0.0))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: made.append("reset"))
+    monkeypatch.setattr(_Card, "module", Card())
+    rows.append(tmp_path / "results.jsonl", {"event": "figure", "what": "step, eager, B=4", "value": 40.0})
+    options = {"compiled": True, "bf16_input": True}
+    found = {row["what"]: row["value"] for row in steps.variant(setting, "new", options, (0, 1, 2))}
+    share = found.pop("busy share of a step, new, B=4")
+    assert found == {"step, new, B=2": 60, "step, new, B=4": 60, "step, new over eager, B=4": 1.5}
+    assert made == [options, "reset"] * 2
+    assert share == pytest.approx(0.01 * 60 / 4)
 
 
 def test_gradients_of_another_batch_are_seen():
@@ -208,6 +347,8 @@ def test_ratios_and_shares_are_the_right_way_round(toy, monkeypatch):
     assert timing.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b") == [2.0, 3.0]
     monkeypatch.setattr(steps, "in_turns", lambda setting, runs: {"with": [80.0], "without": [100.0]})
     monkeypatch.setattr(steps, "traced", lambda setting, run: trace.Work(0.5, 0.6, 900.0, 0.002))
+    row = steps.traced_row(toy, "new", print, batch=100, clips_per_s=200.0)
+    assert (row["value"], row["kernels_ms"], row["launches"]) == (1.0, 600, 900)
     (row,) = steps.share_of_crf(toy, "dense")
     assert (row["value"], row["ms"], row["its_kernels_ms"]) == pytest.approx((0.2, 25.0, 2.0))
     counts = floor.Counts(1e9, 0.0, 1e6, 0.0, 4e6)
@@ -215,7 +356,6 @@ def test_ratios_and_shares_are_the_right_way_round(toy, monkeypatch):
     monkeypatch.setattr(steps, "copy_rate", lambda setting: 1e9)
     monkeypatch.setattr(_Card, "module", Card())  # whose datasheet says 1e12 FLOP/s
     told = steps.beside_it(toy, lambda: 1, [100.0, 200.0, 1000.0], batch=100)  # half a second
-    assert told["ms"] == 500 and told["busy_share"] == 1 and told["kernels_ms"] == 600 and told["launches"] == 900
-    assert told["mfu"] == pytest.approx(100e9 / 1e12 / 0.5) and told["peak_GiB"] == 1
+    assert told["ms"] == 500 and told["mfu"] == pytest.approx(100e9 / 1e12 / 0.5) and told["peak_GiB"] == 1
     assert told["share_of_floor"] == pytest.approx(0.1 / 0.5)  # 0.1 s of bytes, 0.1 s of FLOP
     assert told["share_of_eager_floor"] == pytest.approx(0.4 / 0.5)

@@ -59,7 +59,7 @@ def test_all_of_the_project_is_packaged():
         assert (folder / "__init__.py").exists() or folder == ROOT
     for package in FOLDERS:
         assert {name for name in files_of(package) - packaged if not name.startswith("scripts/slurm/")} == set()
-    outside = {p.parent.name for p in ROOT.glob("*/__init__.py")} - {"tests"}
+    outside = {p.parent.name for p in ROOT.glob("*/__init__.py")} - {"benchmarks", "tests"}
     assert outside == set(FOLDERS) and {p.stem for p in ROOT.glob("*.py")} == {"train"}
     assert {"dfer/py.typed", "dali_pipes/py.typed"} <= packaged and not (ROOT / "dfer" / "_app").exists()
 

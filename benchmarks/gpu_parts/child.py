@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from benchmarks.quiet import Usage
 def do_cases(names: Sequence[str], known: Mapping[str, Case], setting: Setting) -> int:
     """Do the cases of these names; the exit code."""
     faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file of a process on a card takes many GB and a minute
     die_first()
     results = setting.out / "results.jsonl"
     for name in names:

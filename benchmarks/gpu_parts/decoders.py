@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 import torch
 from nvidia.dali import fn
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.pipeline import Pipeline, StreamPolicy
+from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
 from benchmarks.gpu_parts import nvdec
@@ -26,11 +27,14 @@ Where = Literal["sms", "engine", "both", "cores"]
 ENGINE = {"sms": 0.0, "engine": 1.0, "both": 0.65, "cores": 0.0}  # share of the images that the JPEG engine decodes
 CROP = {"normalized_anchor": True, "normalized_shape": True, "axes": [0, 1]}
 IMAGES_AT_ONCE = 1024
+# No allocation while it runs, and the chroma of the CPU's decoder: as the loader has it.
+HINTS = {"preallocate_width_hint": 256, "preallocate_height_hint": 256, "jpeg_fancy_upsampling": True}
+READER_SIDE = 896  # px; what reads a decoder's pixels in the graph takes long then
 
 
 def jpeg_files(setting: Setting, count: int) -> list[np.ndarray]:
     """The bytes of that many frames, of clip after clip."""
-    index = index_of(setting, "frames", long=False)
+    index = index_of(setting, "frames", "short")
     places = ((v, f) for v, frames in enumerate(index.num_frames.tolist()) for f in range(frames))
     return [np.fromfile(index.frame_path(v, f), dtype=np.uint8) for v, f in itertools.islice(places, count)]
 
@@ -41,22 +45,16 @@ def jpeg_pipeline(
     """Decode the images over and over, `at_once` in a batch; with `crop` only what training would take of each."""
     batch = min(at_once, len(images))
     cut = boxes(setting, len(images))
-    groups = [slice(start, start + batch) for start in range(0, len(images) - batch + 1, batch)]
-    turns = {name: itertools.cycle(groups) for name in ("source", "anchor", "shape")}
-    arrays = {"anchor": np.ascontiguousarray(cut[:, :2]), "shape": np.ascontiguousarray(cut[:, 2:])}
+    parts = {"source": images, "anchor": np.ascontiguousarray(cut[:, :2]), "shape": np.ascontiguousarray(cut[:, 2:])}
+    turns = {name: itertools.cycle(ready(part, batch)) for name, part in parts.items()}
     card = where != "cores"
     device = "mixed" if card and setting.device == "cuda" else "cpu"
     options = {"device": device}
-    if card:  # no allocation while it runs, and the chroma of the CPU's decoder
-        hints = {"preallocate_width_hint": 256, "preallocate_height_hint": 256, "jpeg_fancy_upsampling": True}
-        options |= {"hw_decoder_load": ENGINE[where], **hints}
+    if card:
+        options |= {"hw_decoder_load": ENGINE[where], **HINTS}
 
     def fed(name: str) -> object:
-        def source() -> object:
-            group = next(turns[name])
-            return list(images[group]) if name == "source" else arrays[name][group]
-
-        return fn.external_source(source=source, batch=True, no_copy=True)
+        return fn.external_source(source=lambda: next(turns[name]), batch=True, no_copy=True)
 
     pipeline = Pipeline(batch, setting.cores, 0 if setting.device == "cuda" else None, prefetch_queue_depth=2)
     with pipeline:
@@ -70,6 +68,12 @@ def jpeg_pipeline(
     return pipeline
 
 
+def ready(arrays: Sequence[np.ndarray], batch: int) -> list[list[TensorCPU]]:
+    """Batches as DALI takes them without looking at each array, so that a decoder's limit is not that of feeding it."""
+    starts = range(0, len(arrays) - batch + 1, batch)
+    return [[TensorCPU(array) for array in arrays[start : start + batch]] for start in starts]
+
+
 def fed_pipeline(count: int, names: Sequence[str]) -> Pipeline:
     """A graph that passes on what it is fed, to see what feeding costs."""
     pipeline = Pipeline(count, 1, None, prefetch_queue_depth=1)
@@ -80,15 +84,21 @@ def fed_pipeline(count: int, names: Sequence[str]) -> Pipeline:
 
 
 def image_batches(
-    setting: Setting, groups: Sequence[Sequence[np.ndarray]], engine: float, depth: int
+    setting: Setting, groups: Sequence[Sequence[np.ndarray]], engine: float, depth: int, read_in_graph: bool = False
 ) -> Iterator[Tensor]:
-    """The pixels of each group of images, all of one size, as the decoder left them; `depth` groups are under way."""
+    """The pixels of each group of images, all of one size, as the decoder left them; `depth` groups are under way.
+
+    With `read_in_graph` they are what a slow operator made of them on the decoder's own stream: what the decoder wrote
+    into is free for the next batch as soon as that operator is queued.
+    """
     card = setting.device == "cuda"
-    hints = {"hw_decoder_load": engine, "preallocate_width_hint": 256, "preallocate_height_hint": 256}
-    pipeline = Pipeline(len(groups[0]), setting.cores, 0 if card else None, prefetch_queue_depth=depth)
+    policy = StreamPolicy.SINGLE if read_in_graph else None
+    place = 0 if card else None
+    pipeline = Pipeline(len(groups[0]), setting.cores, place, prefetch_queue_depth=depth, stream_policy=policy)
     with pipeline:
         encoded = fn.external_source(name="source", batch=True, no_copy=True)
-        pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if card else "cpu", **hints))
+        pixels = fn.decoders.image(encoded, device="mixed" if card else "cpu", hw_decoder_load=engine, **HINTS)
+        pipeline.set_outputs(fn.resize(pixels, size=[READER_SIDE, READER_SIDE]) if read_in_graph else pixels)
     pipeline.build()
     for group in groups[:depth]:
         pipeline.feed_input("source", list(group))
@@ -142,7 +152,9 @@ def _rows(
 ) -> Iterator[Row]:
     found = [at_once(setting, runs, step) for _ in range(setting.repeats)]
     totals = [sum(rates.values()) / per_clip for rates, _ in found]
-    parts = {f"of {name}": found[0][0][name] / per_clip for name in runs} if len(runs) > 1 else {}
+    parts = {}
+    if len(runs) > 1:
+        parts = {f"of {name}": float(np.median([rates[name] for rates, _ in found])) / per_clip for name in runs}
     if step is not None:
         parts["step_clips_per_s"] = float(np.median([rate for _, rate in found]))
     yield figure(what, totals, "clips/s", **parts, **more)
@@ -150,7 +162,7 @@ def _rows(
 
 def video_files(setting: Setting) -> tuple[list[np.ndarray], float]:
     """The bytes of all videos, and how many frames one has on average."""
-    index = index_of(setting, "video", long=False)
+    index = index_of(setting, "video", "short")
     files = [np.fromfile(record.path, dtype=np.uint8) for record in index.records]
     return files, float(index.num_frames.mean())
 
@@ -158,16 +170,11 @@ def video_files(setting: Setting) -> tuple[list[np.ndarray], float]:
 def video_pipeline(setting: Setting, files: Sequence[np.ndarray]) -> Pipeline:
     """Decode whole videos over and over: one session."""
     batch = min(setting.loader_batch, len(files))
-    groups = itertools.cycle(range(0, len(files) - batch + 1, batch))
-
-    def fed() -> list[np.ndarray]:
-        start = next(groups)
-        return list(files[start : start + batch])
-
+    groups = itertools.cycle(ready(files, batch))
     device = "mixed" if setting.device == "cuda" else "cpu"
     pipeline = Pipeline(batch, setting.cores, 0 if device == "mixed" else None, prefetch_queue_depth=2)
     with pipeline:
-        encoded = fn.external_source(source=fed, batch=True, no_copy=True)
+        encoded = fn.external_source(source=lambda: next(groups), batch=True, no_copy=True)
         pipeline.set_outputs(fn.decoders.video(encoded, device=device))
     pipeline.build()
     return pipeline
@@ -188,7 +195,7 @@ def videos(setting: Setting, sessions: int | None) -> Iterator[Row]:
 
 def videos_on_cores(setting: Setting) -> Iterator[Row]:
     """Whole videos through FFmpeg, one process on each core."""
-    index = index_of(setting, "video", long=False)
+    index = index_of(setting, "video", "short")
     paths = [str(record.path) for record in index.records]
     if not paths:
         raise NotHere("no videos")

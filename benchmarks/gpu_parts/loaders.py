@@ -35,12 +35,8 @@ def alone(
     what = f"loader, {source}{', held in the card' if held else ''}"
     what += f", engine {engine:g}" if engine else ""
     what += f", CPU, cores: {setting.cores}" if where == "cpu" else ""
-    more = {
-        "cores_used": used["cpu_s"] / used["seconds"],
-        "others_used": used["foreign_cores"],
-        "B": loader.options.batch_size,
-    }
-    yield figure(what, speeds, "clips/s", **more)
+    what += f", B={loader.options.batch_size}"
+    yield figure(what, speeds, "clips/s", cores_used=used["cpu_s"] / used["seconds"])
 
 
 def on_cpu(setting: Setting) -> Iterator[Row]:
@@ -76,7 +72,7 @@ def feed(setting: Setting) -> Iterator[Row]:
 def reading(setting: Setting) -> Iterator[Row]:
     """Fetching a clip as the readers do, in one thread."""
     for source in ("frames", "shards144", "raw128"):
-        index = index_of(setting, source, long=False)
+        index = index_of(setting, source, "short")
         fetch = source_of(index, whole_videos=True).fetch
         frames = np.arange(setting.frames)
         times = []

@@ -80,7 +80,7 @@ def torchcodec_videos(setting: Setting) -> Iterator[Row]:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError) as error:  # RuntimeError: FFmpeg's libraries are missing
         raise NotHere(f"TorchCodec cannot be imported: {' '.join(str(error).split())[:200]}") from None
-    paths = itertools.cycle([str(record.path) for record in index_of(setting, "video", long=False).records])
+    paths = itertools.cycle([str(record.path) for record in index_of(setting, "video", "short").records])
 
     def run() -> int:
         decoder = VideoDecoder(next(paths), device=setting.device)

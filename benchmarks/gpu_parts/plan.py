@@ -1,6 +1,6 @@
 """All cases, in the order in which a card does them: what is proven, most valuable first; then each of the rest alone.
 
-What needs no card comes last: nothing that happens to the card can harm it.
+What needs no card comes late: nothing that happens to the card can harm it.
 Proven is what has run on an H200 before (2026-11-26). A new kernel, a capture, a decoder, a cache begins as not proven.
 """
 
@@ -20,12 +20,14 @@ COMPILED = {  # a minute for each batch size
     "compiled": {"compiled": True},
     "compiled + Triton CRF + bf16 input": {"compiled": True} | TRITON | BF16,
 }
-TELLING, OTHERS = (0, 1), (2, 3)  # places of the setting's batch sizes
+# Places of the setting's batch sizes: the most telling, the smallest, the others.
+TELLING, SMALL, OTHERS = (0,), (1,), (2, 3)
 
 
 def all_cases() -> list[Case]:
     """The whole plan."""
-    return [*on_the_cpu_first(), *proven(), *alone(), *loaders_by_cores(), *peers(), *the_rest()]
+    all_cores, *fewer = loaders_by_cores()
+    return [*on_the_cpu_first(), *proven(), *alone(), all_cores, *small_batches(), *fewer, *peers(), *the_rest()]
 
 
 def on_the_cpu_first() -> list[Case]:
@@ -40,7 +42,7 @@ def ceiling(name: str, function: str, proven: bool = True, gpu: bool = True, **o
 
 
 def check(name: str, function: str, options: dict, proven: bool = False, limit_s: float = 60) -> Case:
-    module = "mixing" if function == "both" else "checks"
+    module = "mixing" if function in ("both", "control_in_graph", "control_torchvision") else "checks"
     return Case("checks", name, f"{HERE}.{module}", function, options, limit_s=limit_s, proven=proven)
 
 
@@ -67,12 +69,14 @@ def proven() -> list[Case]:
     for options in sources:
         cases.append(_training(f"training from {options['source']}", options))
     cases.append(_training("training from raw128 held", held))
+    cases.append(Case("loaders", "feeding", f"{HERE}.loaders", "feed", limit_s=60, proven=True, gpu=False))
+    # Tracing loads what slows launches down in the same process: nothing that is timed comes after it.
+    cases.append(Case("step", "traces", f"{HERE}.steps", "traces", limit_s=60, proven=True))
     for source in SOURCES:
         cases.append(check(f"clips of {source}", "clips_against_cpu", {"source": source}, proven=True))
     cases.append(check("clips of raw128 held", "clips_against_cpu", held, proven=True))
     cases.append(check("mixing, engine 0", "both", {"engine": 0.0}, proven=True))
     cases.append(check("eager against eager", "eager_against_eager", {}, proven=True, limit_s=120))
-    cases.append(Case("loaders", "feeding", f"{HERE}.loaders", "feed", limit_s=60, proven=True, gpu=False))
     return cases
 
 
@@ -92,40 +96,53 @@ def loaders_by_cores() -> list[Case]:
 def alone() -> list[Case]:
     """What is not proven: each in a child of its own."""
     cases = [check(f"mixing, engine {engine:g}", "both", {"engine": engine}) for engine in (0.65, 1.0)]
+    cases += [
+        check("mixing, control in the graph", "control_in_graph", {"engine": 1.0}),
+        check("mixing, control torchvision", "control_torchvision", {}),
+    ]
     for name, options in QUICK_TO_START.items():
         cases.append(_variant(name, options, TELLING))
         cases.append(_against_eager(name, options))
+    cases.append(check("two processes", "two_processes", {}))
+    for backend in ("dense", "triton"):
+        options = {"backend": backend}
+        cases.append(Case("step", f"share of the CRF, {backend}", f"{HERE}.steps", "share_of_crf", options, limit_s=60))
     cases += [
-        check("two processes", "two_processes", {}),
         ceiling("JPEG engine", "jpeg", proven=False, where=["engine"]),
         ceiling("nvJPEG on both", "jpeg", proven=False, where=["both"]),
         ceiling("SMs, engine and cores together", "jpeg", proven=False, where=["sms", "engine", "cores"]),
         ceiling("nvJPEG on SMs, crops", "jpeg", proven=False, where=["sms"], crop=True),
         ceiling("NVDEC, all engines", "videos", proven=False, sessions=None),
-        Case("ceilings", "NVDEC's limits", f"{HERE}.nvdec", "told"),
+        Case("ceilings", "NVDEC's limits", f"{HERE}.nvdec", "told", limit_s=60),
     ]
     for engine in (0.65, 1.0):
         options = {"source": "frames", "engine": engine}
-        cases.append(Case("loaders", f"loader frames, engine {engine:g}", f"{HERE}.loaders", "alone", options))
-    for backend in ("dense", "triton"):
-        options = {"backend": backend}
-        cases.append(Case("step", f"share of the CRF, {backend}", f"{HERE}.steps", "share_of_crf", options, limit_s=60))
+        name = f"loader frames, engine {engine:g}"
+        cases.append(Case("loaders", name, f"{HERE}.loaders", "alone", options, limit_s=60))
+        cases.append(check(f"clips of frames, engine {engine:g}", "clips_against_cpu", options))
     return cases
+
+
+def small_batches() -> list[Case]:
+    """The variants on the batch of 16: launches, not kernels, are what they wait for there."""
+    return [_variant(name, options, SMALL) for name, options in QUICK_TO_START.items()]
 
 
 def the_rest() -> list[Case]:
     """Also each in a child of its own, last since it takes long or tells little more."""
     cases = []
     for name, options in COMPILED.items():
-        cases.append(_variant(name, options, TELLING, limit_s=240))
+        cases.append(_variant(name, options, TELLING, limit_s=150))
         cases.append(_against_eager(name, options, limit_s=150))
+    cases.append(check("eager against eager, for long", "eager_for_long", {}))
+    cases += [_variant(name, options, SMALL, limit_s=150) for name, options in COMPILED.items()]
     return cases + [
         _variant(name, options, OTHERS, limit_s=300) for name, options in (QUICK_TO_START | COMPILED).items()
     ]
 
 
 def _variant(name: str, options: dict, places: tuple[int, ...], limit_s: float = 90) -> Case:
-    more = "" if places == TELLING else ", other batches"
+    more = {TELLING: "", SMALL: ", small batch", OTHERS: ", other batches"}[places]
     work = {"name": name, "options": options, "places": places}
     return Case("step", f"step, {name}{more}", f"{HERE}.steps", "variant", work, limit_s=limit_s)
 

@@ -1,5 +1,6 @@
 """The project as the benchmark uses it: its loader, its model and its training step. All imports of it are here."""
 
+import gc
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,18 +29,18 @@ from dfer.precision import Precision
 
 __all__ = ["IMAGENET_STD", "Batch", "source_of"]  # for the other parts, which import the project from here alone
 
+Listed = Literal["long", "short", "held"]  # as long as DFEW's; each clip once; of raw128, each eight times
 LISTS = {  # by source: where its list lies in the data folder
     "frames": "faces/{}.txt",
     "shards144": "shards144/{}.txt",
     "raw128": "raw128/{}.txt",
     "video": "video/{}.txt",
 }
-Step = Callable[[Batch], Tensor]  # takes one step, returns its loss
 
 
-def index_of(setting: Setting, source: str, long: bool = True) -> ClipIndex:
-    """The clips of a source, repeated to the length of DFEW's list or once each."""
-    return load_index(setting.data / LISTS[source].format("long" if long else "short"))
+def index_of(setting: Setting, source: str, listed: Listed = "long") -> ClipIndex:
+    """The clips of a source, as often as a list has them."""
+    return load_index(setting.data / LISTS[source].format(listed))
 
 
 def sampler_of(setting: Setting) -> ClipSampler:
@@ -53,12 +54,13 @@ def clip_loader(
     where: Literal["card", "cpu"] = "card",
     engine: float = 0.0,
     held: bool = False,
-    short: bool = False,
+    listed: Listed | None = None,
     batch: int | None = None,
 ) -> ClipLoader:
     """The trainer's loader. On a test's stub the graph for the card runs on the CPU.
 
-    Pixels that are to be `held` in the card are those of the short list: each clip once.
+    Pixels that are to be `held` in the card are those of a list of their own, whose epochs are long enough for plan and
+    uploads not to be most of them, and whose pixels the card can hold.
     """
     card = where == "card"
     gpu = card and setting.device == "cuda"
@@ -72,7 +74,8 @@ def clip_loader(
         num_threads=setting.cores,
         device_id=0 if gpu else None,
     )
-    return ClipLoader(index_of(setting, source, long=not (held or short)), sampler_of(setting), options)
+    listed = listed or ("held" if held else "long")
+    return ClipLoader(index_of(setting, source, listed), sampler_of(setting), options)
 
 
 def boxes(setting: Setting, count: int) -> np.ndarray:
@@ -126,6 +129,35 @@ def loss_of(setting: Setting, config: Config, model: nn.Module, batch: Batch, dt
     return build_objective(config.loss, [])(precision.forward(model, batch.clips), batch)
 
 
+class Step:
+    """One optimizer step as the trainer takes it, in bf16: takes a batch, returns its loss."""
+
+    def __init__(self, setting: Setting, config: Config, model: nn.Module, cudnn_benchmark: bool, bf16_input: bool):
+        self.model = model
+        self._setting, self._config = setting, config
+        self._cudnn_benchmark, self._bf16_input = cudnn_benchmark, bf16_input
+        self._optimizer = optimizer_of(model)
+        scaler = torch.amp.GradScaler(setting.device, enabled=False)
+        self._guard = NonFiniteGuard(model, self._optimizer, scaler)
+        self._number = 0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        torch.backends.cudnn.benchmark = self._cudnn_benchmark
+        torch.manual_seed(zlib.crc32(f"0/{self._number}".encode()))
+        self._number += 1
+        if self._bf16_input and batch.clips.dtype != torch.bfloat16:
+            batch = replace_clips(batch, batch.clips.to(torch.bfloat16))
+        self._guard.before_forward()
+        loss = loss_of(self._setting, self._config, self.model, batch, torch.bfloat16)
+        finite = loss.detach().isfinite()
+        (loss * torch.where(finite, 1.0, torch.nan)).backward()
+        self._guard.step(1.0)
+        if self._guard.diverged():
+            raise FloatingPointError("the loss or the gradient is not finite, step after step")
+        self._optimizer.zero_grad()
+        return loss.detach()
+
+
 def training_step(
     setting: Setting,
     *,
@@ -136,7 +168,7 @@ def training_step(
     crf: bool = True,
     nudge: float = 0.0,
 ) -> Step:
-    """One optimizer step as the trainer takes it, in bf16, under some options.
+    """A step under some options.
 
     `nudge` moves each weight by up to that share of itself: what rounding does, to compare other differences with.
     """
@@ -146,29 +178,9 @@ def training_step(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + nudge * (2 * torch.rand_like(parameter) - 1))
-    optimizer = optimizer_of(model)
-    guard = NonFiniteGuard(model, optimizer, torch.amp.GradScaler(setting.device, enabled=False))
+    step = Step(setting, config, model, cudnn_benchmark, bf16_input)
     if compiled:
         model.compile()
-    number = 0
-
-    def step(batch: Batch) -> Tensor:
-        nonlocal number
-        torch.backends.cudnn.benchmark = cudnn_benchmark
-        torch.manual_seed(zlib.crc32(f"0/{number}".encode()))
-        number += 1
-        if bf16_input and batch.clips.dtype != torch.bfloat16:
-            batch = replace_clips(batch, batch.clips.to(torch.bfloat16))
-        guard.before_forward()
-        loss = loss_of(setting, config, model, batch, torch.bfloat16)
-        finite = loss.detach().isfinite()
-        (loss * torch.where(finite, 1.0, torch.nan)).backward()
-        guard.step(1.0)
-        if guard.diverged():
-            raise FloatingPointError("the loss or the gradient is not finite, step after step")
-        optimizer.zero_grad()
-        return loss.detach()
-
     return step
 
 
@@ -211,4 +223,5 @@ def batches(loader: ClipLoader) -> Iterator[Batch]:
 
 def free_card() -> None:
     """Give back what torch keeps of freed memory, so that the next peak is its own."""
+    gc.collect()
     cuda.empty_cache()

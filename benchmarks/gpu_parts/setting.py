@@ -30,7 +30,8 @@ class Setting:
     copy_bytes: int = 2**30
     product_side: int = 8192
     images: int = 2048  # that decoders are given, from memory
-    train_steps: int = 200  # of variants that are compared by their losses
+    train_steps: int = 60  # of variants that are compared by their losses
+    long_train_steps: int = 200  # of eager against eager, once more at the end
     mixing_batches: int = 240
     list_length: int = 9356  # rows of DFEW's first training list
     data_share: float = 0.25  # of the embedded data set
@@ -48,6 +49,6 @@ def setting_of(size: Literal["card", "cpu", "toy"], data: Path, out: Path) -> Se
         return Setting(data, out, gpu=False, device="cpu", images=256, data_share=0.03)
     return Setting(
         data, out, gpu=True, device="cpu", seconds=0.0, repeats=1, warm_up=1, frames=2, size=32, batches=(2,),
-        batch=2, loader_batch=2, dim=16, copy_bytes=2**12, product_side=16, images=8, train_steps=2, mixing_batches=3,
-        list_length=30, data_share=0.003,
+        batch=2, loader_batch=2, dim=16, copy_bytes=2**12, product_side=16, images=8, train_steps=2, long_train_steps=3,
+        mixing_batches=3, list_length=30, data_share=0.003,
     )  # fmt: skip

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.floor import Counts, floor_seconds, read_counts
 from benchmarks.gpu_parts.card import cuda
 from benchmarks.gpu_parts.ceilings import copy_rate, datasheet_flops
 from benchmarks.gpu_parts.project import Batch, Step, free_card, replace_clips, synthetic, training_step
-from benchmarks.gpu_parts.rows import Row, figure
+from benchmarks.gpu_parts.rows import Row, figure, read
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import in_turns, ratios, repeated
 from benchmarks.gpu_parts.trace import traced
@@ -34,25 +35,58 @@ def input_of(setting: Setting, batch: int, options: dict[str, Any]) -> Batch:
 def eager(setting: Setting, place: int) -> Iterator[Row]:
     """The step as it is, with the batch that stands at that place of the setting's."""
     batch = setting.batches[place]
-    step, given = training_step(setting), synthetic(setting, batch)
-    run = clips_of(step, given)
+    run = clips_of(training_step(setting), synthetic(setting, batch))
     speeds = repeated(setting, run)
-    yield figure(f"step, eager, B={batch}", speeds, "clips/s", **beside_it(setting, run, speeds, batch))
+    yield figure(name_of("eager", batch), speeds, "clips/s", **beside_it(setting, run, speeds, batch))
 
 
-def variant(setting: Setting, name: str, options: dict[str, Any], places: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
-    """A step under some options and the eager one in turns."""
-    for batch in (setting.batches[place] for place in places if place < len(setting.batches)):
-        runs = {
-            "eager": clips_of(training_step(setting), synthetic(setting, batch)),
-            name: clips_of(training_step(setting, **options), input_of(setting, batch, options)),
-        }
-        found = in_turns(setting, runs)
-        more = beside_it(setting, runs[name], found[name], batch)
-        yield figure(f"step, {name}, B={batch}", found[name], "clips/s", **more)
-        yield figure(f"step, {name} over eager, B={batch}", ratios(found, name, "eager"), "times")
-        del runs
+def name_of(step: str, batch: int) -> str:
+    return f"step, {step}, B={batch}"
+
+
+def measured_eager(setting: Setting, batch: int) -> float | None:
+    """The speed of the eager step, in clips/s, as its case has found it in a process of its own."""
+    found, _ = read(setting.out / "results.jsonl")
+    told = [row["value"] for row in found if row.get("what") == name_of("eager", batch)]
+    return told[-1] if told else None
+
+
+def traces(setting: Setting) -> Iterator[Row]:
+    """What the card does in an eager step of each batch size. Once there is a trace, no figure of speed comes after."""
+    for batch in setting.batches:
+        run = clips_of(training_step(setting), synthetic(setting, batch))
+        speed = measured_eager(setting, batch) or float(np.median(repeated(setting, run)))
+        yield traced_row(setting, "eager", run, batch, speed)
+        del run
         free_card()
+
+
+def variant(setting: Setting, name: str, options: dict[str, Any], places: tuple[int, ...]) -> Iterator[Row]:
+    """A step under some options, in a process that has taken no other, over eager's speed if that is known.
+
+    What libraries keep of a step outlives it: cuDNN's plans, which eager has chosen, would serve a step that is to look
+    for better ones.
+    """
+    batches = [setting.batches[place] for place in places if place < len(setting.batches)]
+    for batch in batches:
+        run = clips_of(training_step(setting, **options), input_of(setting, batch, options))
+        speeds = repeated(setting, run)
+        yield figure(name_of(name, batch), speeds, "clips/s", **beside_it(setting, run, speeds, batch))
+        if base := measured_eager(setting, batch):
+            yield figure(f"step, {name} over eager, B={batch}", [speed / base for speed in speeds], "times")
+        if batch == batches[-1]:
+            yield traced_row(setting, name, run, batch, float(np.median(speeds)))
+        del run
+        free_card()
+        if options.get("compiled"):
+            torch.compiler.reset()  # or the next size would be compiled as one of many
+
+
+def traced_row(setting: Setting, name: str, run: Callable[[], int], batch: int, clips_per_s: float) -> Row:
+    """The busy share of a step whose speed was measured without a trace."""
+    seen = traced(setting, run)
+    more = {"kernels_ms": 1000 * seen.kernels_s, "launches": seen.launches}
+    return figure(f"busy share of a step, {name}, B={batch}", seen.busy_s * clips_per_s / batch, "of the step", **more)
 
 
 def beside_it(setting: Setting, run: Callable[[], int], speeds: list[float], batch: int) -> dict[str, float | None]:
@@ -61,14 +95,10 @@ def beside_it(setting: Setting, run: Callable[[], int], speeds: list[float], bat
     cuda.reset_peak_memory_stats()
     run()
     peak = cuda.max_memory_allocated() / 2**30
-    seen = traced(setting, run)
     counts, flops = read_counts(setting), datasheet_flops(cuda.get_device_name())
     step_s = batch / clips_per_s
     return {
         "ms": 1000 * step_s,
-        "busy_share": seen.busy_s / step_s,
-        "kernels_ms": 1000 * seen.kernels_s,
-        "launches": seen.launches,
         **shares_of_floor(setting, counts, flops, batch, step_s),
         "mfu": counts.flops(batch) / step_s / flops if flops else None,
         "peak_GiB": peak,

@@ -177,6 +177,7 @@ def wandb_command(server, folder, *words):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_is_created_and_an_agent_works_on_it(clips, tmp_path):
     assert [path.stem for path in SWEEPS] == ["crf", "recipe"]
     with FakeWandb() as server:

@@ -853,6 +853,7 @@ def test_real_videos(tmp_path: Path) -> None:
         assert shirt.max() < 50
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
 def test_real_videos_become_predictions(tmp_path: Path) -> None:
     videos = [f"{REAL}/{name} {label}" for name, label in (("single_face.mp4", 0), ("face_noface.mov", 4))]

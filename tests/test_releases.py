@@ -646,6 +646,7 @@ def test_a_defect_keeps_its_traceback(request, tmp_path, monkeypatch, script):
         script.main(["--root", str(root), "--out", str(tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("release", "train", "test"),
     [("dfew", "set_1_train", "set_1_test"), ("ferv39k", "train_All", "scenes/Crime_test")],

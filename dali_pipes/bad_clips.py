@@ -1,6 +1,5 @@
 """Clips that cannot be read: the policy, which clip of a refused batch is bad, and what stands in for it."""
 
-import sys
 from typing import Literal
 
 import numpy as np
@@ -9,7 +8,7 @@ from jaxtyping import Bool, Int64
 
 from dali_pipes.feeding import Epoch, Feed
 from dali_pipes.sources import BadClip, FrameFolders, Shards
-from dfer.cli import UserError, printable
+from dfer.cli import UserError, printable, say_error
 from dfer.lists.index import ClipIndex
 
 TOLERATED = 0.01  # share of the clips that may be bad by accident; one clip always may
@@ -48,7 +47,7 @@ class BadClips:
                 f"{TOLERATED:.0%} are not left out"
             )
         if tell:
-            print(f"clip left out: {printable(error)}", file=sys.stderr, flush=True)
+            say_error(f"clip left out: {printable(error)}")
 
     def check_frames(self, video: int, frames: Int64[np.ndarray, " T"]) -> None:
         """Raise a BadClip if the decoder has refused one of these frames before."""

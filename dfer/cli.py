@@ -31,11 +31,17 @@ def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
     except UserError as error:
         # What is wrong before the ranks have joined is wrong on all of them: one says it.
         if _joined() or os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {printable(error)}", file=sys.stderr)
+            say_error(f"{program}: {printable(error)}")
         return EXIT_USAGE
     finally:
         if _joined():
             sys.modules["torch.distributed"].destroy_process_group()
+
+
+def say_error(line: str) -> None:
+    """Write a line to stderr in one piece: print() writes its end apart, so that the lines of several ranks mix."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _joined() -> bool:

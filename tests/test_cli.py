@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from dfer.cli import UserError, one_line_errors, progress
+from dfer.cli import UserError, one_line_errors, progress, say_error
 from tests.conftest import ROOT
 
 
@@ -48,6 +49,14 @@ def test_before_the_ranks_have_joined_one_of_them_speaks(capsys, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         assert one_line_errors("train.py", users_error) == 2
         assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_a_line_is_written_in_one_piece(monkeypatch):
+    """Two ranks write to the same terminal."""
+    pieces = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=pieces.append, flush=lambda: None))
+    say_error("train.py: rank 2: gone")
+    assert pieces == ["train.py: rank 2: gone\n"]
 
 
 def test_progress_passes_everything_on_and_says_how_far_it_is(capsys):

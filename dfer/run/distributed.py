@@ -5,7 +5,6 @@ import ctypes
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfer.batch import Batch
-from dfer.cli import EXIT_PEER, UserError
+from dfer.cli import EXIT_PEER, UserError, say_error
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -154,7 +153,7 @@ def peers_named(world: World, patience: float = 3.0) -> Iterator[None]:
             who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))} of {world.size} died or did not "
             who += "answer within --run.timeout;"
         line = f"train.py: rank {world.rank}: {who} the same command continues from the last checkpoint"
-        print(line, file=sys.stderr, flush=True)
+        say_error(line)
         if silent is None:
             _exit_with_launcher(world)
         raise SystemExit(EXIT_PEER) from None

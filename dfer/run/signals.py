@@ -3,14 +3,13 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from dfer.cli import EXIT_GAVE_UP, EXIT_STOPPED
+from dfer.cli import EXIT_GAVE_UP, EXIT_STOPPED, say_error
 from dfer.run.distributed import World
 
 GRACE_S = 8.0  # from a signal to the end of the process, whatever it is waiting for
@@ -68,7 +67,7 @@ class StopSignals:
                 f"no step ended within {GRACE_S:g} s of {signal.Signals(content[0]).name}; the last checkpoint counts"
             )
             with contextlib.suppress(OSError):
-                print(f"train.py: {line}", file=sys.stderr, flush=True)
+                say_error(f"train.py: {line}")
         os._exit(EXIT_STOPPED if self.saved else EXIT_GAVE_UP)
 
     def requested(self) -> bool:

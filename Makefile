@@ -5,6 +5,9 @@ DEMO := .venv-demo
 RUN := $(VENV)/bin/python
 ARGS ?=
 
+# Compiled once, not in each of the processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test quick test-slow test-gpu faults bench bench-gpu demo lint
 .DELETE_ON_ERROR:
 

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.nursery import Nursery
 
 ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = ("-m", "torch.distributed.run")
 
 
 def pytest_collection_modifyitems(items):
@@ -68,10 +69,17 @@ def nursery() -> Nursery:
     return Nursery()
 
 
-def run_python(*args: str, timeout: float = 120, fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a user would, in a fork of a process that has its libraries, or a fresh one."""
+def run_python(
+    *args: str, timeout: float = 120, fresh: bool | None = None, **env: str
+) -> subprocess.CompletedProcess:
+    """Run Python as a user would: scripts and torchrun in a fork of a process that has their libraries, `-c` afresh.
+
+    `fresh` says otherwise.
+    """
     # One thread each: several tests run at once, and threads that wait for each other wait long then.
     env = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **env}
-    if args[0].endswith(".py") and not fresh and "PYTHONIOENCODING" not in env:
+    if fresh is None:
+        fresh = not (args[0].endswith(".py") or args[:2] == TORCHRUN) or "PYTHONIOENCODING" in env
+    if not fresh:
         return nursery().run(list(args), env, timeout)
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)

@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 SERVER = """
-import atexit, contextlib, json, os, runpy, sys, threading, traceback
-import torch, torch.distributed, timm, tyro, dali_pipes.build, dfer.evaluation, dfer.run.logger, dfer.run.folder
+import atexit, contextlib, json, os, runpy, signal, sys, threading, traceback
+import torch, torch.distributed.run as launcher, timm, tyro, dali_pipes.build, dfer.evaluation, dfer.run.logger, dfer.run.folder
 import dfer.report.page, matplotlib.pyplot, onnxruntime  # the ends of runs, and export
 
 torch.set_num_threads(1)
@@ -43,12 +43,14 @@ def play(order):
     if not order["report"]:
         dfer.report.page.write_report = lambda run, *_: f"{run.path}/report.html, not written for this test"
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != order["cwd"]]  # a script finds them itself
-    sys.path.insert(0, "")
+    sys.path[:0] = ["", *filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv, sys.path[0] = order["words"], os.path.dirname(os.path.abspath(order["words"][0]))
     code = 0
     try:
         if order["words"][0] == "-c":
             exec(compile(sys.argv.pop(1), "-c", "exec"), {"__name__": "__main__"})
+        elif order["words"][0] == "-m":
+            torchrun(order["words"][2:])
         else:
             runpy.run_path(order["words"][0], run_name="__main__")
     except SystemExit as stop:
@@ -66,6 +68,23 @@ def play(order):
         except OSError:
             code = code or 120
     os._exit(code)
+
+def torchrun(words):
+    # torchrun itself, but that it forks its processes
+    def forked(config, entrypoint):
+        config.start_method = "fork"
+        return lambda unbuffered, *command: elastic_launch(config, rank)(*command)
+    elastic_launch, launcher.elastic_launch = launcher.elastic_launch, forked
+    sys.argv = ["torchrun", *words]
+    launcher.main(words)
+
+def rank(*command):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # torchrun's own are not for its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(write_through=True)  # as -u
+    sys.argv, sys.path[0] = list(command), os.path.dirname(os.path.abspath(command[0]))
+    runpy.run_path(command[0], run_name="__main__")
 
 for line in sys.stdin:
     child = os.fork()
@@ -87,13 +106,13 @@ class Nursery:
         atexit.register(self.close)
 
     def run(self, words: list[str], env: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
-        """Run `python WORDS`, a script or -c CODE, in the repository's root.
+        """Run `python WORDS`, a script, -c CODE or -m torch.distributed.run, in the repository's root.
 
-        train.py writes no report: that takes half of a small run.
+        Training writes no report: that takes half of a small run.
         """
         with tempfile.TemporaryDirectory() as folder:
             names = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-            order = {"words": words, "env": env, "cwd": str(ROOT), "report": words[0] != "train.py", **names}
+            order = {"words": words, "env": env, "cwd": str(ROOT), "report": words[0].startswith("scripts/"), **names}
             self._server.stdin.write(json.dumps(order) + "\n")
             self._server.stdin.flush()
             child = int(self._server.stdout.readline())

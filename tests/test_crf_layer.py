@@ -230,7 +230,7 @@ assert explained.graph_count == 1
 
 def test_the_layers_compile_without_a_graph_break():
     """In a process of its own: the type checks of the tests are no part of what is compiled."""
-    done = run_python("-c", COMPILED, timeout=300)
+    done = run_python("-c", COMPILED, timeout=300, fresh=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dfer.model import DFERNet
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, TORCHRUN, run_python
 from tests.test_train import TINY, rows
 
 GRADIENTS = """
@@ -45,8 +45,7 @@ def clips_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def torchrun(processes: int, *args: str) -> subprocess.CompletedProcess:
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    return run_python(*launcher, *args, PYTHONPATH=str(ROOT))
+    return run_python(*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", *args, PYTHONPATH=str(ROOT))
 
 
 def test_gradients_of_two_processes_equal_one(tmp_path):
@@ -77,14 +76,14 @@ def test_four_processes_count_every_clip_once_and_score_as_one(clips, tmp_path):
 
 
 def test_freed_memory_is_kept():
-    """Counted in pages that come anew in ten backward passes; 40 MB are 10,000. Heaps have holes: some still do."""
+    """Counted in pages that come anew in five backward passes; 40 MB are 10,000. Heaps have holes: some still do."""
     code = """
 import resource, sys, torch
 from dfer.run.distributed import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 x = torch.ones(10_000_000, requires_grad=True)
-for number in range(12):
+for number in range(7):
     if number == 2:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x.exp().mul(2).sin().sum().backward()
@@ -92,4 +91,4 @@ for number in range(12):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     given_back, kept = (int(run_python("-c", code, word).stdout) for word in ("given back", "kept"))
-    assert given_back > 100_000 and kept < given_back / 2
+    assert given_back > 50_000 and kept < given_back / 2

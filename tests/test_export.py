@@ -94,7 +94,14 @@ def test_the_folder_is_the_model(tmp_path, capsys):
     assert "equal to the bit" in printed and printed.count("on 20 shapes") == 2 and "Loading" not in printed
 
 
-@pytest.mark.parametrize("model", [{"crf": "messages"}, {"name": "mean-pool"}, {"readout": "none", "iterations": 0}])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "mean-pool"},
+        pytest.param({"crf": "messages"}, marks=pytest.mark.slow),
+        pytest.param({"readout": "none", "iterations": 0}, marks=pytest.mark.slow),
+    ],
+)
 def test_other_models_too(tmp_path, capsys, model):
     net = a_run(tmp_path / "run", **model)
     assert run_export(str(tmp_path / "run"), "--out", str(tmp_path / "out")) == 0
@@ -126,7 +133,7 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
 
 
 def test_a_program_that_differs_is_not_written(tmp_path, capsys, monkeypatch):
-    a_run(tmp_path / "run")
+    a_run(tmp_path / "run", name="mean-pool")  # the quickest to export
 
     def off_by_a_little(path: Path):
         program = runner(path)

@@ -5,8 +5,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from dfer.lists.index import load_index
 from dfer.plan.sampling import ClipSampler
 from dfer.run.checkpoint import load_checkpoint
 from dfer.run.folder import same_global_batch
-from tests.conftest import ROOT, nursery, run_python
+from tests.conftest import ROOT, TORCHRUN, nursery, run_python
 from tests.test_train import losses, rows
 
 # A CRF, batch statistics and dropout, as the full model has them, at a fraction of its size; 5 steps of 4 clips.
@@ -140,10 +138,9 @@ def play(words, clips, log_dir, *extra, **env):
 def play_together(processes, words, clips, log_dir, *extra, **env):
     """The same under torchrun, which is to start the processes again for each further word."""
     (log_dir / "driver.py").write_text(DRIVER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    launcher.append(f"--max-restarts={words.count(',')}")
-    command, env = order([*launcher, str(log_dir / "driver.py")], words, clips, log_dir, extra, env)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+    launcher = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={words.count(',')}"]
+    command, env = order([*TORCHRUN, *launcher, str(log_dir / "driver.py")], words, clips, log_dir, extra, env)
+    return nursery().run(command, env, timeout=300)
 
 
 def order(launcher, words, clips, log_dir, extra, env):
@@ -346,7 +343,7 @@ with signals.StopSignals(distributed.World(0, 1, 0, 1, torch.device("cpu"))) as 
 
 @pytest.mark.parametrize(("saved", "code"), [("saved", 75), ("not saved", 70)])
 def test_a_process_that_cannot_stop_ends(saved, code):
-    done = run_python("-c", BLOCKED, saved, timeout=60)
+    done = run_python("-c", BLOCKED, saved, timeout=60, fresh=False)
     assert done.returncode == code and ("the last checkpoint counts" in done.stderr) == (code == 70)
 
 

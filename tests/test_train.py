@@ -83,7 +83,7 @@ def test_an_unreachable_wandb_delays_the_start_and_nothing_else(clips, tmp_path)
         "train.main(c.parse_config(sys.argv[1:]))",
         *TINY, "--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt",
         "--run.log-dir", str(tmp_path), "--run.name", "e", "--run.wandb", "online", "--optim.epochs", "1",
-        WANDB_MODE="online", WANDB_API_KEY="c" * 40, WANDB_BASE_URL="http://127.0.0.1:9",
+        fresh=False, WANDB_MODE="online", WANDB_API_KEY="c" * 40, WANDB_BASE_URL="http://127.0.0.1:9",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "W&B cannot record online" in done.stdout and "recording offline" in done.stdout

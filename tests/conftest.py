@@ -16,6 +16,9 @@ from tests.nursery import Nursery
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ("-m", "torch.distributed.run")
 
+# Small models and products only wait for a second thread, for ever where other tests run beside.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available() or os.environ.get("REQUIRE_GPU"):
@@ -54,24 +57,13 @@ def make_clips(root: Path) -> None:
         (root / f"{name}.txt").write_text("\n".join(rows) + "\n")
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Small models and products only wait for a second thread, for ever where other tests run beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def nursery() -> Nursery:
     """This test process's own, started when it is first needed."""
     return Nursery()
 
 
-def run_python(
-    *args: str, timeout: float = 120, fresh: bool | None = None, **env: str
-) -> subprocess.CompletedProcess:
+def run_python(*args: str, timeout: float = 120, fresh: bool | None = None, **env: str) -> subprocess.CompletedProcess:
     """Run Python as a user would: scripts and torchrun in a fork of a process that has their libraries, `-c` afresh.
 
     `fresh` says otherwise.

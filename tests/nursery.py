@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SERVER = """
 import atexit, contextlib, json, os, runpy, signal, sys, threading, traceback
-import torch, torch.distributed.run as launcher, timm, tyro, dali_pipes.build, dfer.evaluation, dfer.run.logger, dfer.run.folder
+import torch, torch.distributed.run as launcher, timm, tyro
+import dali_pipes.build, dfer.evaluation, dfer.run.logger, dfer.run.folder
 import dfer.report.page, matplotlib.pyplot, onnxruntime  # the ends of runs, and export
 
 torch.set_num_threads(1)
+ROOT = os.getcwd()
 with contextlib.suppress(ImportError):  # on a machine for a GPU's tests there is no wandb
     import wandb.sdk.data_types._private as media  # timm has imported it
     # One folder for all children, which the first to end would delete.
@@ -42,7 +44,7 @@ def play(order):
     sys.__stdin__, sys.__stdout__ = sys.stdin, sys.stdout
     if not order["report"]:
         dfer.report.page.write_report = lambda run, *_: f"{run.path}/report.html, not written for this test"
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != order["cwd"]]  # a script finds them itself
+    sys.path.remove(ROOT)  # a script finds it itself
     sys.path[:0] = ["", *filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv, sys.path[0] = order["words"], os.path.dirname(os.path.abspath(order["words"][0]))
     code = 0
@@ -105,14 +107,16 @@ class Nursery:
         )
         atexit.register(self.close)
 
-    def run(self, words: list[str], env: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
-        """Run `python WORDS`, a script, -c CODE or -m torch.distributed.run, in the repository's root.
+    def run(
+        self, words: list[str], env: dict[str, str], timeout: float, cwd: Path = ROOT
+    ) -> subprocess.CompletedProcess:
+        """Run `python WORDS`: a script, -c CODE or -m torch.distributed.run.
 
         Training writes no report: that takes half of a small run.
         """
         with tempfile.TemporaryDirectory() as folder:
             names = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-            order = {"words": words, "env": env, "cwd": str(ROOT), "report": words[0].startswith("scripts/"), **names}
+            order = {"words": words, "env": env, "cwd": str(cwd), "report": "scripts/" in words[0], **names}
             self._server.stdin.write(json.dumps(order) + "\n")
             self._server.stdin.flush()
             child = int(self._server.stdout.readline())

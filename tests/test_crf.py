@@ -21,9 +21,6 @@ from tests import crf_oracle
 DOUBLE = torch.float64
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Problem:
     """Random clips over a fine and a coarse level, in float64; `parameters` are what gradients are taken of."""
 

@@ -12,8 +12,6 @@ from dfer.model import DFERNet
 from tests import crf_oracle
 from tests.conftest import run_python
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def levels(batch: int = 2, num_frames: int = 4, dim: int = 16, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)

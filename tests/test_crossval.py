@@ -35,8 +35,6 @@ from scripts import crossval
 from tests.conftest import ROOT
 from tests.test_report import Page, closed_in_itself, some_predictions, some_rows, write_run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Shares of the classes about as in DFEW; Disgust is rare and hardly ever found.
 SHARES = np.array([0.21, 0.16, 0.23, 0.19, 0.12, 0.02, 0.07])
 RECALLS = np.array([0.88, 0.65, 0.62, 0.68, 0.52, 0.10, 0.35])

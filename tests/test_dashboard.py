@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from dfer.config import PRESETS, parse_config
 from dfer.run.wandb_log import AXES
-from tests.conftest import ROOT
+from tests.conftest import ROOT, nursery
 from tests.test_train import TINY, rows, tiny_run
 from tests.wandb_server import FakeWandb
 
@@ -24,10 +24,8 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 def dashboard(cwd, *words, expect=0, **env):
     outside = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/dashboard.py"), *words],
-        cwd=cwd, env={**outside, "HOME": str(cwd), **env}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    command = [str(ROOT / "scripts/dashboard.py"), *words]
+    done = nursery().run(command, {**outside, "HOME": str(cwd), **env}, 600, cwd)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 

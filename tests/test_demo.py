@@ -39,8 +39,6 @@ from tests.oracle import resize
 from tests.test_predict import make_videos, moving, probabilities, save_frames, save_run
 from tests.test_prepare_videos import REAL
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Browser:
     """Headless Chromium, by the DevTools protocol over a pipe: JSON, each message ended by a zero byte."""

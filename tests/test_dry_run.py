@@ -21,7 +21,7 @@ from dfer.optim import Schedule
 from dfer.plan.sampling import ClipSampler
 from dfer.run.dry_run import DryRun, duration, free_disk, padded
 from dfer.run.memory import free_memory
-from tests.conftest import ROOT, make_clips
+from tests.conftest import ROOT, make_clips, nursery
 from tests.test_train import TINY
 
 
@@ -33,16 +33,20 @@ def tree(folder: Path) -> dict[str, tuple[int, str]]:
     }
 
 
-def validate_only(folder, *words, launcher=()):
+def validate_only(folder, *words, launcher=(), fresh=True):
     """Start it in an empty folder with an empty home, as a user would who has just unpacked a data set."""
     for name in ("here", "home"):
         (folder / name).mkdir(exist_ok=True)
     lists = ("--data.train-list", f"{folder}/train.txt", "--data.val-list", f"{folder}/test.txt")
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *TINY, *lists, "--validate-only", *words]
+    command = [*launcher, str(ROOT / "train.py"), *TINY, *lists, "--validate-only", *words]
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     env |= {"HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": "c" * 40}
     before = tree(folder)
-    done = subprocess.run(command, cwd=folder / "here", env=env, capture_output=True, text=True, timeout=120)
+    if fresh:
+        command, where = [sys.executable, *command], {"cwd": folder / "here", "env": env}
+        done = subprocess.run(command, **where, capture_output=True, text=True, timeout=120)
+    else:
+        done = nursery().run(command, env, 120, folder / "here")
     assert tree(folder) == before
     return done
 
@@ -82,7 +86,7 @@ def test_several_processes(unpacked):
 
 
 def test_what_would_stop_a_run_is_one_line(unpacked):
-    done = validate_only(unpacked, "--run.log-dir", str(unpacked / "train.txt" / "logs"))
+    done = validate_only(unpacked, "--run.log-dir", str(unpacked / "train.txt" / "logs"), fresh=False)
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and not done.stdout
     assert line == f"train.py: --run.log-dir: cannot write {unpacked / 'train.txt'}"

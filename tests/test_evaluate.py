@@ -25,9 +25,6 @@ WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 FLOAT32 = Precision(torch.device("cpu"), None, True)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def config(clips) -> Config:
     data = DataConfig(val_list=clips / "test.txt", size=32, num_segments=2, batch_size=2, views=2, mirror_views=True)

@@ -22,7 +22,7 @@ from dfer.run.predictions import Predictions
 from dfer.state import load_weights
 from scripts import export
 
-pytestmark = pytest.mark.usefixtures("one_thread", "exports_as_outside")
+pytestmark = pytest.mark.usefixtures("exports_as_outside")
 SIZE, NUM_FRAMES = 32, 4
 
 

@@ -100,7 +100,7 @@ def walked() -> list:
 
 
 @pytest.mark.parametrize("case", walked(), ids=lambda case: case.name.replace(" ", "-"))
-def test_every_part_as_far_as_python_goes(toy, one_thread, monkeypatch, case):
+def test_every_part_as_far_as_python_goes(toy, monkeypatch, case):
     """The device and the calls of torch.cuda are stubbed; everything else is real, and tiny."""
     monkeypatch.setattr(_Card, "module", Card())
     work = getattr(import_module(case.module), case.function)
@@ -237,7 +237,7 @@ def test_wrong_clips_are_seen(toy, monkeypatch):
     assert [row["right"] for row in checks.clips_against_cpu(toy, "frames")] == [False]
 
 
-def test_a_variant_that_computes_something_else_is_seen(toy, one_thread):
+def test_a_variant_that_computes_something_else_is_seen(toy):
     bits, eager, wrong = checks.eager_against_eager(toy)
     assert (bits["value"], bits["weights_the_same_bits"]) == (2, True)  # on one thread
     assert eager["right"] and eager["value"] == 0
@@ -256,7 +256,7 @@ def test_a_check_that_would_pass_what_is_wrong_has_no_verdict():
         assert "right" not in row and row["verdict"].startswith("proves nothing")
 
 
-def test_bits_that_differ_are_counted(toy, monkeypatch, one_thread):
+def test_bits_that_differ_are_counted(toy, monkeypatch):
     real, made = checks.training_step, []
 
     def nudged(setting):

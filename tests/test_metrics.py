@@ -96,7 +96,7 @@ class Ranks:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_clip_counts_once_for_any_number_of_clips_ranks_and_batch(world, monkeypatch, one_thread):
+def test_every_clip_counts_once_for_any_number_of_clips_ranks_and_batch(world, monkeypatch):
     """train.py's own evaluation, from the shards to the gathered probabilities, on threads in place of processes."""
     rng, ranks = np.random.default_rng(world), Ranks(world, monkeypatch)
     with ThreadPoolExecutor(world) as pool:

@@ -47,7 +47,6 @@ from tests.conftest import ROOT
 from tests.oracle import resize
 from tests.test_prepare_videos import REAL, noise, person, write_video
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 FLOAT32 = Precision(torch.device("cpu"), None, True)
 

@@ -34,9 +34,6 @@ from tests.conftest import run_python
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Page(HTMLParser):
     """A stupid browser: which elements there are, whether all are closed in order, and the text of each."""
 

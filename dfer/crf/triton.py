@@ -113,14 +113,14 @@ def _sweep_kernel(
     half_norm += clip * N
     x += clip * N * C
     rows, z_i, h_i = _tokens(points, half_norm, tl.program_id(0) * BLOCK, N, D, BLOCK, NEVER)
-    heard = tl.zeros([BLOCK, C_PADDED], tl.float32)
+    filtered = tl.zeros([BLOCK, C_PADDED], tl.float32)
     for first in range(0, N, BLOCK):
         columns, z_j, h_j = _tokens(points, half_norm, first, N, D, BLOCK, NEVER)
         pairs = _pairs(rows, z_i, h_i, columns, z_j, h_j, BLOCK, WIDEN, PRECISION)
         x_j = _block(x, columns, 0, C, C_PADDED, N)
-        heard = _dot(pairs.to(x_j.dtype), x_j, heard, WIDEN, PRECISION)
+        filtered = _dot(pairs.to(x_j.dtype), x_j, filtered, WIDEN, PRECISION)
     scale_i = tl.load(scale + clip * N + rows, mask=rows < N, other=0.0)
-    _store(out + clip * N * C, rows, heard * scale_i[:, None], C, C_PADDED, N)
+    _store(out + clip * N * C, rows, filtered * scale_i[:, None], C, C_PADDED, N)
 
 
 @triton.jit
@@ -139,13 +139,13 @@ def _step_kernel(
     x += clip * N * L
     values += clip * N * C
     rows, z_i, h_i = _tokens(points, half_norm, tl.program_id(0) * BLOCK, N, D, BLOCK, NEVER)
-    heard = tl.zeros([BLOCK, L_PADDED], tl.float32)
+    filtered = tl.zeros([BLOCK, L_PADDED], tl.float32)
     swept = tl.zeros([BLOCK, C_PADDED], tl.float32)
     for first in range(0, N, BLOCK):
         columns, z_j, h_j = _tokens(points, half_norm, first, N, D, BLOCK, NEVER)
         x_j = _block(x, columns, 0, L, L_PADDED, N)
         pairs = _pairs(rows, z_i, h_i, columns, z_j, h_j, BLOCK, WIDEN, PRECISION).to(x_j.dtype)
-        heard = _dot(pairs, x_j, heard, WIDEN, PRECISION)
+        filtered = _dot(pairs, x_j, filtered, WIDEN, PRECISION)
         if C > 0:
             v_j = _block(values, columns, 0, C, C_PADDED, N)
             swept = _dot(pairs, v_j, swept, WIDEN, PRECISION)
@@ -156,7 +156,7 @@ def _step_kernel(
     states = tl.arange(0, L_PADDED)
     inside = (states < L)[:, None] & (states < L)[None, :]
     m = tl.load(compatibility + states[:, None] * L + states[None, :], mask=inside, other=0.0)
-    message = tl.dot(heard * scale_i[:, None], m, input_precision="ieee")
+    message = tl.dot(filtered * scale_i[:, None], m, input_precision="ieee")
     if SMOOTH:
         message += _block(smooth + clip * N * L, rows, 0, L, L_PADDED, N)
     _store(message_out + clip * N * L, rows, message, L, L_PADDED, N)
@@ -172,24 +172,24 @@ def _step_kernel(
 @triton.jit
 @no_type_check
 def _gradient_kernel(
-    points, half_norm, left, right, worth, out,
+    points, half_norm, left, right, slope, out,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, NEVER: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out_i = sum_j Y_ij (z_j - z_i),  Y_ij = K_ij (<left_i, right_j> + <right_i, left_j> - worth_i - worth_j)."""
+    """out_i = sum_j Y_ij (z_j - z_i),  Y_ij = K_ij (<left_i, right_j> + <right_i, left_j> - slope_i - slope_j)."""
     clip = tl.program_id(1).to(tl.int64)
     points += clip * N * D
     half_norm += clip * N
     left += clip * N * R
     right += clip * N * R
-    worth += clip * N
+    slope += clip * N
     rows, z_i, h_i = _tokens(points, half_norm, tl.program_id(0) * BLOCK, N, D, BLOCK, NEVER)
-    worth_i = tl.load(worth + rows, mask=rows < N, other=0.0)
+    slope_i = tl.load(slope + rows, mask=rows < N, other=0.0)
     total = tl.zeros([BLOCK, D], tl.float32)
     weight = tl.zeros([BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
         columns, z_j, h_j = _tokens(points, half_norm, first, N, D, BLOCK, NEVER)
-        worth_j = tl.load(worth + columns, mask=columns < N, other=0.0)
+        slope_j = tl.load(slope + columns, mask=columns < N, other=0.0)
         product = tl.zeros([BLOCK, BLOCK], tl.float32)
         for rank in tl.static_range(0, R, RANKS):
             left_i, right_i = _block(left, rows, rank, R, RANKS, N), _block(right, rows, rank, R, RANKS, N)
@@ -197,7 +197,7 @@ def _gradient_kernel(
             product = _dot(left_i, tl.trans(right_j), product, WIDEN, GRADIENT_PRECISION)
             product = _dot(right_i, tl.trans(left_j), product, WIDEN, GRADIENT_PRECISION)
         pairs = _pairs(rows, z_i, h_i, columns, z_j, h_j, BLOCK, WIDEN, PRECISION)
-        y = pairs * (product - worth_i[:, None] - worth_j[None, :])
+        y = pairs * (product - slope_i[:, None] - slope_j[None, :])
         weight += tl.sum(y, axis=1)
         # y carries the loss scale: it stays float32, whatever the operands of the rest.
         total = tl.dot(y, z_j.to(tl.float32), total, input_precision=GRADIENT_PRECISION)
@@ -271,14 +271,14 @@ class TritonPairs(DifferentiablePairs):
 
     def gradient(self, left: Tensor, right: Tensor, columns: Tensor) -> Tensor:
         rows = (left * self.sweep(right)).sum(-1)
-        worth = 0.5 * (rows + columns) * self.scale.square()
+        slope = 0.5 * (rows + columns) * self.scale.square()
         # The left side carries the loss scale, too much for fp16: tf32 has its precision and float32's range.
         exact = self.operands is torch.float32
         operands = torch.bfloat16 if self.operands is torch.bfloat16 else torch.float32
         left, right = self._scaled(left, operands), self._scaled(right, operands)
         out = torch.empty_like(self.points, dtype=torch.float32)
         self._launch(
-            _gradient_kernel, left, right, worth.contiguous(), out,
+            _gradient_kernel, left, right, slope.contiguous(), out,
             block=BLOCK_SHORT if operands is torch.bfloat16 else BLOCK_LONG,
             R=left.shape[-1], RANKS=RANKS, GRADIENT_PRECISION="ieee" if exact else "tf32",
         )  # fmt: skip

@@ -65,7 +65,7 @@ def inspect_model(
         notes.append(f"the weights shown are of step {step}, the predictions of step {steps[-1]:g}")
     if not isinstance(crf, MeanFieldCRF):
         what = f"{config.model.name} has no CRF" if crf is None else f"its CRF ({config.model.crf}) has no labels"
-        notes.append(f"no emotion maps, course, compatibility, widths or free energy: {what}")
+        notes.append(f"no emotion maps, probabilities over time, compatibility, widths or free energy: {what}")
         crf = None
     if num_clips == 0:
         notes.append("no gallery: --clips 0")

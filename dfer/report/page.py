@@ -100,7 +100,7 @@ def page(run: Run, others: Sequence[Run], inspection: Inspection) -> tuple[str, 
     lead = "From metrics.jsonl, over optimizer steps. Points of long curves are means of neighbouring rows."
     body.append(section("Training", lead, grid([card.html() for card in training])))
     if crf:
-        lead = "Every cell of every frame has probabilities of the emotions and gets messages from all others of its clip."
+        lead = "Every cell of every frame has probabilities of the emotions and gets messages from all the others."
         body.append(section("What the CRF did", lead, grid([card.html() for card in crf])))
     if run.predictions is not None and inspection.clips:
         body.append(gallery_section(run.predictions, inspection))

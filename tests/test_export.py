@@ -64,7 +64,7 @@ def random_clips(batch: int, num_frames: int) -> Tensor:
 
 
 def test_the_folder_is_the_model(tmp_path, capsys):
-    net = a_run(tmp_path / "run")
+    net = a_run(tmp_path / "run", iterations=1)
     out = tmp_path / "made" / "out"
     assert run_export(str(tmp_path / "run"), "--out", str(out)) == 0
     printed = capsys.readouterr().out

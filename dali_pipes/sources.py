@@ -30,6 +30,7 @@ from dfer.video.random_access import read_frames
 CHROMA_LEFT = frozenset({"h264", "hevc", "mpeg2video", "mpeg4"})
 
 CHANGED = "its bytes are not those that the hashes beside the list were made of"
+_NOT_PLAIN = "turned, HDR or WebP, which the decoder on the GPU does not know: pack.py and --run.device cpu do"
 _CHUNK = 65536  # bytes
 
 
@@ -158,16 +159,20 @@ class VideoBytes:
     kind: Kind = "videos"
 
     def __init__(self, index: ClipIndex):
-        self.index = index
+        assert isinstance(index.store, VideoStore)
+        self.index, self._plain = index, index.store.plain
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
         """Return the bytes of the file, as one array.
 
         Raises:
-            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or its hash differs.
+            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or its hash differs; or if the
+                decoder would show it turned or in wrong colours, as it knows neither display matrices nor HDR.
         """
         if video in self.index.bad:
             raise BadClip(self.index.bad[video])
+        if not self._plain[video]:
+            raise BadClip(f"{_video_name(self.index, video)}: {_NOT_PLAIN}")
         try:
             check_claims(self.index.records[video].path)
         except (BadVideo, FFmpegError, OSError) as error:

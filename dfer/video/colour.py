@@ -1,6 +1,7 @@
-"""From what a decoder gives to upright RGB: colour matrices, ranges and display matrices."""
+"""From what a decoder gives to what a player shows, in RGB: colours, display matrices, pixels that are not square."""
 
 import struct
+from fractions import Fraction
 from typing import Literal, TypeAlias
 
 import av
@@ -10,6 +11,10 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from dfer.video.hdr import TRANSFERS, to_sdr
+
+MAX_SIDE = 8192  # px; what a hostile header may claim is far more
+MAX_ASPECT = 8  # of a pixel's sides; what is beyond is no shape of pixels, but a mistake
 Matrix: TypeAlias = Literal["bt601", "bt709", "bt2020"]
 # The weights of R and of B in Y, from the ITU-R recommendations.
 _LUMA: dict[Matrix, tuple[float, float]] = {
@@ -19,10 +24,13 @@ _LUMA: dict[Matrix, tuple[float, float]] = {
 }
 # FFmpeg's AVColorSpace. Others than these (RGB, FCC, SMPTE 240M, YCgCo ...) are left to swscale.
 MATRICES: dict[int, Matrix] = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601", 9: "bt2020"}
+UNSPECIFIED, HD = 2, 720  # px of height from which on players take pictures that state nothing for BT.709
+UNKNOWN_MATRICES = frozenset({8, *range(10, 18)})  # those that swscale does not know either
 
 # By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
 EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
+SQUARE = Fraction(1)
 # Signs of a, b, c, d in a display matrix (x' = ax + cy, y' = bx + dy, y pointing down) -> what makes a frame upright.
 _UPRIGHT = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # counter-clockwise, as all of Pillow's: a phone held upright
@@ -70,14 +78,36 @@ def is_full_range(frame: av.VideoFrame) -> bool:
 def to_rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, width: int | None = None, height: int | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Return a frame's pixels in RGB by the matrix and range that it states, not turned; resized if a size is given."""
-    return reformatter.reformat(frame, width, height, format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
+    """Return a frame's pixels in RGB by the matrix and range that it states, not turned; resized if a size is given.
+
+    HDR is mapped to SDR.
+    """
+    transfer = TRANSFERS.get(frame.color_trc)
+    depth = "rgb24" if transfer is None else "gbrp16le"  # with these flags swscale's rgb48 is wrong
+    pixels = reformatter.reformat(frame, width, height, format=depth, interpolation=EXACT, threads=1).to_ndarray()
+    return pixels if transfer is None else to_sdr(pixels, transfer, frame.color_primaries)
 
 
-def upright_image(frame: av.VideoFrame, reformatter: VideoReformatter) -> Image.Image:
-    """Return a frame in RGB, turned and mirrored as its display matrix says."""
-    image, turn = Image.fromarray(to_rgb(frame, reformatter)), transposition(frame)
+def upright_image(frame: av.VideoFrame, reformatter: VideoReformatter, aspect: Fraction = SQUARE) -> Image.Image:
+    """Return a frame in SDR's RGB, turned and mirrored as its display matrix says.
+
+    `aspect` is a pixel's width by its height, as stored, before the turn: the shorter side is stretched.
+    """
+    size = () if aspect == SQUARE else square_size(frame.width, frame.height, aspect)
+    image, turn = Image.fromarray(to_rgb(frame, reformatter, *size)), transposition(frame)
     return image if turn is None else image.transpose(turn)
+
+
+def square_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
+    """Return the width and height in square pixels of a picture whose pixels are `aspect` times as wide as high."""
+    wide, high = (width * aspect, Fraction(height)) if aspect > 1 else (Fraction(width), height / aspect)
+    scale = min(Fraction(1), MAX_SIDE / max(wide, high))
+    return max(round(wide * scale), 1), max(round(high * scale), 1)
+
+
+def believed_aspect(aspect: Fraction | None) -> Fraction:
+    """Return the shape of pixels that is stated, square ones if none is or if no screen has such."""
+    return aspect if aspect and 1 / MAX_ASPECT <= aspect <= MAX_ASPECT else SQUARE
 
 
 def upright_size(frame: av.VideoFrame) -> tuple[int, int]:

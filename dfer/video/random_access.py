@@ -1,7 +1,8 @@
 """Some frames of a video, with no more decoding than they need.
 
 A trainer wants few frames of many videos: `scan_video` says, once, what frames there are, `read_frames` then decodes
-what it must for some of them, to the same pixels as `decode`.
+what it must for some of them, to the same pixels as `decode`. Pixels that are not square stay as they are stored: the
+boxes of a plan are shares of the picture, and crops become squares, whatever the shape of its pixels.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from dfer.video.colour import MATRICES, Matrix, is_full_range, transposition, up
 from dfer.video.decode import (
     VIDEO_ERRORS,
     BadVideo,
+    Reading,
     best_stream,
     check_end,
     decode_frames,
@@ -30,6 +32,8 @@ from dfer.video.decode import (
     open_video,
     read_packets,
 )
+from dfer.video.hdr import TRANSFERS
+from dfer.video.webp import is_webp
 
 _PLANAR = ("yuv420p", "yuvj420p")
 
@@ -55,6 +59,8 @@ class VideoScan:
     codec: str  # FFmpeg's name of it
     matrix: Matrix  # of a stream that states none: bt601, as in `decode`
     full_range: bool  # Y, Cb and Cr use 0..255, not 16..235 and 16..240
+    # Shown as it is stored: neither turned nor HDR, and no WebP. Decoders that know of nothing else may be used.
+    plain: bool
 
 
 class _Unseekable(Exception):
@@ -113,11 +119,14 @@ def scan_video(path: Path) -> VideoScan:
         codec=found.codec,
         matrix=MATRICES.get(first.colorspace, "bt601"),
         full_range=is_full_range(first),
+        plain=transposition(first) is None and first.color_trc not in TRANSFERS and found.codec != "webp",
     )
 
 
 def _scan_packets(path: Path) -> _Packets:
     """Read all packets of a video and decode its first frame."""
+    if is_webp(path):
+        return _Packets([], None, "webp", stores_times=False)
     with open_video(path) as container:
         video = best_stream(container)
         decoder = video.codec_context
@@ -125,8 +134,8 @@ def _scan_packets(path: Path) -> _Packets:
             raise BadVideo("no decoder for it")
         first: av.VideoFrame | None = None
         packets: list[_Packet] = []
-        ends: dict[int, float] = {}
-        for packet in read_packets(container, video, ends):
+        read = Reading()
+        for packet in read_packets(container, video, read):
             if first is None:
                 with contextlib.suppress(FFmpegError):  # if nothing comes of it, all frames are decoded
                     frames = packet.decode()
@@ -138,7 +147,7 @@ def _scan_packets(path: Path) -> _Packets:
                 packets.append(_Packet(packet.pts, _is_start(packet, decoder), packet.is_discard))
         if not packets:
             raise BadVideo("no frames")
-        check_end(container, video, ends)
+        check_end(container, video, read)
         stores_times = (
             container.format.name in _STORES_TIMES
             # Matroska may hold an AVI in disguise, with the codec's tag in it.
@@ -289,6 +298,7 @@ class _WantedFrames:
             and not height % 2
             and not width % 2
             and (MATRICES.get(frame.colorspace), is_full_range(frame)) == self._colours
+            and frame.color_trc not in TRANSFERS
             and transposition(frame) is None
         ):
             self._planar = np.empty((len(self.names), height * 3 // 2, width, 1), np.uint8)

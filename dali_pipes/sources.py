@@ -23,7 +23,7 @@ from dfer.lists.packed import Packed
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.video.colour import yuv_to_rgb
 from dfer.video.decode import BadVideo, check_claims
-from dfer.video.random_access import read_frames
+from dfer.video.random_access import is_plain, read_frames
 
 # Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
 # of all other codecs lie between two columns.
@@ -160,7 +160,8 @@ class VideoBytes:
 
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, VideoStore)
-        self.index, self._plain = index, index.store.plain
+        self.index = index
+        self._plain = {} if index.store.plain is None else dict(enumerate(index.store.plain.tolist()))
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
         """Return the bytes of the file, as one array.
@@ -171,12 +172,15 @@ class VideoBytes:
         """
         if video in self.index.bad:
             raise BadClip(self.index.bad[video])
-        if not self._plain[video]:
-            raise BadClip(f"{_video_name(self.index, video)}: {_NOT_PLAIN}")
+        path = self.index.records[video].path
         try:
-            check_claims(self.index.records[video].path)
+            check_claims(path)
+            if video not in self._plain:
+                self._plain[video] = is_plain(path)
         except (BadVideo, FFmpegError, OSError) as error:
             raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
+        if not self._plain[video]:
+            raise BadClip(f"{_video_name(self.index, video)}: {_NOT_PLAIN}")
         return [_read_video(self.index, video)]
 
 

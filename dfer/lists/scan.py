@@ -48,7 +48,7 @@ class VideoFiles:
     codec: Shaped[np.ndarray, " N"]  # str: h264, vp9, ...
     matrix: Shaped[np.ndarray, " N"]  # str: bt601, bt709 or bt2020, from YUV to RGB
     full_range: Bool[np.ndarray, " N"]  # YUV of 0..255 and not 16..235
-    plain: Bool[np.ndarray, " N"]  # shown as it is stored, see VideoScan
+    plain: Bool[np.ndarray, " N"] | None = None  # shown as stored, see VideoScan; None: of an older version's cache
 
 
 def path_states(records: Sequence[VideoRecord]) -> States:

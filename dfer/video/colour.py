@@ -25,7 +25,8 @@ _LUMA: dict[Matrix, tuple[float, float]] = {
 # FFmpeg's AVColorSpace. Others than these (RGB, FCC, SMPTE 240M, YCgCo ...) are left to swscale.
 MATRICES: dict[int, Matrix] = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601", 9: "bt2020"}
 UNSPECIFIED, HD = 2, 720  # px of height from which on players take pictures that state nothing for BT.709
-UNKNOWN_MATRICES = frozenset({8, *range(10, 18)})  # those that swscale does not know either
+_RESERVED = 3
+UNKNOWN_MATRICES = frozenset({8, *range(10, 18)})  # YCgCo, ICtCp ...: those that swscale does not know either
 
 # By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
 EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -82,6 +83,8 @@ def to_rgb(
 
     HDR is mapped to SDR.
     """
+    if frame.colorspace == _RESERVED:  # swscale would refuse it; players take it for unspecified
+        frame.colorspace = UNSPECIFIED
     transfer = TRANSFERS.get(frame.color_trc)
     depth = "rgb24" if transfer is None else "gbrp16le"  # with these flags swscale's rgb48 is wrong
     pixels = reformatter.reformat(frame, width, height, format=depth, interpolation=EXACT, threads=1).to_ndarray()

@@ -35,6 +35,7 @@ from dfer.video.webp import BadWebP, is_webp, webp_frames
 logging.getLogger("libav").addHandler(logging.NullHandler())
 
 _INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")  # containers that list all packets
+_PACKETS = {"mpegts": "packet", "ogg": "page"}  # streams whose parts all say how long they are
 _DELAY = 2  # packets
 _CLOCK = 1.0  # s, or a tenth: what the clock of a recorder may be wrong by
 # Seconds between two frames, back or ahead, from which on another recording has begun.
@@ -107,7 +108,7 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame, Fraction | None]
             for frame in frames:
                 if frame.is_corrupt:  # FFmpeg has patched over missing data
                     raise BadVideo("damaged")
-                check_size(frame)
+                check_picture(frame)
                 yield clock.time(frame), frame, video.codec_context.sample_aspect_ratio if of_stream else aspect
         if not clock.num_frames:
             raise BadVideo("no frames")
@@ -161,8 +162,6 @@ def _notes(frame: av.VideoFrame, aspect: Fraction | None) -> list[str]:
         notes.append(f"HDR ({transfer}) mapped to SDR")
     if frame.colorspace == UNSPECIFIED and frame.height >= HD and not (frame.format.is_rgb or transfer):
         notes.append("no colour matrix stated: taken for BT.601, where players may take BT.709")
-    elif frame.colorspace in UNKNOWN_MATRICES and not frame.format.is_rgb:
-        notes.append(f"colour matrix {frame.colorspace} of ITU-T H.273 is not known here: taken for BT.601")
     if aspect is not None and believed_aspect(aspect) != aspect:
         notes.append(f"pixels of {aspect.numerator}:{aspect.denominator}, as no screen has them: taken for square")
     return notes
@@ -275,6 +274,13 @@ class Reading:
             self.doubts.setdefault(index, 0)
 
 
+def check_picture(frame: av.VideoFrame) -> None:
+    """Raise BadVideo if a frame has more than MAX_SIDE pixels on a side, or colours that are not known."""
+    check_size(frame)
+    if frame.colorspace in UNKNOWN_MATRICES and not frame.format.is_rgb:
+        raise BadVideo(f"its colour matrix, {frame.colorspace} of ITU-T H.273, is not known here")
+
+
 def read_packets(container: InputContainer, video: av.VideoStream, read: Reading) -> Iterator[av.Packet]:
     """Yield the packets of a video stream, and fill `read` on the way.
 
@@ -310,6 +316,8 @@ def check_end(container: InputContainer, video: av.VideoStream, read: Reading) -
             if not file.read().rstrip(b"\0\r\n").endswith(b";"):
                 raise BadVideo("truncated")
     if _states_no_length(container):
+        if container.format.name in _PACKETS and all_there(container.name, container.format.name) is False:
+            raise BadVideo(f"truncated, within its last {_PACKETS[container.format.name]}")
         return
     # Matroska, and any file cut between two packets, just stops, and only the header tells. Either track may be the
     # longer one; a video that reaches its own stated end is whole whatever the container's says.

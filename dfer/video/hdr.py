@@ -84,8 +84,8 @@ def _tables(transfer: Transfer) -> _Tables:
 
 def roll_off(nits: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
     """Return light of 0..PEAK as light of 0..WHITE, by BT.2390's EETF; what is over PEAK as PEAK."""
-    peak = nits_to_pq(np.array(PEAK))
-    most = nits_to_pq(np.array(WHITE)) / peak
+    peak, white = nits_to_pq(np.array([PEAK, WHITE]))
+    most = white / peak
     knee = 1.5 * most - 0.5
     signal = np.minimum(nits_to_pq(nits) / peak, 1)
     t = np.maximum((signal - knee) / (1 - knee), 0)
@@ -97,13 +97,13 @@ _M1, _M2 = 2610 / 16384, 2523 / 32  # SMPTE ST 2084
 _C1, _C2, _C3 = 107 / 128, 2413 / 128, 2392 / 128
 
 
-def pq_to_nits(signal: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+def pq_to_nits(signal: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
     """Return the light of PQ signals in 0..1."""
     root = signal ** (1 / _M2)
     return 10000 * (np.maximum(root - _C1, 0) / (_C2 - _C3 * root)) ** (1 / _M1)
 
 
-def nits_to_pq(nits: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+def nits_to_pq(nits: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
     """Return the PQ signals, in 0..1, of light."""
     root = (nits / 10000) ** _M1
     return ((_C1 + _C2 * root) / (1 + _C3 * root)) ** _M2

@@ -27,6 +27,7 @@ from dfer.video.decode import (
     Reading,
     best_stream,
     check_end,
+    check_picture,
     decode_frames,
     open_quickly,
     open_video,
@@ -108,6 +109,7 @@ def scan_video(path: Path) -> VideoScan:
         if not rising:
             times = list(range(len(times)))
     assert first is not None
+    check_picture(first)
     starts = [p.pts for p in found.packets if p.is_start and not p.is_discard] if stores_times else []
     pts = np.sort(np.array(times, dtype=np.int64))
     height, width = upright_size(first)
@@ -119,8 +121,21 @@ def scan_video(path: Path) -> VideoScan:
         codec=found.codec,
         matrix=MATRICES.get(first.colorspace, "bt601"),
         full_range=is_full_range(first),
-        plain=transposition(first) is None and first.color_trc not in TRANSFERS and found.codec != "webp",
+        plain=_is_plain(first) and found.codec != "webp",
     )
+
+
+def is_plain(path: Path) -> bool:
+    """Return whether a video is shown as it is stored, see VideoScan, by its first frame.
+
+    Raises:
+        BadVideo, av.FFmpegError, OSError: as `decode`.
+    """
+    return not is_webp(path) and all(_is_plain(frame) for _, frame in itertools.islice(decode_frames(path), 1))
+
+
+def _is_plain(frame: av.VideoFrame) -> bool:
+    return transposition(frame) is None and frame.color_trc not in TRANSFERS
 
 
 def _scan_packets(path: Path) -> _Packets:

@@ -93,4 +93,31 @@ def _flv(data: mmap.mmap) -> bool | None:
     return None if place == size else False
 
 
-_WALKS = {"matroska,webm": _matroska, "avi": _avi, "mov,mp4,m4a,3gp,3g2,mj2": _mov, "flv": _flv}
+def _mpegts(data: mmap.mmap) -> bool | None:
+    """Return False if the file ends within a packet. It may begin within one, and hold anything between two."""
+    end = len(data)
+    for size, lead in ((188, 0), (192, 4), (204, 0)):  # what precedes a packet's first byte, which is 0x47
+        for rest in range(min(size, end - 5 * size)):
+            starts = range(end - rest - 5 * size + lead, end - rest, size)
+            if all(data[start] == 0x47 for start in starts):
+                return False if rest > lead and data[end - rest + lead] == 0x47 else None
+    return None
+
+
+def _ogg(data: mmap.mmap) -> bool | None:
+    """Return False if the last page is not all there."""
+    page, size = data.rfind(b"OggS"), len(data)
+    if page < 0 or page + 27 > size:
+        return None if page < 0 else False
+    body = page + 27 + data[page + 26]
+    return False if body + sum(data[page + 27 : body]) > size else None
+
+
+_WALKS = {
+    "matroska,webm": _matroska,
+    "avi": _avi,
+    "mov,mp4,m4a,3gp,3g2,mj2": _mov,
+    "flv": _flv,
+    "mpegts": _mpegts,
+    "ogg": _ogg,
+}

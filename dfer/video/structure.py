@@ -68,18 +68,22 @@ def _avi(data: mmap.mmap) -> bool | None:
         length = int.from_bytes(data[place + 4 : place + 8], "little")
         if length in (0, 0xFFFFFFFF):  # of a stream
             return None
-        place += 8 + length + length % 2
-    return 0 < place <= size + 1  # some leave the last padding out
+        if place + 8 + length > size:
+            return False
+        place += 8 + length + length % 2  # some leave the last padding out
+    return place > 0
 
 
 def _mov(data: mmap.mmap) -> bool | None:
     place, size, end_known = 0, len(data), True
     while place < size:
         length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        if length == 1:
+        if length == 0:
+            length = size - place
+        elif length == 1:
             length = int.from_bytes(data[place + 8 : place + 16], "big")
         end_known &= kind != b"moof"  # there may be any number of fragments
-        place = place + length if length >= 8 else size if length == 0 else size + 1
+        place += length if length >= 8 else size + 1
     return (True if end_known else None) if place == size else False
 
 

@@ -62,4 +62,4 @@ def webp_frames(path: Path, max_side: int) -> Iterator[tuple[int, Image.Image]]:
         except Exception as error:  # Pillow raises errors of many kinds on damaged files, even MemoryError
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise BadWebP(f"damaged in frame {number} ({reason(error)})") from None
+            raise BadWebP(f"damaged after {number} frames ({reason(error)})") from None

@@ -153,6 +153,29 @@ def longer_boxes(data: bytes) -> bytes:
     return bytes(whole)
 
 
+def longer_metadata(data: bytes) -> bytes:
+    """An FLV file whose length, by a clock, is 0.8 s more."""
+    place = data.index(b"\0\x08duration\0") + 11
+    (duration,) = struct.unpack_from(">d", data, place)
+    return data[:place] + struct.pack(">d", duration + 0.8) + data[place + 8 :]
+
+
+def longer_count(data: bytes) -> bytes:
+    """An AVI file whose header counts 30 frames more."""
+    whole = bytearray(data)
+    for place in (data.index(b"avih") + 24, data.index(b"strh") + 40):
+        (count,) = struct.unpack_from("<I", whole, place)
+        struct.pack_into("<I", whole, place, count + 30)
+    return bytes(whole)
+
+
+def longer_properties(data: bytes) -> bytes:
+    """An ASF file that claims to play for two seconds more."""
+    place = data.index(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")) + 64
+    (duration,) = struct.unpack_from("<Q", data, place)
+    return data[:place] + struct.pack("<Q", duration + 20_000_000) + data[place + 8 :]
+
+
 def shorter_by_edit(skipped: int) -> Callable[[bytes], bytes]:
     """An MP4 file of which an edit list shows less from the beginning."""
 
@@ -252,16 +275,8 @@ def _pictures() -> list[Row]:
         *odd("mpeg2", "mpg", "pixels 4:3", {"sample_aspect_ratio": Fraction(4, 3)}, size=(H, round(W * 4 / 3))),
         *odd("h264", "mp4", "pixels 1:2", {"sample_aspect_ratio": Fraction(1, 2)}, size=(2 * H, W)),
         *odd("h264", "mp4", "turned, pixels 2:1", {**WIDE, "turn": (-90,)}, size=tall, turn=1),
-        Row(
-            "h264",
-            "mp4",
-            "pixels 2:1, 3:2 in the container",
-            changed(plain("h264", **WIDE), pixels_of(3, 2)),
-            size=(H, 96),
-        ),
-        Row(
-            "h264", "mp4", "pixels 1000:1", changed(plain("h264", **WIDE), pixels_of(1000, 1)), note="taken for square"
-        ),
+        Row("h264", "mp4", "pixels 2:1, 3:2 in the container", pixels_of(3, 2), size=(H, W * 3 // 2)),
+        Row("h264", "mp4", "pixels 1000:1", pixels_of(1000, 1), note="taken for square"),
         *odd("h264", "mp4 mkv ts", "10 bits", DEEP),
         *odd("hevc", "mp4", "10 bits", DEEP),
         *odd("h264", "mp4 mkv", "4:4:4", {"pixels": "yuv444p"}),
@@ -296,6 +311,9 @@ def _lengths() -> list[Row]:
         Row("h264", "mkv", "header claims more", changed(plain("h264"), longer_header)),
         Row("h264", "mp4", "header claims more", changed(plain("h264"), longer_boxes)),
         Row("h264", "mov", "header claims more", changed(plain("h264"), longer_boxes)),
+        Row("h264", "flv", "header claims more", changed(plain("h264"), longer_metadata)),
+        Row("mpeg4", "avi", "header claims more", changed(plain("mpeg4"), longer_count)),
+        Row("wmv2", "asf", "header claims more", changed(plain("wmv2"), longer_properties)),
         *(Row("h264", c, "a second, longer video", with_other(more, plain("h264")), range(60)) for c in ("mkv", "mp4")),
         Row("h264", "ts", "joined", changed(plain("h264"), three), joined),
         Row("h264", "ts", "joined, B-frames", changed(plain("h264", options=B_FRAMES), three), joined),

@@ -92,16 +92,16 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame, Fraction | None]
         return
     with open_video(path) as container:
         video = best_stream(container)
-        aspect = video.sample_aspect_ratio
+        aspect, decoder = video.sample_aspect_ratio, video.codec_context
         # What the stream states may change on the way; what the container states does not.
-        of_stream = aspect is None or aspect == video.codec_context.sample_aspect_ratio
+        of_stream = aspect is None or (decoder is not None and aspect == decoder.sample_aspect_ratio)
         clock = _Clock(float(video.average_rate or 25), joined=_states_no_length(container))
         read = Reading()
         for packet in read_packets(container, video, read):
             try:
                 frames = packet.decode()
             except InvalidDataError:
-                if video.codec_context.width:
+                if decoder.width:
                     raise
                 # FFmpeg forgets a size beyond its limit, and says no more than this about it.
                 raise BadVideo(f"damaged, or more than {MAX_SIDE} x {MAX_SIDE} pixels") from None
@@ -109,7 +109,7 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame, Fraction | None]
                 if frame.is_corrupt:  # FFmpeg has patched over missing data
                     raise BadVideo("damaged")
                 check_picture(frame)
-                yield clock.time(frame), frame, video.codec_context.sample_aspect_ratio if of_stream else aspect
+                yield clock.time(frame), frame, decoder.sample_aspect_ratio if of_stream else aspect
         if not clock.num_frames:
             raise BadVideo("no frames")
         check_end(container, video, read)
@@ -254,7 +254,7 @@ class Reading:
     num_packets: int = 0  # of the video stream
     doubts: dict[int, int] = field(default_factory=dict)  # by stream: packets since one that may not be whole
 
-    def judge(self, index: int, packet: av.Packet, is_video: bool) -> None:
+    def judge(self, packet: av.Packet, is_video: bool) -> None:
         """Take note of a packet of MPEG-TS that may not be whole, and drop or confirm the doubt about an earlier one.
 
         There each packet is counted, and files that were put together lose count where they meet: FFmpeg then doubts
@@ -264,6 +264,9 @@ class Reading:
         Raises:
             BadVideo: if no new recording begins behind it.
         """
+        index = packet.stream.index
+        if not packet.size:  # the end
+            return
         if index in self.doubts:
             self.doubts[index] += 1
             if is_video and not packet.is_keyframe and self.doubts[index] == _DELAY:
@@ -290,10 +293,10 @@ def read_packets(container: InputContainer, video: av.VideoStream, read: Reading
     joined = container.format.name == "mpegts"
     for packet in container.demux([video, *container.streams.audio]):
         index = packet.stream.index
-        if packet.is_corrupt and not joined:
-            raise BadVideo("truncated or damaged")
-        if packet.size:
-            read.judge(index, packet, index == video.index)
+        if packet.is_corrupt or read.doubts:
+            if not joined:
+                raise BadVideo("truncated or damaged")
+            read.judge(packet, index == video.index)
         if packet.pts is not None:
             end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
             read.ends[index] = max(read.ends.get(index, 0.0), end)

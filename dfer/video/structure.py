@@ -5,6 +5,7 @@ import os
 
 # Matroska's elements that hold others; all others are passed over as a whole.
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of the object that holds the file's size
 
 
 def all_there(path: str, container: str) -> bool | None:
@@ -97,6 +98,12 @@ def _flv(data: mmap.mmap) -> bool | None:
     return None if place == size else False
 
 
+def _asf(data: mmap.mmap) -> bool | None:
+    place = data.find(_ASF_PROPERTIES) + 40
+    stated = int.from_bytes(data[place : place + 8], "little") if place >= 40 else 0
+    return None if stated == 0 else stated <= len(data)
+
+
 def _mpegts(data: mmap.mmap) -> bool | None:
     """Return False if the file ends within a packet. It may begin within one, and hold anything between two."""
     end = len(data)
@@ -122,6 +129,7 @@ _WALKS = {
     "avi": _avi,
     "mov,mp4,m4a,3gp,3g2,mj2": _mov,
     "flv": _flv,
+    "asf": _asf,
     "mpegts": _mpegts,
     "ogg": _ogg,
 }

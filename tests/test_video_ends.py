@@ -141,7 +141,11 @@ def number(value: int, length: int) -> bytes:
     ("ogg", b"OggS" + 22 * b"\0" + b"\2\1\2ab", False),
     ("ogg", b"OggS" + 22 * b"\0" + b"\0", None),
     ("ogg", b"OggS" + 22 * b"\0", False),
+    ("asf", bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365") + 24 * b"x" + b"\x30" + 7 * b"\0", True),
+    ("asf", bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365") + 24 * b"x" + b"\x31" + 7 * b"\0", False),
+    ("asf", bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365") + 24 * b"x" + 8 * b"\0", None),  # a broadcast
     ("asf", b"x", False),
+    ("mxf", b"x", False),
     ("avi", b"", False),
 ])  # fmt: skip
 def test_structures(container: str, data: bytes, there: bool | None, tmp_path: Path) -> None:

@@ -99,8 +99,10 @@ def _flv(data: mmap.mmap) -> bool | None:
 
 
 def _asf(data: mmap.mmap) -> bool | None:
-    place = data.find(_ASF_PROPERTIES) + 40
-    stated = int.from_bytes(data[place : place + 8], "little") if place >= 40 else 0
+    place = data.find(_ASF_PROPERTIES)
+    if place < 0:
+        return False
+    stated = int.from_bytes(data[place + 40 : place + 48], "little")
     return None if stated == 0 else stated <= len(data)
 
 

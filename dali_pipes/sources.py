@@ -22,8 +22,8 @@ from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.video.colour import yuv_to_rgb
-from dfer.video.decode import BadVideo, check_claims
-from dfer.video.random_access import is_plain, read_frames
+from dfer.video.decode import BadVideo, check_claims, is_plain
+from dfer.video.random_access import read_frames
 
 # Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
 # of all other codecs lie between two columns.

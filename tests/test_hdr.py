@@ -1,5 +1,6 @@
 """HDR becomes SDR as a plain calculation by the ITU's formulas has it, and what SDR can show stays as it is."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dfer.video.decode import decode
 from dfer.video.hdr import to_sdr
 from dfer.video.random_access import read_frames, scan_video
 from scripts import prepare_videos
+from tests.video_table import plain
 
 # x and y of R, G, B; white is D65.
 CHROMATICITIES = {
@@ -129,6 +131,33 @@ def test_videos_are_mapped(transfer: int, name: str, pixels: str, tmp_path: Path
     scan = scan_video(path)
     found = read_frames(path, scan.pts, scan.key, np.arange(4), scan.matrix, scan.full_range)
     assert all(np.array_equal(one, other) for one, other in zip(found, frames, strict=True)) and not scan.plain
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "vp9"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_colours_may_stand_in_the_container_alone(codec: str, suffix: str, tmp_path: Path) -> None:
+    """HEVC's decoder in FFmpeg forgets them, that of VP9 the matrix."""
+    plain(codec)(tmp_path / "source.mp4")
+    images = {}
+    for colours in ((16, 9, 9), (14, 9, 9), (1, 1, 1), (2, 2, 2)):  # transfer, primaries, matrix
+        path, notes = tmp_path / f"{colours[0]}.{suffix}", []
+        with av.open(str(tmp_path / "source.mp4")) as source, av.open(str(path), "w") as file:
+            stream = file.add_stream_from_template(source.streams.video[0])
+            context = stream.codec_context
+            context.color_trc, context.color_primaries, context.colorspace = colours
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    file.mux(packet)
+        images[colours] = [np.asarray(image).astype(int) for _, image in decode(path, notes=notes)]
+        assert notes == ["HDR (PQ) mapped to SDR"] * (colours[0] == 16)
+        scan = scan_video(path)
+        assert scan.matrix == {9: "bt2020", 1: "bt709", 2: "bt601"}[colours[2]] and scan.plain == (not notes)
+        found = read_frames(path, scan.pts, scan.key, np.arange(3), scan.matrix, scan.full_range)
+        assert (found[0].shape[2] == 3) == bool(notes)  # of HDR as `decode`, else as it is stored
+        assert not notes or all(np.array_equal(one, two) for one, two in zip(found, images[colours], strict=False))
+    for colours, others in itertools.combinations(images.values(), 2):
+        assert np.abs(colours[0] - others[0]).mean() > 1
 
 
 def test_the_report_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

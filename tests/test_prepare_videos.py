@@ -733,7 +733,8 @@ def test_monstrous_pictures_are_refused_before_they_are_decoded(
     errors = [line.split("/")[-1] for line in capsys.readouterr().err.splitlines()]
     assert errors[:2] == [
         "a.mp4: 8200 x 32 pixels, more than 8192 on a side",
-        "b.avi: damaged, or more than 8192 x 8192 pixels",
+        "b.avi: cannot be decoded as mjpeg: damaged, of a kind that FFmpeg does not know, or more than "
+        "8192 x 8192 pixels",
     ]
     assert errors[2].startswith("c.avi: ")  # which FFmpeg itself refuses
     assert errors[3] == "e.ts: 8200 x 32 pixels, more than 8192 on a side, after 9 frames"

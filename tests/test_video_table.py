@@ -13,8 +13,8 @@ from dali_pipes.sources import BadClip
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.sampling import ClipSampler
 from dfer.predict.inputs import read_pictures
-from dfer.video.decode import VIDEO_ERRORS, decode
-from dfer.video.random_access import is_plain, read_frames, scan_video
+from dfer.video.decode import VIDEO_ERRORS, decode, is_plain
+from dfer.video.random_access import read_frames, scan_video
 from scripts import prepare_videos
 from tests.test_dali_pipes import SIZE, T, check_against_oracle
 from tests.video_table import Found, Row, examine, make_all, outcome, problem, rows

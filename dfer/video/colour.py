@@ -2,7 +2,7 @@
 
 import struct
 from fractions import Fraction
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import av
 import numpy as np
@@ -25,7 +25,7 @@ _LUMA: dict[Matrix, tuple[float, float]] = {
 # FFmpeg's AVColorSpace. Others than these (RGB, FCC, SMPTE 240M, YCgCo ...) are left to swscale.
 MATRICES: dict[int, Matrix] = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601", 9: "bt2020"}
 UNSPECIFIED, HD = 2, 720  # px of height from which on players take pictures that state nothing for BT.709
-_RESERVED = 3
+_RESERVED, _BT2020 = 3, 9
 UNKNOWN_MATRICES = frozenset({8, *range(10, 18)})  # YCgCo, ICtCp ...: those that swscale does not know either
 
 # By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
@@ -76,6 +76,41 @@ def is_full_range(frame: av.VideoFrame) -> bool:
     return frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
 
 
+class Colours(NamedTuple):
+    """FFmpeg's numbers of what is stated on colours."""
+
+    colorspace: int
+    color_trc: int
+    color_primaries: int
+    color_range: int
+
+
+_NOTHING = Colours(UNSPECIFIED, UNSPECIFIED, UNSPECIFIED, 0)
+
+
+def stated_colours(decoder: av.VideoCodecContext) -> Colours | None:
+    """Return what a container states of a video's colours, by its decoder before it has decoded; None for nothing."""
+    stated = Colours(*(int(getattr(decoder, name)) for name in Colours._fields))
+    return None if stated == _NOTHING else stated
+
+
+def fill_in(frame: av.VideoFrame, stated: Colours | None) -> Colours | None:
+    """Have a frame state what its container states and its stream does not: HEVC's decoder forgets it.
+
+    Returns what is to be filled into the next frame; None if this one lacked nothing.
+    """
+    if stated is None:
+        return None
+    lacking = [
+        (name, value)
+        for name, value, nothing in zip(Colours._fields, stated, _NOTHING, strict=True)
+        if getattr(frame, name) == nothing != value
+    ]
+    for name, value in lacking:
+        setattr(frame, name, value)
+    return stated if lacking else None
+
+
 def to_rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, width: int | None = None, height: int | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
@@ -86,6 +121,8 @@ def to_rgb(
     if frame.colorspace == _RESERVED:  # swscale would refuse it; players take it for unspecified
         frame.colorspace = UNSPECIFIED
     transfer = TRANSFERS.get(frame.color_trc)
+    if transfer is not None and frame.colorspace == UNSPECIFIED:
+        frame.colorspace = _BT2020
     depth = "rgb24" if transfer is None else "gbrp16le"  # with these flags swscale's rgb48 is wrong
     pixels = reformatter.reformat(frame, width, height, format=depth, interpolation=EXACT, threads=1).to_ndarray()
     return pixels if transfer is None else to_sdr(pixels, transfer, frame.color_primaries)
@@ -117,6 +154,11 @@ def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     """Return the height and width of a frame in pixels once it is upright."""
     sideways = transposition(frame) in _SIDEWAYS
     return (frame.width, frame.height) if sideways else (frame.height, frame.width)
+
+
+def shown_as_stored(frame: av.VideoFrame) -> bool:
+    """Return whether a frame is neither turned nor HDR, so that decoders which know of nothing else may be used."""
+    return frame.color_trc not in TRANSFERS and transposition(frame) is None
 
 
 def transposition(frame: av.VideoFrame) -> Image.Transpose | None:

@@ -3,6 +3,7 @@
 Opening a file, choosing its stream and checking what it claims are shared with `random_access`.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from dfer.video.colour import (
     UNKNOWN_MATRICES,
     UNSPECIFIED,
     believed_aspect,
+    fill_in,
+    shown_as_stored,
+    stated_colours,
     upright_image,
 )
 from dfer.video.hdr import TRANSFERS
@@ -85,6 +89,15 @@ def decode_frames(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
         yield now, frame
 
 
+def is_plain(path: Path) -> bool:
+    """Return whether a video is shown as it is stored, see VideoScan, by its first frame.
+
+    Raises:
+        BadVideo, av.FFmpegError, OSError: as `decode`.
+    """
+    return not is_webp(path) and all(shown_as_stored(frame) for _, frame in itertools.islice(decode_frames(path), 1))
+
+
 def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame, Fraction | None]]:
     """Yield times, frames as they come out of the decoder, and how wide a pixel is by its height, if that is stated."""
     if is_webp(path):
@@ -95,6 +108,7 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame, Fraction | None]
         aspect, decoder = video.sample_aspect_ratio, video.codec_context
         # What the stream states may change on the way; what the container states does not.
         of_stream = aspect is None or (decoder is not None and aspect == decoder.sample_aspect_ratio)
+        stated = None if decoder is None else stated_colours(decoder)
         clock = _Clock(float(video.average_rate or 25), joined=_states_no_length(container))
         read = Reading()
         for packet in read_packets(container, video, read):
@@ -104,10 +118,15 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame, Fraction | None]
                 if decoder.width:
                     raise
                 # FFmpeg forgets a size beyond its limit, and says no more than this about it.
-                raise BadVideo(f"damaged, or more than {MAX_SIDE} x {MAX_SIDE} pixels") from None
+                name = decoder.codec.canonical_name
+                raise BadVideo(
+                    f"cannot be decoded as {name}: damaged, of a kind that FFmpeg does not know, or more than "
+                    f"{MAX_SIDE} x {MAX_SIDE} pixels"
+                ) from None
             for frame in frames:
                 if frame.is_corrupt:  # FFmpeg has patched over missing data
                     raise BadVideo("damaged")
+                stated = fill_in(frame, stated)
                 check_picture(frame)
                 yield clock.time(frame), frame, decoder.sample_aspect_ratio if of_stream else aspect
         if not clock.num_frames:

@@ -20,7 +20,17 @@ from av.stream import Discard
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Bool, Int64, UInt8
 
-from dfer.video.colour import MATRICES, Matrix, is_full_range, transposition, upright_image, upright_size
+from dfer.video.colour import (
+    MATRICES,
+    Colours,
+    Matrix,
+    fill_in,
+    is_full_range,
+    shown_as_stored,
+    stated_colours,
+    upright_image,
+    upright_size,
+)
 from dfer.video.decode import (
     VIDEO_ERRORS,
     BadVideo,
@@ -33,7 +43,6 @@ from dfer.video.decode import (
     open_video,
     read_packets,
 )
-from dfer.video.hdr import TRANSFERS
 from dfer.video.webp import is_webp
 
 _PLANAR = ("yuv420p", "yuvj420p")
@@ -121,21 +130,8 @@ def scan_video(path: Path) -> VideoScan:
         codec=found.codec,
         matrix=MATRICES.get(first.colorspace, "bt601"),
         full_range=is_full_range(first),
-        plain=_is_plain(first) and found.codec != "webp",
+        plain=shown_as_stored(first) and found.codec != "webp",
     )
-
-
-def is_plain(path: Path) -> bool:
-    """Return whether a video is shown as it is stored, see VideoScan, by its first frame.
-
-    Raises:
-        BadVideo, av.FFmpegError, OSError: as `decode`.
-    """
-    return not is_webp(path) and all(_is_plain(frame) for _, frame in itertools.islice(decode_frames(path), 1))
-
-
-def _is_plain(frame: av.VideoFrame) -> bool:
-    return transposition(frame) is None and frame.color_trc not in TRANSFERS
 
 
 def _scan_packets(path: Path) -> _Packets:
@@ -147,7 +143,7 @@ def _scan_packets(path: Path) -> _Packets:
         decoder = video.codec_context
         if decoder is None:
             raise BadVideo("no decoder for it")
-        first: av.VideoFrame | None = None
+        first, stated = None, stated_colours(decoder)
         packets: list[_Packet] = []
         read = Reading()
         for packet in read_packets(container, video, read):
@@ -170,6 +166,8 @@ def _scan_packets(path: Path) -> _Packets:
             and decoder.field_order in (0, 1)  # unknown, progressive: else a packet may be half a frame
             and len(container.streams.video) == 1  # which is best may depend on how far one has looked
         )
+        if first is not None:
+            fill_in(first, stated)
         return _Packets(packets, first, decoder.codec.canonical_name, stores_times)
 
 
@@ -272,6 +270,7 @@ class _WantedFrames:
     def __init__(self, names: set[int], matrix: Matrix, full_range: bool) -> None:
         self.names = names  # presentation times, or numbers where those are no use
         self.frames: dict[int, UInt8[np.ndarray, "rows width channels"]] = {}
+        self.stated: Colours | None = None  # by the container
         self._colours = matrix, full_range
         self._reformatter = VideoReformatter()
         self._layout: tuple = ()  # of the frame before
@@ -291,6 +290,7 @@ class _WantedFrames:
             raise BadVideo("damaged")
         if name not in self.names:
             return
+        self.stated = fill_in(frame, self.stated)
         layout = frame.format.name, frame.height, frame.width, frame.colorspace, frame.color_range, frame.rotation
         if layout != self._layout:
             self._layout = layout
@@ -313,8 +313,7 @@ class _WantedFrames:
             and not height % 2
             and not width % 2
             and (MATRICES.get(frame.colorspace), is_full_range(frame)) == self._colours
-            and frame.color_trc not in TRANSFERS
-            and transposition(frame) is None
+            and shown_as_stored(frame)
         ):
             self._planar = np.empty((len(self.names), height * 3 // 2, width, 1), np.uint8)
             chroma = self._planar[:, height:].reshape(-1, 2, height // 2, width // 2)
@@ -339,6 +338,7 @@ def _read_some(path: Path, starts: Int64[np.ndarray, " K"], wanted: _WantedFrame
         decoder = video.codec_context
         if decoder is None:
             raise _Unseekable
+        wanted.stated = stated_colours(decoder)
         skip = "NONREF" if _can_skip(decoder) else "DEFAULT"
         packets = container.demux(video)
         sent: set[int | None] = set()

@@ -160,15 +160,16 @@ class _Clock:
 
     def time(self, frame: av.VideoFrame) -> float:
         """Return the time of the next frame in seconds."""
-        if frame.time is None:  # as in raw streams
+        stated = frame.time
+        if stated is None:  # as in raw streams
             now = self.num_frames / self._rate
         else:
-            back, ahead = self._stated - frame.time, frame.time - self._stated
-            jumps = (back > 0 and frame.key_frame) or back > _JUMP_BACK or ahead > _JUMP_AHEAD
-            if self._joined and self.num_frames and jumps:
-                self._shift = self._now + 1 / self._rate - frame.time
-            self._stated = frame.time
-            now = frame.time + self._shift
+            if self._joined and self.num_frames:
+                ahead = stated - self._stated
+                if (ahead < 0 and frame.key_frame) or not -_JUMP_BACK <= ahead <= _JUMP_AHEAD:
+                    self._shift = self._now + 1 / self._rate - stated
+            self._stated = stated
+            now = stated + self._shift
         self.num_frames += 1
         self._now = max(now, self._now + 1e-3)  # broken files stop the clock
         return self._now

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dfer.predict.inputs import InputVideo
+from dfer.predict.output import describe, summarize
+from dfer.predict.predictor import VideoPrediction
 from dfer.video.decode import decode
 from dfer.video.hdr import to_sdr
 from dfer.video.random_access import read_frames, scan_video
@@ -131,6 +134,13 @@ def test_videos_are_mapped(transfer: int, name: str, pixels: str, tmp_path: Path
     scan = scan_video(path)
     found = read_frames(path, scan.pts, scan.key, np.arange(4), scan.matrix, scan.full_range)
     assert all(np.array_equal(one, other) for one, other in zip(found, frames, strict=True)) and not scan.plain
+
+
+def test_a_prediction_says_it() -> None:
+    prediction = VideoPrediction(8, 8, np.zeros(1), None, np.full(1, -1), None, None, 1, 1, np.full((1, 7), np.nan))
+    for notes, line in (((), "no face in 1 frames"), (("HDR", "b"), "no face in 1 frames (HDR; b)")):
+        summary = summarize(InputVideo(Path("v"), "v"), prediction._replace(notes=notes), [])
+        assert summary["notes"] == list(notes) and describe(summary) == line
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc", "vp9"])

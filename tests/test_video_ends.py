@@ -14,8 +14,9 @@ from dfer.predict.inputs import find_videos
 from dfer.video.decode import BadVideo, decode
 from dfer.video.find import find_video_files
 from dfer.video.structure import all_there
+from dfer.video.write import record
 from scripts import pack
-from tests.test_video import B_FRAMES, picture, write
+from tests.test_video import B_FRAMES, H, W, picture, write
 from tests.video_table import CUT, FAST, MS, SMALL_CLUSTERS, WIDE, F, animation, cut_between, plain
 
 SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
@@ -190,6 +191,13 @@ def test_stretched_pixels_are_those_of_the_picture(tmp_path: Path) -> None:
     assert pack.main([str(tmp_path / "list.txt"), "--out", str(tmp_path / "out"), "--format", "raw"]) == 0
     packed = load_index(tmp_path / "out" / "list.txt").store
     assert (packed.height[0], packed.width[0]) == (96, 64)
+
+
+def test_a_recording_of_a_stream_has_its_shape(tmp_path: Path) -> None:
+    plain("h264", **WIDE)(tmp_path / "stream.ts")
+    record(str(tmp_path / "stream.ts"), tmp_path / "v.mp4", 5.0)
+    images = [image for _, image in decode(tmp_path / "v.mp4")]
+    assert len(images) == F and images[0].size == (2 * W, H)
 
 
 def test_webp_is_a_video_if_it_moves(tmp_path: Path) -> None:

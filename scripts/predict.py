@@ -1,7 +1,8 @@
 """What a trained model sees in videos, frame by frame: `python scripts/predict.py CLIP ... --checkpoint RUN --out DIR`.
 
-CLIP is a video, an animated GIF among them; a folder of videos, which may lie in folders within it; or a folder of JPEG
-or PNG files, if no video lies in it or in folders within it: the frames of one clip, in natural order (2 before 10).
+CLIP is a video, animated GIF and WebP among them; a folder of videos, which may lie in folders within it; or a folder
+of JPEG or PNG files, if no video lies in it or in folders within it: the frames of one clip, in natural order (2 before
+10).
 Of each video, DIR gets
   NAME.csv   a row per frame: frame (from 0), time in seconds, the square that the model saw (centre x, y and side in
              pixels, tilt in degrees), a probability per emotion, the likeliest; empty where no face is

@@ -78,6 +78,8 @@ def summarize(videos: Sequence[LabelledVideo], results: Sequence[ClipResult], ou
     notes = [f"{outcomes.count(kind):,} with {kind}" for kind in ("no face", "several faces") if kind in outcomes]
     if "cut" in outcomes:
         notes.append(f"{outcomes.count('cut'):,} with a cut, of which one shot is kept")
+    if noted := sum(bool(result.notes) for result in results):
+        notes.append(f"{noted:,} with notes on their pictures (HDR, colours, pixels)")
     if notes:
         print(f"{', '.join(notes)}: {out / REPORT}")
     if unlabelled:

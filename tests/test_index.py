@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -57,7 +58,9 @@ def videos(tmp_path: Path) -> Path:
 def same(a, b) -> bool:
     if isinstance(a.store, VideoFiles):
         stores = all(np.array_equal(vars(a.store)[name], vars(b.store)[name]) for name in vars(a.store))
-        stores &= all(vars(a.store)[name].dtype == vars(b.store)[name].dtype for name in vars(a.store))
+        stores &= all(
+            np.array(vars(a.store)[name]).dtype == np.array(vars(b.store)[name]).dtype for name in vars(a.store)
+        )
     else:
         stores = a.store == b.store
     return (
@@ -277,6 +280,7 @@ def test_caches_of_older_versions_are_taken(small, tmp_path_factory, monkeypatch
         else:
             fields = ("first", "pts", "key", "height", "width", "codec", "matrix", "full_range")
             entries = {name: getattr(want.store, name) for name in fields}
+            want = replace(want, store=replace(want.store, plain=None))  # which is found out where it matters
         np.savez_compressed(f"{path}.index.npz", paths=np.array(key), states=np.array(states), **entries)
         with monkeypatch.context() as patch:
             forbid_scans(patch)

@@ -717,13 +717,13 @@ def test_a_video_that_gives_less_than_it_says_is_named(tmp_path, monkeypatch):
     write_video(tmp_path / "v.mp4", 12)
     (tmp_path / "list.txt").write_text("v.mp4 3 1\n")
 
-    def breaks(path):
+    def breaks(path, square):
         yield from itertools.islice(decode(path), 5)
         raise BadVideo("damaged")
 
     for decoder, message in (
         (breaks, r"cannot be decoded \(damaged\)"),
-        (lambda path: itertools.islice(decode(path), 5), "has 12 frames, but 5 could be decoded"),
+        (lambda path, square: itertools.islice(decode(path), 5), "has 12 frames, but 5 could be decoded"),
     ):
         monkeypatch.setattr(shards_module, "decode", decoder)
         with pytest.raises(ValueError, match=rf"list\.txt:1: clip v\.mp4: .*v\.mp4 {message}"):

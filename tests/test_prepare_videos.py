@@ -388,10 +388,13 @@ def test_bad_videos_are_named_and_left_out(ten: Path, tmp_path: Path, capsys: py
     assert reasons.pop("sound.mp4") == "no video stream"
     assert reasons.pop("no frames.avi") == "no frames"
     assert reasons.pop("gone.mp4") == "no such file or folder"
-    assert reasons.pop("between frames.mp4") == "truncated, after 12 frames"
+    assert reasons.pop("between frames.mp4") == (
+        "truncated: 12 of 24 frames, to 0.56 s of the 0.96 s in its header "
+        "(ffmpeg -i FILE -c copy NEW makes a file of what is there)"
+    )
     for reason in reasons.values():
         assert reason.startswith(("truncated", "damaged", "Invalid data"))
-        assert reason.endswith("frames")
+        assert re.search(r"truncated: \d+ frames, to |frames$", reason)
     assert rows(tmp_path / "out") == ["frames/whole 24 0"]
     assert [path.name for path in (tmp_path / "out" / "frames").iterdir()] == ["whole"]
 
@@ -526,7 +529,7 @@ def test_a_finished_video_is_not_done_again(
     (source / "b.mp4").write_bytes(ten.read_bytes())
     (source / "bad.mp4").write_bytes(b"x" * 100)
     done: list[str] = []
-    monkeypatch.setattr(vc, "decode", lambda path: (done.append(path.stem), decode(path))[1])
+    monkeypatch.setattr(vc, "decode", lambda path, **known: (done.append(path.stem), decode(path, **known))[1])
 
     def again(*options: object) -> list[str]:
         done.clear()
@@ -730,7 +733,8 @@ def test_monstrous_pictures_are_refused_before_they_are_decoded(
     errors = [line.split("/")[-1] for line in capsys.readouterr().err.splitlines()]
     assert errors[:2] == [
         "a.mp4: 8200 x 32 pixels, more than 8192 on a side",
-        "b.avi: damaged, or more than 8192 x 8192 pixels",
+        "b.avi: cannot be decoded as mjpeg: damaged, of a kind that FFmpeg does not know, or more than "
+        "8192 x 8192 pixels",
     ]
     assert errors[2].startswith("c.avi: ")  # which FFmpeg itself refuses
     assert errors[3] == "e.ts: 8200 x 32 pixels, more than 8192 on a side, after 9 frames"
@@ -749,10 +753,10 @@ def test_faces_are_cropped_and_the_report_tells(tmp_path: Path, capsys: pytest.C
     assert rows(out) == ["frames/cut 9 3", "frames/one 12 3", "frames/two 8 3"]
     table = {name: [*row.values()][1:] for name, row in report(out).items()}
     assert table == {
-        "cut.mp4": ["frames/cut", "3", "15", "9", "1", "1", "cut"],
-        "none.mp4": ["", "3", "8", "0", "0", "0", "no face"],
-        "one.mp4": ["frames/one", "3", "12", "12", "1", "0", "ok"],
-        "two.mp4": ["frames/two", "3", "8", "8", "2", "0", "several faces"],
+        "cut.mp4": ["frames/cut", "3", "15", "9", "1", "1", "cut", ""],
+        "none.mp4": ["", "3", "8", "0", "0", "0", "no face", ""],
+        "one.mp4": ["frames/one", "3", "12", "12", "1", "0", "ok", ""],
+        "two.mp4": ["frames/two", "3", "8", "8", "2", "0", "several faces", ""],
     }
     captured = capsys.readouterr()
     assert captured.err == f"prepare_videos: {source}/none.mp4: no face\n"

@@ -48,6 +48,7 @@ class VideoFiles:
     codec: Shaped[np.ndarray, " N"]  # str: h264, vp9, ...
     matrix: Shaped[np.ndarray, " N"]  # str: bt601, bt709 or bt2020, from YUV to RGB
     full_range: Bool[np.ndarray, " N"]  # YUV of 0..255 and not 16..235
+    plain: Bool[np.ndarray, " N"] | None = None  # shown as stored, see VideoScan; None: of an older version's cache
 
 
 def path_states(records: Sequence[VideoRecord]) -> States:
@@ -129,7 +130,7 @@ def scan_videos(records: Sequence[VideoRecord], bad_videos: BadVideos) -> tuple[
     from dfer.video.random_access import VideoScan, scan_video
 
     # In the place of a video that cannot be used: 0 x 0 pixels.
-    nothing = VideoScan(np.zeros(1, np.int64), np.zeros(1, bool), 0, 0, codec="", matrix="bt601", full_range=False)
+    nothing = VideoScan(np.zeros(1, np.int64), np.zeros(1, bool), 0, 0, "", "bt601", full_range=False, plain=True)
 
     def scan_one(record: VideoRecord) -> tuple[VideoScan, str]:
         try:
@@ -153,6 +154,7 @@ def scan_videos(records: Sequence[VideoRecord], bad_videos: BadVideos) -> tuple[
         codec=np.array([one.codec for one in scans]),
         matrix=np.array([one.matrix for one in scans]),
         full_range=np.array([one.full_range for one in scans]),
+        plain=np.array([one.plain for one in scans]),
     )
     return store, {row: line for row, (_, line) in enumerate(found) if line}
 

@@ -101,7 +101,7 @@ def read_frames(clip: Clip) -> Iterator[tuple[bytes, Image.Image]]:
     if clip.frames is None:
         count = 0
         try:
-            for _, image in decode(clip.record.path):
+            for _, image in decode(clip.record.path, square=False):  # as loaders read it
                 count += 1
                 yield b"", image
         except (BadVideo, FFmpegError, OSError) as error:

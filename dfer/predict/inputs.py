@@ -24,14 +24,14 @@ class InputVideo(NamedTuple):
     name: str  # of what is written, below --out
 
 
-def read_pictures(path: Path, fps: float) -> Frames:
-    """Yield the frames of a video as `decode` does; of a folder its images, `fps` of them a second.
+def read_pictures(path: Path, fps: float, notes: list[str] | None = None) -> Frames:
+    """Yield the frames of a video as `decode` does, with its `notes`; of a folder its images, `fps` of them a second.
 
     Raises:
         BadVideo, av.FFmpegError, OSError: as `decode`, or if an image cannot be read, is too large or damaged.
     """
     if not path.is_dir():
-        yield from decode(path)
+        yield from decode(path, notes=notes)
         return
     for number, name in enumerate(frame_names(path)):
         try:

@@ -63,6 +63,7 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
         "height": prediction.height,
         "faces_at_once": prediction.faces_at_once,
         "cuts": prediction.cuts,
+        "notes": list(prediction.notes),
         "window_frames": prediction.window,
         "stride_frames": prediction.stride,
         "models": [
@@ -90,15 +91,16 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
 
 def describe(summary: dict[str, Any]) -> str:
     """Return a video's summary in a line."""
+    notes = f" ({'; '.join(summary['notes'])})" if summary["notes"] else ""
     if not summary["frames_with_face"]:
-        return f"no face in {summary['frames']} frames"
+        return f"no face in {summary['frames']} frames{notes}"
     emotion = summary["emotion"]
     line = f"{emotion} {100 * summary['mean_probabilities'][emotion]:.0f} %"
     if summary["frames_with_face"] < summary["frames"]:
         line += f", a face in {summary['frames_with_face']} of {summary['frames']} frames"
     if summary["faces_at_once"] and summary["faces_at_once"] > 1:
         line += f", {summary['faces_at_once']} faces at once, of which the largest and most central one counts"
-    return line
+    return line + notes
 
 
 def write_outputs(

@@ -59,6 +59,7 @@ class VideoPrediction(NamedTuple):
     window: int  # frames
     stride: int
     probabilities: Float64[np.ndarray, "N K"]  # nan where no face is
+    notes: tuple[str, ...] = ()  # on its pictures, see `decode`
 
     @property
     def interval(self) -> float:
@@ -176,11 +177,11 @@ class Predictor:
             UserError: if the windows do not touch.
             BadVideo, av.FFmpegError, OSError: as `read_pictures`.
         """
-        size = (0, 0)
+        size, notes = (0, 0), []
 
         def frames() -> Iterator[tuple[float, np.ndarray]]:
             nonlocal size
-            for time, image in show_progress(read_pictures(path, self.fps)):
+            for time, image in show_progress(read_pictures(path, self.fps, notes)):
                 size = size if size[0] else image.size
                 yield time, np.asarray(image)
 
@@ -199,7 +200,9 @@ class Predictor:
         windows = place_windows(track, length, stride)
         probabilities = self._predict_frames(path, boxes, windows, len(times), show_progress)
         width, height = size
-        return VideoPrediction(height, width, times, boxes, track, faces_at_once, cuts, length, stride, probabilities)
+        return VideoPrediction(
+            height, width, times, boxes, track, faces_at_once, cuts, length, stride, probabilities, tuple(notes)
+        )
 
     def _window_frames(self, times: Float64[np.ndarray, " N"]) -> tuple[int, int]:
         """Return the length of a window and the stride to the next, in frames of a video with such times."""

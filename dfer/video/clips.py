@@ -5,7 +5,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ class ClipResult:
     decoded: int  # frames
     faces: int | None = None  # at once; None: not looked for
     cuts: int | None = None
+    notes: list[str] = field(default_factory=list)  # on its pictures, see `decode`
 
 
 @dataclass
@@ -52,6 +53,7 @@ class _Found:
     decoded: int = 0  # frames
     faces: int | None = None  # at once
     cuts: int | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 _detector = functools.cache(make_detector)  # one in each process
@@ -77,7 +79,7 @@ def write_clips(video: LabelledVideo, out: Path, options: ClipOptions) -> ClipRe
             image.save(out / name / f"{clips[name]:05d}.jpg", quality=options.quality)
     except (FFmpegError, BadVideo) as error:
         outcome = f"failed: {reason(error)}"
-        if found.decoded:
+        if found.decoded and not str(error).startswith("truncated:"):  # which says it
             outcome += f", after {found.decoded} frames"
     unwanted = list(clips) if outcome != "ok" else []
     if clip_length and len(clips) > 1 and 2 * clips[name] < clip_length and not unwanted:
@@ -87,7 +89,7 @@ def write_clips(video: LabelledVideo, out: Path, options: ClipOptions) -> ClipRe
         remove_clip(out / dropped)
     if outcome == "ok" and options.crop:
         outcome = _face_outcome(found, clips)
-    return ClipResult(outcome, clips, found.decoded, found.faces, found.cuts)
+    return ClipResult(outcome, clips, found.decoded, found.faces, found.cuts, found.notes)
 
 
 def _face_outcome(found: _Found, clips: dict[str, int]) -> str:
@@ -108,17 +110,19 @@ def _read_pictures(path: Path, options: ClipOptions, found: _Found) -> Iterator[
         BadVideo, av.FFmpegError: as `decode`; where faces or times are looked for, before the first frame comes.
     """
     if not (options.crop or options.fps):
-        for found.decoded, (_, image) in enumerate(decode(path), start=1):
+        notes = found.notes
+        for found.decoded, (_, image) in enumerate(decode(path, notes=notes), start=1):
             yield image
         return
     # Twice through the video: all its frames together may not fit in memory.
     boxes = None
     if options.crop:
-        faces = find_face(((time, np.asarray(image)) for time, image in decode(path)), _detector(options.detector))
+        frames = ((time, np.asarray(image)) for time, image in decode(path, notes=found.notes))
+        faces = find_face(frames, _detector(options.detector))
         times, boxes = faces.times, faces.boxes
         found.faces, found.cuts = faces.faces_at_once, faces.cuts
     else:
-        times = np.array([time for time, _ in decode(path)])
+        times = np.array([time for time, _ in decode(path, notes=found.notes)])
     found.decoded = len(times)
     counts = nearest_frames(times, options.fps) if options.fps else np.ones(len(times), np.int64)
     if boxes is not None:

@@ -1,7 +1,8 @@
-"""From what a decoder gives to upright RGB: colour matrices, ranges and display matrices."""
+"""From what a decoder gives to what a player shows, in RGB: colours, display matrices, pixels that are not square."""
 
 import struct
-from typing import Literal, TypeAlias
+from fractions import Fraction
+from typing import Literal, NamedTuple, TypeAlias
 
 import av
 import numpy as np
@@ -10,6 +11,10 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from dfer.video.hdr import TRANSFERS, to_sdr
+
+MAX_SIDE = 8192  # px; what a hostile header may claim is far more
+MAX_ASPECT = 8  # of a pixel's sides; what is beyond is no shape of pixels, but a mistake
 Matrix: TypeAlias = Literal["bt601", "bt709", "bt2020"]
 # The weights of R and of B in Y, from the ITU-R recommendations.
 _LUMA: dict[Matrix, tuple[float, float]] = {
@@ -19,10 +24,14 @@ _LUMA: dict[Matrix, tuple[float, float]] = {
 }
 # FFmpeg's AVColorSpace. Others than these (RGB, FCC, SMPTE 240M, YCgCo ...) are left to swscale.
 MATRICES: dict[int, Matrix] = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601", 9: "bt2020"}
+UNSPECIFIED, HD = 2, 720  # px of height from which on players take pictures that state nothing for BT.709
+_RESERVED, _BT2020 = 3, 9
+UNKNOWN_MATRICES = frozenset({8, *range(10, 18)})  # YCgCo, ICtCp ...: those that swscale does not know either
 
 # By default swscale repeats chroma samples and truncates: 10-bit colours come out up to 3 levels too dark.
 EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
+SQUARE = Fraction(1)
 # Signs of a, b, c, d in a display matrix (x' = ax + cy, y' = bx + dy, y pointing down) -> what makes a frame upright.
 _UPRIGHT = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # counter-clockwise, as all of Pillow's: a phone held upright
@@ -67,23 +76,89 @@ def is_full_range(frame: av.VideoFrame) -> bool:
     return frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
 
 
+class Colours(NamedTuple):
+    """FFmpeg's numbers of what is stated on colours."""
+
+    colorspace: int
+    color_trc: int
+    color_primaries: int
+    color_range: int
+
+
+_NOTHING = Colours(UNSPECIFIED, UNSPECIFIED, UNSPECIFIED, 0)
+
+
+def stated_colours(decoder: av.VideoCodecContext) -> Colours | None:
+    """Return what a container states of a video's colours, by its decoder before it has decoded; None for nothing."""
+    stated = Colours(*(int(getattr(decoder, name)) for name in Colours._fields))
+    return None if stated == _NOTHING else stated
+
+
+def fill_in(frame: av.VideoFrame, stated: Colours | None) -> Colours | None:
+    """Have a frame state what its container states and its stream does not: HEVC's decoder forgets it.
+
+    Returns what is to be filled into the next frame; None if this one lacked nothing.
+    """
+    if stated is None:
+        return None
+    lacking = [
+        (name, value)
+        for name, value, nothing in zip(Colours._fields, stated, _NOTHING, strict=True)
+        if getattr(frame, name) == nothing != value
+    ]
+    for name, value in lacking:
+        setattr(frame, name, value)
+    return stated if lacking else None
+
+
 def to_rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, width: int | None = None, height: int | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Return a frame's pixels in RGB by the matrix and range that it states, not turned; resized if a size is given."""
-    return reformatter.reformat(frame, width, height, format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
+    """Return a frame's pixels in RGB by the matrix and range that it states, not turned; resized if a size is given.
+
+    HDR is mapped to SDR.
+    """
+    if frame.colorspace == _RESERVED:  # swscale would refuse it; players take it for unspecified
+        frame.colorspace = UNSPECIFIED
+    transfer = TRANSFERS.get(frame.color_trc)
+    if transfer is not None and frame.colorspace == UNSPECIFIED:
+        frame.colorspace = _BT2020
+    depth = "rgb24" if transfer is None else "gbrp16le"  # with these flags swscale's rgb48 is wrong
+    pixels = reformatter.reformat(frame, width, height, format=depth, interpolation=EXACT, threads=1).to_ndarray()
+    return pixels if transfer is None else to_sdr(pixels, transfer, frame.color_primaries)
 
 
-def upright_image(frame: av.VideoFrame, reformatter: VideoReformatter) -> Image.Image:
-    """Return a frame in RGB, turned and mirrored as its display matrix says."""
-    image, turn = Image.fromarray(to_rgb(frame, reformatter)), transposition(frame)
+def upright_image(frame: av.VideoFrame, reformatter: VideoReformatter, aspect: Fraction = SQUARE) -> Image.Image:
+    """Return a frame in SDR's RGB, turned and mirrored as its display matrix says.
+
+    `aspect` is a pixel's width by its height, as stored, before the turn: the shorter side is stretched.
+    """
+    size = () if aspect == SQUARE else square_size(frame.width, frame.height, aspect)
+    image, turn = Image.fromarray(to_rgb(frame, reformatter, *size)), transposition(frame)
     return image if turn is None else image.transpose(turn)
+
+
+def square_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
+    """Return the width and height in square pixels of a picture whose pixels are `aspect` times as wide as high."""
+    wide, high = (width * aspect, Fraction(height)) if aspect > 1 else (Fraction(width), height / aspect)
+    scale = min(Fraction(1), MAX_SIDE / max(wide, high))
+    return max(round(wide * scale), 1), max(round(high * scale), 1)
+
+
+def believed_aspect(aspect: Fraction | None) -> Fraction:
+    """Return the shape of pixels that is stated, square ones if none is or if no screen has such."""
+    return aspect if aspect and 1 / MAX_ASPECT <= aspect <= MAX_ASPECT else SQUARE
 
 
 def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     """Return the height and width of a frame in pixels once it is upright."""
     sideways = transposition(frame) in _SIDEWAYS
     return (frame.width, frame.height) if sideways else (frame.height, frame.width)
+
+
+def shown_as_stored(frame: av.VideoFrame) -> bool:
+    """Return whether a frame is neither turned nor HDR, so that decoders which know of nothing else may be used."""
+    return frame.color_trc not in TRANSFERS and transposition(frame) is None
 
 
 def transposition(frame: av.VideoFrame) -> Image.Transpose | None:

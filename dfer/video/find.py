@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dfer.files import reason
+from dfer.video.webp import is_animated
 
 # The suffixes to look for in a folder; a file that is named by the user, or listed, may be called anything.
-VIDEO_SUFFIX = re.compile(r"\.(3gp|asf|avi|flv|gif|m2?ts|m4v|mkv|mov|mp4|mpe?g|mxf|ogv|ts|vob|webm|wmv)", re.IGNORECASE)
+VIDEO_SUFFIX = re.compile(
+    r"\.(3gp|apng|asf|avi|flv|gif|m2?ts|m4v|mkv|mov|mp4|mpe?g|mxf|ogv|ts|vob|webm|wmv)", re.IGNORECASE
+)
 MAX_NAME = 200  # bytes of a name that `unique_names` gives; disks take 255, and a clip's number or a suffix follows
 
 
@@ -20,7 +23,12 @@ def find_video_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
         warn: called with one line for each folder that was not searched.
     """
     # Names with a leading dot are what macOS leaves on foreign disks, next to each real file.
-    return [path for path in _walk(folder, warn) if VIDEO_SUFFIX.fullmatch(path.suffix) and path.name[0] != "."]
+    return [path for path in _walk(folder, warn) if path.name[0] != "." and _is_video(path)]
+
+
+def _is_video(path: Path) -> bool:
+    """Return whether a file is called a video, or is a WebP file with several frames: most are pictures."""
+    return bool(VIDEO_SUFFIX.fullmatch(path.suffix)) or (path.suffix.lower() == ".webp" and is_animated(path))
 
 
 def _walk(source: Path, warn: Callable[[str], None]) -> Iterator[Path]:

@@ -164,10 +164,10 @@ def _write_lists(videos: Sequence[LabelledVideo], results: Sequence[ClipResult],
     """Write the report, and the list of clips where there are any: without labels it is no list to train on."""
     table, rows, names = io.StringIO(), [], []
     report = csv.writer(table, lineterminator="\n")
-    report.writerow(["video", "clips", "label", "frames_decoded", "frames_kept", "faces", "cuts", "outcome"])
+    report.writerow(["video", "clips", "label", "frames_decoded", "frames_kept", "faces", "cuts", "outcome", "notes"])
     for video, result in zip(videos, results, strict=True):
         kept, clips = sum(result.clips.values()), ";".join(result.clips)
-        found = (result.decoded, kept, result.faces, result.cuts, result.outcome)
+        found = (result.decoded, kept, result.faces, result.cuts, result.outcome, "; ".join(result.notes))
         report.writerow([printable(video.path), clips, video.label, *found])
         names += list(result.clips)
         if video.label is not None:

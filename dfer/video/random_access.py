@@ -1,7 +1,8 @@
 """Some frames of a video, with no more decoding than they need.
 
 A trainer wants few frames of many videos: `scan_video` says, once, what frames there are, `read_frames` then decodes
-what it must for some of them, to the same pixels as `decode`.
+what it must for some of them, to the same pixels as `decode`. Pixels that are not square stay as they are stored: the
+boxes of a plan are shares of the picture, and crops become squares, whatever the shape of its pixels.
 """
 
 import contextlib
@@ -19,17 +20,30 @@ from av.stream import Discard
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Bool, Int64, UInt8
 
-from dfer.video.colour import MATRICES, Matrix, is_full_range, transposition, upright_image, upright_size
+from dfer.video.colour import (
+    MATRICES,
+    Colours,
+    Matrix,
+    fill_in,
+    is_full_range,
+    shown_as_stored,
+    stated_colours,
+    upright_image,
+    upright_size,
+)
 from dfer.video.decode import (
     VIDEO_ERRORS,
     BadVideo,
+    Reading,
     best_stream,
     check_end,
+    check_picture,
     decode_frames,
     open_quickly,
     open_video,
     read_packets,
 )
+from dfer.video.webp import is_webp
 
 _PLANAR = ("yuv420p", "yuvj420p")
 
@@ -55,6 +69,8 @@ class VideoScan:
     codec: str  # FFmpeg's name of it
     matrix: Matrix  # of a stream that states none: bt601, as in `decode`
     full_range: bool  # Y, Cb and Cr use 0..255, not 16..235 and 16..240
+    # Shown as it is stored: neither turned nor HDR, and no WebP. Decoders that know of nothing else may be used.
+    plain: bool
 
 
 class _Unseekable(Exception):
@@ -102,6 +118,7 @@ def scan_video(path: Path) -> VideoScan:
         if not rising:
             times = list(range(len(times)))
     assert first is not None
+    check_picture(first)
     starts = [p.pts for p in found.packets if p.is_start and not p.is_discard] if stores_times else []
     pts = np.sort(np.array(times, dtype=np.int64))
     height, width = upright_size(first)
@@ -113,20 +130,23 @@ def scan_video(path: Path) -> VideoScan:
         codec=found.codec,
         matrix=MATRICES.get(first.colorspace, "bt601"),
         full_range=is_full_range(first),
+        plain=shown_as_stored(first) and found.codec != "webp",
     )
 
 
 def _scan_packets(path: Path) -> _Packets:
     """Read all packets of a video and decode its first frame."""
+    if is_webp(path):
+        return _Packets([], None, "webp", stores_times=False)
     with open_video(path) as container:
         video = best_stream(container)
         decoder = video.codec_context
         if decoder is None:
             raise BadVideo("no decoder for it")
-        first: av.VideoFrame | None = None
+        first, stated = None, stated_colours(decoder)
         packets: list[_Packet] = []
-        ends: dict[int, float] = {}
-        for packet in read_packets(container, video, ends):
+        read = Reading()
+        for packet in read_packets(container, video, read):
             if first is None:
                 with contextlib.suppress(FFmpegError):  # if nothing comes of it, all frames are decoded
                     frames = packet.decode()
@@ -138,7 +158,7 @@ def _scan_packets(path: Path) -> _Packets:
                 packets.append(_Packet(packet.pts, _is_start(packet, decoder), packet.is_discard))
         if not packets:
             raise BadVideo("no frames")
-        check_end(container, video, ends)
+        check_end(container, video, read)
         stores_times = (
             container.format.name in _STORES_TIMES
             # Matroska may hold an AVI in disguise, with the codec's tag in it.
@@ -146,6 +166,8 @@ def _scan_packets(path: Path) -> _Packets:
             and decoder.field_order in (0, 1)  # unknown, progressive: else a packet may be half a frame
             and len(container.streams.video) == 1  # which is best may depend on how far one has looked
         )
+        if first is not None:
+            fill_in(first, stated)
         return _Packets(packets, first, decoder.codec.canonical_name, stores_times)
 
 
@@ -248,6 +270,7 @@ class _WantedFrames:
     def __init__(self, names: set[int], matrix: Matrix, full_range: bool) -> None:
         self.names = names  # presentation times, or numbers where those are no use
         self.frames: dict[int, UInt8[np.ndarray, "rows width channels"]] = {}
+        self.stated: Colours | None = None  # by the container
         self._colours = matrix, full_range
         self._reformatter = VideoReformatter()
         self._layout: tuple = ()  # of the frame before
@@ -267,6 +290,7 @@ class _WantedFrames:
             raise BadVideo("damaged")
         if name not in self.names:
             return
+        self.stated = fill_in(frame, self.stated)
         layout = frame.format.name, frame.height, frame.width, frame.colorspace, frame.color_range, frame.rotation
         if layout != self._layout:
             self._layout = layout
@@ -289,7 +313,7 @@ class _WantedFrames:
             and not height % 2
             and not width % 2
             and (MATRICES.get(frame.colorspace), is_full_range(frame)) == self._colours
-            and transposition(frame) is None
+            and shown_as_stored(frame)
         ):
             self._planar = np.empty((len(self.names), height * 3 // 2, width, 1), np.uint8)
             chroma = self._planar[:, height:].reshape(-1, 2, height // 2, width // 2)
@@ -314,6 +338,7 @@ def _read_some(path: Path, starts: Int64[np.ndarray, " K"], wanted: _WantedFrame
         decoder = video.codec_context
         if decoder is None:
             raise _Unseekable
+        wanted.stated = stated_colours(decoder)
         skip = "NONREF" if _can_skip(decoder) else "DEFAULT"
         packets = container.demux(video)
         sent: set[int | None] = set()

@@ -16,7 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from jaxtyping import UInt8
 
 from dfer.files import partial
-from dfer.video.colour import EXACT, to_rgb
+from dfer.video.colour import EXACT, believed_aspect, square_size, to_rgb
 from dfer.video.decode import LIMITS, BadVideo, best_stream, check_size
 
 _GIF_TIME = Fraction(1, 100)  # seconds, the unit of a GIF's times
@@ -157,15 +157,17 @@ def record(source: str, path: Path, seconds: float, format: str | None = None) -
     def frames() -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
         reformatter, first, now, width, height = VideoReformatter(), None, -np.inf, None, None
         with av.open(source, format=format, metadata_errors="replace", options=LIMITS, timeout=10) as container:
-            for frame in container.decode(best_stream(container)):
+            video = best_stream(container)
+            for frame in container.decode(video):
                 check_size(frame)
                 if frame.is_corrupt or frame.time is None or frame.time <= now:
                     continue  # as streams begin
                 first, now = frame.time if first is None else first, frame.time
                 if stopped or now - first >= seconds:
                     break
-                width = width or max(frame.width // 2 * 2, 2)
-                height = height or max(frame.height // 2 * 2, 2)
+                if not width:
+                    wide, high = square_size(frame.width, frame.height, believed_aspect(video.sample_aspect_ratio))
+                    width, height = max(wide // 2 * 2, 2), max(high // 2 * 2, 2)
                 yield now - first, to_rgb(frame, reformatter, width, height)
         if first is None:
             raise BadVideo("no frames")

@@ -1,0 +1,118 @@
+"""Videos of many kinds give what tests/video_table.py wants of them, and the same to all that reads videos."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
+from dali_pipes.sources import BadClip
+from dfer.lists.index import ClipIndex, load_index
+from dfer.plan.sampling import ClipSampler
+from dfer.predict.inputs import read_pictures
+from dfer.video.decode import VIDEO_ERRORS, decode, is_plain
+from dfer.video.random_access import read_frames, scan_video
+from scripts import prepare_videos
+from tests.test_dali_pipes import SIZE, T, check_against_oracle
+from tests.video_table import Found, Row, examine, make_all, outcome, problem, rows
+
+BY_DALI_ON_A_CPU = ("vp8", "vp9", "mjpeg")
+FEW = [  # (codec, container, oddity)
+    ("h264", "mp4", ""),
+    ("vp9", "mp4", "turned"),
+    ("h264", "mp4", "turned, pixels 2:1"),
+    ("mjpeg", "avi", "odd sides"),
+    ("h264", "mp4", "PQ"),
+    ("h264", "mkv", "longer subtitles"),
+    ("vp9", "webm", "header claims more"),
+    ("h264", "mp4", "header claims more"),
+    ("h264", "ts", "joined, sound"),
+    ("webp", "webp", "animated"),
+    ("vp9", "webm", "cut, header claims more"),
+    ("h264", "mkv", "cut between frames"),
+    ("h264", "ts", "a part is missing"),
+]
+
+
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def videos(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Row, Path, Found]]:
+    table = [row for row in rows() if request.param == "all" or row[:3] in FEW]
+    assert len(table) == len(FEW) or (request.param == "all" and len(table) > 150)
+    paths = make_all(tmp_path_factory.mktemp("table"), table)
+    return [(row, path, examine(row, path)) for row, path in zip(table, paths, strict=True)]
+
+
+def test_the_table_is_as_it_says(videos: list[tuple[Row, Path, Found]]) -> None:
+    wrong = [f"{row[:3]}: {problem(row, found)}" for row, _, found in videos if problem(row, found)]
+    assert not wrong, "\n".join(wrong)
+    assert all(outcome(found).startswith("refused") == bool(row.refusal) for row, _, found in videos)
+
+
+def test_what_is_refused_is_refused_by_the_trainer_as_well(videos: list[tuple[Row, Path, Found]]) -> None:
+    """At the latest when its frames are read, as damage shows by decoding only."""
+    for row, path, _ in videos:
+        if row.refusal:
+            with pytest.raises(VIDEO_ERRORS):
+                scan = scan_video(path)
+                read_frames(path, scan.pts, scan.key, np.arange(len(scan.pts)), scan.matrix, scan.full_range)
+                pytest.fail(f"{row[:3]} was read")
+
+
+def listed(videos: list[tuple[Row, Path, Found]], name: str) -> ClipIndex:
+    """The index of the videos that are to be read."""
+    text = "".join(f"{path.name} {len(row.numbers)} 0\n" for row, path, _ in videos if not row.refusal)
+    list_path = videos[0][1].parent / name
+    list_path.write_text(text)
+    return load_index(list_path)
+
+
+def as_stored(index: ClipIndex, video: int) -> list[np.ndarray]:
+    return [np.asarray(image) for _, image in decode(index.records[video].path, square=False)]
+
+
+def loader(index: ClipIndex, **options: object) -> ClipLoader:
+    return ClipLoader(index, ClipSampler(0, T, mode="eval"), LoaderOptions(4, SIZE, **options))
+
+
+def test_the_trainer_reads_the_frames_that_a_player_shows(videos: list[tuple[Row, Path, Found]]) -> None:
+    # Chroma is upsampled otherwise, and colours are clamped later: edges of black and white show it. Of interlaced
+    # pictures `decode` upsamples each field by itself, which the trainer does not.
+    index = listed([row for row in videos if row[0].oddity != "interlaced"], "all.txt")
+    assert index.num_miscounted() == 0
+    check_against_oracle(loader(index), 0, lambda video: as_stored(index, video), worst=45, mean=0.5)
+
+
+def test_dali_s_own_decoder_shows_the_same_or_refuses(videos: list[tuple[Row, Path, Found]]) -> None:
+    known = [row for row in videos if row[0].codec in BY_DALI_ON_A_CPU and row[0].container != "ogv"]
+    good = [row for row in known if row[0].refusal or is_plain(row[1])]
+    assert len(known) > len(good) > 2
+    index = listed(good, "dali.txt")
+    whole = loader(index, graph="operators")
+    check_against_oracle(whole, 0, lambda video: as_stored(index, video), worst=16, mean=0.5)
+    others = listed([row for row in known if row not in good], "others.txt")
+    for video, record in enumerate(others.records):
+        with pytest.raises(BadClip, match=rf"others\.txt:{video + 1}: .*{record.path.name}: turned, HDR or WebP"):
+            loader(others, graph="operators")._source.fetch(video, np.arange(1))
+
+
+def test_preparing_and_predicting_read_the_same(videos: list[tuple[Row, Path, Found]], tmp_path: Path) -> None:
+    listing = tmp_path / "videos.txt"
+    listing.write_text("".join(f"{path}\n" for _, path, _ in videos))
+    options = ["--out", str(tmp_path), "--no-crop", "--unlabelled", "--workers", "1"]
+    assert prepare_videos.main([str(listing), *options]) == 1
+    with open(tmp_path / "report.csv", newline="") as file:
+        report = list(csv.DictReader(file))
+    for (row, path, found), line in zip(videos, report, strict=True):
+        if row.refusal:
+            assert line["outcome"].startswith(f"failed: {found.refusal}") and line["clips"] == ""
+            with pytest.raises(VIDEO_ERRORS):
+                list(read_pictures(path, 25.0))
+            continue
+        assert (line["outcome"], line["notes"]) == ("ok", "; ".join(found.notes))
+        written = sorted((tmp_path / line["clips"]).iterdir())
+        assert len(written) == len(row.numbers) == len(list(read_pictures(path, 25.0)))
+        with Image.open(written[0]) as image:
+            assert image.size == row.size[::-1]

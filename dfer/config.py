@@ -64,7 +64,7 @@ class ModelConfig:
     backbone: str = "resnet18"
     """Any timm model with feature levels."""
     weights: str | None = None
-    """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file."""
+    """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file, or a run's or export's folder."""
     dim: Annotated[int, Range(8, 4096)] = 256
     """Width D of the pyramid."""
     crf: Literal["meanfield", "messages", "gaussian"] = "meanfield"

@@ -129,7 +129,9 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     """
     optim, device = config.optim, precision.device
     torch.manual_seed(config.seed)
-    model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
+    # A checkpoint has the weights: those that the run began with are not asked for again, and may be gone.
+    settings = dataclasses.replace(config.model, weights=None) if checkpoint else config.model
+    model = build_model(settings, config.data.num_segments * config.data.frames_per_segment)
     if config.run.sync_bn:
         if device.type != "cuda":
             raise UserError("--run.sync-bn: torch synchronises batch norm between GPUs only")

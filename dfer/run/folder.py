@@ -25,8 +25,9 @@ from dfer.files import read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
 from dfer.run import distributed
-from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint, save_weights
+from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.distributed import World
+from dfer.run.weight_files import save_weights
 from dfer.state import Job, TrainState
 
 

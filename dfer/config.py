@@ -288,6 +288,8 @@ _BEFORE = {
 # another JPEG decoder. `dfer.run.folder.same_global_batch`, which knows the number of processes, checks the batch size.
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
 _FREE |= {"run.timeout", "data.batch_size", "data.jpeg_engine"}
+# Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
+_FREE |= {"data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels"}
 
 
 def begun_config(folder: Path) -> Config | None:
@@ -322,7 +324,14 @@ def _continued(begun: Config, config: Config, preset_typed: bool) -> Config:
 
 def differences(saved: Config, now: Config) -> list[str]:
     """Return what keeps a command from continuing a run: `--flag was this, is that`."""
-    return _differences(json.loads(saved.to_json()), json.loads(now.to_json()), "")
+    was, is_ = json.loads(saved.to_json()), json.loads(now.to_json())
+    for config in (was, is_):
+        if config["model"]["weights"] not in (
+            None,
+            "timm",
+        ):  # the checkpoint has them: which file it was is of no matter
+            config["model"]["weights"] = "a file"
+    return _differences(was, is_, "")
 
 
 def _differences(saved: dict, now: dict, prefix: str) -> list[str]:

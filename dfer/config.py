@@ -96,6 +96,8 @@ class OptimConfig:
     """Batches per optimizer step."""
     ema: Annotated[float, Range(0.0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 = none."""
+    ema_warmup: bool = True
+    """Let the average begin short: a decay of (1 + n) / (10 + n) after n steps, until that is --optim.ema."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ def _check_ranges(section: Any, prefix: str) -> None:
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
 _BEFORE = {
     "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
+    "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
@@ -326,6 +329,8 @@ def differences(saved: Config, now: Config) -> list[str]:
     """Return what keeps a command from continuing a run: `--flag was this, is that`."""
     was, is_ = json.loads(saved.to_json()), json.loads(now.to_json())
     for config in (was, is_):
+        if not saved.optim.ema:  # no average, whichever
+            del config["optim"]["ema_warmup"]
         if config["model"]["weights"] not in (
             None,
             "timm",

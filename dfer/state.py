@@ -140,7 +140,7 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     if precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay)
-    state = TrainState(model, optimizer, precision.scaler(), build_ema(model, optim.ema))
+    state = TrainState(model, optimizer, precision.scaler(), build_ema(model, optim.ema, optim.ema_warmup))
     if checkpoint:
         state.load_state_dict(checkpoint)
     if config.run.compile:
@@ -164,7 +164,7 @@ def load_trained(state: dict[str, Any], config: Config) -> nn.Module:
     if state["ema"] is None:
         load_weights(model, state["model"])
         return model.eval()
-    averaged = build_ema(model, config.optim.ema)
+    averaged = build_ema(model, config.optim.ema, config.optim.ema_warmup)
     assert averaged is not None, "a checkpoint has averaged weights, and its configuration no average"
     load_weights(averaged, state["ema"])
     return averaged.module.eval()

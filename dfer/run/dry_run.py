@@ -15,7 +15,8 @@ from dfer.config import begun_config, differences
 from dfer.lists.index import ClipIndex
 from dfer.metrics import peak_memory
 from dfer.run import distributed
-from dfer.run.checkpoint import KEPT
+from dfer.run.checkpoint import KEPT, decode_state, newest_checkpoint
+from dfer.run.folder import continued_config
 from dfer.run.memory import free_memory
 from dfer.state import Job
 
@@ -138,6 +139,21 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
         table.add_row(*row)
     if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:
         differing = "; ".join(differences(begun, config))
-        outcome = f"is another configuration: {differing}" if differing else "would be continued"
+        outcome = f"is another configuration: {differing}" if differing else _continued(job, val_index)
         table.add_row("name", f"{config.run.name} has begun and {outcome}")
     Console(highlight=False).print(table)
+
+
+def _continued(job: Job, val_index: ClipIndex) -> str:
+    """Return what would become of the run that has begun, by its checkpoint."""
+    config = job.config
+    folder = config.run.log_dir / str(config.run.name)
+    try:
+        content, _ = newest_checkpoint(folder / "checkpoints")
+        if content is None:
+            return "left no checkpoint: it would begin anew"
+        data = job.train_loader.index, val_index, job.objective
+        continued_config(decode_state(content, folder), config, data, job.world.size)
+    except UserError as error:
+        return f"cannot be continued: {error}"
+    return "would be continued"

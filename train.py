@@ -257,7 +257,7 @@ def try_out(config: Config, data: Data, world: World) -> int:
     """Do everything that a run does but write, in small, and print what the run will take by that."""
     head = data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size)
     with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop:
-        job = prepare(config, data._replace(val_index=head), world, None)
+        job = prepare(dry_run.without_first_weights(config), data._replace(val_index=head), world, None)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
         num_steps = min(dry_run.STEPS, job.schedule.steps_per_epoch)
@@ -277,7 +277,7 @@ def try_out(config: Config, data: Data, world: World) -> int:
                 return EXIT_STOPPED
     measured = dry_run.measured(job, len(data.val_index), throughput.read(since=warm), result.throughput, disk)
     if world.is_main:
-        dry_run.print_table(job, data.val_index, measured)
+        dry_run.print_table(job._replace(config=config), data.val_index, measured)
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
 from dfer.batch import Loader
 from dfer.cli import UserError
@@ -89,7 +89,7 @@ def build_ema(model: nn.Module, decay: float, warmup: bool) -> AveragedModel | N
     if not decay:
         return None
 
-    def update(averaged: list[Tensor], current: list[Tensor], _: object) -> None:
+    def update(averaged: PARAM_LIST, current: PARAM_LIST, _: object) -> None:
         n = int(ema.n_averaged)  # which lies on the CPU; the argument is a copy of it on the device
         get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)) if warmup else decay)(averaged, current, n)
 

@@ -239,7 +239,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 raise UserError(f"{path}: {manifest.name} names another file: left over from a save that did not end")
             return decode_state(read_verified(manifest), path)
     found = read_weight_file(path)
-    if "sha256" in found.about:
+    if _is_of_best_epoch(found):
         return _of_best_epoch(found, path)
     if "config" not in found.content:
         for there in places:
@@ -263,7 +263,10 @@ def load_tensors(path: Path) -> dict[str, Any]:
         UserError: if there are none, or they cannot be read.
     """
     if not os.path.isdir(path):
-        return load_checkpoint(path) if _STATE.fullmatch(path.name) else read_weight_file(path).content
+        if _STATE.fullmatch(path.name) or _MANIFEST.fullmatch(path.name):
+            return load_checkpoint(path)
+        found = read_weight_file(path)
+        return _of_best_epoch(found, path) if _is_of_best_epoch(found) else found.content
     if os.path.isdir(path / "checkpoints") or find_manifests(path):
         return load_checkpoint(path)
     names = ("model.safetensors", "pytorch_model.bin")
@@ -273,18 +276,22 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return read_weight_file(there).content
 
 
+def _is_of_best_epoch(found: WeightFile) -> bool:
+    return {"sha256", "config", "emotions"} <= found.about.keys()
+
+
 def _of_best_epoch(found: WeightFile, path: Path) -> dict[str, Any]:
     """Return what `save_weights` wrote for a run, in the form of `load_checkpoint`."""
     about = dict(found.about)
     sha256 = about.pop("sha256")
     try:
-        emotions, config = json.loads(about["emotions"]), about["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        emotions = json.loads(about["emotions"])
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged or not weights of this project ({type(error).__name__})") from None
     if digest(found.content, about) != sha256:
         raise UserError(f"{path}: damaged: not the weights that were written (SHA-256 differs)")
     _check_classes(emotions, path)
-    return {"model": found.content, "ema": None, "config": config, "emotions": emotions}
+    return {"model": found.content, "ema": None, "config": about["config"], "emotions": emotions}
 
 
 def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:

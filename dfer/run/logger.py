@@ -133,7 +133,7 @@ class Logger:
             f"{job.train_loader.sampler.clip_length} frames of {data.size} px; {config.model.name} with "
             f"{num_parameters / 1e6:.1f} M parameters on {world.size} x {world.device.type}"
         )
-        if loaded := getattr(getattr(job.state.model, "backbone", None), "loaded", None):
+        if loaded := getattr(job.state.model.get_submodule("backbone"), "loaded", None):
             self.say(f"backbone: {loaded}")
         for name, index in (("train", train_index), ("validation", val_index)):
             if index.num_miscounted():

@@ -145,7 +145,11 @@ def _what_it_is(data: bytes) -> str:
             return f"is {other}"
     if data[257:262] == b"ustar":
         return "is a tar archive; unpack it first"
-    if data[0] == 8 and data[1] < 32 and data[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x2a", b"\x32", b"\x3a", b"\x42"):
+    if (
+        data[0] == 8
+        and 3 <= data[1] < 32
+        and data[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x2a", b"\x32", b"\x3a", b"\x42")
+    ):
         return "is an ONNX program; weights of PyTorch are wanted, as model.safetensors of an export"
     if not data.strip(b"\0"):
         return f"is {len(data):,} zeros: a download or copy that did not end; do it again"

@@ -209,8 +209,8 @@ def own(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [
-    "run", "run/checkpoints", "run/checkpoints/*.json", "run/best_WAR.safetensors", "run/checkpoints/*.pt", "renamed.bin",
-    "link", "linked run", "linked run/checkpoints/*.pt", "linked state.pt", "export", "export/model.safetensors",
+    "run", "run/checkpoints", "run/checkpoints/*.json", "run/best_WAR.safetensors", "run/checkpoints/*.pt", "link",
+    "renamed.bin", "linked run", "linked run/checkpoints/*.pt", "linked state.pt", "export", "export/model.safetensors",
     "snapshot", "snapshot/model.safetensors",
 ])  # fmt: skip
 def test_own_runs_and_exports_are_understood_wherever_weights_are_taken(own, name):

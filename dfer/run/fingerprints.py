@@ -96,7 +96,7 @@ def check_data(state: dict[str, Any], now: dict[str, Any], config: Config, run: 
     counted = "(names, labels or numbers of frames have changed)"
     saved = state.get("data")
     if saved is None:
-        saved = _of_older_version(state, now, config, run, instead)
+        saved = _of_older_version(state, now, config)
     if saved["train_list"]["clips"] != now["train_list"]["clips"]:
         raise UserError(f"{data.train_list}: not the clips that {run} was trained on so far {counted}; {instead}")
     if saved["val_list"]["clips"] != now["val_list"]["clips"]:
@@ -120,24 +120,16 @@ def check_data(state: dict[str, Any], now: dict[str, Any], config: Config, run: 
         )
 
 
-def _of_older_version(
-    state: dict[str, Any], now: dict[str, Any], config: Config, run: object, instead: str
-) -> dict[str, Any]:
-    """Return the fingerprints of a checkpoint that has only its training list's: those of today for what it lacks.
-
-    Raises:
-        UserError: if evaluation list or votes lie elsewhere now: whether they are the same cannot be told.
-    """
+def _of_older_version(state: dict[str, Any], now: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Return the fingerprints of a checkpoint that has only its training list's: those of today for what it lacks."""
     begun = config_from_json(state["config"], config.run.log_dir)
-    for name in ("data.val_list", "loss.soft_labels"):
-        before, after = _get(begun, name), _get(config, name)
-        if before != after and (None in (before, after) or os.path.abspath(before) != os.path.abspath(after)):
-            raise UserError(
-                f"{_flag(name)} was {before}, is {after}: whether it is the same cannot be told, as an older version "
-                f"began {run}; give it as it was until an epoch has ended, or {instead}"
-            )
     same = state["train_list"] == now["train_list"]["listed"]
-    return now | {"train_list": now["train_list"] | ({} if same else {"clips": state["train_list"]})}
+    had_votes = begun.loss.soft_labels is not None
+    return {
+        "train_list": now["train_list"] | ({} if same else {"clips": state["train_list"]}),
+        "val_list": now["val_list"],
+        "votes": now["votes"] if had_votes == (now["votes"] is not None) else "others",
+    }
 
 
 def relocated(begun: Config, now: Config) -> Config:
@@ -156,7 +148,10 @@ def changes(state: dict[str, Any], config: Config, now: dict[str, Any]) -> list[
     moved = [
         f"{_flag(n)} was {_get(begun, n)}, is {_get(config, n)}" for n in PLACES if _get(begun, n) != _get(config, n)
     ]
-    lines = [f"{'; '.join(moved)}: the same clips by name, label and number of frames"] * bool(moved)
+    same = "the same clips by name, label and number of frames"
+    if "data" not in state:
+        same = "an older version began the run, and whether evaluation list and votes are the same cannot be told"
+    lines = [f"{'; '.join(moved)}: {same}"] * bool(moved)
     if begun.model.weights != config.model.weights:
         lines.append(f"--model.weights {config.model.weights} is not read: the checkpoint has all weights")
     for key in ("train_list", "val_list") if "data" in state else ():

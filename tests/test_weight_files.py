@@ -17,10 +17,11 @@ from dfer.config import Config, DataConfig, ModelConfig, config_from_json
 from dfer.lists.annotations import EMOTIONS
 from dfer.model.backbone import FrameBackbone
 from dfer.model.build import build_model
+from dfer.predict.predictor import Model
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from dfer.run.weight_files import save_weights
 from dfer.state import load_trained
-from scripts import evaluate
+from scripts import evaluate, export
 from scripts.export import hub_config
 
 NAME = "test_resnet"
@@ -238,6 +239,19 @@ def test_an_export_says_what_it_lacks(own, capsys, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(wrong))
         with pytest.raises(UserError, match=r"config\.json beside it is not of scripts/export\.py|its model's classes"):
             load_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_an_export_is_exported_with_its_card_and_predicts_with_a_window(own, tmp_path):
+    shutil.copytree(own[0] / "export", tmp_path / "export")
+    (tmp_path / "export" / "README.md").write_text("whose clips")
+    assert export.main([str(tmp_path / "export"), "--out", str(tmp_path / "again"), "--formats", "hub"]) == 0
+    assert (tmp_path / "again" / "README.md").read_text() == "whose clips"
+    again, before = (load_checkpoint(tmp_path / name) for name in ("again", "export"))
+    assert again["config"] == before["config"]
+    assert all(torch.equal(again["model"][k], v) for k, v in before["model"].items())
+    model = Model(tmp_path / "again", torch.device("cpu"), None, lambda *_: torch.zeros(0))
+    with pytest.raises(UserError, match="does not say how long its training's clips are: say --window"):
+        model.training_lengths()
 
 
 def test_a_flipped_bit_in_a_copy_without_its_manifest_is_noticed(own, tmp_path):

@@ -91,7 +91,7 @@ def main(config: Config) -> int:
             content = distributed.share(saved, world)
             state = decode_state(content, config.run.log_dir) if content else None
             if state:
-                config = continued_config(state, config, data.train_index, world.size)
+                config = continued_config(state, config, data, world.size)
             with memory_advice(config):
                 job = prepare(config, data, world, state)
                 code = train(job, run, state, damage)
@@ -138,7 +138,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
     config, world, state = job.config, job.world, job.state
     if run:
         run.begin(config, state.num_bytes())
-    about = about_run(job, checkpoint)
+    about, changes = about_run(job, checkpoint)
     start_evaluated = state.evaluated * job.schedule.steps_per_epoch == state.step
     wandb_id = checkpoint["wandb_id"] if checkpoint else None
     logger = Logger(run.path if run else None, config, job.schedule.total_steps, state.step, start_evaluated, wandb_id)
@@ -150,7 +150,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
             run.save(state.state_dict() | about | {"wandb_id": logger.wandb_id})
 
     with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop, contextlib.closing(logger):
-        logger.announce(job, damage, continued=checkpoint is not None)
+        logger.announce(job, damage, changes)
         if state.evaluated == config.optim.epochs:
             logger.say(f"{run.path if run else ''}: all {config.optim.epochs} epochs are done; nothing is left to do")
             return 0
@@ -165,14 +165,14 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
                 stop.saved = True
                 logger.say(f"stopped by a signal after step {state.step}; the same command continues")
                 return EXIT_STOPPED
-            logger.evaluation(job, result)
+            line = logger.evaluation(job, result)
             better = state.improve({"WAR": result.confusion.war(), "UAR": result.confusion.uar()})
             state.evaluated += 1
             if run:  # before the checkpoint: one that calls these weights the best finds them
                 run.keep_best(state, better, about)
                 write_predictions(run.path / "predictions.csv", job.val_loader.index, result.ids, result.probabilities)
             save()
-            logger.best(state.best)
+            logger.evaluated(line, state.best)
         if profiler.num_steps:
             logger.say(f"no trace: no epoch had --profile {config.profile} and {WARM_UP} more steps left")
         assert result is not None
@@ -257,7 +257,7 @@ def try_out(config: Config, data: Data, world: World) -> int:
     """Do everything that a run does but write, in small, and print what the run will take by that."""
     head = data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size)
     with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop:
-        job = prepare(config, data._replace(val_index=head), world, None)
+        job = prepare(dry_run.without_first_weights(config), data._replace(val_index=head), world, None)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
         num_steps = min(dry_run.STEPS, job.schedule.steps_per_epoch)
@@ -277,7 +277,7 @@ def try_out(config: Config, data: Data, world: World) -> int:
                 return EXIT_STOPPED
     measured = dry_run.measured(job, len(data.val_index), throughput.read(since=warm), result.throughput, disk)
     if world.is_main:
-        dry_run.print_table(job, data.val_index, measured)
+        dry_run.print_table(job._replace(config=config), data.val_index, measured)
     return 0
 
 

@@ -64,7 +64,7 @@ class ModelConfig:
     backbone: str = "resnet18"
     """Any timm model with feature levels."""
     weights: str | None = None
-    """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file."""
+    """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file, or a run's or export's folder."""
     dim: Annotated[int, Range(8, 4096)] = 256
     """Width D of the pyramid."""
     crf: Literal["meanfield", "messages", "gaussian"] = "meanfield"
@@ -96,6 +96,8 @@ class OptimConfig:
     """Batches per optimizer step."""
     ema: Annotated[float, Range(0.0, 0.999999)] = 0.0
     """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 = none."""
+    ema_warmup: bool = True
+    """Let the average begin short: a decay of (1 + n) / (10 + n) after n steps, until that is --optim.ema."""
 
 
 @dataclass(frozen=True)
@@ -282,12 +284,15 @@ def _check_ranges(section: Any, prefix: str) -> None:
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
 _BEFORE = {
     "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
+    "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
 # another JPEG decoder. `dfer.run.folder.same_global_batch`, which knows the number of processes, checks the batch size.
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
 _FREE |= {"run.timeout", "data.batch_size", "data.jpeg_engine"}
+# Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
+_FREE |= {"data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels"}
 
 
 def begun_config(folder: Path) -> Config | None:
@@ -322,7 +327,16 @@ def _continued(begun: Config, config: Config, preset_typed: bool) -> Config:
 
 def differences(saved: Config, now: Config) -> list[str]:
     """Return what keeps a command from continuing a run: `--flag was this, is that`."""
-    return _differences(json.loads(saved.to_json()), json.loads(now.to_json()), "")
+    was, is_ = json.loads(saved.to_json()), json.loads(now.to_json())
+    for config in (was, is_):
+        if not saved.optim.ema:  # no average, whichever
+            del config["optim"]["ema_warmup"]
+        if config["model"]["weights"] not in (
+            None,
+            "timm",
+        ):  # the checkpoint has them: which file it was is of no matter
+            config["model"]["weights"] = "a file"
+    return _differences(was, is_, "")
 
 
 def _differences(saved: dict, now: dict, prefix: str) -> list[str]:

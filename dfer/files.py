@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -76,18 +77,23 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Return all of a file that is no link: what a run has left does not reach out of its folder.
+    """Return all of a file. Links are followed, as shared caches and large-file stores keep their files behind them.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be read, or is no file (a pipe or a device may never end).
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: is no file")
+        with open(path, "rb") as file:
             return file.read()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        missing = f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "no such file"
+        raise UserError(f"{path}: {missing}") from None
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def hash_file(path: Path) -> str:

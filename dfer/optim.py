@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
 from dfer.batch import Loader
 from dfer.cli import UserError
@@ -80,9 +80,21 @@ def build_schedule(config: Config, loader: Loader, world_size: int) -> Schedule:
     return Schedule(optim.lr, round(optim.warmup_epochs * steps), steps * optim.epochs, steps)
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
-    """Return a moving average of weights and batch statistics, or None when `decay` is 0."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+def build_ema(model: nn.Module, decay: float, warmup: bool) -> AveragedModel | None:
+    """Return a moving average of weights and batch statistics, or None when `decay` is 0.
+
+    With `warmup` the decay after n updates is at most (1 + n) / (10 + n), as TensorFlow's is: the average then covers
+    the last tenth of a run that is shorter than 1 / (1 - decay) steps, instead of staying at its first weights.
+    """
+    if not decay:
+        return None
+
+    def update(averaged: PARAM_LIST, current: PARAM_LIST, _: object) -> None:
+        n = int(ema.n_averaged)  # which lies on the CPU; the argument is a copy of it on the device
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)) if warmup else decay)(averaged, current, n)
+
+    ema = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    return ema
 
 
 class NonFiniteGuard:

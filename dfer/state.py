@@ -129,7 +129,9 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     """
     optim, device = config.optim, precision.device
     torch.manual_seed(config.seed)
-    model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
+    # A checkpoint has the weights: those that the run began with are not asked for again, and may be gone.
+    settings = dataclasses.replace(config.model, weights=None) if checkpoint else config.model
+    model = build_model(settings, config.data.num_segments * config.data.frames_per_segment)
     if config.run.sync_bn:
         if device.type != "cuda":
             raise UserError("--run.sync-bn: torch synchronises batch norm between GPUs only")
@@ -138,7 +140,7 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     if precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay)
-    state = TrainState(model, optimizer, precision.scaler(), build_ema(model, optim.ema))
+    state = TrainState(model, optimizer, precision.scaler(), build_ema(model, optim.ema, optim.ema_warmup))
     if checkpoint:
         state.load_state_dict(checkpoint)
     if config.run.compile:
@@ -162,7 +164,7 @@ def load_trained(state: dict[str, Any], config: Config) -> nn.Module:
     if state["ema"] is None:
         load_weights(model, state["model"])
         return model.eval()
-    averaged = build_ema(model, config.optim.ema)
+    averaged = build_ema(model, config.optim.ema, config.optim.ema_warmup)
     assert averaged is not None, "a checkpoint has averaged weights, and its configuration no average"
     load_weights(averaged, state["ema"])
     return averaged.module.eval()

@@ -34,9 +34,9 @@ from dfer.run.folds import (
     BEST,
     FoldRun,
     drive,
+    fold_fingerprints,
     fold_runs,
     is_trained,
-    list_fingerprints,
     locked,
     remaining_jobs,
     slots_for,
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
     folds = find_folds(lists)
     check_folds(folds, config.data.root)
     runs = fold_runs(config, folds, args.seeds, folder, [args.preset, *words])
-    fingerprint_of = list_fingerprints(config.data)
+    data = fold_fingerprints(config)
 
     def trained(run: FoldRun) -> bool:
-        return is_trained(run, fingerprint_of(run.config.data.train_list))
+        return is_trained(run, data)
 
     part, parts = args.part
     jobs = remaining_jobs(runs[part - 1 :: parts], [args.preset, *words], APP, trained)

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dali_pipes.build import build_loader
-from dfer.cli import Parser, in_range, one_line_errors
+from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, RunConfig, config_from_json
 from dfer.evaluation import evaluate
 from dfer.lists.index import load_index
@@ -27,6 +27,8 @@ from dfer.state import load_trained
 def run(args: argparse.Namespace) -> None:
     """Evaluate the checkpoint and print, and write, what was found."""
     state = load_checkpoint(args.checkpoint)
+    if "exported" in state and args.list is None:
+        raise UserError(f"{args.checkpoint}: an exported model does not say what it is to be evaluated on: give --list")
     config = evaluated_config(config_from_json(state["config"], source=args.checkpoint), args)
     data = config.data
     index = load_index(data.val_list, data.root, data.source)
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="a run's folder (its last checkpoint), its best_WAR.safetensors, or a .pt of its checkpoints/",
+        help="a run's folder (its last checkpoint), its best_WAR.safetensors, a .pt of its checkpoints/, or an export",
     )
     parser.add_argument("--list", type=Path, help="annotation list; the run's validation list if not given")
     parser.add_argument("--root", type=Path, help="where relative paths in the list start")

@@ -207,10 +207,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def export_hub(args: argparse.Namespace, folder: Path, config: Config, model: nn.Module, hub: dict[str, Any]) -> None:
     """Write weights, config.json and the model card, and read the weights back."""
-    whole_run = args.checkpoint.is_dir()
-    predictions = read_run(args.checkpoint).predictions if whole_run else None
-    path = args.checkpoint if whole_run else args.checkpoint.parent
-    card = model_card(config, hub, printable(path.resolve().name), predictions)
+    path = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    if config.preset == "exported" and (path / "README.md").exists():
+        card = (path / "README.md").read_text(encoding="utf-8")
+    else:
+        whole_run = path == args.checkpoint and (path / "metrics.jsonl").exists()
+        predictions = read_run(path).predictions if whole_run else None
+        card = model_card(config, hub, printable(path.resolve().name), predictions)
     (folder / "README.md").write_text(card, encoding="utf-8")
     model.save_pretrained(folder, config=hub)
     (folder / "model.safetensors").chmod(0o644)
@@ -267,7 +270,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = Parser("export", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="a run's folder, its best_WAR.safetensors, or one checkpoint")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run's folder, its best_WAR.safetensors, one checkpoint, or an export"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     args = parser.parse_args(arguments)

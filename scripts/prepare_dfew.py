@@ -183,10 +183,12 @@ def read_votes(sheet: str, labels: Mapping[int, int]) -> dict[int, Votes]:
             continue
         try:
             clip = _whole_number(cells[clip_column])
-            votes[clip] = tuple(_whole_number(cells[column]) for column in vote_columns)
+            given = tuple(_whole_number(cells[column]) for column in vote_columns)
             stated = None if label_column is None else _whole_number(cells[label_column])
         except (UserError, IndexError):
             raise UserError(f"{sheet}: row {row} is not whole numbers") from None
+        if votes.setdefault(clip, given) != given:
+            raise UserError(f"{sheet}: row {row}: clip {clip} has other votes in an earlier row; leave one of them")
         if clip not in labels:  # of no single emotion, or without a face
             continue
         if not any(votes[clip]):

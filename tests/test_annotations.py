@@ -131,7 +131,9 @@ HEADER = "clip,Happy,Sad,Neutral,Angry,Surprise,Disgust,Fear\n"
 
 def test_votes_become_distributions_in_the_order_of_the_list(tmp_path):
     records = read_annotations(write(tmp_path, b"b 3 1\na 3 0\n"))
-    (tmp_path / "votes.csv").write_text(HEADER + "a,8,0,2,0,0,0,0\nb,0,5,0,0,0,0,5\nunused,1,0,0,0,0,0,0\n")
+    (tmp_path / "votes.csv").write_text(
+        HEADER + "a,8,0,2,0,0,0,0\nb,0,5,0,0,0,0,5\nunused,1,0,0,0,0,0,0\na,8.0,0,2,0,0,0,0\n"
+    )
     votes = read_votes(tmp_path / "votes.csv", records)
     assert votes.tolist() == [pytest.approx([0, 0.5, 0, 0, 0, 0, 0.5]), pytest.approx([0.8, 0, 0.2, 0, 0, 0, 0])]
 
@@ -146,6 +148,10 @@ def test_votes_become_distributions_in_the_order_of_the_list(tmp_path):
         (HEADER + "a,0,0,0,0,0,0,0\n", ":2: expected a clip and 7 counts"),
         (HEADER + "a,nan,0,0,0,0,0,0\n", ":2: expected a clip and 7 counts"),
         (HEADER + "a,2,0,0,0,0,0,-1\n", ":2: expected a clip and 7 counts"),
+        (
+            HEADER + "a,1,0,0,0,0,0,0\nb,1,0,0,0,0,0,0\na,0,1,0,0,0,0,0\n",
+            ":4: clip a has other votes in an earlier row",
+        ),
         (HEADER + "b,1,0,0,0,0,0,0\n", r"no votes for clip a \(.*list.txt:1\)"),
     ],
 )

@@ -14,7 +14,7 @@ ONLY_IN = {
     "huggingface_hub": {"dfer/model/backbone.py", "dfer/model/baselines.py", "dfer/model/dfernet.py"},
     "wandb": {"dfer/run/wandb_log.py"},
     "wandb_workspaces": {"scripts/dashboard.py"},
-    "safetensors": {"dfer/run/checkpoint.py"},
+    "safetensors": {"dfer/run/weight_files.py"},
     "tyro": {"dfer/config.py"},
     "matplotlib": {"dfer/report/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py", "benchmarks/gpu_parts/decoders.py"},

@@ -20,8 +20,9 @@ from dfer import files
 from dfer.config import Config, OptimConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.run import checkpoint
-from dfer.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
+from dfer.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from dfer.run.folder import RunFolder
+from dfer.run.weight_files import save_weights
 from tests.conftest import ROOT
 
 
@@ -187,12 +188,10 @@ def test_no_damage_is_accepted(tmp_path, suffix):
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     target.unlink()
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.write_bytes(good)
     target.symlink_to(elsewhere)
-    with pytest.raises(ValueError, match=r"cannot be read|damaged"):
+    with pytest.raises(ValueError, match=r"a link to .*elsewhere, which is not there"):
         load()
-    target.unlink()
-    target.write_bytes(good)
+    elsewhere.write_bytes(good)  # whatever it is called, as in shared caches
     load()
 
 
@@ -208,8 +207,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path):
     (tmp_path / "step-00000002.json").unlink()
     assert newest_step(tmp_path) == 1
     left = next(tmp_path.glob("step-00000002-*.pt"))
-    with pytest.raises(ValueError, match="no such file"):
-        load_checkpoint(left)
+    assert load_checkpoint(left)["step"] == 2  # as a copy: asked for by name, and whole
     next(tmp_path.glob("step-00000001-*.pt")).unlink()
     with pytest.raises(ValueError, match="none of 2 checkpoints can be used"):  # never from the start, unasked
         newest_checkpoint(tmp_path)

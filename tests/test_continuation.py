@@ -8,7 +8,7 @@ import tarfile
 import pytest
 
 from dfer.cli import UserError
-from dfer.config import PRESETS, begun_config, config_from_json, differences, parse_config
+from dfer.config import PRESETS, Config, begun_config, config_from_json, differences, parse_config
 from tests.begun_run import how_it_ended, start
 from tests.conftest import ROOT, make_clips
 
@@ -79,6 +79,19 @@ def test_a_field_that_an_old_run_lacks_means_what_that_run_did(tmp_path):
         del saved["data"][name]
     config = config_from_json(json.dumps(saved), tmp_path)
     assert (config.data.jpeg_engine, config.data.cache) == (0.65, "off")
+
+
+def test_an_average_that_an_older_version_began_goes_on_as_it_was(tmp_path):
+    def old(ema: str) -> Config:
+        saved = json.loads(parse_config(["debug", "--optim.ema", ema]).to_json())
+        del saved["optim"]["ema_warmup"]
+        return config_from_json(json.dumps(saved), tmp_path)
+
+    assert not old("0.999").optim.ema_warmup
+    assert differences(old("0"), parse_config(["debug"])) == []  # it has none: folds of both go together
+    now = parse_config(["debug", "--optim.ema", "0.999"])
+    assert differences(old("0.999"), now) == ["--optim.ema-warmup was False, is True"]
+    assert differences(old("0.999"), parse_config(["debug", "--optim.ema", "0.999", "--optim.no-ema-warmup"])) == []
 
 
 @pytest.mark.parametrize(

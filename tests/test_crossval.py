@@ -22,12 +22,13 @@ from dfer.lists.annotations import EMOTIONS, read_annotations
 from dfer.lists.folds import assign_folds, check_folds, find_folds, write_folds
 from dfer.lists.index import load_index
 from dfer.lists.releases import DFEW_TEST_COUNTS
+from dfer.losses import Objective
 from dfer.report import figures, fold_results, read_run
 from dfer.report.folds import folds_page
 from dfer.report.published import published_results
 from dfer.report.statistics import Pool, bootstrap, pool, wilson
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
-from dfer.run.folder import fingerprint
+from dfer.run.fingerprints import data_fingerprints
 from dfer.run.folds import BEST, FoldJob, drive, slots_for
 from dfer.run.predictions import Predictions
 from dfer.run.signals import SIGNALS
@@ -394,9 +395,10 @@ class Played:
         hits = [100 * sum(a[1] == a[2] for a in guesses) / len(names) for guesses in (self.best(last), last)]
         rows[1]["val/WAR"], rows[3]["val/WAR"] = hits
         write_run(path, config, last, rows)
-        index = load_index(config.data.train_list, None)
+        train, val = load_index(config.data.train_list), load_index(config.data.val_list)
+        data = data_fingerprints(train, val, Objective(0.1, 0.2))
         state = {"step": 20, "evaluated": config.optim.epochs, "model": {}, "ema": None, "config": config.to_json()}
-        state |= {"emotions": list(EMOTIONS), "train_list": fingerprint(index), "global_batch": config.data.batch_size}
+        state |= {"emotions": list(EMOTIONS), "data": data, "global_batch": config.data.batch_size}
         save_checkpoint(path / "checkpoints", state)
 
     @staticmethod
@@ -407,7 +409,8 @@ class Played:
 
     def evaluate(self, words) -> None:
         path = Path(words[0]).parent
-        assert words == [str(path / "best_WAR.safetensors"), "--device", "auto", "--out", str(path / BEST)]
+        assert words[0] == str(path / "best_WAR.safetensors") and words[1] == "--list"
+        assert words[3:] == ["--device", "auto", "--out", str(path / BEST)]
         predictions = read_run(path).predictions
         rows = [(c, int(a), int(b), *p) for c, a, b, p in zip(*predictions, strict=True)]
         scratch = write_run(path.parent / "scratch", parse_config(["debug"]), self.best(rows))
@@ -515,7 +518,7 @@ def test_finished_folds_are_of_the_same_command_or_refused(tmp_path, clips, play
     test_list, train_list = lists / "set_1_test.txt", lists / "set_1_train.txt"
     before = test_list.read_text(), train_list.read_text()
     test_list.write_text("".join(before[0].splitlines(keepends=True)[:-1]))
-    refused("predictions.csv: not the clips and labels of")
+    refused("set_1_test.txt: not the clips that")
     test_list.write_text(before[0])
     train_list.write_text("".join(before[1].splitlines(keepends=True)[:-1]))
     refused("set_1_train.txt: not the clips that")

@@ -1,5 +1,6 @@
 """`--validate-only` tries everything, says what the run will take, and writes nothing."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -15,11 +16,14 @@ import train
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dfer.config import parse_config
+from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import load_index
 from dfer.metrics import Throughput, peak_memory
 from dfer.optim import Schedule
 from dfer.plan.sampling import ClipSampler
+from dfer.run.checkpoint import save_checkpoint
 from dfer.run.dry_run import DryRun, duration, free_disk, padded
+from dfer.run.fingerprints import data_fingerprints
 from dfer.run.memory import free_memory
 from tests.conftest import ROOT, make_clips, nursery
 from tests.test_train import TINY
@@ -163,9 +167,24 @@ def test_a_run_that_has_begun_is_known(unpacked, tmp_path, monkeypatch, capsys):
     (tmp_path / "x" / "config.json").write_text(trial(unpacked, *words).to_json())
     (tmp_path / "x" / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setenv("COLUMNS", "200")
-    for more, outcome in (((), "would be continued"), (("--seed", "1"), "another configuration: --seed was 0, is 1")):
+
+    def outcome(*more: str) -> str:
         assert train.main(trial(unpacked, *words, *more)) == 0
-        assert f"x has begun and {'is ' * bool(more)}{outcome}" in capsys.readouterr().out
+        return capsys.readouterr().out.split("x has begun and ")[1]
+
+    assert outcome("--seed", "1").startswith("is another configuration: --seed was 0, is 1")
+    assert outcome().startswith("left no checkpoint: it would begin anew")
+    config = trial(unpacked, *words)
+    data = data_fingerprints(*train.read_data(config))
+    state = {"step": 1, "model": {}, "config": config.to_json(), "emotions": list(EMOTIONS), "data": data}
+    save_checkpoint(tmp_path / "x" / "checkpoints", state | {"global_batch": config.data.batch_size})
+    assert outcome().startswith("would be continued")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="gone.pt"))
+    (tmp_path / "x" / "config.json").write_text(config.to_json())
+    assert outcome().startswith("would be continued")  # the first weights are in the checkpoint
+    state["data"] = data | {"val_list": data["train_list"]}
+    save_checkpoint(tmp_path / "x" / "checkpoints", state | {"global_batch": config.data.batch_size})
+    assert outcome().startswith("cannot be continued: ")
 
 
 def test_durations():

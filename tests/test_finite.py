@@ -104,7 +104,7 @@ def test_a_gpu_is_not_waited_for(name):
 def test_what_is_evaluated_is_compiled_too():
     """The average is a copy of the model: compiling the one does not compile the other."""
     model, optimizer, _ = build("adamw")
-    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), build_ema(model, 0.5))
+    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), build_ema(model, 0.5, warmup=True))
     assert state.evaluated_model() is not model
     state.compile()
     assert model._compiled_call_impl is not None and state.evaluated_model()._compiled_call_impl is not None

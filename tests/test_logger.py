@@ -80,7 +80,7 @@ def test_no_row_is_lost_or_doubled(server, tmp_path, arrived, checkpoint, evalua
     if checkpoint and checkpoint % 3 == 0 and not evaluated:
         continued.row(checkpoint, {"val/WAR": float(checkpoint)})
     log_steps(continued, checkpoint + 1, 9)
-    continued.best({"WAR": [9.0, 9]})
+    continued.evaluated("epoch", {"WAR": [9.0, 9]})
     continued.close()
     want = [(s, k) for s in range(1, 10) for k in ("train/loss", "val/WAR") if k == "train/loss" or s % 3 == 0]
     assert [(row["step"], next(k for k in row if k != "step")) for row in rows(tmp_path)] == want

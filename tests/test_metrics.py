@@ -198,7 +198,7 @@ def test_weight_decay_spares_biases_norms_and_what_modules_name():
 def test_optimizers_descend_and_ema_follows(name):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
-    optimizer, ema = build_optimizer(model, name, lr=0.05, weight_decay=0.0), build_ema(model, 0.5)
+    optimizer, ema = build_optimizer(model, name, lr=0.05, weight_decay=0.0), build_ema(model, 0.5, warmup=False)
     x, y = torch.randn(64, 4), torch.randn(64, 1)
     losses = []
     for _ in range(60):
@@ -208,6 +208,28 @@ def test_optimizers_descend_and_ema_follows(name):
         optimizer.zero_grad()
         ema.update_parameters(model)
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0] and build_ema(model, 0.0) is None
+    assert losses[-1] < 0.8 * losses[0] and build_ema(model, 0.0, warmup=True) is None
     assert not torch.equal(ema.module.weight, model.weight)
     torch.testing.assert_close(ema.module.weight, model.weight, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("decay", [0.5, 0.9999])
+def test_the_average_is_that_of_a_loop_and_follows_a_short_run(decay, warmup):
+    """Across a restart too: how many updates there were lies in its state."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    ema, mean = build_ema(model, decay, warmup), None
+    for n in range(30):
+        with torch.no_grad():
+            model[0].weight.fill_(float(n))
+            model[1].running_mean.fill_(2.0 * n)
+        if n == 11:
+            again = build_ema(model, decay, warmup)
+            again.load_state_dict(ema.state_dict())
+            ema = again
+        ema.update_parameters(model)
+        keep = min(decay, (1 + n) / (10 + n)) if warmup else decay
+        mean = float(n) if mean is None else keep * mean + (1 - keep) * n
+        assert ema.module[0].weight.detach() == pytest.approx(mean, rel=1e-5, abs=1e-6)
+        assert ema.module[1].running_mean == pytest.approx(2 * mean, rel=1e-5, abs=1e-6)
+    assert (mean > 25) == (warmup or decay == 0.5)  # else the weights of the first steps

@@ -78,7 +78,7 @@ def test_weights_execute_nothing(tmp_path, name):
         (tmp_path / name).write_bytes(npz(weights=object_array(payload)))
     else:
         torch.save({"state_dict": {"conv1.weight": payload}}, tmp_path / name)
-    with pytest.raises(ValueError, match="cannot be loaded into"):
+    with pytest.raises(ValueError, match=r"holds pickled Python objects|an archive of NumPy arrays"):
         FrameBackbone("resnet18", str(tmp_path / name))
     assert not payload.mark.exists()
 

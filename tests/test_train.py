@@ -113,6 +113,18 @@ def test_a_finished_run_is_left_alone_and_another_configuration_refused(finished
     assert "another configuration: --loss.aux-weight was 0.2, is 1.0; --optim.lr was 0.001, is 0.5;" in refused.stderr
     refused = tiny_run(clips, run_dir.parent, "a", "--data.batch-size", "2", expect=2)
     assert "--data.batch-size 2: on 1 processes that is 2 clips per step, but a has 4" in refused.stderr
+    fewer = clips / "fewer.txt"
+    fewer.write_text("".join((clips / "test.txt").read_text().splitlines(keepends=True)[:-1]))
+    refused = tiny_run(clips, run_dir.parent, "a", "--data.val-list", str(fewer), expect=2)
+    assert f"{fewer}: not the clips that a was evaluated on so far" in refused.stderr
+    (run_dir.parent / "mount").symlink_to(clips)
+    moved = tiny_run(run_dir.parent / "mount", run_dir.parent, "a")
+    assert (
+        "the same clips by name, label and number of frames" in moved.stdout and "all 2 epochs are done" in moved.stdout
+    )
+    assert json.loads((run_dir / "config.json").read_text())["data"]["val_list"] == str(
+        run_dir.parent / "mount/test.txt"
+    )
 
 
 def test_evaluate_repeats_the_last_epoch(finished, clips, tmp_path):

@@ -39,7 +39,7 @@ for step in range(start + 1, total + 1):
     logger.row(step, {"train/loss": 1 / step})
     print(step, time.monotonic() - began, flush=True)
 began = time.monotonic()
-logger.best({"WAR": [50.0, 1], "UAR": [40.0, 1]})
+logger.evaluated("epoch", {"WAR": [50.0, 1], "UAR": [40.0, 1]})
 logger.close()
 print("closed", time.monotonic() - began, flush=True)
 """

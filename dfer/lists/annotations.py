@@ -169,7 +169,8 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
     The file has the header `clip,Happy,...,Fear` and a row for each clip with how many annotators chose each class.
 
     Raises:
-        UserError: if the file is missing or damaged, or has no votes for one of the records.
+        UserError: if the file is missing or damaged, has two rows of different votes for a clip, or none for one of the
+            records.
     """
     votes: dict[str, list[float]] = {}
     try:
@@ -185,7 +186,10 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
                 # The sum is bounded, as the shares are calculated in float32.
                 if len(counts) != len(EMOTIONS) or not (min(counts) >= 0 and 1e-9 < sum(counts) < 1e9):
                     raise UserError(f"{path}:{rows.line_num}: expected a clip and {len(EMOTIONS)} counts, got {row}")
-                votes[row[0]] = counts
+                if votes.setdefault(row[0], counts) != counts:
+                    raise UserError(
+                        f"{path}:{rows.line_num}: clip {row[0]} has other votes in an earlier row; leave one of them"
+                    )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a file of votes ({reason(error)})") from None
     for record in records:

@@ -7,6 +7,7 @@ A clip is here, as in the data sets, a whole video of a list. scripts/pack.py wr
     train-00000.tar    a shard: the frames in a .tar file are image files, those in a .raw file are pixels
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ class Packed:
     length: Int32[np.ndarray, " F"]  # bytes
     height: Int32[np.ndarray, " N"]  # px, of the decoded and upright frames
     width: Int32[np.ndarray, " N"]
+    digests: UInt8[np.ndarray, "N 16"] | None = None  # those of the pack, in the index of a list
 
     def select(self, clips: Int64[np.ndarray, " M"]) -> "Packed":
         """Return where some of the clips lie, in the given order."""
@@ -186,7 +188,8 @@ def load_packed(records: Sequence[VideoRecord], path: Path) -> Packed:
     pack = read_pack(path)
     for problem in shard_problems(pack):
         raise UserError(f"{problem}; copy it again, or pack the list again")
-    return pack.clips.select(match_records(records, pack, path))
+    clips = match_records(records, pack, path)
+    return dataclasses.replace(pack.clips.select(clips), digests=pack.digests[clips])
 
 
 def _check(pack: Pack) -> None:

@@ -1,6 +1,8 @@
 """A timm network as a feature extractor, with random, downloaded or given weights."""
 
+import os
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from dfer.cli import UserError
 from dfer.files import reason
+from dfer.model.pretrained import Rename, load_pretrained
 
 
 class FrameBackbone(nn.Module):
@@ -20,7 +23,8 @@ class FrameBackbone(nn.Module):
 
     Args:
         name: of the network in timm.
-        weights: None = random, "timm" = timm's pretrained ones (downloaded once), else a file of weights.
+        weights: None = random, "timm" = timm's pretrained ones (downloaded once), else a file of weights, or a run's or
+            an export's folder.
 
     Raises:
         UserError: if timm has no such model, or the weights cannot be had or do not fit.
@@ -31,19 +35,20 @@ class FrameBackbone(nn.Module):
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
             raise UserError(f"--model.backbone {name}: timm has no such model" + (f" (has {close})" if close else ""))
-        options = {}
         if weights == "timm":
             _check_weights_can_be_had(name)
-            options["pretrained"] = True
-        elif weights is not None:
-            if not Path(weights).is_file():
-                raise UserError(f"--model.weights {weights}: no such file (or 'timm' for timm's pretrained weights)")
-            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
         try:
-            self.net = timm.create_model(name, features_only=True, out_indices=(-2, -1), **options)
+            self.net = timm.create_model(name, features_only=True, out_indices=(-2, -1), pretrained=weights == "timm")
         except Exception as error:  # hub, safetensors and torch raise different classes
-            what = f"--model.weights {weights}: cannot be loaded into" if weights else "--model.backbone"
-            raise UserError(f"{what} {name} ({reason(error)})") from None
+            what = f"--model.weights timm: cannot be loaded into {name}" if weights else f"--model.backbone {name}"
+            raise UserError(f"{what} ({reason(error)})") from None
+        self.loaded: str | None = None  # what was loaded from a file, in a few words
+        if weights not in (None, "timm"):
+            try:
+                self.loaded = load_pretrained(self.net, Path(weights), name, _rename(name))
+            except UserError as error:
+                hint = "" if os.path.exists(weights) else " (or 'timm' for timm's pretrained weights)"
+                raise UserError(f"--model.weights {error}{hint}") from None
         levels: Any = self.net.feature_info  # timm's FeatureInfo, of which the types of nn.Module know nothing
         self.channels: list[int] = levels.channels()
         self.strides: list[int] = levels.reduction()
@@ -51,6 +56,18 @@ class FrameBackbone(nn.Module):
     def forward(self, frames: Float[Tensor, "F 3 H W"]) -> list[Float[Tensor, "F _ _ _"]]:
         """Return the features of both levels, (F, C, h, w) each."""
         return self.net(frames)
+
+
+def _rename(name: str) -> Rename | None:
+    """Return what renames the tensors of a network's own authors as timm calls them, if timm has it."""
+    convert = getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return None
+
+    def rename(tensors: dict[str, Any]) -> dict[str, Any]:
+        return convert(tensors, timm.create_model(name))
+
+    return rename
 
 
 def _check_weights_can_be_had(name: str) -> None:

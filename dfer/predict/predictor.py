@@ -87,6 +87,7 @@ class Model:
         config = config_from_json(state["config"], source=path)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, amp=amp or config.run.amp))
         self.path, self.config, self.step = path, config, state.get("step")
+        self._exported = "exported" in state
         self._device, self._net, self._resize = device, load_trained(state, config).to(device), resize
         self._precision = build_precision(config.run, device)
         data = config.data
@@ -116,9 +117,13 @@ class Model:
         """Return how many frames the clips that it was trained on have, as listed.
 
         Raises:
-            UserError: if the list cannot be read.
+            UserError: if the list cannot be read, or an exported model does not name it.
         """
         data = self.config.data
+        if self._exported:
+            raise UserError(
+                f"{self.path}: an exported model does not say how long its training's clips are: say --window"
+            )
         try:
             return [record.num_frames for record in read_annotations(data.train_list, data.root)]
         except UserError as error:

@@ -11,17 +11,18 @@ import io
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from dfer.cli import UserError
 from dfer.files import commit, read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
+from dfer.run.weight_files import WeightFile, digest, read_weight_file
 
 FORMAT = 1
 KEPT = 2  # newest checkpoints; the best are kept besides
@@ -173,7 +174,8 @@ def newest_checkpoint(folder: Path) -> tuple[bytes | None, list[str]]:
             damage.append(str(error))
     if damage:
         raise UserError(
-            f"{folder}: none of {len(damage)} checkpoints can be used: {damage[0]}; remove the folder to start over"
+            f"{folder}: none of {len(damage)} checkpoints can be used: {damage[0]}; copy them again, or train anew "
+            "under another --run.name"
         )
     return None, []
 
@@ -188,8 +190,15 @@ def decode_state(content: bytes, source: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and storage errors are of many kinds
         raise UserError(f"{source}: damaged or not a checkpoint ({type(error).__name__})") from None
+    return _checked(state, source)
+
+
+def _checked(state: object, source: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
-        raise UserError(f"{source}: not a checkpoint of this project")
+        raise UserError(
+            f"{source}: not a checkpoint of this project: no configuration of a run is in it; as weights of a backbone "
+            "train.py takes it (--model.weights)"
+        )
     _check_classes(state.get("emotions"), source)
     return state
 
@@ -202,69 +211,105 @@ def _check_classes(classes: object, source: Path) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: {"model", "ema", "config", "emotions", ...}.
 
-    `path` is a run's folder (its newest checkpoint), one checkpoint's .json or .pt, or weights in .safetensors.
+    What a file is its content says, whatever it is called; links are followed. An exported model has no lists, which
+    {"exported": True} says.
+
+    Args:
+        path: a run's folder (its newest checkpoint), one checkpoint's .json or .pt, the weights of a best epoch, or
+            what scripts/export.py wrote: its folder, or model.safetensors in it.
 
     Raises:
         UserError: if it is missing, damaged, or not a checkpoint of this project.
     """
-    if path.suffix == ".safetensors":
-        return load_weights(path)
-    if path.is_dir():
-        content, _ = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-        if content is None:
-            raise UserError(f"{path}: holds no checkpoint")
-        return decode_state(content, path)
-    manifest = path
-    if path.suffix == ".pt":
-        if not path.exists():
-            raise UserError(f"{path}: no such checkpoint")
-        if not _STATE.fullmatch(path.name):
-            raise UserError(f"{path}: not a checkpoint of this project: those are in a run's checkpoints/ folder")
-        manifest = path.with_name(path.name.rsplit("-", 1)[0] + ".json")
-        if _read_manifest(manifest)["file"] != path.name:
-            raise UserError(f"{path}: {manifest.name} names another file: left over from a save that did not end")
-    return decode_state(read_verified(manifest), path)
+    if os.path.isdir(path):
+        content, _ = newest_checkpoint(path / "checkpoints" if os.path.isdir(path / "checkpoints") else path)
+        if content is not None:
+            return decode_state(content, path)
+        if os.path.exists(path / "model.safetensors"):
+            return load_checkpoint(path / "model.safetensors")
+        best = sorted(p.name for p in path.glob("best_*.safetensors"))
+        raise UserError(f"{path}: holds no checkpoint" + (f", but {best[-1]}, which can be given" if best else ""))
+    if _MANIFEST.fullmatch(path.name):
+        return decode_state(read_verified(path), path)
+    places = (path, Path(os.path.realpath(path))) if os.path.islink(path) else (path,)
+    for there in places:
+        manifest = there.with_name(there.name.rsplit("-", 1)[0] + ".json")
+        if _STATE.fullmatch(there.name) and os.path.exists(manifest):
+            if _read_manifest(manifest)["file"] != there.name:
+                raise UserError(f"{path}: {manifest.name} names another file: left over from a save that did not end")
+            return decode_state(read_verified(manifest), path)
+    found = read_weight_file(path)
+    if _is_of_best_epoch(found):
+        return _of_best_epoch(found, path)
+    if "config" not in found.content:
+        for there in places:
+            if os.path.exists(there.with_name("config.json")):
+                return _of_export(found, there)
+    state = _checked(found.content, path)
+    try:
+        with zipfile.ZipFile(path) as file:  # a copy without its manifest, whose SHA-256 would verify it
+            damaged = file.testzip() is not None
+    except Exception:  # of a damaged zip file, of many kinds
+        damaged = True
+    if damaged:
+        raise UserError(f"{path}: damaged: not what was written (CRC differs)")
+    return state
 
 
-def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write weights and `about` in one .safetensors file, whose metadata hold a SHA-256 of both.
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Return what a file or a folder of weights holds, of whatever model: a run, an export, or another's file.
 
     Raises:
-        UserError: if it cannot be written; a file of that name stays as it was.
+        UserError: if there are none, or they cannot be read.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    content = safetensors.torch.save(weights, about | {"sha256": _digest(weights, about)})
+    if not os.path.isdir(path):
+        if _STATE.fullmatch(path.name) or _MANIFEST.fullmatch(path.name):
+            return load_checkpoint(path)
+        found = read_weight_file(path)
+        return _of_best_epoch(found, path) if _is_of_best_epoch(found) else found.content
+    if os.path.isdir(path / "checkpoints") or find_manifests(path):
+        return load_checkpoint(path)
+    names = ("model.safetensors", "pytorch_model.bin")
+    there = next((path / name for name in names if os.path.exists(path / name)), None)
+    if there is None:
+        raise UserError(f"{path}: a folder without weights: it is no run, and {' and '.join(names)} are not in it")
+    return read_weight_file(there).content
+
+
+def _is_of_best_epoch(found: WeightFile) -> bool:
+    return {"sha256", "config", "emotions"} <= found.about.keys()
+
+
+def _of_best_epoch(found: WeightFile, path: Path) -> dict[str, Any]:
+    """Return what `save_weights` wrote for a run, in the form of `load_checkpoint`."""
+    about = dict(found.about)
+    sha256 = about.pop("sha256")
     try:
-        write_whole(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the weights ({reason(error)})") from None
-
-
-def load_weights(path: Path) -> dict[str, Any]:
-    """Return what `save_weights` wrote, in the form of `load_checkpoint`.
-
-    Raises:
-        UserError: if it is missing, damaged, or of something else.
-    """
-    content = read_file(path)
-    try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about = header["__metadata__"]
-        weights = safetensors.torch.load(content)
-        sha256 = about.pop("sha256")
-        emotions, config = json.loads(about["emotions"]), about["config"]
-    except Exception as error:  # of header, offsets and types, each of another kind
+        emotions = json.loads(about["emotions"])
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged or not weights of this project ({type(error).__name__})") from None
-    if _digest(weights, about) != sha256:
+    if digest(found.content, about) != sha256:
         raise UserError(f"{path}: damaged: not the weights that were written (SHA-256 differs)")
     _check_classes(emotions, path)
-    return {"model": weights, "ema": None, "config": config, "emotions": emotions}
+    return {"model": found.content, "ema": None, "config": about["config"], "emotions": emotions}
 
 
-def _digest(weights: dict[str, Tensor], about: dict[str, str]) -> str:
-    sha256 = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(weights):
-        tensor = weights[name]
-        sha256.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
+def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:
+    """Return an exported model in the form of `load_checkpoint`, by the config.json beside it."""
+    source = path.with_name("config.json")
+    try:
+        hub = json.loads(read_file(source))
+        name = {"DFERNet": "dfernet", "MeanPoolNet": "mean-pool"}[hub["network"]]
+        data = {"size": hub["size"], "num_segments": hub["segments"], "train_list": "unknown", "val_list": "unknown"}
+        data["frames_per_segment"] = hub["num_frames"] // hub["segments"]
+        settings = ("backbone", "dropout", "dim", "crf", "readout", "iterations", "max_coupling")
+        model = {"name": name} | {key: hub[key] for key in settings if key in hub}
+        emotions = hub["classes"]
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):  # JSON's and Unicode's errors are ValueErrors
+        raise UserError(
+            f"{path}: not a checkpoint of this project: {source.name} beside it is not of scripts/export.py; as "
+            "weights of a backbone train.py takes it (--model.weights)"
+        ) from None
+    _check_classes(emotions, path)
+    config = json.dumps({"preset": "exported", "data": data, "model": model})
+    return {"model": found.content, "ema": None, "config": config, "emotions": emotions, "exported": True}

@@ -1,5 +1,6 @@
 """What `--validate-only` measures in a few steps, and what the whole run will take by that."""
 
+import dataclasses
 import math
 import os
 import shutil
@@ -11,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dfer.cli import UserError
-from dfer.config import begun_config, differences
+from dfer.config import Config, begun_config, differences
 from dfer.lists.index import ClipIndex
 from dfer.metrics import peak_memory
 from dfer.run import distributed
-from dfer.run.checkpoint import KEPT
+from dfer.run.checkpoint import KEPT, decode_state, find_manifests, newest_checkpoint
+from dfer.run.folder import continued_config
 from dfer.run.memory import free_memory
 from dfer.state import Job
 
@@ -64,6 +66,12 @@ class DryRun(NamedTuple):
             "disk": f"{KEPT_AT_MOST * self.checkpoint / 1e9:.2f} GB for up to {KEPT_AT_MOST} checkpoints, "
             f"{self.disk / 1e9:.1f} GB are free",
         }
+
+
+def without_first_weights(config: Config) -> Config:
+    """Return the configuration of a dry run: the checkpoint of a run that has begun has what else a file would give."""
+    begun = config.run.name and find_manifests(config.run.log_dir / config.run.name / "checkpoints")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None)) if begun else config
 
 
 def padded(num_clips: int, clips_per_batch: int) -> int:
@@ -134,10 +142,27 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
     title = f"{config.preset} on {job.world.size} x {job.world.device.type}: a run could begin; nothing was written"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("clips", f"{len(train_index):,} to train, {len(val_index):,} to evaluate ({train_index.source})")
+    if loaded := getattr(job.state.model.get_submodule("backbone"), "loaded", None):
+        table.add_row("backbone", loaded)
     for row in result.rows().items():
         table.add_row(*row)
     if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:
         differing = "; ".join(differences(begun, config))
-        outcome = f"is another configuration: {differing}" if differing else "would be continued"
+        outcome = f"is another configuration: {differing}" if differing else _continued(job, val_index)
         table.add_row("name", f"{config.run.name} has begun and {outcome}")
     Console(highlight=False).print(table)
+
+
+def _continued(job: Job, val_index: ClipIndex) -> str:
+    """Return what would become of the run that has begun, by its checkpoint."""
+    config = job.config
+    folder = config.run.log_dir / str(config.run.name)
+    try:
+        content, _ = newest_checkpoint(folder / "checkpoints")
+        if content is None:
+            return "left no checkpoint: it would begin anew"
+        data = job.train_loader.index, val_index, job.objective
+        continued_config(decode_state(content, folder), config, data, job.world.size)
+    except UserError as error:
+        return f"cannot be continued: {error}"
+    return "would be continued"

@@ -5,7 +5,6 @@
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +24,10 @@ from dfer.files import read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
 from dfer.run import distributed
-from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint, save_weights
+from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.distributed import World
+from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
+from dfer.run.weight_files import save_weights
 from dfer.state import Job, TrainState
 
 
@@ -110,7 +111,9 @@ class RunFolder:
                 leftover.unlink()
             delete_all_but(self.checkpoints, set(find_manifests(self.checkpoints)))
             saved = self.path / "config.json"
-            text = read_file(saved) if find_manifests(self.checkpoints) else f"{config.to_json()}\n".encode()
+            begun = begun_config(self.path) if find_manifests(self.checkpoints) else None
+            stays = begun is not None and relocated(begun, config) == begun
+            text = read_file(saved) if stays else f"{(relocated(begun, config) if begun else config).to_json()}\n"
             write_whole(saved, text)  # again too: better now than at the first checkpoint
             free = shutil.disk_usage(self.checkpoints).free
         except OSError as error:
@@ -144,35 +147,25 @@ class RunFolder:
             self._lock = None
 
 
-def fingerprint(index: ClipIndex) -> str:
-    """Return the SHA-256 of what the order and the frames of the clips depend on."""
-    rows = zip((r.name for r in index.records), index.num_frames.tolist(), index.labels.tolist(), strict=True)
-    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
-
-
 def shared_config(config: Config, world: World) -> Config:
     """Return rank 0's configuration on all ranks: only there may the run's folder be seen."""
     text = distributed.share(config.to_json().encode() if world.is_main else None, world)
     return config if text is None or world.is_main else config_from_json(text.decode(), config.run.log_dir)
 
 
-def continued_config(state: dict[str, Any], config: Config, index: ClipIndex, world_size: int) -> Config:
+def continued_config(state: dict[str, Any], config: Config, data: DataOfRun, world_size: int) -> Config:
     """Return the configuration that a run goes on with, on however many processes.
 
     Args:
         state: the run's checkpoint.
         config: what this process was started with.
-        index: the clips to train on.
+        data: what it would train and evaluate on, and minimise.
         world_size: the number of processes.
 
     Raises:
-        UserError: if the clips are others, or the batch cannot be shared.
+        UserError: if the data is not the run's, or the batch cannot be shared.
     """
-    if state["train_list"] != fingerprint(index):
-        raise UserError(
-            f"{config.data.train_list}: not the clips that {config.run.name} was trained on so far (names, labels "
-            "or numbers of frames have changed); choose another --run.name"
-        )
+    check_data(state, data_fingerprints(*data), config, config.run.name, "--run.name")
     return same_global_batch(config, state, world_size)
 
 
@@ -197,15 +190,25 @@ def same_global_batch(config: Config, state: dict[str, Any], world_size: int) ->
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=total // world_size))
 
 
-def about_run(job: Job, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what a checkpoint holds beside the state: what the run is, which stays as it was begun."""
-    return {
-        "config": checkpoint["config"] if checkpoint else job.config.to_json(),
+def about_run(job: Job, checkpoint: dict[str, Any] | None) -> tuple[dict[str, Any], list[str] | None]:
+    """Return what a checkpoint holds beside the state, and what is not as when the run began; None if it begins now.
+
+    The configuration is that which the run was begun with, but for where its data lies.
+    """
+    text, lines = job.config.to_json(), None
+    data = data_fingerprints(job.train_loader.index, job.val_loader.index, job.objective)
+    if checkpoint:
+        begun = config_from_json(checkpoint["config"], job.config.run.log_dir)
+        here, lines = relocated(begun, job.config), changes(checkpoint, job.config, data)
+        text = checkpoint["config"] if here == begun else here.to_json()
+    about = {
+        "config": text,
         "emotions": list(EMOTIONS),
         "torch": str(torch.__version__),  # a class of its own, which a checkpoint does not load
-        "train_list": fingerprint(job.train_loader.index),
+        "data": data,
         "global_batch": job.config.data.batch_size * job.world.size,
     }
+    return about, lines
 
 
 def diverged(job: Job, run: RunFolder | None, batch: Batch) -> UserError:

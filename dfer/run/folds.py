@@ -11,15 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from dfer.cli import EXIT_USAGE, UserError
-from dfer.config import Config, DataConfig, config_from_json, differences, parse_config
+from dfer.config import Config, config_from_json, differences, parse_config
 from dfer.lists.index import load_index
+from dfer.losses import build_objective
 from dfer.run.checkpoint import decode_state, newest_checkpoint
-from dfer.run.folder import fingerprint, same_global_batch
+from dfer.run.fingerprints import check_data, data_fingerprints
+from dfer.run.folder import same_global_batch
 from dfer.run.signals import EXIT_STOPPED, SIGNALS
 
 BEST = "predictions_best_WAR.csv"  # of the best epoch's weights; train.py keeps only those of the last
@@ -96,6 +98,8 @@ def remaining_jobs(
         if commands or not (run.path / BEST).exists():
             (run.path / BEST).unlink(missing_ok=True)
             evaluate = [str(app / "scripts" / "evaluate.py"), str(run.path / "best_WAR.safetensors")]
+            data = run.config.data  # which may lie elsewhere than when the run began
+            evaluate += ["--list", str(data.val_list), *(["--root", str(data.root)] if data.root else [])]
             commands.append([*evaluate, "--device", run.config.run.device, "--out", str(run.path / BEST)])
             jobs.append(FoldJob(run.path.name, commands))
     return jobs
@@ -109,17 +113,23 @@ def _flags(config: Config, words: Sequence[str]) -> list[str]:
     return [*words, *(str(word) for flag in flags.items() for word in flag)]
 
 
-def list_fingerprints(data: DataConfig) -> Callable[[Path], str]:
-    """Return a function from a list's path to its fingerprint, which is computed once for each list."""
-    return functools.cache(lambda path: fingerprint(load_index(path, data.root, data.source)))
+def fold_fingerprints(config: Config) -> Callable[[FoldRun], dict[str, Any]]:
+    """Return a function from a run to the fingerprints of its data, which are computed once for each fold."""
+
+    @functools.cache
+    def compute(train_list: Path, val_list: Path) -> dict[str, Any]:
+        train, val = (load_index(path, config.data.root, config.data.source) for path in (train_list, val_list))
+        return data_fingerprints(train, val, build_objective(config.loss, train.records))
+
+    return lambda run: compute(run.config.data.train_list, run.config.data.val_list)
 
 
-def is_trained(run: FoldRun, train_list: str) -> bool:
+def is_trained(run: FoldRun, data: Callable[[FoldRun], dict[str, Any]]) -> bool:
     """Return whether a run has all its epochs.
 
     Args:
         run: the run.
-        train_list: the fingerprint of its training list.
+        data: `fold_fingerprints`.
 
     Raises:
         UserError: if the run's folder holds a run of another configuration or of other clips.
@@ -142,11 +152,7 @@ def is_trained(run: FoldRun, train_list: str) -> bool:
             "another --name"
         )
     same_global_batch(config, state, world_size=1)
-    if state["train_list"] != train_list:
-        raise UserError(
-            f"{config.data.train_list}: not the clips that {path} was trained on (names, labels or numbers of frames "
-            "have changed); choose another --name"
-        )
+    check_data(state, data(run), config, path, "--name")
     return state["evaluated"] == config.optim.epochs
 
 

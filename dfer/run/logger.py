@@ -58,13 +58,16 @@ class Logger:
         self._pending: _Pending | None = None
         self._total_steps, self._start_step, self._started = total_steps, start_step, time.perf_counter()
         self._wandb: WandbLog | None = None
+        self._anew = False  # an earlier start left rows and no checkpoint
         self._progress: Progress | None = None
         if run_dir is None:
             return
         try:
-            earlier = _cut_back(run_dir / "metrics.jsonl", start_step, start_evaluated)
+            rows = run_dir / "metrics.jsonl"
+            self._anew = start_step == 0 and rows.exists() and rows.stat().st_size > 0
+            earlier = _cut_back(rows, start_step, start_evaluated)
             self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed in close)
-            self._rows = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._rows = open(rows, "a", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{run_dir}: cannot write ({error})") from None
         self._num_rows = len(earlier)
@@ -116,10 +119,11 @@ class Logger:
             except OSError as error:
                 raise UserError(f"{self._rows.name}: cannot write ({error.strerror})") from None
 
-    def announce(self, job: Job, damage: list[str], continued: bool) -> None:
+    def announce(self, job: Job, damage: list[str], changes: list[str] | None) -> None:
         """Say what is trained on what, and what is odd about it.
 
-        `damage` says why newer checkpoints than the one that the run continues from are not used.
+        `damage` says why newer checkpoints than the one that the run continues from are not used, `changes` what is not
+        as when it began; None for a run that begins.
         """
         config, data, world = job.config, job.config.data, job.world
         train_index, val_index = job.train_loader.index, job.val_loader.index
@@ -129,12 +133,18 @@ class Logger:
             f"{job.train_loader.sampler.clip_length} frames of {data.size} px; {config.model.name} with "
             f"{num_parameters / 1e6:.1f} M parameters on {world.size} x {world.device.type}"
         )
+        if loaded := getattr(job.state.model.get_submodule("backbone"), "loaded", None):
+            self.say(f"backbone: {loaded}")
         for name, index in (("train", train_index), ("validation", val_index)):
             if index.num_miscounted():
                 self.say(f"{index.num_miscounted()} {name} clips hold another number of frames than listed; disk used")
         for line in damage:
             self.say(f"{line}; an older checkpoint is used")
-        if continued and job.state.evaluated < config.optim.epochs:
+        if self._anew:
+            self.say("an earlier start ended before its first checkpoint: the run begins anew")
+        for line in changes or ():
+            self.say(line)
+        if changes is not None and job.state.evaluated < config.optim.epochs:
             self.say(
                 f"continuing from step {job.state.step}, with {data.batch_size} clips per step on each of "
                 f"{world.size} processes"
@@ -158,8 +168,8 @@ class Logger:
         self._train_row(state.step, values, tensors | {"train/skipped_steps": state.guard.skipped[0]} | diagnostics)
         state.losses.zero_()
 
-    def evaluation(self, job: Job, result: Evaluation) -> None:
-        """Log the evaluation after an epoch."""
+    def evaluation(self, job: Job, result: Evaluation) -> str:
+        """Write the row of the evaluation after an epoch, and return the line for `evaluated`."""
         epoch, epochs = job.state.evaluated + 1, job.config.optim.epochs
         war, uar, train_index = result.confusion.war(), result.confusion.uar(), job.train_loader.index
         recalls = zip(EMOTIONS, result.confusion.per_class_recall().tolist(), strict=True)
@@ -171,7 +181,7 @@ class Logger:
         )
         if left_out := distributed.count_distinct(job.train_loader.bad_clips, len(train_index), job.world):
             self.say(f"{left_out} of {len(train_index)} training clips could not be read and were left out so far")
-        self.say(f"epoch {epoch}/{epochs}  WAR {war:.2f}  UAR {uar:.2f}  loss {result.loss:.3f}")
+        return f"epoch {epoch}/{epochs}  WAR {war:.2f}  UAR {uar:.2f}  loss {result.loss:.3f}"
 
     def _train_row(self, step: int, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
         """Write a row with values that may lie on the GPU: those are copied without a sync, and written a row later."""
@@ -218,8 +228,12 @@ class Logger:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def best(self, best: dict[str, list[int | float]]) -> None:
-        """Send the best values to W&B."""
+    def evaluated(self, line: str, best: dict[str, list[int | float]]) -> None:
+        """Say what an evaluation found, and send the best values to W&B. Call it once a checkpoint has them.
+
+        `line` is from `evaluation`.
+        """
+        self.say(line)
         if self._wandb is not None:
             self._wandb.best(best)
 

@@ -190,6 +190,20 @@ def test_classes_are_folders(ten: Path, tmp_path: Path) -> None:
     assert names.index("Happy/2") + 1 == names.index("Happy/10")
 
 
+def test_bins_and_folders_of_the_system_are_left_out_and_named(ten: Path, tmp_path: Path, capsys) -> None:
+    source = tmp_path / "in"
+    for name in (
+        "Happy/a.mp4", "Happy/@eaDir/a.mp4/FILM.mp4", "Happy/._a.mp4", "Sad/.b.mp4", ".Trash-1000/files/c.mp4", "Sad/#12.mp4",
+        "$RECYCLE.BIN/S-1/R.mp4", "__MACOSX/Fear/d.mp4", "Fear/lost+found/e.mp4", "System Volume Information/f.mp4",
+    ):  # fmt: skip
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).symlink_to(ten)
+    assert prepare(source, "--out", tmp_path / "out") == 0
+    assert rows(tmp_path / "out") == ["frames/Happy/a 10 0", "frames/Sad/#12 10 1"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "not searched" in line]
+    assert len(said) == 1 and "7 named $RECYCLE.BIN, .Trash-1000, .b.mp4" in said[0], said
+
+
 def test_label_words_cover_all_emotions() -> None:
     for label, emotion in enumerate(EMOTIONS):
         assert parse_label(emotion) == parse_label(emotion.upper()) == parse_label(str(label)) == label

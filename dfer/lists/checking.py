@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dfer.cli import UserError, printable, progress
-from dfer.files import reason
+from dfer.files import is_data, reason
 from dfer.images import FRAME_SUFFIXES, frame_names, open_image
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.formats import ListFormat, Row, read_list
@@ -223,7 +223,7 @@ def hint_at_nested_copy(clip: Clip, base: str | None) -> str:
         inner = []
         for folder in level[:200]:  # a bounded search: the root may hold a million folders
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
-                inner += [entry.path for entry in itertools.islice(entries, 200) if entry.is_dir()]
+                inner += [e.path for e in itertools.islice(entries, 200) if is_data(e.name) and e.is_dir()]
         level = sorted(inner)[:200]
         for folder in level:
             if os.path.isdir(os.path.join(folder, clip.name)):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their hashes, errors of the system in one line, names that are no data."""
+"""Files that are written whole or not at all, their hashes, errors of the system, and names that are no data."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from dfer.cli import UserError
 # What file systems answer that cannot sync a folder: some network and FUSE mounts, and folders that may not be read.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
-# What no user has put there, in lower case: bins, thumbnails, snapshots and notes of systems, disks and network storage.
+# What no user has put there, in lower case: bins, thumbnails, snapshots and notes of systems and network storage.
 _OF_THE_SYSTEM = frozenset(
     ("$recycle.bin", "recycler", "recycled", "system volume information", "found.000")  # Windows
     + ("thumbs.db", "ehthumbs.db", "desktop.ini")

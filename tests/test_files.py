@@ -84,8 +84,8 @@ def test_an_error_of_the_disk_becomes_the_users():
 
 
 NO_DATA = (
-    ".Trash-1000", ".ipynb_checkpoints", ".AppleDouble", "._1.jpg", "@eaDir", "$RECYCLE.BIN", "System Volume Information",
-    "lost+found", "__MACOSX", "Thumbs.db", "desktop.ini", "#recycle", "@Recycle", "~snapshot", "Icon\r",
+    ".Trash-1000", ".ipynb_checkpoints", ".AppleDouble", "._1.jpg", "@eaDir", "$RECYCLE.BIN", "lost+found",
+    "System Volume Information", "__MACOSX", "Thumbs.db", "desktop.ini", "#recycle", "@Recycle", "~snapshot", "Icon\r",
 )  # fmt: skip
 
 

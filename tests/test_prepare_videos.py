@@ -193,8 +193,9 @@ def test_classes_are_folders(ten: Path, tmp_path: Path) -> None:
 def test_bins_and_folders_of_the_system_are_left_out_and_named(ten: Path, tmp_path: Path, capsys) -> None:
     source = tmp_path / "in"
     for name in (
-        "Happy/a.mp4", "Happy/@eaDir/a.mp4/FILM.mp4", "Happy/._a.mp4", "Sad/.b.mp4", ".Trash-1000/files/c.mp4", "Sad/#12.mp4",
-        "$RECYCLE.BIN/S-1/R.mp4", "__MACOSX/Fear/d.mp4", "Fear/lost+found/e.mp4", "System Volume Information/f.mp4",
+        "Happy/a.mp4", "Happy/@eaDir/a.mp4/FILM.mp4", "Happy/._a.mp4", "Sad/.b.mp4", "Sad/#12.mp4",
+        ".Trash-1000/files/c.mp4", "$RECYCLE.BIN/S-1/R.mp4", "__MACOSX/Fear/d.mp4", "Fear/lost+found/e.mp4",
+        "System Volume Information/f.mp4",
     ):  # fmt: skip
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).symlink_to(ten)

@@ -42,13 +42,13 @@ _SIDEWAYS = (  # those that swap height and width
 
 
 def _unknown_type(cls: type[Type], value: object) -> Type:
-    """Return a type of side data that PyAV does not know yet, such as EXIF: it raises, and a picture is not its notes."""
+    """Return a type of side data that PyAV does not know yet, such as EXIF, on which it raises."""
     unknown = object.__new__(cls)
     unknown._name_, unknown._value_ = f"UNKNOWN_{value}", value
     return unknown
 
 
-Type._missing_ = classmethod(_unknown_type)  # PyAV#2392; what is known and damaged is never read
+Type._missing_ = classmethod(_unknown_type)  # pyright: ignore[reportAttributeAccessIssue]  # PyAV#2392
 
 
 def yuv_to_rgb(matrix: Matrix, full_range: bool) -> Float32[np.ndarray, "3 4"]:

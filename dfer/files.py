@@ -15,14 +15,14 @@ from dfer.cli import UserError
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 # What no user has put there, in lower case: bins, thumbnails, snapshots and notes of systems and network storage.
-_OF_THE_SYSTEM = frozenset(
-    ("$recycle.bin", "recycler", "recycled", "system volume information", "found.000")  # Windows
-    + ("thumbs.db", "ehthumbs.db", "desktop.ini")
-    + ("__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder", "icon\r")  # macOS
-    + ("lost+found", "lost.dir", "__pycache__")
-    + ("@eadir", "@tmp", "@synoresource", "#recycle", "#snapshot")  # Synology
-    + ("@recycle", "@recently-snapshot", "@sharebin", "@__thumb", "~snapshot")  # QNAP, NetApp
-)
+_OF_THE_SYSTEM = {
+    *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000"),  # Windows
+    *("thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *("__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder", "icon\r"),  # macOS
+    *("lost+found", "lost.dir", "__pycache__"),
+    *("@eadir", "@tmp", "@synoresource", "#recycle", "#snapshot"),  # Synology
+    *("@recycle", "@recently-snapshot", "@sharebin", "@__thumb", "~snapshot"),  # QNAP, NetApp
+}
 
 
 def is_data(name: str) -> bool:

@@ -178,6 +178,7 @@ def test_headers_are_read_whatever_wrote_the_list(tmp_path, encoding, end):
     ("data", "message"),
     [
         ("训练 3 0\n".encode("gbk"), r":1: .* byte 0x.. is not UTF-8; save the list as UTF-8"),
+        (b"\xff\xfea\x003\xd8", "begins as UTF-16, but is not: damaged"),
         ("a 3 0\n".encode("utf-16-le"), "without a byte-order mark; save the list as UTF-8"),
         (b"a 3 0\nb\0 3 0\n", ":2: holds a NUL"),
         ("a 3 0\nb 3\u200b 0\n".encode(), r":2: .* holds \\u200b \(zero width space\)"),
@@ -321,7 +322,7 @@ def test_votes_become_distributions_in_the_order_of_the_list(tmp_path):
         (HEADER + "a,0,0,0,0,0,0,0\n", ":2: expected a clip and 7 counts"),
         (HEADER + "a,nan,0,0,0,0,0,0\n", ":2: expected a clip and 7 counts"),
         (HEADER + "a,2,0,0,0,0,0,-1\n", ":2: expected a clip and 7 counts"),
-        (HEADER + "b,1,0,0,0,0,0,0\n", r"no votes for clip a \(.*list.txt:1\)"),
+        (HEADER + "b,1,0,0,0,0,0,0\n", r"no votes for clip a \(.*list.txt:1\)$"),
     ],
 )
 def test_damaged_votes_are_named(tmp_path, text, message):
@@ -351,6 +352,13 @@ def test_a_nul_in_a_header_is_named(tmp_path, key):
     if key == "packed":
         with pytest.raises(UserError, match=r"list\.txt: its header says packed: "):
             packed_index(path)
+
+
+def test_votes_that_a_spreadsheet_has_saved_are_named(tmp_path):
+    records = read_annotations(write(tmp_path, b"00012 3 0\n"))
+    (tmp_path / "votes.csv").write_text(HEADER + "12,1,0,0,0,0,0,0\n")
+    with pytest.raises(UserError, match=r"no votes for clip 00012 .*it has them without the zeros"):
+        read_votes(tmp_path / "votes.csv", records)
 
 
 def test_names_that_no_disk_holds_are_named(tmp_path):

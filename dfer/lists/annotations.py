@@ -23,7 +23,7 @@ from jaxtyping import Float32
 from dfer.cli import UserError, printable, say_once
 from dfer.files import reason, write_whole
 from dfer.lists.orders import EMOTIONS, WORDS, check_paths
-from dfer.lists.text import name_hidden, read_head, read_lines, split_rows
+from dfer.lists.text import USUAL, name_hidden, read_head, read_lines, split_rows
 
 _CONVERTS = "; scripts/check_list.py LIST --write OUT converts lists with other columns or labels"
 COLUMNS = "path num_frames label"
@@ -56,7 +56,7 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     list_path = Path(list_path)
     lines, oddities = read_lines(list_path, advice=_hint(list_path))
     for oddity in oddities:
-        if oddity not in ("byte-order mark", "CRLF line ends"):
+        if oddity not in USUAL:
             say_once(f"{list_path}: {oddity}")
     header = read_header(lines)
     _check_header(list_path, header, lines)
@@ -214,7 +214,9 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
         raise UserError(f"{path}: cannot be read as a file of votes ({reason(error)})") from None
     for record in records:
         if record.name not in votes:
-            raise UserError(f"{path}: no votes for clip {record.name} ({record.source})")
+            zeros = record.name.lstrip("0") in votes
+            hint = "; it has them without the zeros, which spreadsheets take for no part of a name" if zeros else ""
+            raise UserError(f"{path}: no votes for clip {record.name} ({record.source}){hint}")
     table = np.array([votes[record.name] for record in records], dtype=np.float32)
     return table / table.sum(1, keepdims=True)
 

@@ -25,7 +25,7 @@ class Cells(NamedTuple):
 
 def unquote(numbered: Sequence[tuple[int, str]], evidence: list[str]) -> list[tuple[int, str]]:
     """Return the rows without the quotes of a spreadsheet's export: all of them, or none."""
-    if not all('"' in (line[0], line[-1]) for _, line in numbered):
+    if not numbered or not all('"' in (line[0], line[-1]) for _, line in numbered):
         return list(numbered)
     rows = []
     for number, line in numbered:

@@ -3,7 +3,7 @@
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dfer.cli import say_once
@@ -35,6 +35,32 @@ def relocate(records: Sequence[VideoRecord], missing: Sequence[int]) -> dict[int
         first = records[min(found)].source
         say_once(f"{first}: the name is there in another Unicode form, as of {len(found):,} clips: the same letters")
     return found
+
+
+def find_listed(base: Path, name: str, source: str) -> Path:
+    """Return where a listed file lies; if by another Unicode form or with slashes for backslashes, that is said.
+
+    Args:
+        base: where the names of the list start.
+        name: as the list has it.
+        source: of the row, for messages.
+    """
+    path = base / name
+    if os.path.lexists(path):
+        return path
+    for other in (other_form(os.fspath(path), name), os.fspath(base / name.replace("\\", "/"))):
+        if other is not None and other != os.fspath(path) and os.path.lexists(other):
+            say_once(f"{source}: {name} is not there and {other} is, by the same letters: that is taken")
+            return Path(other)
+    return path
+
+
+def similar(name: str, names: Iterable[str]) -> str:
+    """Return, for the end of a message that a name is not among others, which of them it may be; empty if none is."""
+    for other in names:
+        if (why := _difference(other, name)) is not None:
+            return f" ({other} is: {why})"
+    return ""
 
 
 def explain(path: str | Path, name: str) -> str:

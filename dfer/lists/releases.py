@@ -18,6 +18,7 @@ from dfer.cli import Parser, UserError, printable, progress
 from dfer.files import commit, disk_errors, is_data, reason, write_whole
 from dfer.images import frame_names, natural_key
 from dfer.lists.annotations import EMOTIONS, write_annotations
+from dfer.lists.text import read_lines
 from dfer.lists.threads import in_chunks
 
 # Clips per class, in the order of EMOTIONS. A fold of DFEW trains on all that it does not test on.
@@ -114,13 +115,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: if the file cannot be read.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    for row, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{row}", line.strip()
+    for row, line in enumerate(read_lines(Path(path), "list of the release")[0], start=1):
+        if line:
+            yield f"{path}:{row}", line
 
 
 def count_difference(name: str, labels: Iterable[int], published: Sequence[int]) -> str | None:

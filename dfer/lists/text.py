@@ -19,8 +19,10 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+USUAL = ("byte-order mark", "CRLF line ends")  # oddities that change nothing of what stands there
 _HEAD = 2**16  # bytes of a list in which its header ends
-_LIKE_A_ROW = re.compile(r"#.*\S[\s,;]+[0-9]+(\.0*)?[\s,;]+[0-9]+(\.0*)?")
+_NUMBER = r"[\s,;]+[0-9]+(?:\.0*)?"
+_LIKE_A_ROW = re.compile(rf"#.*(?:\S{_NUMBER}{_NUMBER}|\.(?:mp4|avi|mov|mkv|webm|wmv|flv|m4v|mpe?g)\b.*)")
 
 
 def read_lines(
@@ -88,15 +90,19 @@ def _decode(path: Path, data: bytes, what: str) -> tuple[str, list[str]]:
     if encoding != "utf-8":
         oddities.append(f"{encoding[:6].upper()}, by its byte-order mark")
     elif mark:
-        oddities.append("byte-order mark")
+        oddities.append(USUAL[0])
     elif b"\0" in data[:2]:
         raise UserError(f"{path}: looks like UTF-16 without a byte-order mark; save the list as UTF-8")
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
+        if encoding != "utf-8":
+            raise UserError(
+                f"{path}: cannot be read as {_a(what)}: begins as {encoding[:6].upper()}, but is not: damaged"
+            ) from None
         row, bad = data.count(b"\n", 0, error.start + len(mark)) + 1, data[error.start + len(mark)]
         raise UserError(
-            f"{path}:{row}: cannot be read as {_a(what)}: byte 0x{bad:02x} is not {encoding.upper()}; save the list "
+            f"{path}:{row}: cannot be read as {_a(what)}: byte 0x{bad:02x} is not UTF-8; save the list "
             "as UTF-8, for example by: iconv -f GBK -t UTF-8 (with what it is encoded in for GBK)"
         ) from None
     if "\ufeff" in text and (joined := re.sub(r"^\ufeff+", "", text, flags=re.MULTILINE)) != text:
@@ -104,7 +110,7 @@ def _decode(path: Path, data: bytes, what: str) -> tuple[str, list[str]]:
         oddities.append("byte-order marks inside it, as in lists that were joined")
     if "\r" in text:
         if "\r\n" in text:
-            oddities.append("CRLF line ends")
+            oddities.append(USUAL[1])
         text = text.replace("\r\n", "\n")
         if "\r" in text:
             oddities.append("line ends that are CR alone")
@@ -131,10 +137,13 @@ def split_rows(lines: Sequence[str], base: Path | None) -> tuple[list[tuple[int,
 
 def _paths(line: str) -> Iterator[str]:
     """Yield what may be the path of a row of any format."""
+    if "\0" in line:
+        return
+    yield line
     for separator in (None, ",", ";"):
         for columns in (1, 2):
             path = line.rsplit(separator, columns)[0].strip()
-            if path not in ("", line) and "\0" not in path:
+            if path not in ("", line):
                 yield path
 
 

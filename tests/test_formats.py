@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dfer.cli import UserError
 from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
 from dfer.lists.formats import ORDERS, read_list
 
@@ -250,6 +251,7 @@ PART = st.text(st.sampled_from("abcXYZ    0011279.,;-_#'\"$%&()=é٣²😀日\u3
 RECORDS = st.lists(
     st.tuples(st.lists(PART, min_size=1, max_size=3), st.integers(1, 900), st.integers(0, 6)), min_size=1, max_size=9
 )
+ENDS = st.sampled_from(("\n", "\r\n", "\r"))
 FOLDERS = st.sampled_from((lambda e: e, str.lower, str.upper, lambda e: SYNONYMS.get(e, e)))
 
 
@@ -367,14 +369,41 @@ def test_any_list_reads_as_meant_or_is_refused(folder, made, bom):
 
 
 @few(150)
-@given(RECORDS)
-def test_our_own_lists_read_as_read_annotations_does(folder, drawn):
+@given(RECORDS, st.sampled_from("x#"), st.sampled_from(("utf-8", "utf-8-sig", "utf-16", "utf-32")), ENDS)
+def test_our_own_lists_read_as_read_annotations_does(folder, drawn, first, encoding, end):
     path = folder / "own.txt"
-    records = [(f"x{clean(parts[-1:], number)}", count, label) for number, (parts, count, label) in enumerate(drawn)]
+    records = [
+        (f"{first}{clean(parts[-1:], number)}", count, label) for number, (parts, count, label) in enumerate(drawn)
+    ]
     write_annotations(path, records)
+    path.write_bytes(path.read_text("utf-8").replace("\n", end).encode(encoding))  # as another program saves it
     rows, form = read_list(path)
     assert labels(rows) == records == [(r.name, r.num_frames, r.label) for r in read_annotations(path)]
     assert form.canonical and not form.problems
+
+
+@few(60)
+@given(st.permutations(EMOTIONS), st.sampled_from((0, 1)), st.integers(7, 21), st.booleans())
+def test_any_order_that_the_folders_show_is_read_and_never_taken_for_another(folder, order, base, count, in_file):
+    name = "S/{}-{:02d}" if in_file else "S/{}/{:02d}"
+    records = [(name.format(order[i % 7], i), 9, EMOTIONS.index(order[i % 7])) for i in range(count)]
+    text = "".join(f"{name} 9 {i % 7 + base}\n" for i, (name, _, _) in enumerate(records))
+    rows, form = read(folder, text)
+    assert labels(rows) == records and any("paths agrees" in e or "each id stands" in e for e in form.evidence)
+    path = folder / "list.txt"
+    try:
+        found = [(r.name, r.num_frames, r.label) for r in read_annotations(path)]
+    except UserError as error:
+        assert "its path says" in str(error) or "is not in 0..6" in str(error)
+    else:
+        wrong = sum(a != b for a, b in zip(found, records, strict=True))
+        assert 2 * wrong <= count  # which is said
+    path.write_text(text.replace(f" {base}\n", f" {base + 3}\n", 1))  # a typo in the first row
+    try:
+        rows, _ = read_list(path)
+    except UserError:
+        return
+    assert labels(rows)[1:] == records[1:]
 
 
 def damage(draw, data: bytes, start: int, end: int) -> bytes:

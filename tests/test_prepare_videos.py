@@ -596,6 +596,9 @@ def test_a_finished_video_is_not_done_again(
     assert again() == ["bad"]  # it may have been mended
     assert capsys.readouterr().out.startswith("2 of 3 videos were finished before\n")
     assert content(out) == before
+    (out / "frames" / "a" / "._00001.jpg").write_bytes(b"of macOS")
+    assert again() == ["bad"]
+    (out / "frames" / "a" / "._00001.jpg").unlink()
     assert again("--size", 100, "--margin", 1) == ["bad"]  # no crop, so they shape nothing
     assert again("--label", 1) == ["bad"]
     assert rows(out) == ["frames/a 10 1", "frames/b 10 1"]

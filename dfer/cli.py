@@ -44,6 +44,16 @@ def say_error(line: str) -> None:
     sys.stderr.flush()
 
 
+_said: set[str] = set()
+
+
+def say_once(line: str) -> None:
+    """Write a line to stderr that is no error, once in a process, and of several ranks by the first alone."""
+    if line not in _said and os.environ.get("RANK", "0") == "0":
+        _said.add(line)
+        say_error(f"note: {printable(line)}")
+
+
 def _joined() -> bool:
     """Return whether this process has joined others; a command that never loaded torch pays nothing for the answer."""
     distributed = sys.modules.get("torch.distributed")

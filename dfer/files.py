@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their hashes, and an error of the operating system in one line."""
+"""Files that are written whole or not at all, their hashes, errors of the system, and names that are no data."""
 
 import contextlib
 import errno
@@ -14,6 +14,24 @@ from dfer.cli import UserError
 
 # What file systems answer that cannot sync a folder: some network and FUSE mounts, and folders that may not be read.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+
+# What no user has put there, in lower case: bins, thumbnails, snapshots and notes of systems and network storage.
+_OF_THE_SYSTEM = {
+    *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000"),  # Windows
+    *("thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *("__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder", "icon\r"),  # macOS
+    *("lost+found", "lost.dir", "__pycache__"),
+    *("@eadir", "@tmp", "@synoresource", "#recycle", "#snapshot"),  # Synology
+    *("@recycle", "@recently-snapshot", "@sharebin", "@__thumb", "~snapshot"),  # QNAP, NetApp
+}
+
+
+def is_data(name: str) -> bool:
+    """Return whether a file or folder with this name may be a user's: the rule wherever a folder is searched.
+
+    Hidden names are not: .Trash-1000, .ipynb_checkpoints, and the ._1.jpg that macOS leaves beside each 1.jpg.
+    """
+    return name[0] != "." and name.lower() not in _OF_THE_SYSTEM
 
 
 def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object], durable: bool = True) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dfer.cli import UserError
-from dfer.files import reason
+from dfer.files import is_data, reason
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_PIXELS = 4096 * 4096  # of a frame: a header may claim any size, and memory is taken before the data is seen
@@ -32,12 +32,12 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 def frame_names(folder: str | Path) -> list[str]:
     """Return the names of a folder's frames in natural order (2.jpg before 10.jpg).
 
-    Hidden files are none: macOS leaves a `._1.jpg` beside each 1.jpg on foreign disks, which is no image.
+    What is no data (see files.is_data) is left out: macOS leaves a `._1.jpg` beside each 1.jpg on foreign disks.
 
     Raises:
         OSError: if the folder cannot be read.
     """
-    names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES) and name[0] != "."]
+    names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES) and is_data(name)]
     return sorted(names, key=natural_key)
 
 

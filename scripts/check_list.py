@@ -1,8 +1,9 @@
 """Check annotation lists of any format against themselves, each other and the disk; write them in the canonical form.
 
 `python scripts/check_list.py train.csv test.csv --root DIR` says which format each list is in and why, counts classes
-and lengths, and names each problem. The headers of the first, middle and last frame of each clip are read, or every
-frame decoded with --decode. Exit code: 0 fine, 1 problems found, 2 a list cannot be judged or the command is wrong.
+and lengths, and names each problem. Clips are folders of frames, videos or packed. Of a folder the headers of the
+first, middle and last frame are read, of a video the packets; with --decode all is decoded. Exit code: 0 fine,
+1 problems found, 2 a list cannot be judged or the command is wrong.
 """
 
 import argparse
@@ -16,22 +17,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import disk_errors, write_whole
-from dfer.lists.annotations import EMOTIONS, write_annotations
+from dfer.lists.annotations import EMOTIONS, packed_index, write_annotations
 from dfer.lists.checking import (
     Clip,
-    Folder,
     PlacedList,
     Problems,
     check_disk,
     find_duplicates,
-    hint_at_nested_copy,
+    hint_at_missing,
     length_bins,
     read_placed,
 )
 from dfer.lists.contact_sheet import draw_contact_sheet
+from dfer.lists.stored import Stored
 
 NAMED = 10  # problems of a kind that are printed
-UNWRITABLE = ("missing folders", "unreadable folders", "folders without frames", "clips with two labels")
+UNWRITABLE = (
+    *("missing folders", "missing videos", "unreadable folders", "unreadable videos", "folders without frames"),
+    *("clips with two labels", "folders and videos in one list"),
+    *("clips that are not in the pack", "other labels than in the pack"),
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         lists.append(read_placed(number, path, args.root, not args.no_disk, args.class_order, args.label_base))
         check_outputs(args, path, args.write if lists[-1].form.canonical else None)
     clips = [clip for placed in lists for clip in placed.clips]
+    if args.write and lists[0].pack and args.write.resolve().parent != args.lists[0].resolve().parent:
+        raise UserError(f"{args.write}: a list of packed clips has to lie beside its pack, in {args.lists[0].parent}")
     if args.write and args.no_disk and any(clip.row.num_frames is None for clip in clips):
         raise UserError(f"{args.lists[0]}: lacks frame counts: --write needs the frames; drop --no-disk")
 
@@ -49,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     problems["damaged rows"] = [line for placed in lists for line in placed.form.problems]
     folders = None
     if not args.no_disk:
-        folders, lines = check_disk(clips, args.decode, problems)
+        folders, lines = check_disk(lists, args.decode, problems)
         for line in lines:
             print(line)
     find_duplicates(clips, folders, problems)
@@ -63,12 +70,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"{kind}: {len(lines):,}", *lines[:NAMED], sep="\n  ")
         if len(lines) > NAMED:
             print(f"  ... and {len(lines) - NAMED:,} more" + ("" if args.report else " (--report FILE names all)"))
-    if folders and problems["missing folders"]:
-        lost = next(i for i, folder in enumerate(folders) if folder.error and folder.error[0] == "missing folders")
-        if hint := hint_at_nested_copy(clips[lost], lists[clips[lost].number].base):
-            print(hint)
+    for i, folder in enumerate(folders or ()):
+        if folder.error and folder.error[0].startswith("missing"):
+            if hint := hint_at_missing(clips[i], lists[clips[i].number].base):
+                print(hint)
+            break
     with disk_errors("cannot write"):
-        write_outputs(args, lists[0].base, clips, lengths, folders or [], found)
+        write_outputs(args, lists[0], clips, lengths, folders or [], found)
     total = sum(map(len, found.values()))
     print(f"{total:,} problems in {len(clips):,} clips" if total else f"no problems in {len(clips):,} clips")
     return EXIT_PROBLEMS if total else 0
@@ -118,13 +126,13 @@ def describe(placed: PlacedList, lengths: Sequence[int], clip_length: int) -> No
 
 def write_outputs(
     args: argparse.Namespace,
-    base: str | None,
+    placed: PlacedList,
     clips: Sequence[Clip],
     lengths: Sequence[int],
-    folders: Sequence[Folder],
+    folders: Sequence[Stored],
     found: Problems,
 ) -> None:
-    """Write the files that were asked for: the list, whose clips start at `base`, the picture and the report.
+    """Write the files that were asked for: the list, as it was `placed`, the picture and the report.
 
     Raises:
         UserError: if a row cannot stand in a list.
@@ -133,8 +141,10 @@ def write_outputs(
     if args.write and (blocking := [kind for kind in UNWRITABLE if kind in found]):
         print(f"not written: {printable(args.write)}: {', '.join(blocking)}")
     elif args.write:
-        root = base if base != os.path.abspath(args.write.parent) else None
-        write_annotations(args.write, [(c.name, n, c.row.label) for c, n in zip(clips, lengths, strict=True)], root)
+        root = placed.base if placed.base != os.path.abspath(args.write.parent) else None
+        rows = [(clip.name, length, clip.row.label) for clip, length in zip(clips, lengths, strict=True)]
+        packed = None if placed.pack is None else packed_index(placed.path)
+        write_annotations(args.write, rows, root, packed and packed.name)
         print(f"written: {printable(args.write)}")
     if args.picture:
         draw_contact_sheet(args.picture, clips, folders)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import UserError, one_line_errors, printable
+from dfer.files import is_data
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 
@@ -70,7 +71,7 @@ def find_parts(root: Path) -> Parts:
 def _has_entries(folder: str) -> bool:
     try:
         with os.scandir(folder) as entries:
-            return next(entries, None) is not None
+            return any(is_data(entry.name) for entry in entries)
     except OSError:
         return False
 

@@ -12,9 +12,11 @@ from PIL import Image
 from dfer.lists import checking
 from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
 from dfer.lists.formats import ORDERS
-from dfer.lists.index import build_index
+from dfer.lists.index import build_index, load_index
+from dfer.lists.packing import Options, pack
 from scripts import check_list as cl
 from tests.conftest import run_python
+from tests.releases import write_video
 
 
 def make_clip(folder: Path, num_frames: int, size: tuple[int, int] = (32, 24), label: int = 0) -> None:
@@ -119,7 +121,7 @@ def test_writing_without_the_disk_keeps_the_listed_counts(tree, capsys):
     ("text", "problem"),
     [
         ("data/Daily Life/Happy/0000 3 0\ndata/gone 3 0\n", "missing folders"),
-        ("data/Daily Life/Happy/0000 3 0\ntrain.csv 3 0\n", "unreadable folders"),
+        ("data/Daily Life/Happy/0000 3 0\ntrain.csv 3 0\n", "unreadable videos"),
         ("data/Daily Life/Happy/0000 3 0\ndata 3 0\n", "folders without frames"),
         ("a 3 0\na 3 0\na 3 1\n", "clips with two labels"),
     ],
@@ -333,6 +335,98 @@ def test_control_characters_never_reach_the_terminal(tree, capsys):
     (folder / "9\x1b[2J\n.jpg").write_bytes(b"")
     code, out = check(capsys, listed(tree, COMMON))
     assert code == 1 and "\x1b" not in out and r"9\x1b[2J\n.jpg: zero bytes" in out
+
+
+# ---- what training takes: videos, packs
+
+VIDEOS = "".join(f"v/{i}.mp4 {i + 3} {i % 7}\n" for i in range(7)).replace("0.mp4 3 0", "0.mp4 3 0\nv/0b.mp4 3 0")
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    (tmp_path / "v").mkdir()
+    for name, length in (("0b", 3), *((str(i), i + 3) for i in range(7))):
+        write_video(tmp_path / "v" / f"{name}.mp4", length)
+    return listed(tmp_path, VIDEOS, "videos.txt")
+
+
+def test_a_list_of_videos(videos, capsys):
+    folder = videos.parent
+    code, out = check(capsys, videos, "--write", folder / "own.txt", "--picture", folder / "p.png", "--decode")
+    assert code == 0 and "videos (every frame decoded): 64x48 in 45 of 45" in out, out
+    assert "frames: 3 to 9, median 6" in out and load_index(folder / "own.txt").num_miscounted() == 0
+    with Image.open(folder / "p.png") as sheet:  # the last frame of the last video is 8 * 8 grey
+        assert abs(sheet.getpixel((110 + 96 * 2 + 40, 4 + 6 * 118 + 30))[0] - 64) < 8
+    code, out = check(capsys, videos)
+    assert code == 0 and "videos (the first frame of each decoded, of the others the packets): 64x48 in 8 of 8" in out
+
+
+def test_what_is_wrong_with_videos(videos, capsys):
+    folder = videos.parent
+    videos.write_text(VIDEOS.replace("1.mp4 4", "1.mp4 9"))
+    whole = (folder / "v" / "2.mp4").read_bytes()
+    (folder / "v" / "2.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "v" / "3.mp4").rename(folder / "v" / "003.mp4")
+    code, out = check(capsys, videos, "--write", folder / "own.txt")
+    assert code == 1 and out.endswith("3 problems in 8 clips\n") and not (folder / "own.txt").exists()
+    assert f"wrong frame counts: 1\n  {videos}:3: v/1.mp4: listed 9, found 4" in out
+    assert f"unreadable videos: 1\n  {videos}:4: {folder}/v/2.mp4 (" in out
+    assert f"missing videos: 1\n  {videos}:5: {folder}/v/3.mp4\n" in out
+    assert f"{folder}/v/3.mp4: ({folder}/v/003.mp4 is there: other leading zeros)" in out
+    make_clip(folder / "frames", 3)
+    code, out = check(capsys, listed(folder, "v/0.mp4 3 0\nv/0b.mp4 3 0\nframes 3 0\n"))
+    assert code == 1 and f"folders and videos in one list: 1\n  {folder}/list.txt:3: {folder}/frames, and 0 more" in out
+
+
+@pytest.mark.parametrize("form", ["shards", "raw"])
+def test_a_packed_list(videos, capsys, form):
+    folder, out_folder = videos.parent, videos.parent / "pack"
+    pack([videos], None, out_folder, Options(form, quality=None))
+    path = out_folder / "videos.txt"
+    code, out = check(capsys, path, "--write", out_folder / "own.txt", "--picture", folder / "p.png", "--decode")
+    assert code == 0 and "packed clips (as they were packed): 64x48 in 8 of 8" in out, out
+    assert f"because: packed in {out_folder}/videos.npz" in out
+    assert load_index(out_folder / "own.txt").source == form
+    with Image.open(folder / "p.png") as sheet:
+        assert abs(sheet.getpixel((110 + 96 * 2 + 40, 4 + 6 * 118 + 30))[0] - 64) < 8
+    code, err = check(capsys, path, "--write", folder / "own.txt")
+    assert code == 2 and "has to lie beside its pack" in err and not (folder / "own.txt").exists()
+    text = path.read_text()
+    path.write_text(text.replace("1.mp4 4 1", "1.mp4 4 2").replace("v/2.mp4", "v/x.mp4").replace("3.mp4 6", "3.mp4 7"))
+    code, out = check(capsys, path)
+    assert code == 1 and "other labels than in the pack: 1" in out and "clips that are not in the pack: 1" in out
+    assert "wrong frame counts: 1" in out and "damaged rows: 1" in out
+    path.write_text(text)
+    shard = next(out_folder.glob("*-00000.*"))
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 255
+    shard.write_bytes(data)
+    assert check(capsys, path)[0] == 0
+    code, out = check(capsys, path, "--decode")
+    assert code == 1 and "problems of the pack: " in out and "SHA-256" in out
+    shard.unlink()
+    code, out = check(capsys, path)
+    assert code == 1 and "a shard of the pack is missing" in out
+
+
+def test_rows_of_bins_and_names_that_lost_their_zeros_are_named(tree, capsys):
+    for name in ("data/Daily Life/Happy/@eaDir", "data/.Trash-1000/1"):
+        make_clip(tree / name, 3)
+    path = listed(tree, COMMON + "data/Daily Life/Happy/@eaDir 3 0\ndata/.Trash-1000/1 3 0\n")
+    code, out = check(capsys, path)
+    assert code == 1 and "clips in hidden folders or the system's: 2\n" in out
+    code, out = check(capsys, listed(tree, COMMON.replace("/0000 3", "/0 3")))
+    assert code == 1 and "/0000 is there: the list has lost its leading zeros" in out
+
+
+def test_names_of_another_unicode_form_are_written_as_the_disk_has_them(tree, capsys):
+    (tree / "data" / "Daily Life").rename(tree / "data" / "e\u0301t\u00e9")
+    path = listed(tree, COMMON.replace("Daily Life", "e\u0301te\u0301"))
+    assert check(capsys, path)[0] == 1  # letters of both forms in one name, which nobody writes
+    (tree / "data" / "e\u0301t\u00e9").rename(tree / "data" / "\u00e9t\u00e9")
+    code, out = check(capsys, path, "--write", tree / "own.txt")
+    assert code == 0 and "14 names are on the disk in another Unicode form, and taken so" in out
+    assert read_annotations(tree / "own.txt")[0].name == "data/\u00e9t\u00e9/Happy/0000"
 
 
 # ---- the command

@@ -81,3 +81,16 @@ def test_an_error_of_the_disk_becomes_the_users():
             raise error
     with pytest.raises(KeyError), files.disk_errors("cannot write"):
         raise KeyError("a defect of ours")
+
+
+NO_DATA = (
+    ".Trash-1000", ".ipynb_checkpoints", ".AppleDouble", "._1.jpg", "@eaDir", "$RECYCLE.BIN", "lost+found",
+    "System Volume Information", "__MACOSX", "Thumbs.db", "desktop.ini", "#recycle", "@Recycle", "~snapshot", "Icon\r",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_DATA)
+def test_what_no_user_has_put_there_is_no_data(tmp_path, name):
+    assert not files.is_data(name) and not files.is_data(name.swapcase())
+    for user in (f"1{name}", f"{name[1:]}1", "#12", "@home", "~me", "$1", "Trash", "recycle"):
+        assert files.is_data(user), user

@@ -490,6 +490,10 @@ def test_a_damaged_raw_shard_is_found(raw, tmp_path, capsys):
     ("change", "message"),
     [
         (("{0} {1} {2}", "other {1} {2}"), r"train\.txt:\d+: clip other is not in .*train\.npz: pack the list again"),
+        (
+            ("{0} {1} {2}", "train clips/3 {1} {2}"),
+            r"is not in .* \(train clips/003 is: other leading zeros\): pack the",
+        ),
         (("{0} {1} {2}", "{0} {1} 6"), r"train\.txt:\d+: clip train clips/003 has label 6 here, but 3 in .*train\.npz"),
         (("{0} {1} {2}", "{0} 99 {2}"), r"train\.txt:\d+: clip train clips/003 has 99 frames here, but \d+ in"),
     ],
@@ -813,3 +817,13 @@ def test_a_defect_keeps_its_traceback(source, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "hash_task", lambda *_: max([]))
     with pytest.raises(ValueError, match="empty"):
         command.main([str(source), "--out", str(tmp_path)])
+
+
+def test_a_clip_whose_name_begins_with_a_hash_is_packed_and_read(tmp_path):
+    for name in ("#12", "a"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "1.jpg")
+    (tmp_path / "list.txt").write_text("#12 1 3\na 1 4\n")
+    (packed,) = packing.pack([tmp_path / "list.txt"], None, tmp_path / "out", Options())
+    assert "\n./#12 1 3\n" in packed.read_text()
+    assert [(record.name, record.label) for record in load_index(packed).records] == [("#12", 3), ("a", 4)]

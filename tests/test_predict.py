@@ -284,6 +284,8 @@ def save_frames(folder: Path, frames: list[np.ndarray]) -> Path:
     for i, frame in enumerate(frames, start=1):
         Image.fromarray(frame).save(folder / f"{i}.{'png' if i % 2 else 'PNG'}", "PNG", compress_level=1)
     (folder / "._1.png").write_bytes(b"of macOS")
+    (folder / "@eaDir").mkdir()
+    (folder / "@eaDir" / "FILM.mp4").write_bytes(b"of a disk station")
     (folder / "times.txt").write_text("0\n")
     return folder
 

@@ -32,7 +32,7 @@ from dfer.video import preparation
 from dfer.video.decode import BadVideo, decode
 from dfer.video.faces import find_face, make_detector
 from dfer.video.find import MAX_NAME
-from dfer.video.labels import parse_label
+from dfer.video.labels import find_labelled_videos, parse_label
 from scripts import make_faces as mf
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT, run_python
@@ -188,6 +188,63 @@ def test_classes_are_folders(ten: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     names = list(labels)
     assert names.index("Happy/2") + 1 == names.index("Happy/10")
+
+
+def test_bins_and_folders_of_the_system_are_left_out_and_named(ten: Path, tmp_path: Path, capsys) -> None:
+    source = tmp_path / "in"
+    for name in (
+        "Happy/a.mp4", "Happy/@eaDir/a.mp4/FILM.mp4", "Happy/._a.mp4", "Sad/.b.mp4", "Sad/#12.mp4",
+        ".Trash-1000/files/c.mp4", "$RECYCLE.BIN/S-1/R.mp4", "__MACOSX/Fear/d.mp4", "Fear/lost+found/e.mp4",
+        "System Volume Information/f.mp4",
+    ):  # fmt: skip
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).symlink_to(ten)
+    assert prepare(source, "--out", tmp_path / "out") == 0
+    assert rows(tmp_path / "out") == ["frames/Happy/a 10 0", "frames/Sad/#12 10 1"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "not searched" in line]
+    assert len(said) == 1 and "7 named $RECYCLE.BIN, .Trash-1000, .b.mp4" in said[0], said
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("\ufeffa.mp4 Happy\n\ufeff#12.mp4 1\n".encode(), "byte-order marks"),
+        (b"a.mp4;Happy\r#12.mp4;Sad\r", "CR alone"),
+        ("a.mp4\tHappy\n#12.mp4\tSad\n".encode("utf-16"), "UTF-16"),
+        (b'"a.mp4","Happy"\n"#12.mp4","Sad"\n', "quotes"),
+        (b"a.mp4 0\n./#12.mp4 1\n# gone.mp4 2\n", ":3: begins with # and is taken for a comment"),
+        (b"a.mp4,0\n./#12.mp4,1\n# two columns\n", ""),
+    ],
+)
+def test_lists_of_other_programs(ten: Path, tmp_path: Path, capsys, data: bytes, said: str) -> None:
+    for name in ("a.mp4", "#12.mp4"):
+        (tmp_path / name).symlink_to(ten)
+    (tmp_path / "list.txt").write_bytes(data)
+    assert prepare(tmp_path / "list.txt", "--out", tmp_path / "out") == 0
+    assert rows(tmp_path / "out") == ["frames/a 10 0", "frames/#12 10 1"]
+    err = capsys.readouterr().err
+    assert (said in err and err.count("\n") == 1) if said else not err
+
+
+def test_listed_names_are_found_in_other_forms_and_ids_are_compared_with_paths(
+    ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    orders = sorted(EMOTIONS)
+    for name in ("sub/a.mp4", "\u00e9.mp4", *(f"{emotion}/{i}.mp4" for emotion in orders for i in range(2))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(ten)
+    path = tmp_path / "list.txt"
+    path.write_text("sub\\a.mp4 0\ne\u0301.mp4 1\n")
+    found = find_labelled_videos(path, None, False, print)
+    assert [video.path.name for video in found] == ["a.mp4", "\u00e9.mp4"]
+    assert capsys.readouterr().err.count("that is taken") == 2
+    path.write_text("".join(f"{emotion}/{i}.mp4 {k}\n" for k, emotion in enumerate(orders) for i in range(2)))
+    assert "list.txt:1: label 0 means Happy, but its path says Angry" in assert_refused(
+        capsys, path, "--out", tmp_path / "out"
+    )
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "Happy\\a.mp4").symlink_to(ten)
+    assert "unpack it again" in assert_refused(capsys, tmp_path / "flat", "--out", tmp_path / "out")
 
 
 def test_label_words_cover_all_emotions() -> None:
@@ -418,7 +475,7 @@ def test_nothing_good_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["in", "--label", "7"], "'7' is no label"),
         (["in/other/b.mp4"], "in/other/b.mp4: no label"),
         (["missing"], "missing: no such folder, video or list"),
-        (["missing.txt", "--label", "0"], "missing.txt: cannot be read"),
+        (["missing.txt", "--label", "0"], "missing.txt: no such list of videos"),
         (["empty", "--label", "0"], "empty: no videos in it"),
         (["empty.csv", "--label", "0"], "empty.csv: no videos in it"),
         (["bad label.txt"], "bad label.txt:2: 'glad' is no label"),
@@ -542,6 +599,9 @@ def test_a_finished_video_is_not_done_again(
     assert again() == ["bad"]  # it may have been mended
     assert capsys.readouterr().out.startswith("2 of 3 videos were finished before\n")
     assert content(out) == before
+    (out / "frames" / "a" / "._00001.jpg").write_bytes(b"of macOS")
+    assert again() == ["bad"]
+    (out / "frames" / "a" / "._00001.jpg").unlink()
     assert again("--size", 100, "--margin", 1) == ["bad"]  # no crop, so they shape nothing
     assert again("--label", 1) == ["bad"]
     assert rows(out) == ["frames/a 10 1", "frames/b 10 1"]

@@ -239,6 +239,8 @@ def test_missing_short_and_unreadable_clips_are_named(copy, tmp_path, capsys):
         f"{fine:05d}: short (15 frames)",
     }
     assert {line for line in reported if not line.startswith("differs: ")} == expected
+    for thrown_away in (".Trash-0/files", "$RECYCLE.BIN/S-1-5-21", "lost+found"):  # an older copy, in a bin of the disk
+        shutil.copytree(clips.parent, root / thrown_away / "Clip", copy_function=os.link)
 
     printed = taken(capsys, prepare_dfew, root, out, "--frames", "clip_224x224_16f")
     assert f"1 of 54 clips have fewer than 16 frames and are kept: {fine:05d}" in printed

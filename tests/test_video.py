@@ -578,6 +578,19 @@ def test_turned_frames_come_upright(turn: tuple, tmp_path: Path, quick: None) ->
     assert_read(path, scan, images, [0, 2, 11])
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", [1, 4, 6])
+def test_notes_that_pyav_does_not_know_leave_a_picture_as_it_is(orientation: int, suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x10F], exif[0x112] = "Camera", orientation
+    path, plain = tmp_path / f"exif.{suffix}", tmp_path / f"plain.{suffix}"
+    Image.fromarray(picture(1)).save(path, exif=exif)
+    Image.fromarray(picture(1)).save(plain)
+    (image,), (upright,) = ([np.asarray(image) for _, image in decode(p)] for p in (path, plain))
+    turned = {1: upright, 4: upright[::-1], 6: np.rot90(upright, -1)}[orientation]
+    assert np.array_equal(image, turned) and (scan_video(path).height, scan_video(path).width) == turned.shape[:2]
+
+
 @pytest.mark.parametrize(
     "space, full, matrix", [(1, False, "bt709"), (6, True, "bt601"), (5, False, "bt601"), (9, True, "bt2020")]
 )

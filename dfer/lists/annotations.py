@@ -11,7 +11,6 @@ The canonical form, which our scripts write, is the common form of the field bel
 import contextlib
 import csv
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -21,13 +20,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from dfer.cli import UserError
+from dfer.cli import UserError, printable, say_once
 from dfer.files import reason, write_whole
+from dfer.lists.orders import EMOTIONS, WORDS, check_paths
+from dfer.lists.text import USUAL, name_hidden, read_head, read_lines, split_rows
 
-# The order of DFEW's label ids, which the field's `.txt` lists use for DFEW and FERV39k alike.
-EMOTIONS = ("Happy", "Sad", "Neutral", "Angry", "Surprise", "Disgust", "Fear")
-
-_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,9}")  # int() would also take ٣, +3 and 1_0
+_CONVERTS = "; scripts/check_list.py LIST --write OUT converts lists with other columns or labels"
+COLUMNS = "path num_frames label"
+_ROW = re.compile(r"(.*\S)\s+(-?[0-9]{1,9})\s+(-?[0-9]{1,9})")  # int() would also take ٣, +3 and 1_0
 
 
 @dataclass(frozen=True)
@@ -45,51 +45,77 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
     """Read a list of `path num_frames label` rows, the common form of the field.
 
     Rows are split from the right, so paths may hold spaces; CRLF, a byte-order mark, blank lines and lines starting
-    with `#` are fine. Relative paths start at `root`, else where the list's header says, else at the list's folder.
+    with `#` are fine. Relative paths start at `root`, else where the list's header says, else at the list's folder. A
+    clip whose name begins with `#` may be written `./#name`. What is read otherwise than it stands there is said once.
 
     Raises:
-        UserError: if the list is missing, empty or damaged, or if its header states another order of classes, or a
-            hash that its rows do not have. The message names the file, and the row if it is about one.
+        UserError: if the list is missing, empty or damaged, if its header states another order of classes, or a hash
+            that its rows do not have, or if most of its paths name other emotions than its labels, and no header says
+            what these mean. The message names the file, and the row if it is about one.
     """
     list_path = Path(list_path)
-    try:
-        text = list_path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{list_path}: no such annotation list{_hint(list_path)}") from None
-    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
-        raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
-
-    # Not splitlines(): it would also cut at characters that a file name may hold.
-    lines = [line.strip() for line in text.split("\n")]
+    lines, oddities = read_lines(list_path, advice=_hint(list_path))
+    for oddity in oddities:
+        if oddity not in USUAL:
+            say_once(f"{list_path}: {oddity}")
     header = read_header(lines)
     _check_header(list_path, header, lines)
     base = Path(root) if root is not None else list_path.parent / header.get("root", "")
-    records = [
-        _parse_row(line, f"{list_path}:{row}", base)
-        for row, line in enumerate(lines, start=1)
-        if line and not line.startswith("#")
-    ]
+    rows, left_out = split_rows(lines, base)
+    if left_out:
+        say_once(
+            f"{list_path}:{left_out[0]}: begins with # and is taken for a comment, as {len(left_out):,} such rows are; "
+            "there is no clip of that name"
+        )
+    records = [_parse_row(line, f"{list_path}:{row}", base) for row, line in rows]
     if not records:
         raise UserError(f"{list_path}: the annotation list is empty")
+    if root is not None and "packed" not in header:
+        for record in records:
+            if os.path.isabs(record.name):
+                say_once(f"{record.source}: the path is absolute, where the root that was given has no effect")
+                break
+    check_paths(
+        records,
+        "classes" in header,
+        lambda flags: (
+            f"if its ids have another order, convert it: python scripts/check_list.py {printable(list_path)} {flags} "
+            f"--write OUT; if not, let its first line say so: # classes: {' '.join(EMOTIONS)}"
+        ),
+    )
     return records
 
 
 def _parse_row(line: str, where: str, base: Path) -> VideoRecord:
-    if "\0" in line:
-        raise UserError(f"{where}: holds a NUL, which no path has: damaged, or not a list")
-    fields = line.rsplit(maxsplit=2)
-    if len(fields) != 3:
-        raise UserError(f"{where}: expected 'path num_frames label', got {line!r}")
-    name = fields[0]
-    if not (_WHOLE_NUMBER.fullmatch(fields[1]) and _WHOLE_NUMBER.fullmatch(fields[2])):
-        raise UserError(f"{where}: num_frames and label must be whole numbers, got {line!r}")
-    num_frames, label = int(fields[1]), int(fields[2])
+    row = _ROW.fullmatch(line)
+    if row is None or "\0" in line:
+        raise UserError(f"{where}: {_what_is_wrong(line)}")
+    name, num_frames, label = row[1], int(row[2]), int(row[3])
+    if name.startswith("./#"):
+        name = name[2:]
     if num_frames < 1:
         raise UserError(f"{where}: num_frames is {num_frames}, must be at least 1")
     if not 0 <= label < len(EMOTIONS):
         legend = " ".join(f"{i}={e}" for i, e in enumerate(EMOTIONS))
-        raise UserError(f"{where}: label {label} is not in 0..{len(EMOTIONS) - 1} ({legend})")
+        other = _CONVERTS if label == len(EMOTIONS) else ""
+        raise UserError(f"{where}: label {label} is not in 0..{len(EMOTIONS) - 1} ({legend}){other}")
     return VideoRecord(name, base / name, num_frames, label, where)
+
+
+def _what_is_wrong(line: str) -> str:
+    """Return why a line is no row, and what to do where that can be told."""
+    if "\0" in line:
+        return "holds a NUL, which no path has: damaged, or not a list"
+    what = "num_frames and label must be whole numbers" if len(line.split()) > 2 else f"expected '{COLUMNS}'"
+    *_, label = re.split(r"[\s,;]", line)
+    advice = ""
+    if hidden := name_hidden(line):
+        advice = f"; it holds {hidden}, which looks like nothing or a blank: remove it"
+    elif re.search(r"[\s,;]-?[0-9]+\.0*([\s,;]|$)", line):
+        advice = "; pandas and spreadsheets write 6 as 6.0: write whole numbers"
+    elif "," in line or ";" in line or re.fullmatch("[0-7]", label) or label.lower() in WORDS:
+        advice = _CONVERTS
+    return f"{what}, got {line!r}{advice}"
 
 
 def packed_index(list_path: str | Path) -> Path | None:
@@ -100,10 +126,7 @@ def packed_index(list_path: str | Path) -> Path | None:
     """
     list_path = Path(list_path)
     try:
-        with open(list_path, encoding="utf-8-sig") as file:
-            header = read_header(
-                list(itertools.takewhile(lambda line: not line or line[0] == "#", map(str.strip, file)))
-            )
+        header = read_header(read_head(list_path))
     except (OSError, ValueError) as error:
         raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
     name = header.get("packed")
@@ -133,11 +156,12 @@ def write_annotations(
     list_path = Path(list_path)
     lines = []
     for name, num_frames, label in rows:
-        if name != name.strip() or name.startswith("#") or "\n" in name or "\r" in name or not name:
+        if name != name.strip() or name.startswith("./#") or "\n" in name or "\r" in name or not name:
             raise UserError(f"{list_path}: a clip named {name!r} cannot stand in a list")
         if num_frames < 1 or not 0 <= label < len(EMOTIONS):
             raise UserError(f"{list_path}: clip {name}: {num_frames} frames, label {label} cannot stand in a list")
-        lines.append(f"{name} {num_frames} {label}")
+        escape = "./" if name.startswith("#") else ""  # or the row would be a comment
+        lines.append(f"{escape}{name} {num_frames} {label}")
     header = [f"# classes: {' '.join(EMOTIONS)}"]
     if root is not None:
         header.append(f"# root: {root}")
@@ -194,7 +218,9 @@ def read_votes(path: str | Path, records: Sequence[VideoRecord]) -> Float32[np.n
         raise UserError(f"{path}: cannot be read as a file of votes ({reason(error)})") from None
     for record in records:
         if record.name not in votes:
-            raise UserError(f"{path}: no votes for clip {record.name} ({record.source})")
+            zeros = record.name.lstrip("0") in votes
+            hint = "; it has them without the zeros, which spreadsheets take for no part of a name" if zeros else ""
+            raise UserError(f"{path}: no votes for clip {record.name} ({record.source}){hint}")
     table = np.array([votes[record.name] for record in records], dtype=np.float32)
     return table / table.sum(1, keepdims=True)
 

@@ -1,6 +1,5 @@
 """The contact sheet of a list, for scripts/check_list.py."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dfer.files import write_whole
-from dfer.images import open_image
 from dfer.lists.annotations import EMOTIONS
-from dfer.lists.checking import Clip, Folder, length_bins
+from dfer.lists.checking import Clip, length_bins
+from dfer.lists.stored import Stored, pictures
 
 
-def draw_contact_sheet(path: Path, clips: Sequence[Clip], folders: Sequence[Folder]) -> None:
+def draw_contact_sheet(path: Path, clips: Sequence[Clip], folders: Sequence[Stored]) -> None:
     """Draw clips of each class by first, middle and last frame, and histograms of classes and lengths, as a PNG file.
 
     Raises:
@@ -25,7 +24,7 @@ def draw_contact_sheet(path: Path, clips: Sequence[Clip], folders: Sequence[Fold
     row_height = tile + 22
     sheet = Image.new("RGB", (width, len(EMOTIONS) * row_height + 160), "white")
     pen = ImageDraw.Draw(sheet)
-    pairs = [pair for pair in zip(clips, folders, strict=True) if pair[1].samples]
+    pairs = [pair for pair in zip(clips, folders, strict=True) if pair[1].kind]
     counts = [sum(clip.row.label == label for clip in clips) for label in range(len(EMOTIONS))]
     for label, emotion in enumerate(EMOTIONS):
         top = label * row_height + 4
@@ -34,13 +33,13 @@ def draw_contact_sheet(path: Path, clips: Sequence[Clip], folders: Sequence[Fold
         chosen = [own[i * len(own) // per_class] for i in range(per_class)] if len(own) > per_class else own
         for column, (clip, folder) in enumerate(chosen):
             left = margin + column * (3 * tile + gap)
-            for number, name in enumerate(folder.samples):
+            with warnings.catch_warnings(action="ignore"):
+                images = list(pictures(clip.path, folder))
+            for number, image in enumerate(images):
                 box = (left + number * tile, top, left + (number + 1) * tile - 1, top + tile - 1)
-                try:
-                    with warnings.catch_warnings(action="ignore"), open_image(os.path.join(clip.path, name)) as image:
-                        image.draft("RGB", (tile, tile))
-                        sheet.paste(image.convert("RGB").resize((tile, tile)), box[:2])
-                except Exception:  # as in `inspect`, which names it
+                if image is not None:
+                    sheet.paste(image.resize((tile, tile)), box[:2])
+                else:
                     pen.rectangle(box, "lightgrey")
                     pen.line(box, "red")
             caption = f"{clip.name} ({folder.num_frames})".encode("ascii", "replace").decode()

@@ -3,32 +3,39 @@
 A reading is an order of the classes and the id of the first one. A reading is dropped when rows contradict it, by an id
 out of its range or by an emotion folder in the path (`Crime/Angry/0063`). A single row settles nothing, as it may be a
 typo: a list damaged in one row is refused or keeps the labels of the other rows. A list for which two readings remain
-that differ is refused, with the flag of scripts/check_list.py that decides.
+that differ is refused, with the flag of scripts/check_list.py that decides. Where no known order fits, the emotion
+folders themselves may give one: if each id stands for one, and each for one id.
 
 Two conventions settle what rows leave open: `path num_frames label` is in DFEW order from 0, and a list with the
 official header is in DFEW order. One thing cannot be found out: two columns look like three if all names end in a blank
 and a number.
 """
 
-import posixpath
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from dfer.cli import UserError
-from dfer.files import reason
-from dfer.lists.annotations import EMOTIONS, hash_rows, read_header
+from dfer.lists.annotations import COLUMNS as COMMON
+from dfer.lists.annotations import hash_rows, read_header
+from dfer.lists.columns import WRITE_WHOLE, Cells, clean_paths, cut_columns, show, unquote
+from dfer.lists.orders import (
+    EMOTIONS,
+    ORDERS,
+    SAY_ORDER,
+    WORDS,
+    complete_order,
+    emotions_in,
+    parse_order,
+    read_order,
+)
+from dfer.lists.text import read_lines, split_rows
 
-ORDERS = {"dfew": EMOTIONS, "alphabetical": tuple(sorted(EMOTIONS))}
-WORDS = {emotion.lower(): emotion for emotion in EMOTIONS}
-WORDS |= {"happiness": "Happy", "sadness": "Sad", "anger": "Angry", "surprised": "Surprise", "disgusted": "Disgust"}
 MAX_BYTES, MAX_ROWS, MAX_LINE = 2**26, 10**6, 2**13  # the field's largest list: 2.4 MB, 31,088 rows of 40 letters
 MAX_COUNT = 10**7  # frames; 847 is the field's longest clip
 
-COMMON = "path num_frames label"
 WORD = "emotion words"
 KNOWN = {  # (header, columns, order, base) -> who writes it
     (True, "path,label", "dfew", 1): "official DFEW",
@@ -38,7 +45,6 @@ KNOWN = {  # (header, columns, order, base) -> who writes it
     (False, COMMON, "dfew", 0): "the common list of the field",
 }
 SAY_BASE = "say --label-base 0 or --label-base 1"
-SAY_ORDER = "say --class-order dfew, --class-order alphabetical, or all seven classes in order with commas between"
 
 
 class Row(NamedTuple):
@@ -62,15 +68,6 @@ class ListFormat:
     canonical: bool  # it has a header of ours
 
 
-class _Cells(NamedTuple):
-    """A row cut into columns."""
-
-    line: int
-    path: str
-    frames: str | None
-    label: str
-
-
 class _Table(NamedTuple):
     """A list cut into columns. What its labels mean is open."""
 
@@ -78,7 +75,7 @@ class _Table(NamedTuple):
     header: dict[str, str]
     official: bool  # it has the header of the official DFEW lists
     columns: str  # "path num_frames label", ...
-    cells: list[_Cells]
+    cells: list[Cells]
     names: list[str]  # the paths in plain form
     absolute: bool  # all paths are
 
@@ -103,15 +100,17 @@ class _Reading(NamedTuple):
 
 
 def read_list(
-    list_path: str | Path, *, order: str | None = None, base: int | None = None
+    list_path: str | Path, *, order: str | None = None, base: int | None = None, root: str | Path | None = None
 ) -> tuple[list[Row], ListFormat]:
-    """Read a list of any format: 2 or 3 columns, commas or white space, emotion words or ids of any order and base.
+    """Read a list of any format: 2 or 3 columns, commas, semicolons or white space, emotion words or ids of any order.
 
     Args:
         list_path: the list.
         order: "dfew", "alphabetical", or the seven classes with commas between, for lists that do not show theirs;
             the rows must not contradict it.
         base: the id of the first class, 0 or 1, likewise.
+        root: where the paths start, if not where the header says. Of the disk only rows are looked up that may be
+            comments, or whose backslashes may be part of a name.
 
     Returns:
         The rows in the list's order, and the format with the evidence for it.
@@ -121,14 +120,14 @@ def read_list(
             leaves open what its labels mean. The message names the file and mostly a row.
     """
     list_path = Path(list_path)
-    classes = None if order is None else _parse_order(order, "--class-order")
-    table, evidence, problems = _read_table(list_path)
+    classes = None if order is None else parse_order(order, "--class-order")
+    table, evidence, problems = _read_table(list_path, root)
     ids = _label_ids(list_path, table.cells)
     readings, usual = _possible_readings(table, ids is not None, order, base, evidence)
     if ids is None:
         ids = [EMOTIONS.index(WORDS[cell.label.lower()]) for cell in table.cells]
     reading = _settle(table, ids, readings, usual, evidence)
-    if reading in usual and classes is None and not any(map(_emotions, table.names)):
+    if reading in usual and classes is None and not any(map(emotions_in, table.names)):
         evidence.append(
             f"convention, not proof: lists with such {'a header' if table.official else 'rows'} are in DFEW order"
         )
@@ -147,31 +146,37 @@ def read_list(
     return rows, ListFormat(name, tuple(evidence), tuple(problems), root, table.absolute, table.canonical)
 
 
-def _read_table(list_path: Path) -> tuple[_Table, list[str], list[str]]:
+def _read_table(list_path: Path, root: str | Path | None) -> tuple[_Table, list[str], list[str]]:
     """Read a list and cut it into columns. Returns it, its oddities, and what is wrong with it."""
     lines, evidence = _read_lines(list_path)
     header = read_header(lines)
     canonical = "classes" in header
     if "sha256" in header and not canonical:
         raise UserError(f"{list_path}: its header has a sha256 but no classes: it is damaged")
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")]
+    base = Path(root) if root is not None else list_path.parent / header.get("root", "")
+    numbered, left_out = split_rows(lines, base)
     problems = []
     if "sha256" in header and header["sha256"] != hash_rows([line for _, line in numbered]):
         problems.append(f"{list_path}: its rows are not those that its header's sha256 was made of")
+    if not canonical:
+        numbered = unquote(numbered, evidence)
     official = bool(numbered) and re.fullmatch(r"video_name\s*,\s*label", numbered[0][1], re.IGNORECASE) is not None
     if official:
         del numbered[0]
         evidence.append("header 'video_name,label' of the official DFEW lists")
     if not numbered:
         raise UserError(f"{list_path}: the list is empty")
-    if number := sum(line.startswith("#") for line in lines[numbered[0][0] :]):
-        evidence.append(f"{number:,} lines among the rows start with # and are taken for comments")
-    cells, comma = _cut_columns(list_path, numbered, official)
+    numbers = {number for number, _ in numbered}
+    comments = [n for n, line in enumerate(lines, start=1) if line.startswith("#") and n not in numbers]
+    if among := [n for n in comments if n > numbered[0][0] or n in left_out]:
+        evidence.append(f"{len(among):,} lines start with # and are taken for comments, the first is row {among[0]}")
+    if number := sum(line.startswith("#") for _, line in numbered):
+        evidence.append(f"{number:,} rows start with # and are taken for clips, as there are folders of that name")
+    cells, separator = cut_columns(list_path, numbered, official)
     if canonical and cells[0].frames is None:
         raise UserError(f"{list_path}:{cells[0].line}: its header goes with rows of 'path num_frames label'")
-    names, absolute = _clean_paths(list_path, cells, canonical, official, evidence)
-    columns = "path,label" if cells[0].frames is None else "path,num_frames,label"
-    columns = columns if comma else columns.replace(",", " ")
+    names, absolute = clean_paths(list_path, cells, None if canonical else base, official, evidence)
+    columns = ("path label" if cells[0].frames is None else COMMON).replace(" ", separator)
     return _Table(list_path, header, official, columns, cells, names, absolute), evidence, problems
 
 
@@ -183,12 +188,12 @@ def _possible_readings(
     # An official list may also be in 1..7; nobody writes the common one so.
     usual = [r for r in readings if r.order == "dfew"]
     usual = [r for r in usual if table.official or (table.columns == COMMON and r.base == 0)]
-    classes = None if order is None else _parse_order(order, "--class-order")
+    classes = None if order is None else parse_order(order, "--class-order")
     if not has_ids:
         evidence.append("all labels are emotion words")
         return [_Reading(WORD, EMOTIONS, 0)], usual
     if table.canonical:
-        stated = _parse_order(",".join(table.header["classes"].split()), f"{table.path}: its header")
+        stated = parse_order(",".join(table.header["classes"].split()), f"{table.path}: its header")
         if classes not in (None, stated) or base == 1:
             raise UserError(f"{table.path}: its header states other labels than --class-order or --label-base")
         evidence.append(f"header: classes {' '.join(stated)}, from 0")
@@ -204,105 +209,20 @@ def _possible_readings(
     return readings, usual
 
 
-def _parse_order(order: str, where: str) -> tuple[str, ...]:
-    if order in ORDERS:
-        return ORDERS[order]
-    classes = tuple(WORDS.get(word.strip().lower(), "") for word in order.split(","))
-    if sorted(classes) != sorted(EMOTIONS):
-        raise UserError(f"{where}: {_show(order)} is no order of the classes: {SAY_ORDER} ({','.join(EMOTIONS)})")
-    return classes
-
-
 def _read_lines(list_path: Path) -> tuple[list[str], list[str]]:
     """Return the stripped lines of a list, and the oddities of its bytes."""
-    try:
-        if not list_path.is_file():  # a device or a pipe may never end
-            raise UserError(f"{list_path}: no such annotation list")
-        with open(list_path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{list_path}: cannot be read as an annotation list ({reason(error)})") from None
-    if len(data) > MAX_BYTES or text.count("\n") > MAX_ROWS:
-        raise UserError(f"{list_path}: too large for a list: over {MAX_BYTES:,} bytes or {MAX_ROWS:,} rows")
-    lines = [line.strip() for line in text.split("\n")]  # not splitlines(): names may hold what it cuts at
+    lines, oddities = read_lines(list_path, limit=MAX_BYTES)
+    if len(lines) > MAX_ROWS + 1:
+        raise UserError(f"{list_path}: too large for a list: over {MAX_ROWS:,} rows")
     for number, line in enumerate(lines, start=1):
         if len(line) > MAX_LINE:
-            raise UserError(f"{list_path}:{number}: a line of {len(line):,} letters: {_show(line)}")
+            raise UserError(f"{list_path}:{number}: a line of {len(line):,} letters: {show(line)}")
         if found := re.search(r"[\x00-\x08\x0a-\x1f\x7f]", line):
             raise UserError(f"{list_path}:{number}: holds the control character {found[0]!r}: damaged, or not a list")
-    oddities = {"byte-order mark": data.startswith(b"\xef\xbb\xbf"), "CRLF line ends": b"\r\n" in data}
-    return lines, [oddity for oddity, found in oddities.items() if found]
+    return lines, oddities
 
 
-def _cut_columns(list_path: Path, numbered: Sequence[tuple[int, str]], official: bool) -> tuple[list[_Cells], bool]:
-    """Cut rows from the right, as paths may hold spaces and commas. Returns the columns, and whether commas part them.
-
-    Raises:
-        UserError: if not all rows have the same columns.
-    """
-    two, three, commas = [], [], []
-    for number, line in numbered:
-        label = line.rsplit(maxsplit=1)[-1].rpartition(",")[2]
-        rest = line[: len(line) - len(label)].rstrip()
-        commas.append(rest.endswith(","))
-        rest = rest.removesuffix(",").rstrip()
-        if not rest or not label:
-            raise UserError(
-                f"{list_path}:{number}: expected 'path label' or 'path num_frames label', got {_show(line)}"
-            )
-        two.append(_Cells(number, rest, None, label))
-        head, count = rest.rpartition(",")[::2] if commas[-1] else [*rest.rsplit(maxsplit=1), ""][:2]
-        if head.strip() and re.fullmatch(r"-?[0-9]+", count.strip()):
-            three.append(_Cells(number, head.rstrip(), count.strip(), label))
-        if commas[-1] != commas[0]:
-            raise UserError(f"{list_path}:{number}: commas and white space separate columns in the same list")
-    if official or not three:
-        return two, commas[0]
-    if len(three) < len(two):
-        uncounted = sorted({cell.line for cell in two} - {cell.line for cell in three})
-        raise UserError(
-            f"{list_path}:{uncounted[0]}: no frame count before the label, but row {three[0].line} has one; if names "
-            f"end in numbers, separate the columns by {'white space' if commas[0] else 'commas'}"
-        )
-    if len({cell.path for cell in three}) < len({cell.path for cell in two}):
-        repeated = Counter(path for path, _ in {(cell.path, cell.frames) for cell in three}).most_common(1)[0][0]
-        rows = [cell.line for cell in three if cell.path == repeated]
-        raise UserError(
-            f"{list_path}:{rows[0]}: {_show(repeated)} stands in row {rows[-1]} with another number: one clip with two "
-            "frame counts, or clips whose names end in numbers?"
-        )
-    return three, commas[0]
-
-
-def _clean_paths(
-    list_path: Path, cells: Sequence[_Cells], canonical: bool, official: bool, evidence: list[str]
-) -> tuple[list[str], bool]:
-    """Return the paths in plain form, and whether they are absolute (all or none)."""
-    names, absolute = [], []
-    for cell in cells:
-        # Our own lists hold what is on this disk, where a name may have a backslash.
-        name = cell.path if canonical else cell.path.replace("\\", "/")
-        if official and re.fullmatch(r"[0-9]{1,5}", name):
-            name = name.zfill(5)
-        if ".." in name.split("/"):
-            raise UserError(f"{list_path}:{cell.line}: {_show(name)} leads outside the root, by '..'")
-        absolute.append(name.startswith("/") or (not canonical and re.match(r"[A-Za-z]:/", name) is not None))
-        if absolute[-1] != absolute[0]:
-            kinds = "an absolute path among relative ones" if absolute[-1] else "a relative path among absolute ones"
-            raise UserError(f"{list_path}:{cell.line}: {_show(name)} is {kinds}")
-        name = posixpath.normpath(name)
-        if name in (".", "/", "//"):
-            raise UserError(f"{list_path}:{cell.line}: the path is no clip's")
-        names.append(name)
-    if not canonical and any("\\" in cell.path for cell in cells):
-        evidence.append("backslashes in the paths are taken for slashes")
-    if official and any(cell.path != name for cell, name in zip(cells, names, strict=True)):
-        evidence.append("numbers without leading zeros stand for folders of five digits")
-    return names, absolute[0]
-
-
-def _label_ids(list_path: Path, cells: Sequence[_Cells]) -> list[int] | None:
+def _label_ids(list_path: Path, cells: Sequence[Cells]) -> list[int] | None:
     """Return the ids of all rows, or None if all labels are words."""
     worded, numeric = [], []
     for cell in cells:
@@ -312,8 +232,10 @@ def _label_ids(list_path: Path, cells: Sequence[_Cells]) -> list[int] | None:
             numeric.append(cell)
         else:
             header = " (a header? only 'video_name,label' is known)" if cell is cells[0] else ""
+            if re.fullmatch(r"[0-7]\.0*", cell.label):
+                header = f"; pandas and spreadsheets write 6 as 6.0: {WRITE_WHOLE}"
             raise UserError(
-                f"{list_path}:{cell.line}: label {_show(cell.label)} is neither an id (0..6 or 1..7) nor an emotion "
+                f"{list_path}:{cell.line}: label {show(cell.label)} is neither an id (0..6 or 1..7) nor an emotion "
                 f"({' '.join(EMOTIONS)}){header}"
             )
     if worded and numeric:
@@ -321,11 +243,6 @@ def _label_ids(list_path: Path, cells: Sequence[_Cells]) -> list[int] | None:
             f"{list_path}:{max(worded[0].line, numeric[0].line)}: emotion words and ids as labels in the same list"
         )
     return [int(cell.label) for cell in numeric] if numeric else None
-
-
-def _emotions(name: str) -> set[str]:
-    """Return the emotions that folders of a path are named after."""
-    return {WORDS[part.lower()] for part in name.split("/") if part.lower() in WORDS}
 
 
 def _settle(
@@ -336,12 +253,14 @@ def _settle(
     Raises:
         UserError: if they allow none, or several that differ.
     """
-    folders = [_emotions(name) for name in table.names]
+    folders = [emotions_in(name) for name in table.names]
     against = {
         reading: [row for row, i in enumerate(ids) if not (says := reading.emotion(i)) or not folders[row] <= {says}]
         for reading in readings
     }
     fitting = [reading for reading in readings if not against[reading]]
+    if not fitting and (own := _own_order(readings, against, ids, folders, evidence)):
+        return own
     if not fitting:
         nearest = min(readings, key=lambda reading: len(against[reading]))
         raise UserError(_contradiction(table, nearest, against[nearest], ids, folders))
@@ -375,8 +294,28 @@ def _settle(
     return chosen
 
 
+def _own_order(
+    readings: Sequence[_Reading],
+    against: Mapping[_Reading, Sequence[int]],
+    ids: Sequence[int],
+    folders: Sequence[frozenset[str]],
+    evidence: list[str],
+) -> _Reading | None:
+    """Return the order in which the emotion folders are, where nobody has said one and none of the known ones fits."""
+    if len({r.order for r in readings}) < len(ORDERS) or min(map(len, against.values())) < 2:
+        return None  # the one row that speaks against a reading may be a typo
+    meaning = read_order(ids, folders)
+    bases = sorted({r.base for r in readings if r.base <= min(ids) and max(ids) < r.base + len(EMOTIONS)})
+    if meaning is None or not bases:
+        return None
+    classes = complete_order(meaning, bases[0])
+    says = ", ".join(f"{i} {meaning[i]}" for i in sorted(meaning))
+    evidence.append(f"each id stands for one emotion folder: {says}; in full: --class-order {','.join(classes)}")
+    return _Reading("its folders'", classes, bases[0])
+
+
 def _contradiction(
-    table: _Table, nearest: _Reading, against: Sequence[int], ids: Sequence[int], folders: Sequence[set[str]]
+    table: _Table, nearest: _Reading, against: Sequence[int], ids: Sequence[int], folders: Sequence[frozenset[str]]
 ) -> str:
     """Return the message about a list that no reading fits. `against` are the rows that contradict the nearest one."""
     row, *more = against
@@ -385,9 +324,7 @@ def _contradiction(
     rows = ", ".join(str(table.cells[r].line) for r in more[:5])
     others = f" (also against it: {len(more)} more, row {rows})" if more else ""
     cell = table.cells[row]
-    return f"{table.path}:{cell.line}: label {cell.label} {what}{others}; no meaning of the labels fits all rows"
-
-
-def _show(text: str) -> str:
-    """Return a text of a list as messages show it: printable, and not too long."""
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+    advice = "" if nearest.order == WORD or table.canonical else f"; if the ids are in another order, {SAY_ORDER}"
+    return (
+        f"{table.path}:{cell.line}: label {cell.label} {what}{others}; no meaning of the labels fits all rows{advice}"
+    )

@@ -26,7 +26,7 @@ from dfer.lists.scan import (
     States,
     VideoFiles,
     find_kind,
-    path_states,
+    locate,
     read_cache,
     scan,
     scan_videos,
@@ -120,7 +120,7 @@ def _load(
     if source in ("shards", "raw"):
         raise UserError(f"{list_path}: not packed, but the source asked for is {source}: scripts/pack.py packs it")
     # Taken before the scan: what changes during it has another time at the next start.
-    states = path_states(records)
+    records, states = locate(records)
     kind = find_kind(records, states, source)
     return _index(records, *_scan_or_cached(Path(f"{list_path}.index.npz"), records, states, kind, bad_videos, keep))
 
@@ -153,7 +153,8 @@ def build_index(records: Sequence[VideoRecord], source: Literal["auto", "frames"
         UserError: if a folder or video is missing, holds no frames, cannot be read or is not of the source, or if
             there are both folders and videos.
     """
-    return _index(records, *scan(records, find_kind(records, path_states(records), source)))
+    records, states = locate(records)
+    return _index(records, *scan(records, find_kind(records, states, source)))
 
 
 def _index(

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 from dfer.cli import UserError
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS, VideoRecord
+from dfer.lists.missing import similar
 
 FORMAT = 1  # of the .npz file
 SUFFIX = {"shards": "tar", "raw": "raw"}  # of the shards
@@ -173,7 +174,10 @@ def match_records(records: Sequence[VideoRecord], pack: Pack, path: Path) -> Int
             why = why.format(record=record, label=pack.labels[clip], frames=lengths[clip])
             raise UserError(f"{record.source}: clip {record.name} {why} in {path}: pack the list again")
 
-    refuse(clips < 0, "is not")
+    for row in np.flatnonzero(clips < 0)[:1].tolist():
+        record = records[row]
+        hint = similar(record.name, pack.names)
+        raise UserError(f"{record.source}: clip {record.name} is not in {path}{hint}: pack the list again")
     refuse(pack.labels[clips] != [r.label for r in records], "has label {record.label} here, but {label}")
     refuse(lengths[clips] != [r.num_frames for r in records], "has {record.num_frames} frames here, but {frames}")
     return clips

@@ -114,7 +114,7 @@ def read_lists(lists: Sequence[Path], root: Path | None) -> tuple[list[Clip], Ro
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         index = build_index(records)
         rows[path.stem] = []
-        for video, record in enumerate(records):
+        for video, record in enumerate(index.records):
             frames = None
             if isinstance(index.store, FrameFiles):
                 frames = [os.path.join(record.path, name) for name in index.store.names[video]]

@@ -15,9 +15,10 @@ import av
 from av.error import FFmpegError
 
 from dfer.cli import Parser, UserError, printable, progress
-from dfer.files import commit, disk_errors, reason, write_whole
+from dfer.files import commit, disk_errors, is_data, reason, write_whole
 from dfer.images import frame_names, natural_key
 from dfer.lists.annotations import EMOTIONS, write_annotations
+from dfer.lists.text import read_lines
 from dfer.lists.threads import in_chunks
 
 # Clips per class, in the order of EMOTIONS. A fold of DFEW trains on all that it does not test on.
@@ -38,8 +39,8 @@ SHORT = 16  # frames; the field's T
 # What unpacking twice, or downloading in pieces, adds to the name of a folder.
 COPY_SUFFIX = r"(?:[ _-]*(?:\(\d+\)|-\d+|copy|part_\d+))*"
 MAX_DEPTH = 8
-# Folders of clips, of which there are many (DFEW's 00001, FERV39k's emotions), hidden ones, and those of macOS.
-NOT_SEARCHED = re.compile(rf"[0-9]{{5}}|[.].*|__MACOSX|{'|'.join(EMOTIONS)}", re.IGNORECASE)
+# Folders of clips, of which there are many (DFEW's 00001, FERV39k's emotions).
+NOT_SEARCHED = re.compile(rf"[0-9]{{5}}|{'|'.join(EMOTIONS)}", re.IGNORECASE)
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 NAMED = 10  # clips that a message names at most
 
@@ -56,8 +57,8 @@ def search(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield the folders of an unpacked release, top down: path, names of sub-folders, names of files.
 
     Clip folders are named but not entered. Links are followed last, and at most once to the same place by the same
-    name, so that a loop ends. A folder that cannot be opened is passed over; a part of the release that lies in it is
-    then reported as not found.
+    name, so that a loop ends. What is no data (see files.is_data) and a folder that cannot be opened are passed over; a
+    part of the release that lies in it is then reported as not found.
     """
     queue, links = deque([(os.path.abspath(root), 0)]), deque()
     seen = set()
@@ -71,7 +72,7 @@ def search(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
         folders, files = [], []
         try:
             with os.scandir(folder) as entries:
-                for entry in entries:
+                for entry in filter(lambda entry: is_data(entry.name), entries):
                     # isdir() also says of a link to itself that it is no folder, where is_dir() raises.
                     is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
                     (folders if is_folder else files).append(entry.name)
@@ -114,13 +115,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: if the file cannot be read.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    for row, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{row}", line.strip()
+    for row, line in enumerate(read_lines(Path(path), "list of the release")[0], start=1):
+        if line:
+            yield f"{path}:{row}", line
 
 
 def count_difference(name: str, labels: Iterable[int], published: Sequence[int]) -> str | None:

@@ -7,7 +7,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from dfer.cli import UserError
 from dfer.files import reason, write_whole
 from dfer.images import FRAME_SUFFIXES, frame_names
 from dfer.lists.annotations import VideoRecord
+from dfer.lists.missing import explain, relocate
 from dfer.lists.threads import in_chunks
 
 Kind = Literal["frames", "video"]
@@ -73,6 +74,15 @@ def _state(path: str) -> tuple[int, int]:
     return found.st_mtime_ns, FOLDER if stat.S_ISDIR(found.st_mode) else found.st_size
 
 
+def locate(records: Sequence[VideoRecord]) -> tuple[list[VideoRecord], States]:
+    """Return the records, where need be by the Unicode form of their paths that the disk has, and `path_states`."""
+    states, located = path_states(records), list(records)
+    for row, path in relocate(records, np.flatnonzero(states[:, 1] == MISSING).tolist()).items():
+        located[row] = replace(located[row], path=path)
+        states[row] = _state(os.fspath(path))
+    return located, states
+
+
 def find_kind(records: Sequence[VideoRecord], states: States, source: Literal["auto", "frames", "video"]) -> Kind:
     """Return whether the paths of all records are folders of frames or video files.
 
@@ -91,10 +101,8 @@ def find_kind(records: Sequence[VideoRecord], states: States, source: Literal["a
     for row in np.flatnonzero(states[:, 1] == MISSING)[:1].tolist():
         wanted = {"frames": "frame folder", "video": "video file", "auto": "frame folder or video file"}
         what = wanted[source if not len(folders) and not len(files) else kind]
-        path = records[row].path
-        # Not Path.is_dir(): it raises where a name is too long.
-        hint = "" if os.path.isdir(path.parent) else " (its parent is missing too: is --data.root right?)"
-        raise UserError(f"{records[row].source}: no such {what}: {path}{hint}")
+        record = records[row]
+        raise UserError(f"{record.source}: no such {what}: {record.path}{explain(record.path, record.name)}")
     return kind
 
 

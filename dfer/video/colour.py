@@ -50,6 +50,16 @@ _SIDEWAYS = (  # those that swap height and width
 )
 
 
+def _unknown_type(cls: type[Type], value: object) -> Type:
+    """Return a type of side data that PyAV does not know yet, such as EXIF, on which it raises."""
+    unknown = object.__new__(cls)
+    unknown._name_, unknown._value_ = f"UNKNOWN_{value}", value
+    return unknown
+
+
+Type._missing_ = classmethod(_unknown_type)  # pyright: ignore[reportAttributeAccessIssue]  # PyAV#2392
+
+
 def yuv_to_rgb(matrix: Matrix, full_range: bool) -> Float32[np.ndarray, "3 4"]:
     """Return the map from (Y, Cb, Cr) in 0..255 to RGB in 0..255, not yet clamped: rgb = m[:, :3] @ yuv + m[:, 3].
 

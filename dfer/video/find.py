@@ -5,25 +5,35 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dfer.files import reason
+from dfer.files import is_data, reason
 from dfer.video.webp import is_animated
 
 # The suffixes to look for in a folder; a file that is named by the user, or listed, may be called anything.
 VIDEO_SUFFIX = re.compile(
     r"\.(3gp|apng|asf|avi|flv|gif|m2?ts|m4v|mkv|mov|mp4|mpe?g|mxf|ogv|ts|vob|webm|wmv)", re.IGNORECASE
 )
+_NAMED = 5  # kinds of names that are no data which a message shows
 MAX_NAME = 200  # bytes of a name that `unique_names` gives; disks take 255, and a clip's number or a suffix follows
 
 
 def find_video_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     """Return the videos in a folder and all folders below it, in no order. Links are followed, but not in circles.
 
+    What is no data (see files.is_data) is left out, as are all folders below it.
+
     Args:
         folder: where to begin.
-        warn: called with one line for each folder that was not searched.
+        warn: called with one line for each folder that was not searched, and one for all that is no data.
     """
-    # Names with a leading dot are what macOS leaves on foreign disks, next to each real file.
-    return [path for path in _walk(folder, warn) if path.name[0] != "." and _is_video(path)]
+    left_out: list[Path] = []
+    found = [path for path in _walk(folder, warn, left_out) if _is_video(path)]
+    # Of files only those that look like videos; of the ._a.mp4 that macOS leaves beside each a.mp4 none is missed.
+    left_out = [p for p in left_out if p.is_dir() or (VIDEO_SUFFIX.fullmatch(p.suffix) and not p.name.startswith("._"))]
+    if left_out:
+        names = ", ".join(sorted({path.name for path in left_out})[:_NAMED])
+        first = min(left_out)
+        warn(f"{folder}: hidden or of the system, not searched: {len(left_out):,} named {names}; the first is {first}")
+    return found
 
 
 def _is_video(path: Path) -> bool:
@@ -31,8 +41,8 @@ def _is_video(path: Path) -> bool:
     return bool(VIDEO_SUFFIX.fullmatch(path.suffix)) or (path.suffix.lower() == ".webp" and is_animated(path))
 
 
-def _walk(source: Path, warn: Callable[[str], None]) -> Iterator[Path]:
-    """Yield all that is no folder, in `source` and below it."""
+def _walk(source: Path, warn: Callable[[str], None], left_out: list[Path]) -> Iterator[Path]:
+    """Yield all that is no folder, in `source` and below it; `left_out` gets what is no data."""
     folders: list[tuple[Path, frozenset[str]]] = [(source, frozenset())]
     while folders:
         folder, above = folders.pop()
@@ -46,7 +56,9 @@ def _walk(source: Path, warn: Callable[[str], None]) -> Iterator[Path]:
             warn(f"{folder}: cannot be read ({reason(error)})")
             continue
         for path in (folder / name for name in names):
-            if os.path.isdir(path):  # unlike Path's and DirEntry's methods it never raises
+            if not is_data(path.name):
+                left_out.append(path)
+            elif os.path.isdir(path):  # unlike Path's and DirEntry's methods it never raises
                 folders.append((path, above | {here}))
             else:
                 yield path

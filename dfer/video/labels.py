@@ -5,11 +5,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from dfer.cli import UserError
+from dfer.cli import UserError, say_once
 from dfer.images import natural_key
-from dfer.lists.annotations import EMOTIONS
-from dfer.lists.formats import WORDS
+from dfer.lists.columns import unquote
+from dfer.lists.missing import find_listed
+from dfer.lists.orders import EMOTIONS, WORDS, check_paths
+from dfer.lists.text import USUAL, read_lines, split_rows
 from dfer.video.find import find_video_files, unique_names
 
 LABEL_HELP = "0..6 or " + ", ".join(EMOTIONS)
@@ -23,6 +26,14 @@ class LabelledVideo:
     path: Path
     name: str  # of its frame folder below DIR/frames, unique
     label: int | None  # None: unlabelled
+
+
+class _Row(NamedTuple):
+    """A row of a list of videos whose label is an id, for `check_paths`."""
+
+    source: str
+    name: str
+    label: int
 
 
 def parse_label(text: str) -> int:
@@ -70,6 +81,11 @@ def find_labelled_videos(
     videos = []
     for (path, own), name in zip(found, names, strict=True):
         if own is None and not unlabelled:
+            if "\\" in path.name:
+                raise UserError(
+                    f"{path}: no label; the backslashes in its name were folders where it was packed: unpack it again "
+                    "with a program that makes them, such as 7z"
+                )
             raise UserError(
                 f"{path}: no label; put it in a folder named after its emotion ({', '.join(EMOTIONS)}), "
                 "give a .txt list of 'path label' rows, give --label for all such videos, or say --unlabelled"
@@ -86,24 +102,38 @@ def read_list(list_path: Path, labelled: bool = True) -> list[tuple[Path, int | 
     Raises:
         UserError: if the list cannot be read, or a row of it is none.
     """
-    try:
-        lines = list_path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{list_path}: cannot be read as a list of videos ({error})") from None
+    lines, oddities = read_lines(list_path, "list of videos")
+    numbered, left_out = split_rows(lines, list_path.parent)
+    numbered = unquote(numbered, oddities)
+    for oddity in oddities:
+        if oddity not in USUAL:
+            say_once(f"{list_path}: {oddity}")
+    if left_out:
+        say_once(
+            f"{list_path}:{left_out[0]}: begins with # and is taken for a comment; {len(left_out):,} such rows are"
+        )
     rows: list[tuple[Path, int | None]] = []
-    for row, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
+    with_ids: list[_Row] = []
+    for row, line in numbered:
+        source = f"{list_path}:{row}"
         if "\0" in line:
-            raise UserError(f"{list_path}:{row}: no path has a NUL in it: {line!r}")
+            raise UserError(f"{source}: no path has a NUL in it: {line!r}")
         if not labelled:
-            rows.append((list_path.parent / line, None))
+            rows.append((find_listed(list_path.parent, line, source), None))
             continue
-        fields = re.fullmatch(r"(.+?)(?:\s*,\s*|\s+)([^\s,]+)", line)
+        fields = re.fullmatch(r"(.+?)(?:\s*[,;]\s*|\s+)([^\s,;]+)", line)
         if fields is None:
-            raise UserError(f"{list_path}:{row}: expected 'path label', got {line!r}")
+            raise UserError(f"{source}: expected 'path label', got {line!r}")
         try:
-            rows.append((list_path.parent / fields[1], parse_label(fields[2])))
+            label = parse_label(fields[2])
         except UserError as error:
-            raise UserError(f"{list_path}:{row}: {error}") from None
+            raise UserError(f"{source}: {error}") from None
+        rows.append((find_listed(list_path.parent, fields[1], source), label))
+        if fields[2].isdecimal():
+            with_ids.append(_Row(source, fields[1], label))
+    check_paths(
+        with_ids,
+        False,
+        lambda _: f"write emotions for the ids, which are 0 to 6 for {' '.join(EMOTIONS)}, or move the files",
+    )
     return rows

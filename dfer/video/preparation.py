@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dfer.cli import UserError, printable, progress
-from dfer.files import write_whole
+from dfer.files import is_data, write_whole
 from dfer.lists.annotations import write_annotations
 from dfer.video.clips import ClipOptions, ClipResult, remove_clip, write_clips
 from dfer.video.labels import LabelledVideo
@@ -151,13 +151,18 @@ def _read_record(video: LabelledVideo, out: Path, depends_on: dict[str, Any]) ->
         return None
     own = re.compile(re.escape(f"frames/{video.name}") + r"(_c\d+)?")  # a record may say anything
     clips = {name: count for name, count in clips.items() if own.fullmatch(name)}
-    whole = all(len(list((out / name).glob("*.jpg"))) == count for name, count in clips.items())
+    whole = all(_count_frames(out / name) == count for name, count in clips.items())
     if depends_on and record.get("shaped_by") == depends_on and whole and len(clips) == len(result.clips):
         return result
     path.unlink(missing_ok=True)
     for name in clips:
         remove_clip(out / name)
     return None
+
+
+def _count_frames(folder: Path) -> int:
+    """Return how many frames a clip's folder has; 0 if there is none."""
+    return sum(is_data(path.name) for path in folder.glob("*.jpg"))
 
 
 def _write_lists(videos: Sequence[LabelledVideo], results: Sequence[ClipResult], out: Path) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from dfer.cli import UserError, printable, progress
 from dfer.files import reason
-from dfer.images import FRAME_SUFFIXES, frame_names, open_image
+from dfer.images import FRAME_SUFFIXES, decode_image, frame_names, open_image
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.formats import ListFormat, Row, read_list
 from dfer.lists.threads import in_chunks
@@ -135,10 +135,8 @@ def inspect(job: tuple[str, tuple[str, ...]], decode: bool) -> tuple[Counter[tup
         for name in names:
             path = os.path.join(folder, name)
             try:
-                with open_image(path) as image:
+                with decode_image(path) if decode else open_image(path) as image:
                     sizes[image.size] += 1
-                    if decode:
-                        image.load()
             except Exception as error:  # damaged files make Pillow raise anything, even MemoryError or struct.error
                 bad.append(f"{path}: {reason(error)}")
     return sizes, bad

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dfer.files import write_whole
-from dfer.images import open_image
+from dfer.images import open_image, upright
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.checking import Clip, Folder, length_bins
 
@@ -39,7 +39,7 @@ def draw_contact_sheet(path: Path, clips: Sequence[Clip], folders: Sequence[Fold
                 try:
                     with warnings.catch_warnings(action="ignore"), open_image(os.path.join(clip.path, name)) as image:
                         image.draft("RGB", (tile, tile))
-                        sheet.paste(image.convert("RGB").resize((tile, tile)), box[:2])
+                        sheet.paste(upright(image).resize((tile, tile)), box[:2])
                 except Exception:  # as in `inspect`, which names it
                     pen.rectangle(box, "lightgrey")
                     pen.line(box, "red")

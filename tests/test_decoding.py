@@ -213,7 +213,8 @@ def test_dali_s_parser_refuses_no_plain_file_of_many():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_all_readers_agree_on_accidents(tmp_path, all_may_be_bad, seed):
-    rng, made = np.random.default_rng(seed), [make() for make in ALL.values()]
+    # Of one pixel DALI may have to cut out none, which it refuses.
+    rng, made = np.random.default_rng(seed), [make() for name, make in ALL.items() if "one pixel" not in name]
     files = {str(number): mutated(made[rng.integers(len(made))], rng) for number in range(400)}
     later = {name for name, data in files.items() if is_plain(np.frombuffer(data, np.uint8)) and pixels(data) is None}
     _, good = check_agreement(tmp_path, files, later)

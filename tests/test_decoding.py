@@ -387,7 +387,7 @@ def test_what_dali_refuses_ends_no_process(tmp_path):
     """48 frames, more than DALI parses on one thread; it was the parser that went on in memory of others."""
     lists = write_stress(tmp_path, ["junk", "tables"])
     jobs = [(lists[0], "fused"), (lists[0], "operators"), (lists[1], "fused")]
-    assert run_stress(tmp_path, 2, True, jobs, 60)[0] == 6
+    assert run_stress(tmp_path, 5, True, jobs, 60)[0] == 15
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Clips that cannot be read: the policy, which clip of a refused batch is bad, and what stands in for it."""
 
+import contextlib
 from typing import Literal
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int64
 
 from dali_pipes.feeding import Epoch, Feed
-from dali_pipes.sources import BadClip, FrameFolders, Shards
+from dali_pipes.sources import BadClip, Images
 from dfer.cli import UserError, printable, say_error
 from dfer.lists.index import ClipIndex
 
@@ -75,12 +76,14 @@ class BadClips:
             UserError: if too many are bad, or none of them alone.
         """
         clips: dict[int, torch.Tensor] = {}
+        replaced = False
         for row in np.flatnonzero(good).tolist():
             try:
-                clips[row] = self._decode_alone(feed, int(ids[row]), epoch)
+                clips[row], other = self._decode_alone(feed, int(ids[row]), epoch)
+                replaced |= other
             except BadClip as error:
                 self.add(int(ids[row]), error)
-        if len(clips) == good.sum():
+        if len(clips) == good.sum() and not replaced:
             names = ", ".join(self._index.records[v].name for v in ids)
             raise UserError(f"decoding failed, though not of any one clip, in the batch of {names}: {message}")
         good = np.isin(np.arange(len(ids)), list(clips))
@@ -89,8 +92,8 @@ class BadClips:
         stand_in = next(iter(clips.values()))
         return torch.cat([clips.get(row, stand_in) for row in range(len(ids))]), good
 
-    def _decode_alone(self, feed: Feed, video: int, epoch: Epoch) -> torch.Tensor:
-        """Return the pictures of one clip.
+    def _decode_alone(self, feed: Feed, video: int, epoch: Epoch) -> tuple[torch.Tensor, bool]:
+        """Return the pictures of one clip, and whether DALI has refused frames of it that are decoded here from now on.
 
         Raises:
             BadClip: if it cannot be decoded; its message names the frame, if the source has frames.
@@ -99,19 +102,34 @@ class BadClips:
         clip = feed.source.fetch(video, frames)
         try:
             feed.start(clip, ids, epoch)
-            return feed.pictures()
+            return feed.pictures(), False
         except RuntimeError as error:
             message = " ".join(str(error).split())
-        if isinstance(feed.source, FrameFolders | Shards) and feed.source.kind == "images":
-            for frame, data in zip(frames.tolist(), clip, strict=True):
+        if isinstance(feed.source, Images) and feed.source.kind == "images":
+            refused = [place for place, data in enumerate(clip) if not _decodes(feed, data, ids, epoch)]
+            for place in refused:
+                frame = int(frames[place])
                 try:
-                    feed.start([data], ids, epoch)
-                    feed.pictures()
-                except RuntimeError:
-                    self._frames[video, frame] = f"{feed.source.name(video, frame)}: cannot be decoded"
-                    raise BadClip(self._frames[video, frame]) from None
+                    clip[place] = feed.source.refused(video, frame, clip[place])
+                except BadClip as error:
+                    self._frames[video, frame] = str(error)
+                    raise
+            if refused:
+                with contextlib.suppress(RuntimeError):
+                    feed.start(clip, ids, epoch)
+                    return feed.pictures(), True
         record = self._index.records[video]
         raise BadClip(f"{record.source}: decoding clip {record.name} ({record.path}) failed: {message}")
+
+
+def _decodes(feed: Feed, data: np.ndarray, ids: Int64[np.ndarray, " 1"], epoch: Epoch) -> bool:
+    """Return whether the graph takes an image alone."""
+    try:
+        feed.start([data], ids, epoch)
+        feed.pictures()
+    except RuntimeError:
+        return False
+    return True
 
 
 def stand_ins(ids: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:

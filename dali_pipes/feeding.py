@@ -31,8 +31,8 @@ class Epoch(NamedTuple):
 class Feed:
     """The DALI pipeline of a loader: `start` a batch, then take its `pictures`. At most one batch is in flight.
 
-    The pipeline reads the arrays that it is fed without a copy. It holds references to them while they are in use, as
-    long as no error occurs; after one, nothing is documented.
+    The pipeline reads the arrays that it is fed without a copy. They are held here until their pictures are taken, or
+    the pipeline has ended: whether it holds them itself after an error is not documented.
 
     Args:
         index: the videos.
@@ -56,6 +56,7 @@ class Feed:
             gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.operators, source.kind, num_samples, options.size, options.num_threads, *gpu)
         self._pipeline = self._build()
+        self._fed: list[np.ndarray | list[np.ndarray]] = []
         self._in_flight = False
 
     def start(self, samples: list[np.ndarray], ids: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
@@ -89,6 +90,7 @@ class Feed:
         self._in_flight = True
 
     def _feed(self, name: str, data: np.ndarray | list[np.ndarray]) -> None:
+        self._fed.append(data)
         self._pipeline.feed_input(name, data)
 
     def _feed_crop(self, plan: EpochPlan, ids: Int64[np.ndarray, " B"], repeat: int) -> None:
@@ -111,6 +113,8 @@ class Feed:
         except RuntimeError:
             self._pipeline = self._build()  # what a pipeline does after an error is not documented
             raise
+        finally:
+            self._fed.clear()
         return torch.from_dlpack(pictures.as_tensor())
 
     def drain(self) -> None:

@@ -9,6 +9,7 @@ line are mixed while it is in the cache. Nothing is rounded in between.
 # The types of numba describe Python's side of compiled functions, not the functions.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false
 
+import functools
 import math
 
 import numpy as np
@@ -67,6 +68,7 @@ def parameters(
     return p
 
 
+@functools.cache  # each time the machine code takes 300 kB again, which nothing gives back
 def compiled(size: int, dtype: str) -> tuple[int, int]:
     """Return the addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel, and its output's shape.
 

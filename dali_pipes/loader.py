@@ -15,9 +15,9 @@ from dali_pipes.feeding import Epoch, Feed
 from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.resident import ResidentClips
-from dali_pipes.sources import BadClip, source_of
+from dali_pipes.sources import BadClip, Images, source_of
 from dfer.batch import Batch
-from dfer.cli import UserError
+from dfer.cli import UserError, printable, say_error
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler, EpochPlan, shard
 
@@ -52,6 +52,7 @@ class ClipLoader:
         if options.dtype == torch.uint8 and (options.cached or not options.fused):
             raise UserError("clips of uint8 come from the CPU kernel only")
         self._source = source_of(index, whole_videos=not options.cached and not options.fused)
+        self._told = False
         if options.cached:
             self._verify_all()
         else:
@@ -136,11 +137,19 @@ class ClipLoader:
             except BadClip as error:
                 self._bad.add(video, error)
                 good[row] = False
+        self._tell_of_slow_frames()
         if good.any():
             by_row = dict(zip(np.flatnonzero(good).tolist(), clips, strict=True))
             samples = [array for row in range(len(ids)) for array in by_row.get(row, clips[0])]
             self._feed.start(samples, stand_ins(ids, good), drawn)
         return good
+
+    def _tell_of_slow_frames(self) -> None:
+        """Say once that there are image files which DALI is not given as they are."""
+        if isinstance(self._source, Images) and self._source.decoded and not self._told:
+            self._told = True
+            where = printable(self._source.decoded)
+            say_error(f"note: {where}, perhaps others too, is an unusual image file, which takes longer to decode")
 
     def _outputs(
         self, ids: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], drawn: Epoch

@@ -13,16 +13,16 @@ import numpy as np
 from av.error import FFmpegError
 from jaxtyping import Float32, Int64, UInt8
 
-from dali_pipes.headers import refusal
+from dali_pipes.headers import is_plain, refusal
 from dali_pipes.options import Kind
 from dfer.cli import UserError
 from dfer.files import reason
-from dfer.images import MAX_BYTES
+from dfer.images import MAX_BYTES, BadImage, decode_image, encode_plain
 from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.video.colour import yuv_to_rgb
-from dfer.video.decode import BadVideo, check_claims, is_plain
+from dfer.video.decode import BadVideo, check_claims, shown_as_stored
 from dfer.video.random_access import read_frames
 
 # Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
@@ -38,24 +38,84 @@ class BadClip(UserError):
     """A clip that cannot be read, or must not be decoded. The message is one line that names its row and its file."""
 
 
-class FrameFolders:
-    """Folders of encoded images, one folder per video."""
+class Images:
+    """What sources of image files share: DALI is given what it reads, at once or after decoding here."""
 
     kind: Kind = "images"
 
     def __init__(self, index: ClipIndex):
         self.index = index
+        self.decoded = ""  # what messages call the first frame that was decoded here, if any was
+        self._refused: set[tuple[int, int]] = set()  # (video, frame) of plain headers that DALI refuses all the same
 
-    def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
-        """Return the T encoded images.
+    def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
+        """Return the T encoded images, as DALI reads them; of raw clips the T pictures, (H, W, 3).
 
         Raises:
-            BadClip: if a file cannot be read, is neither JPEG nor PNG, claims more than MAX_PIXELS, or differs in hash.
+            BadClip: as `stored` and `for_dali`.
         """
+        return self.for_dali(video, frames, self.stored(video, frames))
+
+    def stored(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
+        """Return the bytes of the frames as they lie there.
+
+        Raises:
+            BadClip: if they cannot be read, or their hash differs.
+        """
+        raise NotImplementedError
+
+    def for_dali(
+        self, video: int, frames: Int64[np.ndarray, " T"], files: list[UInt8[np.ndarray, "..."]]
+    ) -> list[UInt8[np.ndarray, "..."]]:
+        """Return image files as they are, if they are plain ones, else their pixels as files that are.
+
+        Raises:
+            BadClip: if one is no image, claims too much, or cannot be decoded. Of plain ones DALI finds that out.
+        """
+        if self.kind != "images":
+            return files
+        return [self._for_dali(video, frame, data) for frame, data in zip(frames.tolist(), files, strict=True)]
+
+    def refused(self, video: int, frame: int, data: UInt8[np.ndarray, " _"]) -> UInt8[np.ndarray, " _"]:
+        """Return what stands in for a plain image file that DALI has refused, now and in later fetches.
+
+        Raises:
+            BadClip: if nobody can decode it.
+        """
+        self._refused.add((video, frame))
+        return self._for_dali(video, frame, data)
+
+    def _for_dali(self, video: int, frame: int, data: UInt8[np.ndarray, " _"]) -> UInt8[np.ndarray, " _"]:
+        if is_plain(data) and not (self._refused and (video, frame) in self._refused):
+            return data
+        problem = refusal(data)
+        if problem is None:
+            try:
+                plain = encode_plain(decode_image(data.tobytes()))
+                self.decoded = self.decoded or self.place(video, frame)
+                return np.frombuffer(plain, dtype=np.uint8)
+            except BadImage as error:
+                problem = f"cannot be decoded ({error})"
+        raise BadClip(f"{self.name(video, frame)}: {problem}")
+
+    def place(self, video: int, frame: int) -> str:
+        """Return where a frame lies."""
+        raise NotImplementedError
+
+    def name(self, video: int, frame: int) -> str:
+        """Return how messages on a bad frame begin."""
+        return f"{self.index.records[video].source}: bad {self.place(video, frame)}"
+
+
+class FrameFolders(Images):
+    """Folders of image files, one folder per video."""
+
+    def stored(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
+        """Return the T image files."""
         images = []
         for frame in frames.tolist():
             data = _read(self.path(video, frame), MAX_BYTES)
-            problem = data if isinstance(data, str) else refusal(data) or _changed(self.index, video, frame, data)
+            problem = data if isinstance(data, str) else _changed(self.index, video, frame, data)
             if problem is not None or isinstance(data, str):
                 raise BadClip(f"{self.name(video, frame)}: {problem}")
             images.append(data)
@@ -65,29 +125,24 @@ class FrameFolders:
         """Return the file of a frame."""
         return self.index.frame_path(video, frame)
 
-    def name(self, video: int, frame: int) -> str:
-        """Return what messages call a frame."""
-        record = self.index.records[video]
-        return f"{record.source}: bad frame {self.path(video, frame)} of clip {record.name}"
+    def place(self, video: int, frame: int) -> str:
+        """Return where a frame lies."""
+        return f"frame {self.path(video, frame)} of clip {self.index.records[video].name}"
 
 
-class Shards:
-    """Encoded images, or pixels, inside packed files that are mapped into memory: `fetch` returns views of them."""
+class Shards(Images):
+    """Image files, or pixels, inside packed files that are mapped into memory: `stored` returns views of them."""
 
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, Packed)
-        self.index, self.store = index, index.store
-        self.kind: Kind = "images" if self.store.kind == "shards" else "pixels"
+        super().__init__(index)
+        self.store = index.store
+        self.kind = "images" if self.store.kind == "shards" else "pixels"
         self._maps = [_map(path) for path in self.store.paths]
         self._bytes = [np.frombuffer(whole, dtype=np.uint8) for whole in self._maps]
 
-    def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
-        """Return the T encoded images (tar) or the T pictures (raw), (H, W, 3), as views of the file.
-
-        Raises:
-            BadClip: if the shard ends before a frame does, an image is neither JPEG nor PNG or claims more than
-                MAX_PIXELS, or a frame's hash differs.
-        """
+    def stored(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
+        """Return the T image files (tar) or the T pictures (raw), (H, W, 3), as views of the file."""
         store, shard = self.store, self.store.shard[video]
         data, rows = self._bytes[shard], store.first[video] + frames
         ends = (store.offset[rows] + store.length[rows]).tolist()
@@ -98,20 +153,18 @@ class Shards:
             if end > size:
                 raise BadClip(f"{self.name(video, frame)}: the file was cut to {size:,} bytes after the run had begun")
         views = [data[start:end] for start, end in zip(store.offset[rows].tolist(), ends, strict=True)]
-        checked = self.kind == "images" or self.index.hashes is not None
-        for frame, view in zip(frames.tolist(), views, strict=True) if checked else ():
-            problem = refusal(view) if self.kind == "images" else None
-            problem = problem or _changed(self.index, video, frame, view)
+        for frame, view in zip(frames.tolist(), views, strict=True) if self.index.hashes is not None else ():
+            problem = _changed(self.index, video, frame, view)
             if problem is not None:
                 raise BadClip(f"{self.name(video, frame)}: {problem}")
         if self.kind == "images":
             return views
         return [view.reshape(store.height[video], store.width[video], 3) for view in views]
 
-    def name(self, video: int, frame: int) -> str:
-        """Return what messages call a frame."""
-        record, path = self.index.records[video], self.store.paths[self.store.shard[video]]
-        return f"{record.source}: bad frame {frame} of clip {record.name} in {path}"
+    def place(self, video: int, frame: int) -> str:
+        """Return where a frame lies."""
+        path = self.store.paths[self.store.shard[video]]
+        return f"frame {frame} of clip {self.index.records[video].name} in {path}"
 
 
 class VideoFiles:
@@ -176,7 +229,7 @@ class VideoBytes:
         try:
             check_claims(path)
             if video not in self._plain:
-                self._plain[video] = is_plain(path)
+                self._plain[video] = shown_as_stored(path)
         except (BadVideo, FFmpegError, OSError) as error:
             raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
         if not self._plain[video]:

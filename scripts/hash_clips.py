@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dali_pipes.sources import BadClip, Source, source_of
+from dali_pipes.sources import BadClip, Images, Source, source_of
 from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable, progress
 from dfer.files import disk_errors
 from dfer.lists import load_index
@@ -30,7 +30,12 @@ def hash_video(source: Source, video: int) -> list[bytes]:
     Raises:
         BadClip: if it cannot be read.
     """
-    return [digest(part) for part in source.fetch(video, np.arange(source.index.num_frames[video]))]
+    frames = np.arange(source.index.num_frames[video])
+    if not isinstance(source, Images):
+        return [digest(part) for part in source.fetch(video, frames)]
+    parts = source.stored(video, frames)
+    source.for_dali(video, frames, parts)  # what cannot be trained on is not hashed
+    return [digest(part) for part in parts]
 
 
 def problem(source: Source, video: int) -> str | None:

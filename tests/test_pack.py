@@ -662,10 +662,10 @@ def test_frames_of_different_sizes_need_a_size(tmp_path):
     assert pack(path, tmp_path / "sized", size=32).num_frames.tolist() == [1, 2]
 
 
-def test_deep_pixels_are_refused(tmp_path):
-    deep = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40))
-    with pytest.raises(ValueError, match=r"list\.txt:1: clip a: .*0\.png cannot be decoded \(its pixels are I;16"):
-        pack(write_list(tmp_path, a=[deep]), tmp_path / "out")
+def test_of_deep_pixels_the_upper_8_bits_are_packed(tmp_path):
+    deep = np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50
+    index = pack(write_list(tmp_path, a=[Image.fromarray(deep)]), tmp_path / "out", format="raw")
+    assert np.array_equal(np.fromfile(index.store.paths[0], np.uint8).reshape(30, 40, 3)[..., 0], deep >> 8)
 
 
 def test_one_name_for_two_clips_is_refused(tmp_path):

@@ -88,10 +88,8 @@ def inspect(job: tuple[str, tuple[str, ...]], decode_all: bool) -> tuple[Counter
         for name in names:
             file = os.path.join(path, name)
             try:
-                with open_image(file) as image:
+                with decode_image(file) if decode_all else open_image(file) as image:
                     sizes[image.size] += 1
-                    if decode_all:
-                        image.load()
             except Exception as error:  # damaged files make Pillow raise anything, even MemoryError or struct.error
                 bad.append(f"{file}: {reason(error)}")
     return sizes, bad

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dfer.lists.index import load_index
 from dfer.predict.inputs import find_videos
-from dfer.video.decode import BadVideo, decode
+from dfer.video.decode import BadVideo, Reading, best_stream, check_end, decode, open_video, read_packets
 from dfer.video.find import find_video_files
 from dfer.video.structure import all_there
 from dfer.video.write import record
@@ -99,6 +99,39 @@ def test_counts_of_an_index_are_named(tmp_path: Path) -> None:
     cut_between(plain("h264", CUT, container=FAST))(tmp_path / "v.mp4")
     with pytest.raises(BadVideo, match=r"^truncated: 21 of 40 frames, to 0\.84 s of the 1\.60 s"):
         frames(tmp_path / "v.mp4")
+
+
+def test_an_index_tells_what_is_missing_where_all_boxes_fit(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    cut_between(plain("h264", CUT, container=FAST))(path)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"mdat") - 4
+    struct.pack_into(">I", data, place, len(data) - place)
+    path.write_bytes(data)
+    assert all_there(str(path), MOV)
+    with pytest.raises(BadVideo, match=r"^truncated: 21 of 40 frames"):
+        frames(path)
+
+
+def test_a_doubt_that_nothing_follows_is_an_end_that_is_missing(tmp_path: Path) -> None:
+    plain("h264", audio=True)(tmp_path / "v.ts")
+    with open_video(tmp_path / "v.ts") as container:
+        video, read = best_stream(container), Reading()
+        packets = [packet for packet in read_packets(container, video, read) if packet.size]
+        check_end(container, video, read)
+        read.doubts[0] = 0
+        read.judge(packets[1], is_video=True)  # one more is allowed, then a recording has to begin
+        with pytest.raises(BadVideo, match=r"^truncated$"):
+            check_end(container, video, read)
+        with pytest.raises(BadVideo, match=r"^truncated or damaged$"):
+            read.judge(packets[2], is_video=True)
+        read.doubts[0] = 1
+        read.judge(packets[5], is_video=True)  # a keyframe
+        check_end(container, video, read)
+        read.doubts[0] = 0
+        for packet in packets[1:3]:  # sound goes on anywhere
+            read.judge(packet, is_video=False)
+        check_end(container, video, read)
 
 
 def number(value: int, length: int) -> bytes:

@@ -22,7 +22,7 @@ from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.video.colour import yuv_to_rgb
-from dfer.video.decode import BadVideo, check_claims, shown_as_stored
+from dfer.video.decode import BadVideo, check_claims, is_plain_video
 from dfer.video.random_access import read_frames
 
 # Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
@@ -229,7 +229,7 @@ class VideoBytes:
         try:
             check_claims(path)
             if video not in self._plain:
-                self._plain[video] = shown_as_stored(path)
+                self._plain[video] = is_plain_video(path)
         except (BadVideo, FFmpegError, OSError) as error:
             raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
         if not self._plain[video]:

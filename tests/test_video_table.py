@@ -14,7 +14,7 @@ from dali_pipes.sources import BadClip
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.sampling import ClipSampler
 from dfer.predict.inputs import read_pictures
-from dfer.video.decode import VIDEO_ERRORS, decode, shown_as_stored
+from dfer.video.decode import VIDEO_ERRORS, decode, is_plain_video
 from dfer.video.random_access import read_frames, scan_video
 from scripts import prepare_videos
 from tests.test_dali_pipes import SIZE, T, check_against_oracle
@@ -89,7 +89,7 @@ def test_the_trainer_reads_the_frames_that_a_player_shows(videos: list[tuple[Row
 
 def test_dali_s_own_decoder_shows_the_same_or_refuses(videos: list[tuple[Row, Path, Found]]) -> None:
     known = [row for row in videos if row[0].codec in BY_DALI_ON_A_CPU and row[0].container != "ogv"]
-    good = [row for row in known if row[0].refusal or shown_as_stored(row[1])]
+    good = [row for row in known if row[0].refusal or is_plain_video(row[1])]
     assert len(known) > len(good) > 2
     index = listed(good, "dali.txt")
     whole = loader(index, graph="operators")

@@ -89,7 +89,7 @@ def decode_frames(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
         yield now, frame
 
 
-def shown_as_stored(path: Path) -> bool:
+def is_plain_video(path: Path) -> bool:
     """Return whether a video is shown as it is stored, see VideoScan, by its first frame.
 
     Raises:

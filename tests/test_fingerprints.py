@@ -19,7 +19,6 @@ from dfer.state import build_state
 from tests.conftest import smooth_image
 
 VOTES = "clip,Happy,Sad,Neutral,Angry,Surprise,Disgust,Fear\n"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_data(folder: Path) -> Path:

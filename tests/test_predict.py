@@ -284,8 +284,6 @@ def save_frames(folder: Path, frames: list[np.ndarray]) -> Path:
     for i, frame in enumerate(frames, start=1):
         Image.fromarray(frame).save(folder / f"{i}.{'png' if i % 2 else 'PNG'}", "PNG", compress_level=1)
     (folder / "._1.png").write_bytes(b"of macOS")
-    (folder / "@eaDir").mkdir()
-    (folder / "@eaDir" / "FILM.mp4").write_bytes(b"of a disk station")
     (folder / "times.txt").write_text("0\n")
     return folder
 
@@ -307,6 +305,8 @@ def read_gif(path: Path) -> tuple[list[np.ndarray], list[int]]:
 def test_a_folder_of_frames_is_what_its_video_is(run: Path, videos: Path, tmp_path: Path) -> None:
     frames = [np.asarray(image) for _, image in decode(videos / "one.mp4")]
     folder = save_frames(tmp_path / "take 1.2", frames)  # no part of the name is a suffix
+    (folder / "@eaDir").mkdir()
+    (folder / "@eaDir" / "FILM.mp4").write_bytes(b"of a disk station")
     flags = ("--checkpoint", run, "--out", tmp_path / "out", "--window", 12)
     assert predict(videos / "one.mp4", folder, *flags, "--annotate", "none") == 0
     assert (tmp_path / "out" / "take 1.2.csv").read_text() == (tmp_path / "out" / "one.csv").read_text()

@@ -25,7 +25,6 @@ from scripts import evaluate, export
 from scripts.export import hub_config
 
 NAME = "test_resnet"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from dfer.files import reason
+from dfer.images import upright
 
 
 class BadWebP(Exception):
@@ -37,7 +38,7 @@ def is_animated(path: Path) -> bool:
 
 
 def webp_frames(path: Path, max_side: int) -> Iterator[tuple[int, Image.Image]]:
-    """Yield all frames with their times in ms, in RGB; what is transparent is shown without being so.
+    """Yield all frames with their times in ms, upright, in RGB; what is transparent is shown without being so.
 
     Raises:
         BadWebP: if the file is truncated or damaged, or has more than `max_side` pixels on a side.
@@ -55,8 +56,8 @@ def webp_frames(path: Path, max_side: int) -> Iterator[tuple[int, Image.Image]]:
                     raise BadWebP(f"{image.width} x {image.height} pixels, more than {max_side} on a side")
                 for number in range(getattr(image, "n_frames", 1)):
                     image.seek(number)
-                    image.load()
-                    yield image.info.get("timestamp", 0), image.convert("RGB")
+                    picture = upright(image)
+                    yield image.info.get("timestamp", 0), picture
         except BadWebP:
             raise
         except Exception as error:  # Pillow raises errors of many kinds on damaged files, even MemoryError

@@ -255,9 +255,9 @@ def training_loss(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 def try_out(config: Config, data: Data, world: World) -> int:
     """Do everything that a run does but write, in small, and print what the run will take by that."""
-    head = data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size)
+    head = data._replace(val_index=data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size))
     with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop:
-        job = prepare(dry_run.without_first_weights(config), data._replace(val_index=head), world, None)
+        job = prepare(shared_config(dry_run.without_first_weights(config), world), head, world, None)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
         num_steps = min(dry_run.STEPS, job.schedule.steps_per_epoch)

@@ -103,13 +103,15 @@ def _is_plain_jpeg(data):
             return False
         place = end
         if marker == 0xDA:
+            if end == start:
+                return False
             several |= channels != data[start]
             break
         if 0xC0 <= marker <= 0xC2:
             frames += 1
-            channels, several = data[start + 5], marker == 0xC2
             if not _is_plain_frame(data, start, end):
                 return False
+            channels, several = data[start + 5], marker == 0xC2
         elif marker == 0xDB:
             while start < end:  # tables of 8 or 16 bits
                 start += 65 if data[start] < 16 else 129
@@ -170,7 +172,7 @@ def _next_mark(data, words, place):
 
 @njit(cache=True, nogil=True)
 def _is_plain_frame(data, start, end):
-    """Return whether a frame header is of 8 bits, and of one channel or of three with the first at full resolution."""
+    """Return whether a frame header is of 8 bits, and of one channel, or of three with the first at full resolution."""
     if end - start < 9 or data[start] != 8:
         return False
     channels, pixels = data[start + 5], _number(data, start + 1, 2) * _number(data, start + 3, 2)
@@ -181,8 +183,9 @@ def _is_plain_frame(data, start, end):
         return first == 0x11
     if data[start + 6] == 0x52:  # R, where libjpeg takes the channels for RGB
         return False
-    usual = first == 0x11 or first == 0x21 or first == 0x12 or first == 0x22
-    return usual and data[start + 10] == 0x11 and data[start + 13] == 0x11
+    # FFmpeg writes 4:2:2 and 4:4:4 as 22/12/12 and 12/12/12.
+    chroma, across, down = data[start + 10], first >> 4, first & 15
+    return chroma == data[start + 13] and 0 < chroma >> 4 <= across <= 2 and 0 < chroma & 15 <= down <= 2
 
 
 @njit(cache=True, nogil=True)

@@ -4,7 +4,9 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from fractions import Fraction
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -30,6 +32,14 @@ def png(image: Image.Image | None = None, **options) -> bytes:
 
 
 # ---- JPEG
+
+
+def of_ffmpeg(pixels: str) -> bytes:
+    """What FFmpeg's encoder makes, whose sampling factors others write in lower terms."""
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = WIDTH, HEIGHT, pixels, Fraction(1, 25)
+    frame = av.VideoFrame.from_image(picture()).reformat(format=pixels)
+    return b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)])
 
 
 def segment(marker: int, data: bytes) -> bytes:
@@ -140,6 +150,8 @@ PLAIN: dict[str, Callable[[], bytes]] = {  # what DALI is given as it is
     "jpeg": jpeg,
     "jpeg, 4:4:4": lambda: jpeg(subsampling=0),
     "jpeg, 4:2:2": lambda: jpeg(subsampling=1),
+    "jpeg, 4:2:2 of FFmpeg": lambda: of_ffmpeg("yuvj422p"),
+    "jpeg, 4:4:4 of FFmpeg": lambda: of_ffmpeg("yuvj444p"),
     "jpeg, gray": lambda: jpeg(picture().convert("L")),
     "jpeg, progressive": lambda: jpeg(progressive=True),
     "jpeg, optimized": lambda: jpeg(optimize=True),

@@ -114,7 +114,8 @@ def rows_in_order(order, base=0, folder="{}/{:03d}", count=14) -> bytes:
             "alphabetical --label-base 1",
         ),
         (rows_in_order(REVERSED, folder="{}-{:03d}.mp4"), f"--class-order {','.join(REVERSED)} --write"),
-        (rows_in_order(REVERSED) + b"Fear/x 3 1\n", "--class-order ORDER"),
+        (rows_in_order(REVERSED) + b"Fear/x 3 1\n", f"--class-order {','.join(REVERSED)} --write"),
+        (rows_in_order(ALPHABETICAL, folder="/home/happy/{}/{:03d}"), "--class-order alphabetical --write"),
     ],
 )
 def test_ids_that_the_paths_contradict_are_refused(tmp_path, text, flags):
@@ -131,7 +132,9 @@ def test_an_order_that_is_stated_counts_and_the_paths_are_said_once(tmp_path, ca
     for text, wrong in (
         (header + rows_in_order(ALPHABETICAL), "so it is in 14 of the 14 rows"),
         (rows_in_order(EMOTIONS) + b"Happy/typo 3 1\n", "so it is in 1 of the 15 rows"),
-        (b"Happy/typo 3 1\n", "so it is in 1 of the 1 rows"),
+        (b"Happy/typo 3 1\nx/1 3 0\n", "so it is in 1 of the 1 rows"),
+        (b"Fear/1 3 1\nFear/2 3 0\nDaily/1 3 3\n", "so it is in 2 of the 2 rows"),  # a scene, or a film
+        (rows_in_order([EMOTIONS[i] for i in (1, 0, 2, 3, 2, 2, 2)]), "so it is in 10 of the 14 rows"),  # as perceived
     ):
         path = write(tmp_path, text)
         path = path.rename(tmp_path / f"{wrong[12:14].strip()}{len(text)}.txt")
@@ -139,7 +142,8 @@ def test_an_order_that_is_stated_counts_and_the_paths_are_said_once(tmp_path, ca
             assert all(record.label in range(7) for record in read_annotations(path))
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and err.startswith(f"note: {path}:") and wrong in err
-    for text in (rows_in_order(EMOTIONS), b"Happy Feet/1 3 1\nFear/Happy/2 3 0\n0001 3 4\n"):
+    in_a_home = b"/home/happy/dfew/1 3 1\n/home/happy/dfew/2 3 4\n"
+    for text in (rows_in_order(EMOTIONS), b"Happy Feet/1 3 1\nFear/Happy/2 3 0\n0001 3 4\n", in_a_home):
         read_annotations(write(tmp_path, text))
     assert not capsys.readouterr().err
 

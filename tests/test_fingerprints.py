@@ -119,6 +119,18 @@ def test_no_number_depends_on_the_order_of_evaluation(data):
     assert goes_on(state, config) == []
 
 
+def test_a_list_of_relative_and_absolute_paths_may_move(data):
+    config = config_at(data, votes=False)
+    index = load_index(config.data.train_list)
+    far = data.parent / "far" / "clip"
+    shutil.copytree(index.records[0].path, far)
+    rewrite(config.data.train_list, lambda rows: [f"{far} {rows[0].split()[-2]} {rows[0].split()[-1]}\n", *rows[1:]])
+    state = saved(config)
+    there = data.parent / "mount" / "of" / "another" / "disk"
+    shutil.copytree(data, there)
+    assert any("was" in line for line in goes_on(state, config_at(there, votes=False)))
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 @pytest.mark.parametrize(
     "change",

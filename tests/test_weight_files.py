@@ -147,6 +147,20 @@ def test_the_form_of_the_file_is_of_no_matter(tmp_path, weights):
             assert is_loaded(backbone, weights) and backbone.loaded.startswith(f"{total} of {total} tensors")
 
 
+def test_a_file_may_have_any_name(tmp_path, weights):
+    torch.save(weights, tmp_path / "code.pt")  # which names the folder in the zip file after it
+    assert is_loaded(FrameBackbone(NAME, str(tmp_path / "code.pt")), weights)
+
+
+def test_a_table_of_positions_is_resized_as_timm_does(tmp_path):
+    weights = timm.create_model("test_vit", img_size=96).state_dict()
+    weights["pos_embed"] = torch.full_like(weights["pos_embed"], 7.0)
+    torch.save(weights, tmp_path / "vit.pt")
+    backbone = FrameBackbone("test_vit", str(tmp_path / "vit.pt"))
+    (table,) = (tensor for name, tensor in backbone.net.state_dict().items() if "pos_embed" in name)
+    assert table.shape != weights["pos_embed"].shape and torch.allclose(table, torch.tensor(7.0))
+
+
 def test_a_network_whose_extractor_has_other_names(tmp_path):
     for name in ("test_convnext", "test_vit"):
         weights = timm.create_model(name).state_dict()
@@ -163,11 +177,13 @@ def test_weights_that_fit_in_part_are_refused_and_named(tmp_path, weights):
     fewer = {name: tensor for name, tensor in weights.items() if not name.startswith("layer4.0")}
     deeper = weights | {k.replace("layer4.0", f"layer4.{i}"): v for k, v in weights.items() for i in (7, 8)}
     wider = {name: torch.cat([tensor, tensor]) if tensor.ndim else tensor for name, tensor in weights.items()}
+    odd = weights | {"conv1.0.weight": weights["conv1.0.weight"].sum(1, keepdim=True)}  # for gray images
     others = {f"features.{i}": tensor for i, tensor in enumerate(weights.values())}
     nan = weights | {"conv1.0.weight": weights["conv1.0.weight"] * torch.nan}
     for given, message in (
         (fewer, r"has \d\d of the 90 tensors of test_resnet; missing: layer4\.0\.conv1\.weight, .* and \d+ more: give"),
         (deeper, r"has 90 of the 90 tensors .* no place for: layer4\.7\.conv1\.weight"),
+        (odd, r"has 89 of the 90 tensors .* of another shape: conv1\.0\.weight"),
         (wider, r"has 15 of the 90 tensors .* of another shape: conv1\.0\.weight"),
         (others, r"has 0 of the 90 tensors .*; it has features\.0, features\.1, features\.2 and \d+ more"),
         (nan, r"not finite \(conv1\.0\.weight\)"),

@@ -5,6 +5,7 @@ label contradicts the order in which the ids are read.
 """
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -21,6 +22,7 @@ WORDS |= {"happiness": "Happy", "sadness": "Sad", "anger": "Angry", "surprised":
 WORDS |= {"fearful": "Fear"}
 SAY_ORDER = "say --class-order dfew, --class-order alphabetical, or all seven classes in order with commas between"
 
+MOST = 0.9  # of the rows whose paths name an emotion
 _MIN_CLASSES = 3  # of which the folders have to agree before an order is read from them
 # A folder or file named after an emotion, maybe numbered: Angry, 3_Angry, angry-07.mp4.
 _NAMED = re.compile(r"[\W\d_]*([a-z]+)[\W\d_]*(?:\.[a-z0-9]{2,4})?", re.IGNORECASE)
@@ -105,31 +107,54 @@ def check_paths(rows: Sequence[Labelled], stated: bool, advice: Callable[[str], 
 
     Raises:
         UserError: if two or more, and most, of the rows whose paths name an emotion contradict an order that nobody
-            has stated.
+            has stated, and the paths are those of another one.
     """
-    named, wrong = 0, []
-    for row in rows:
-        if found := emotions_in(row.name):
-            named += 1
-            if EMOTIONS[row.label] not in found:
-                wrong.append((row, found))
+    shared = _shared_folders([row.name for row in rows])
+    emotions = [emotions_in(row.name[shared:]) for row in rows]
+    named = sum(map(bool, emotions))
+    pairs = zip(rows, emotions, strict=True)
+    wrong = [(row, found) for row, found in pairs if found and EMOTIONS[row.label] not in found]
     if not wrong:
         return
     row, found = wrong[0]
     label, says = f"{row.label} means {EMOTIONS[row.label]}", " and ".join(sorted(found))
     share = f"{len(wrong):,} of the {named:,} rows whose path names an emotion"
     line = f"{row.source}: label {label}, but its path says {says}; so it is in {share}"
-    if stated or len(wrong) < 2 or 2 * len(wrong) <= named:
+    if stated:
         say_once(f"{line}; the labels are taken as they are")
         return
-    raise UserError(f"{line}: {advice(_flags([row.label for row in rows], [emotions_in(row.name) for row in rows]))}")
+    flags = _flags([row.label for row in rows], emotions) if len(wrong) > 1 and 2 * len(wrong) > named else ""
+    if not flags:
+        say_once(f"{line}; the labels are taken as they are: {advice('--class-order ORDER')}")
+        return
+    raise UserError(f"{line}: {advice(flags)}")
+
+
+def _shared_folders(names: Sequence[str]) -> int:
+    """Return the length of the folders that all paths begin with: of those none tells rows apart."""
+    first, last = min(names).split("/")[:-1], max(names).split("/")[:-1]
+    return sum(
+        len(a) + 1 for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    )
 
 
 def _flags(ids: Sequence[int], emotions: Sequence[Collection[str]]) -> str:
-    """Return the flags that say in which order of the classes these ids fit the emotions."""
+    """Return the flags that say in which order of the classes the ids fit the emotions; empty if there is none.
+
+    Each of _MIN_CLASSES ids or more has to stand for an emotion of its own in MOST rows whose paths name one: single
+    folders are renamed, and posed clips relabelled.
+    """
+    pairs = Counter((i, emotion) for i, found in zip(ids, emotions, strict=True) for emotion in found)
+    enough = MOST * sum(map(bool, emotions))
+    meaning: dict[int, str] = {}
+    for (i, emotion), _ in pairs.most_common():
+        if i not in meaning and emotion not in meaning.values():
+            meaning[i] = emotion
+    if len(meaning) < _MIN_CLASSES:
+        return ""
     for base in (0, 1):
-        classes = ORDERS["alphabetical"]
-        if all(i >= base and set(found) <= {classes[i - base]} for i, found in zip(ids, emotions, strict=True)):
+        classes = dict(enumerate(ORDERS["alphabetical"], base))
+        if sum(count for (i, emotion), count in pairs.items() if classes.get(i) == emotion) >= enough:
             return "--class-order alphabetical" + (" --label-base 1" if base else "")
-    meaning = read_order(ids, emotions)
-    return "--class-order ORDER" if meaning is None else f"--class-order {','.join(complete_order(meaning, 0))}"
+    fits = sum(pairs[pair] for pair in meaning.items()) >= enough
+    return f"--class-order {','.join(complete_order(meaning, 0))}" if fits else ""

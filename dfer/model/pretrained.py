@@ -38,14 +38,15 @@ def load_pretrained(net: nn.Module, path: Path, name: str, rename: Rename | None
         net: the network, as a feature extractor of timm.
         path: as of `load_tensors`.
         name: of the network, for messages.
-        rename: is tried where the names do not fit.
+        rename: is tried where names or shapes do not fit; timm's also resizes tables of positions.
 
     Raises:
-        UserError: if fewer than ENOUGH of the network's tensors are in it, or if as many in it have no place there.
+        UserError: if fewer than ENOUGH of the network's tensors are in it, if one of them has another shape there, or
+            if as many in it have no place in the network.
     """
     dictionaries = list(_dictionaries(load_tensors(path)))
     best = _best(net, dictionaries)
-    if rename is not None and len(best.tensors) < ENOUGH * len(_names(net)):
+    if rename is not None and (best.misshapen or len(best.tensors) < ENOUGH * len(_names(net))):
         best = max(best, _best(net, _renamed(dictionaries, rename)), key=lambda found: len(found.tensors))
     wanted = list(_names(net).values())
     if best.tensors and not any(
@@ -56,7 +57,7 @@ def load_pretrained(net: nn.Module, path: Path, name: str, rename: Rename | None
     missing = [n for n in wanted if n not in best.tensors and n not in best.misshapen]
     parts = {"missing": missing, "of another shape": best.misshapen, f"which {name} has no place for": best.surplus}
     lacks = "".join(f"; {what}: {_some(names)}" for what, names in parts.items() if names)
-    if loaded < ENOUGH * total or loaded < ENOUGH * given:
+    if loaded < ENOUGH * total or loaded < ENOUGH * given or best.misshapen:
         has = _some([n for _, tensors in dictionaries for n in tensors]) or "no tensors by names"
         lacks += f"; it has {has}" * (not loaded)
         raise UserError(
@@ -70,8 +71,12 @@ def load_pretrained(net: nn.Module, path: Path, name: str, rename: Rename | None
 
 
 def _names(net: nn.Module) -> dict[str, str]:
-    """Return plain name -> name of each tensor: an extractor writes `stages_0` for `stages.0`, or has it in `model`."""
-    return {_plain(name.removeprefix("model.")): name for name in net.state_dict()}
+    """Return plain name -> name of each tensor: an extractor writes `stages_0` for `stages.0`, or wraps the network."""
+    return {_plain(_unwrapped(name)): name for name in net.state_dict()}
+
+
+def _unwrapped(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("body.")
 
 
 def _plain(name: str) -> str:
@@ -116,7 +121,7 @@ def _match(net: nn.Module, where: str, tensors: dict[str, Tensor]) -> _Found:
         prefixes.update("".join(f"{part}." for part in parts[:i]) for i in starts)
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
     fitting, misshapen, surplus = {}, [], []
-    blocks = tuple({f"{_plain(name.removeprefix('model.').split('.')[0])}_" for name in state})
+    blocks = tuple({f"{_plain(_unwrapped(name).split('.')[0])}_" for name in state})
     for given, tensor in tensors.items():
         plain = _plain(given.removeprefix(prefix))
         name = names.get(plain) if given.startswith(prefix) else None

@@ -97,9 +97,9 @@ def check_data(state: dict[str, Any], now: dict[str, Any], config: Config, run: 
     saved = state.get("data")
     if saved is None:
         saved = _of_older_version(state, now, config)
-    if saved["train_list"]["clips"] != now["train_list"]["clips"]:
+    if not _same(saved["train_list"], now["train_list"]):
         raise UserError(f"{data.train_list}: not the clips that {run} was trained on so far {counted}; {instead}")
-    if saved["val_list"]["clips"] != now["val_list"]["clips"]:
+    if not _same(saved["val_list"], now["val_list"]):
         raise UserError(
             f"{data.val_list}: not the clips that {run} was evaluated on so far {counted}, and the best of its epochs "
             f"would be that of other clips; give the list as it was, or {instead}"
@@ -120,13 +120,17 @@ def check_data(state: dict[str, Any], now: dict[str, Any], config: Config, run: 
         )
 
 
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether two fingerprints are of the same clips, by their places or as their list writes them."""
+    return before["clips"] == now["clips"] or before["listed"] == now["listed"]
+
+
 def _of_older_version(state: dict[str, Any], now: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return the fingerprints of a checkpoint that has only its training list's: those of today for what it lacks."""
     begun = config_from_json(state["config"], config.run.log_dir)
-    same = state["train_list"] == now["train_list"]["listed"]
     had_votes = begun.loss.soft_labels is not None
     return {
-        "train_list": now["train_list"] | ({} if same else {"clips": state["train_list"]}),
+        "train_list": now["train_list"] | {"clips": None, "listed": state["train_list"]},
         "val_list": now["val_list"],
         "votes": now["votes"] if had_votes == (now["votes"] is not None) else "others",
     }

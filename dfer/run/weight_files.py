@@ -41,7 +41,7 @@ _OTHERS = {
 }
 # Members of a zip file that tell what wrote it; the first that is found counts.
 _ZIPS = (
-    (r"constants\.pkl$|(^|/)code/", "a TorchScript program; save the state_dict() of the model that it was made of"),
+    (r"^[^/]+/(constants\.pkl$|code/)", "a TorchScript program; save the state_dict() of the model it was made of"),
     (r"archive_format$|models/model\.json$", "a program of torch.export; weights lie beside it in model.safetensors"),
     (r"\.npy$", "an archive of NumPy arrays; weights of PyTorch are wanted"),
     (r"\.h5$", "a Keras model; weights of PyTorch are wanted"),

@@ -336,17 +336,20 @@ def memory():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
 want = {graph: batches(f"{folder}/healthy/list.txt", graph) for _, graph in jobs}
-after = {}
-for number in range(rounds):
-    for list_path, graph in jobs:
-        batch = batches(list_path, graph)
-        good = torch.from_numpy(np.load(Path(list_path).parent / "good.npy"))[batch.ids]
-        assert torch.equal(batch.valid, good), (list_path, graph)
-        same = torch.from_numpy(np.load(Path(list_path).parent / "same.npy"))[batch.ids]
-        assert torch.equal(batch.clips[same], want[graph].clips[same]), (list_path, graph)
-    after[number] = memory()
-growth = after[rounds - 1] - after[rounds // 2]
-print(json.dumps([rounds * len(jobs), growth]))
+number, growth = 0, {}  # kB, in the second half of the rounds
+for only in want:
+    after = {}
+    for done in range(rounds):
+        for list_path, graph in (job for job in jobs if job[1] == only):
+            batch = batches(list_path, graph)
+            good = torch.from_numpy(np.load(Path(list_path).parent / "good.npy"))[batch.ids]
+            assert torch.equal(batch.valid, good), (list_path, graph)
+            same = torch.from_numpy(np.load(Path(list_path).parent / "same.npy"))[batch.ids]
+            assert torch.equal(batch.clips[same], want[graph].clips[same]), (list_path, graph)
+            number += 1
+        after[done] = memory()
+    growth[only] = after[rounds - 1] - after[rounds // 2]
+print(json.dumps([number, growth]))
 """
 CLIPS, FRAMES = 12, 4
 SPOIL = {  # DALI refuses them; whether they can be read, and are then the same picture
@@ -378,7 +381,7 @@ def write_stress(root: Path, kinds: list[str]) -> list[str]:
     return [str(root / kind / "list.txt") for kind in kinds]
 
 
-def run_stress(root: Path, rounds: int, guarded: bool, jobs: list[tuple[str, str]], timeout: float) -> list[int]:
+def run_stress(root: Path, rounds: int, guarded: bool, jobs: list[tuple[str, str]], timeout: float) -> list:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = nursery().run(["-c", STRESS, json.dumps([str(root), rounds, guarded, jobs])], env, timeout)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -404,7 +407,9 @@ def test_what_dali_refuses_ends_no_process_in_thousands_of_batches(tmp_path, gua
         lists.append(str(path.parent / "pack" / "list.txt"))
     jobs = [(path, graph) for path in lists for graph in ("fused", "operators")]
     number, growth = run_stress(tmp_path, 150, guarded, jobs, 1500)
-    assert number == 150 * len(jobs) and growth < 30_000, growth  # kB
+    assert number == 150 * len(jobs)
+    # kB, of 525 refused batches. DALI itself keeps 58 kB of each graph of its operators that was ever built.
+    assert growth["fused"] < 10_000 and growth["operators"] < 40_000, growth
 
 
 def table() -> None:

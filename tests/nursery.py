@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 SERVER = """
-import atexit, contextlib, json, os, runpy, signal, sys, threading, traceback
-import torch, torch.distributed.run as launcher, timm, tyro
+import atexit, contextlib, json, os, runpy, sys, threading, traceback
+import torch, timm, tyro
+from torch.distributed.run import main as torchrun
 import dali_pipes.build, dfer.evaluation, dfer.run.logger, dfer.run.folder
 import dfer.report.page, matplotlib.pyplot, onnxruntime  # the ends of runs, and export
 
@@ -52,7 +53,8 @@ def play(order):
         if order["words"][0] == "-c":
             exec(compile(sys.argv.pop(1), "-c", "exec"), {"__name__": "__main__"})
         elif order["words"][0] == "-m":
-            torchrun(order["words"][2:])
+            sys.argv = ["torchrun", *order["words"][2:]]
+            torchrun(sys.argv[1:])  # its processes are fresh ones: it has threads, beside which forks may hang
         else:
             runpy.run_path(order["words"][0], run_name="__main__")
     except SystemExit as stop:
@@ -70,23 +72,6 @@ def play(order):
         except OSError:
             code = code or 120
     os._exit(code)
-
-def torchrun(words):
-    # torchrun itself, but that it forks its processes
-    def forked(config, entrypoint):
-        config.start_method = "fork"
-        return lambda unbuffered, *command: elastic_launch(config, rank)(*command)
-    elastic_launch, launcher.elastic_launch = launcher.elastic_launch, forked
-    sys.argv = ["torchrun", *words]
-    launcher.main(words)
-
-def rank(*command):
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)  # torchrun's own are not for its children
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(write_through=True)  # as -u
-    sys.argv, sys.path[0] = list(command), os.path.dirname(os.path.abspath(command[0]))
-    runpy.run_path(command[0], run_name="__main__")
 
 for line in sys.stdin:
     child = os.fork()

@@ -132,6 +132,8 @@ def check_paths(rows: Sequence[Labelled], stated: bool, advice: Callable[[str], 
 
 def _shared_folders(names: Sequence[str]) -> int:
     """Return the length of the folders that all paths begin with: of those none tells rows apart."""
+    if not names:
+        return 0
     first, last = min(names).split("/")[:-1], max(names).split("/")[:-1]
     return sum(
         len(a) + 1 for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))

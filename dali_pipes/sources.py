@@ -3,6 +3,7 @@
 `kind` is what `fetch` returns: "images" (encoded), "pixels" (uint8 pictures) or "videos" (whole encoded files).
 """
 
+import abc
 import math
 import mmap
 import os
@@ -38,7 +39,7 @@ class BadClip(UserError):
     """A clip that cannot be read, or must not be decoded. The message is one line that names its row and its file."""
 
 
-class Images:
+class Images(abc.ABC):
     """What sources of image files share: DALI is given what it reads, at once or after decoding here."""
 
     kind: Kind = "images"
@@ -56,13 +57,13 @@ class Images:
         """
         return self.for_dali(video, frames, self.stored(video, frames))
 
+    @abc.abstractmethod
     def stored(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
         """Return the bytes of the frames as they lie there.
 
         Raises:
             BadClip: if they cannot be read, or their hash differs.
         """
-        raise NotImplementedError
 
     def for_dali(
         self, video: int, frames: Int64[np.ndarray, " T"], files: list[UInt8[np.ndarray, "..."]]
@@ -98,9 +99,9 @@ class Images:
                 problem = f"cannot be decoded ({error})"
         raise BadClip(f"{self.name(video, frame)}: {problem}")
 
+    @abc.abstractmethod
     def place(self, video: int, frame: int) -> str:
         """Return where a frame lies."""
-        raise NotImplementedError
 
     def name(self, video: int, frame: int) -> str:
         """Return how messages on a bad frame begin."""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -44,13 +45,10 @@ def say_error(line: str) -> None:
     sys.stderr.flush()
 
 
-_said: set[str] = set()
-
-
+@functools.cache
 def say_once(line: str) -> None:
     """Write a line to stderr that is no error, once in a process, and of several ranks by the first alone."""
-    if line not in _said and os.environ.get("RANK", "0") == "0":
-        _said.add(line)
+    if os.environ.get("RANK", "0") == "0":
         say_error(f"note: {printable(line)}")
 
 

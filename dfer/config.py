@@ -331,10 +331,8 @@ def differences(saved: Config, now: Config) -> list[str]:
     for config in (was, is_):
         if not saved.optim.ema:  # no average, whichever
             del config["optim"]["ema_warmup"]
-        if config["model"]["weights"] not in (
-            None,
-            "timm",
-        ):  # the checkpoint has them: which file it was is of no matter
+        # The checkpoint has the weights: which file they came from is of no matter.
+        if config["model"]["weights"] not in (None, "timm"):
             config["model"]["weights"] = "a file"
     return _differences(was, is_, "")
 

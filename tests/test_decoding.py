@@ -15,6 +15,7 @@ from nvidia import nvimgcodec
 from PIL import Image
 
 import dali_pipes.bad_clips
+from dali_pipes import headers
 from dali_pipes.headers import is_plain, refusal
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
@@ -165,6 +166,16 @@ def test_all_readers_agree(tmp_path, all_may_be_bad, capfd):
     assert {names[video] for video in good} - PLAIN.keys() - ODD.keys() - {"jpeg, segment of length 0"} == read | {
         "png, CRC of pixels"
     }
+
+
+def test_headers_that_end_at_once_are_read_to_their_end():
+    """In Python, where an index beyond the end is an error, as it is not in compiled code."""
+    data = jpeg()
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    for place in (frame, scan):
+        for length in range(9):
+            cut = data[: place + 2] + (length + 2).to_bytes(2) + data[place + 4 : place + 4 + length]
+            assert not headers._is_plain_jpeg.py_func(np.frombuffer(cut, np.uint8))
 
 
 def test_packs_of_odd_files_are_the_files(tmp_path):

@@ -17,6 +17,7 @@ from dfer.config import Config, DataConfig, ModelConfig, config_from_json
 from dfer.lists.annotations import EMOTIONS
 from dfer.model.backbone import FrameBackbone
 from dfer.model.build import build_model
+from dfer.model.pretrained import load_pretrained
 from dfer.predict.predictor import Model
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from dfer.run.weight_files import save_weights
@@ -145,6 +146,15 @@ def test_the_form_of_the_file_is_of_no_matter(tmp_path, weights):
         for there in (path, tmp_path / "model.bin"):
             backbone = FrameBackbone(NAME, str(there))
             assert is_loaded(backbone, weights) and backbone.loaded.startswith(f"{total} of {total} tensors")
+
+
+def test_what_wraps_an_extractor_is_no_part_of_its_names(tmp_path):
+    weights = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).state_dict()
+    torch.save(weights, tmp_path / "w.pt")
+    for wrapper in ("model", "body"):
+        net = torch.nn.ModuleDict({wrapper: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))})
+        assert load_pretrained(net, tmp_path / "w.pt", "toy", None).startswith("7 of 7 tensors of toy")
+        assert torch.equal(net[wrapper][0].weight, weights["0.weight"])
 
 
 def test_a_file_may_have_any_name(tmp_path, weights):

@@ -49,9 +49,8 @@ def load_pretrained(net: nn.Module, path: Path, name: str, rename: Rename | None
     if rename is not None and (best.misshapen or len(best.tensors) < ENOUGH * len(_names(net))):
         best = max(best, _best(net, _renamed(dictionaries, rename)), key=lambda found: len(found.tensors))
     wanted = list(_names(net).values())
-    if best.tensors and not any(
-        n.endswith("num_batches_tracked") for n in best.tensors
-    ):  # as in old files: of no consequence
+    # Old files have no counts of batches, which are of no consequence.
+    if best.tensors and not any(n.endswith("num_batches_tracked") for n in best.tensors):
         wanted = [n for n in wanted if not n.endswith("num_batches_tracked")]
     total, loaded, given = len(wanted), len(best.tensors), len(best.tensors) + len(best.surplus)
     missing = [n for n in wanted if n not in best.tensors and n not in best.misshapen]

@@ -39,7 +39,7 @@ from dfer.precision import build_precision
 from dfer.run import distributed, dry_run
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.distributed import World
-from dfer.run.folder import RunFolder, about_run, continued_config, diverged, shared_config
+from dfer.run.folder import RunFolder, about_run, continued_config, diverged, shared_config, started_config
 from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
@@ -297,4 +297,4 @@ if __name__ == "__main__":
     gc.enable()
     gc.freeze()  # what the imports have made is not scanned again in training
     faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
-    sys.exit(one_line_errors("train.py", lambda: main(parse_config(sys.argv[1:]))))
+    sys.exit(one_line_errors("train.py", lambda: main(started_config(parse_config(sys.argv[1:])))))

@@ -5,17 +5,15 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from dfer.cli import Range, UserError
+from dfer.cli import Range, UserError, check_ranges, restored
 from dfer.files import read_file
 from dfer.plan.augmentation import Augmentation
 from dfer.recipes import RECIPES
@@ -63,8 +61,13 @@ class ModelConfig:
     """The full model, or the baseline: the same backbone with its frames mean-pooled."""
     backbone: str = "resnet18"
     """Any timm model with feature levels."""
-    weights: str | None = None
-    """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file, or a run's or export's folder."""
+    init: str = "random"
+    """Weights to start from: random, timm (its own for the backbone), auto (those if they can be had, else random), or
+    what a run's or export's folder, a file or hf:ORG/NAME holds: all that fits; of backbone:THAT the backbone alone."""
+    freeze: Literal["none", "backbone"] = "none"
+    """What stays as it starts: a frozen backbone gets no gradient and keeps its batch statistics."""
+    drop_path: Annotated[float, Range(0.0, 0.9)] = 0.0
+    """Stochastic depth: probability that the backbone's last residual branch is left out for a frame; less before."""
     dim: Annotated[int, Range(8, 4096)] = 256
     """Width D of the pyramid."""
     crf: Literal["meanfield", "messages", "gaussian"] = "meanfield"
@@ -167,14 +170,22 @@ def _dfew(gpu: bool) -> Config:
     """DFEW fold 1, 112 px, T=16: `torchrun --nproc_per_node=4 train.py dfew --data.root DIR`."""
     lists = DataConfig(train_list=Path("lists/dfew/set_1_train.txt"), val_list=Path("lists/dfew/set_1_test.txt"))
     return Config(
-        "dfew", data=dataclasses.replace(lists, batch_size=32), optim=OptimConfig(epochs=100, warmup_epochs=5.0)
+        "dfew",
+        data=dataclasses.replace(lists, batch_size=32),
+        model=ModelConfig(init="auto"),
+        optim=OptimConfig(epochs=100, warmup_epochs=5.0),
     )
 
 
 def _ferv39k(gpu: bool) -> Config:
     """FERV39k, all scenes, 112 px, T=16: `torchrun --nproc_per_node=4 train.py ferv39k --data.root DIR`."""
     lists = DataConfig(train_list=Path("lists/ferv39k/train_All.txt"), val_list=Path("lists/ferv39k/test_All.txt"))
-    return Config("ferv39k", data=dataclasses.replace(lists, batch_size=32), optim=OptimConfig(warmup_epochs=5.0))
+    return Config(
+        "ferv39k",
+        data=dataclasses.replace(lists, batch_size=32),
+        model=ModelConfig(init="auto"),
+        optim=OptimConfig(warmup_epochs=5.0),
+    )
 
 
 def _debug(gpu: bool) -> Config:
@@ -204,7 +215,7 @@ def parse_config(args: list[str]) -> Config:
     preset = args[0] if args and not args[0].startswith("-") else "faces"
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    flags = args[1:] if args and args[0] == preset else args
+    flags = _named_as_now(args[1:] if args and args[0] == preset else args)
     default = PRESETS[preset](torch.cuda.is_available())
     recipe = _recipe(flags)
     if recipe in RECIPES:  # anything else is named by tyro
@@ -214,7 +225,9 @@ def parse_config(args: list[str]) -> Config:
     begun = begun_config(config.run.log_dir / config.run.name) if config.run.name else None
     if begun is None:
         return config
-    config = _parse(flags, _continued(begun, config, preset_typed=len(flags) < len(args)))
+    config = _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
+    if config.model.init == "auto":  # typed again: what it was found to mean
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=begun.model.init))
     validate(config)
     return config
 
@@ -239,6 +252,21 @@ def _parse(words: list[str], default: Config) -> Config:
     return config
 
 
+def _named_as_now(words: list[str]) -> list[str]:
+    """Return a command's words with --model.init for --model.weights, as it was called once."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--model.weights=") else [word])]
+    for at in (i for i, word in enumerate(words[:-1]) if word == "--model.weights"):
+        words[at : at + 2] = ["--model.init", _init_of(None if words[at + 1] == "None" else words[at + 1])]
+    return words
+
+
+def _init_of(weights: object) -> str:
+    """Return --model.init for a value of --model.weights, which was for the backbone alone."""
+    if weights is not None and not isinstance(weights, str):
+        raise ValueError(f"--model.weights is {weights!r}")
+    return {None: "random", "timm": "timm"}.get(weights, f"backbone:{weights}")
+
+
 def _recipe(args: list[str]) -> str | None:
     """Return the value of --data.recipe, which is read before all other flags since it sets their defaults."""
     flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -259,26 +287,18 @@ def validate(config: Config) -> None:
     Raises:
         UserError: names the flag, its value and what is allowed.
     """
-    _check_ranges(config, "--")
+    check_ranges(config, "--")
     model, run = config.model, config.run
     if model.dim % 4:
         raise UserError(f"--model.dim {model.dim}: must be a multiple of 4, the attention heads")
+    if model.freeze == "backbone" and model.drop_path:
+        raise UserError(f"--model.drop-path {model.drop_path}: nothing of a frozen backbone is dropped; leave one out")
+    if not model.init or "\0" in model.init:
+        raise UserError(f"--model.init {model.init!r}: must be random, timm, auto, a file or folder, or hf:ORG/NAME")
     if config.resume and run.name is None:
         raise UserError("--resume: say which run with --run.name NAME (a folder under --run.log-dir)")
     if run.name is not None and (run.name in ("", ".", "..") or Path(run.name).name != run.name):
         raise UserError(f"--run.name {run.name!r}: must be a plain folder name")
-
-
-def _check_ranges(section: Any, prefix: str) -> None:
-    for name, hint in get_type_hints(type(section), include_extras=True).items():
-        flag = f"{prefix}{name.replace('_', '-')}"
-        value: Any = getattr(section, name)
-        if dataclasses.is_dataclass(type(value)):
-            _check_ranges(value, f"{flag}.")
-            continue
-        for limits in (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)):
-            if not math.isfinite(value) or not limits.low <= value <= limits.high:
-                raise UserError(f"{flag} {value}: must be between {limits.low} and {limits.high}")
 
 
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
@@ -332,8 +352,10 @@ def differences(saved: Config, now: Config) -> list[str]:
         if not saved.optim.ema:  # no average, whichever
             del config["optim"]["ema_warmup"]
         # The checkpoint has the weights: which file they came from is of no matter.
-        if config["model"]["weights"] not in (None, "timm"):
-            config["model"]["weights"] = "a file"
+        if config["model"]["init"] not in ("random", "timm", "auto"):
+            config["model"]["init"] = "a file"
+    if "auto" in (was["model"]["init"], is_["model"]["init"]):  # what the run began with, whichever that was
+        is_["model"]["init"] = was["model"]["init"]
     return _differences(was, is_, "")
 
 
@@ -360,37 +382,12 @@ def config_from_json(text: str, source: Path) -> Config:
         for flag, value in _BEFORE.items():
             section, name = flag.split(".")
             saved.get(section, {}).setdefault(name, value)
-        config = _restored(Config, saved, "--")
+        if "weights" in (model := saved.get("model", {})):
+            model["init"] = _init_of(model.pop("weights"))
+        config = restored(Config, saved, "--")
         validate(config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except (TypeError, AttributeError, ValueError, RecursionError) as error:  # json's errors are ValueErrors
         raise UserError(f"{source}: not a run's configuration ({error})") from None
     return config
-
-
-def _restored(kind: Any, saved: Any, flag: str) -> Any:
-    """Return a value of a field's type from what JSON has of it.
-
-    Raises:
-        TypeError, ValueError: if it is of another type, or none of the choices.
-    """
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind, include_extras=True)
-        start = flag if flag == "--" else f"{flag}."
-        known = {k: _restored(hints[k], v, start + k.replace("_", "-")) for k, v in saved.items() if k in hints}
-        return cast(type, kind)(**(dict(saved) | known))  # an unknown key is a TypeError
-    if get_origin(kind) is Literal:
-        fits = saved in get_args(kind)
-    elif get_origin(kind) is UnionType:  # a type, or None
-        return None if saved is None else _restored(get_args(kind)[0], saved, flag)
-    elif kind is Path:
-        fits = isinstance(saved, str) and "\0" not in saved
-        saved = Path(saved) if fits else saved
-    else:
-        fits = isinstance(saved, int | float if kind is float else kind) and isinstance(saved, bool) == (kind is bool)
-    if not fits:
-        raise ValueError(f"{flag} is {saved!r}")
-    return saved

@@ -1,6 +1,5 @@
 """All that training changes, saved and restored; all that it works with; the trained model in a checkpoint."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from dfer.cli import UserError
 from dfer.config import Config
 from dfer.losses import Objective
 from dfer.model.build import build_model
+from dfer.model.start import start
 from dfer.optim import NonFiniteGuard, Schedule, build_ema, build_optimizer
 from dfer.precision import Precision
 from dfer.run.distributed import World
@@ -32,6 +32,7 @@ class TrainState:
     step: int = 0  # optimizer steps taken or skipped
     evaluated: int = 0  # epochs that are trained and evaluated
     best: dict[str, list[float]] = field(default_factory=lambda: {"WAR": [-1.0, 0], "UAR": [-1.0, 0]})  # value, step
+    started: str | None = None  # from which weights, in a few words; None: from random ones, or it goes on
 
     def __post_init__(self):
         self.guard = NonFiniteGuard(self.model, self.optimizer, self.scaler)
@@ -129,9 +130,10 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     """
     optim, device = config.optim, precision.device
     torch.manual_seed(config.seed)
+    num_frames = config.data.num_segments * config.data.frames_per_segment
+    model = build_model(config.model, num_frames)
     # A checkpoint has the weights: those that the run began with are not asked for again, and may be gone.
-    settings = dataclasses.replace(config.model, weights=None) if checkpoint else config.model
-    model = build_model(settings, config.data.num_segments * config.data.frames_per_segment)
+    started = None if checkpoint else start(model, config.model, num_frames)
     if config.run.sync_bn:
         if device.type != "cuda":
             raise UserError("--run.sync-bn: torch synchronises batch norm between GPUs only")
@@ -140,7 +142,8 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     if precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay)
-    state = TrainState(model, optimizer, precision.scaler(), build_ema(model, optim.ema, optim.ema_warmup))
+    ema = build_ema(model, optim.ema, optim.ema_warmup)
+    state = TrainState(model, optimizer, precision.scaler(), ema, started=started)
     if checkpoint:
         state.load_state_dict(checkpoint)
     if config.run.compile:
@@ -158,9 +161,7 @@ def load_trained(state: dict[str, Any], config: Config) -> nn.Module:
     Raises:
         UserError: if it is of another version of the model.
     """
-    # The weights are in the checkpoint: nothing is to be downloaded or looked for.
-    settings = dataclasses.replace(config.model, weights=None)
-    model = build_model(settings, config.data.num_segments * config.data.frames_per_segment)
+    model = build_model(config.model, config.data.num_segments * config.data.frames_per_segment)
     if state["ema"] is None:
         load_weights(model, state["model"])
         return model.eval()

@@ -40,6 +40,7 @@ from dfer.run.folds import (
     locked,
     remaining_jobs,
     slots_for,
+    with_one_start,
 )
 from dfer.run.signals import EXIT_STOPPED
 
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
     lists, notes = choose_lists(args.lists, config, folder)
     folds = find_folds(lists)
     check_folds(folds, config.data.root)
+    config, words = with_one_start(config, words, folder)
     runs = fold_runs(config, folds, args.seeds, folder, [args.preset, *words])
     data = fold_fingerprints(config)
 

@@ -109,6 +109,8 @@ def test_an_average_that_an_older_version_began_goes_on_as_it_was(tmp_path):
         ({"optim": {"lr": "fast"}}, "--optim.lr is 'fast'"),
         ({"seed": "7"}, "--seed is '7'"),
         ({"model": {"weights": 3}}, "--model.weights is 3"),
+        ({"model": {"init": None}}, "--model.init is None"),
+        ({"model": []}, "not a run's configuration"),
     ],
 )
 def test_a_damaged_value_is_one_line_that_names_the_file(tmp_path, saved, message):

@@ -179,7 +179,7 @@ def test_a_run_that_has_begun_is_known(unpacked, tmp_path, monkeypatch, capsys):
     state = {"step": 1, "model": {}, "config": config.to_json(), "emotions": list(EMOTIONS), "data": data}
     save_checkpoint(tmp_path / "x" / "checkpoints", state | {"global_batch": config.data.batch_size})
     assert outcome().startswith("would be continued")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="gone.pt"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="gone.pt"))
     (tmp_path / "x" / "config.json").write_text(config.to_json())
     assert outcome().startswith("would be continued")  # the first weights are in the checkpoint
     state["data"] = data | {"val_list": data["train_list"]}

@@ -237,17 +237,18 @@ def test_the_first_weights_are_not_asked_for_again(data, tmp_path):
     precision = Precision(torch.device("cpu"), None, False)
     state = build_state(begun, precision, None)
     for weights in (str(tmp_path / "gone.pt"), "timm"):
-        with_weights = dataclasses.replace(begun, model=dataclasses.replace(small, weights=weights))
+        with_weights = dataclasses.replace(begun, model=dataclasses.replace(small, init=weights))
         again = build_state(with_weights, precision, state.state_dict())
         for a, b in zip(state.model.state_dict().values(), again.model.state_dict().values(), strict=True):
             assert torch.equal(a, b)
 
     def given(weights):
-        return dataclasses.replace(begun, model=dataclasses.replace(small, weights=weights))
+        return dataclasses.replace(begun, model=dataclasses.replace(small, init=weights))
 
     assert differences(given("w.pt"), given("moved.pt")) == []
     assert changes({"config": given("w.pt").to_json()}, given("moved.pt"), prints(begun)) == [
-        "--model.weights moved.pt is not read: the checkpoint has all weights"
+        "--model.init moved.pt is not read: the checkpoint has all weights"
     ]
-    assert differences(given(None), given("w.pt")) == ["--model.weights was None, is a file"]
-    assert differences(given("timm"), given("w.pt")) == ["--model.weights was timm, is a file"]
+    assert differences(given("random"), given("w.pt")) == ["--model.init was random, is a file"]
+    assert differences(given("timm"), given("w.pt")) == ["--model.init was timm, is a file"]
+    assert differences(given("timm"), given("auto")) == differences(given("random"), given("auto")) == []

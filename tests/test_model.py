@@ -1,9 +1,12 @@
 import pytest
 import torch
 
+from dfer.config import ModelConfig
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.model.backbone import FrameBackbone
+from dfer.model.build import build_model
 from dfer.model.pyramid import upsample_aligned
+from dfer.model.start import start
 
 
 @pytest.fixture(scope="module")
@@ -73,31 +76,40 @@ def test_upsampling_keeps_the_phase(source, target):
     torch.testing.assert_close(fine, 10 * positions[:, None] + positions)
 
 
-def test_other_backbones_and_weight_files(tmp_path):
+def test_other_backbones():
     names = {"resnet10t": 512, "mobilenetv3_small_050": 288}
     for name, channels in names.items():
         assert FrameBackbone(name).channels[-1] == channels
+
+
+def started(init: str, backbone: str = "resnet18") -> FrameBackbone:
+    model = build_model(config := ModelConfig("mean-pool", backbone, init), 1)
+    start(model, config, 1)
+    return model.backbone
+
+
+def test_a_file_of_a_backbone_is_loaded(tmp_path):
     source = FrameBackbone("resnet18")
     torch.save(source.net.state_dict(), tmp_path / "weights.pt")
-    loaded = FrameBackbone("resnet18", str(tmp_path / "weights.pt"))
+    loaded = started(str(tmp_path / "weights.pt"))
     for (name, a), (_, b) in zip(source.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "message"),
-    [("resnet19", None, "timm has no such model"), ("resnet18", "nowhere.pt", "nowhere.pt: no such file")],
+    ("name", "init", "message"),
+    [("resnet19", "random", "timm has no such model"), ("resnet18", "nowhere.pt", "nowhere.pt: no such file")],
 )
-def test_bad_backbones_are_one_line(name, weights, message):
+def test_bad_backbones_are_one_line(name, init, message):
     with pytest.raises(ValueError, match=message) as error:
-        FrameBackbone(name, weights)
+        started(init, name)
     assert "\n" not in str(error.value)
 
 
 def test_garbage_weights_are_one_line(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"garbage" * 100)
-    with pytest.raises(ValueError, match=r"--model.weights .*weights\.pt"):
-        FrameBackbone("resnet18", str(tmp_path / "weights.pt"))
+    with pytest.raises(ValueError, match=r"--model.init .*weights\.pt"):
+        started(str(tmp_path / "weights.pt"))
 
 
 def test_weights_out_of_reach_are_said_at_once(monkeypatch):
@@ -108,4 +120,4 @@ def test_weights_out_of_reach_are_said_at_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with pytest.raises(ValueError, match="cannot be reached"):
-        FrameBackbone("resnet18", "timm")
+        started("timm")

@@ -15,9 +15,9 @@ from safetensors.torch import save as save_safetensors
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, config_from_json
 from dfer.lists.annotations import EMOTIONS
-from dfer.model.backbone import FrameBackbone
 from dfer.model.build import build_model
-from dfer.model.pretrained import load_pretrained
+from dfer.model.pretrained import find_tensors, held_tensors, load_found
+from dfer.model.start import start
 from dfer.predict.predictor import Model
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from dfer.run.weight_files import save_weights
@@ -32,6 +32,15 @@ NAME = "test_resnet"
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     return timm.create_model(NAME).state_dict()
+
+
+class Started:
+    """A backbone that has started from a file, and what is said of that."""
+
+    def __init__(self, name: str, path: Path | str):
+        model = build_model(config := ModelConfig("mean-pool", name, f"backbone:{path}"), 1)
+        self.loaded = start(model, config, 1)
+        self.net = model.backbone.net
 
 
 def zip_of(*names: str) -> bytes:
@@ -91,7 +100,7 @@ def test_what_holds_no_weights_is_called_what_it_is(tmp_path, kind):
     content, message = NO_WEIGHTS[kind]
     path = tmp_path / "weights.pt"
     path.write_bytes(content)
-    for load in (lambda: FrameBackbone(NAME, str(path)), lambda: load_checkpoint(path)):
+    for load in (lambda: Started(NAME, path), lambda: load_checkpoint(path)):
         with pytest.raises(UserError, match=message) as error:
             load()
         said = str(error.value)
@@ -105,7 +114,7 @@ def test_what_is_no_file_is_named(tmp_path, capsys):
     messages = {"dangling.pt": r"a link to \.\./blobs/0123, which is not there", "gone": "no such file"}
     messages |= {"loop": "Too many levels", "x" * 300: "name too long", "a\0b": "null byte", "/dev/zero": "is no file"}
     for name, message in (messages | {"empty": "a folder without weights|holds no checkpoint"}).items():
-        for load in (lambda path: FrameBackbone(NAME, str(path)), load_checkpoint):
+        for load in (lambda path: Started(NAME, path), load_checkpoint):
             with pytest.raises(UserError, match=message):
                 load(tmp_path / name)
     (tmp_path / "empty" / "best_WAR.safetensors").touch()
@@ -113,7 +122,7 @@ def test_what_is_no_file_is_named(tmp_path, capsys):
     assert "holds no checkpoint, but best_WAR.safetensors, which can be given" in capsys.readouterr().err
 
 
-def is_loaded(backbone: FrameBackbone, weights: dict[str, torch.Tensor]) -> bool:
+def is_loaded(backbone: Started, weights: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, weights[name]) for name, tensor in backbone.net.state_dict().items())
 
 
@@ -126,7 +135,7 @@ def test_weights_under_any_prefix_are_loaded_and_counted(tmp_path, weights, pref
     torch.save(
         {"epoch": 3, "state_dict": named, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, tmp_path / "w"
     )
-    backbone = FrameBackbone(NAME, str(tmp_path / "w"))
+    backbone = Started(NAME, tmp_path / "w")
     assert is_loaded(backbone, weights) and backbone.loaded.startswith(f"90 of 90 tensors of {NAME} from {tmp_path}/w")
     assert f", as state_dict.{prefix}*" in backbone.loaded
 
@@ -144,7 +153,7 @@ def test_the_form_of_the_file_is_of_no_matter(tmp_path, weights):
     ):
         path.write_bytes(content)
         for there in (path, tmp_path / "model.bin"):
-            backbone = FrameBackbone(NAME, str(there))
+            backbone = Started(NAME, there)
             assert is_loaded(backbone, weights) and backbone.loaded.startswith(f"{total} of {total} tensors")
 
 
@@ -153,20 +162,22 @@ def test_what_wraps_an_extractor_is_no_part_of_its_names(tmp_path):
     torch.save(weights, tmp_path / "w.pt")
     for wrapper in ("model", "body"):
         net = torch.nn.ModuleDict({wrapper: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))})
-        assert load_pretrained(net, tmp_path / "w.pt", "toy", None).startswith("7 of 7 tensors of toy")
+        held = held_tensors(tmp_path / "w.pt")
+        said = load_found(net, find_tensors(net, held), held, "w.pt", "toy")
+        assert said.startswith("7 of 7 tensors of toy")
         assert torch.equal(net[wrapper][0].weight, weights["0.weight"])
 
 
 def test_a_file_may_have_any_name(tmp_path, weights):
     torch.save(weights, tmp_path / "code.pt")  # which names the folder in the zip file after it
-    assert is_loaded(FrameBackbone(NAME, str(tmp_path / "code.pt")), weights)
+    assert is_loaded(Started(NAME, tmp_path / "code.pt"), weights)
 
 
 def test_a_table_of_positions_is_resized_as_timm_does(tmp_path):
     weights = timm.create_model("test_vit", img_size=96).state_dict()
     weights["pos_embed"] = torch.full_like(weights["pos_embed"], 7.0)
     torch.save(weights, tmp_path / "vit.pt")
-    backbone = FrameBackbone("test_vit", str(tmp_path / "vit.pt"))
+    backbone = Started("test_vit", tmp_path / "vit.pt")
     (table,) = (tensor for name, tensor in backbone.net.state_dict().items() if "pos_embed" in name)
     assert table.shape != weights["pos_embed"].shape and torch.allclose(table, torch.tensor(7.0))
 
@@ -175,7 +186,7 @@ def test_a_network_whose_extractor_has_other_names(tmp_path):
     for name in ("test_convnext", "test_vit"):
         weights = timm.create_model(name).state_dict()
         torch.save({f"encoder.{k}": v for k, v in weights.items()}, tmp_path / name)
-        backbone = FrameBackbone(name, str(tmp_path / name))
+        backbone = Started(name, tmp_path / name)
         total = len(backbone.net.state_dict())
         assert backbone.loaded.startswith(f"{total} of {total} tensors")
         plain = {k.replace(".", "_"): v for k, v in weights.items()}
@@ -200,11 +211,11 @@ def test_weights_that_fit_in_part_are_refused_and_named(tmp_path, weights):
     ):
         torch.save(given, tmp_path / "w.pt")
         with pytest.raises(UserError, match=message) as error:
-            FrameBackbone(NAME, str(tmp_path / "w.pt"))
-        assert str(error.value).startswith(f"--model.weights {tmp_path}/w.pt: ") and "\n" not in str(error.value)
+            Started(NAME, tmp_path / "w.pt")
+        assert str(error.value).startswith(f"--model.init {tmp_path}/w.pt: ") and "\n" not in str(error.value)
     torch.save({k: v for k, v in weights.items() if k != "conv1.0.weight"}, tmp_path / "w.pt")
-    assert "89 of 90 tensors" in (loaded := FrameBackbone(NAME, str(tmp_path / "w.pt")).loaded)
-    assert loaded.endswith("; missing: conv1.0.weight")
+    assert "89 of 90 tensors" in (loaded := Started(NAME, tmp_path / "w.pt").loaded)
+    assert loaded.endswith("; missing: conv1.0.weight; all else is fresh")
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +258,7 @@ def test_own_runs_and_exports_are_understood_wherever_weights_are_taken(own, nam
     assert (config.data.size, config.data.num_segments, config.data.frames_per_segment) == (32, 2, 2)
     loaded = load_trained(state, config).state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
-    backbone = FrameBackbone(NAME, str(path))
+    backbone = Started(NAME, path)
     assert backbone.loaded.startswith("90 of 90 tensors")
     assert all(torch.equal(v, model.backbone.net.state_dict()[k]) for k, v in backbone.net.state_dict().items())
 
@@ -297,5 +308,5 @@ def test_weights_of_something_else_are_no_checkpoint(tmp_path, weights):
     Path(tmp_path / "w.safetensors").write_bytes(save_safetensors(weights))
     for path in (tmp_path / "w.safetensors", tmp_path / "w.pt"):
         torch.save(weights, tmp_path / "w.pt")
-        with pytest.raises(UserError, match=r"not a checkpoint of this project.*--model\.weights"):
+        with pytest.raises(UserError, match=r"not a checkpoint of this project.*--model\.init"):
             load_checkpoint(path)

@@ -14,7 +14,7 @@ class MeanPoolNet(nn.Module, PyTorchModelHubMixin):
     Args:
         num_classes: K.
         backbone: name of the network in timm.
-        weights: those of `FrameBackbone`.
+        drop_path: that of `FrameBackbone`.
         dropout: before the head.
     """
 
@@ -23,11 +23,11 @@ class MeanPoolNet(nn.Module, PyTorchModelHubMixin):
         num_classes: int = 7,
         *,
         backbone: str = "resnet18",
-        weights: str | None = None,
+        drop_path: float = 0.0,
         dropout: float = 0.2,
     ):
         super().__init__()
-        self.backbone = FrameBackbone(backbone, weights)
+        self.backbone = FrameBackbone(backbone, drop_path)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.backbone.channels[-1], num_classes))
 
     def forward(self, clips: Float[Tensor, "B T 3 H W"]) -> Prediction:

@@ -5,20 +5,30 @@ from torch import nn
 from dfer.config import ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet, MeanPoolNet
+from dfer.model.backbone import FrameBackbone
 
 
-def build_model(config: ModelConfig, num_frames: int) -> nn.Module:
-    """Return the model that a configuration names, with fresh weights, for clips of `num_frames` frames.
+def build_model(config: ModelConfig, num_frames: int, num_classes: int = len(EMOTIONS)) -> nn.Module:
+    """Return the model that a configuration names, with random weights, for clips of `num_frames` frames.
 
     Raises:
-        UserError: if there is no such backbone, or its weights cannot be had.
+        UserError: if there is no such backbone, or it has no stochastic depth and is to have it.
     """
-    backbone = {"backbone": config.backbone, "weights": config.weights, "dropout": config.dropout}
+    model = _network(config, num_frames, num_classes)
+    if config.freeze == "backbone":
+        for module in model.modules():
+            if isinstance(module, FrameBackbone):
+                module.freeze()
+    return model
+
+
+def _network(config: ModelConfig, num_frames: int, num_classes: int) -> nn.Module:
+    backbone = {"backbone": config.backbone, "drop_path": config.drop_path, "dropout": config.dropout}
     if config.name == "mean-pool":
-        return MeanPoolNet(len(EMOTIONS), **backbone)
+        return MeanPoolNet(num_classes, **backbone)
     return DFERNet(
         num_frames,
-        num_classes=len(EMOTIONS),
+        num_classes=num_classes,
         dim=config.dim,
         crf=config.crf,
         readout=config.readout,

@@ -33,7 +33,7 @@ class DFERNet(nn.Module, PyTorchModelHubMixin):
         num_frames: T, frames of a clip in training; at other T the positions in time are interpolated.
         num_classes: K.
         backbone: name of the network in timm.
-        weights: those of `FrameBackbone`.
+        drop_path: that of `FrameBackbone`.
         dim: D, width of the pyramid.
         crf: the mean-field CRF, or for comparison the messages of the original method or the continuous Gaussian CRF,
             which have no marginals and ignore `readout`, `iterations` and `max_coupling`.
@@ -50,7 +50,7 @@ class DFERNet(nn.Module, PyTorchModelHubMixin):
         *,
         num_classes: int = 7,
         backbone: str = "resnet18",
-        weights: str | None = None,
+        drop_path: float = 0.0,
         dim: int = 256,
         crf: Literal["meanfield", "messages", "gaussian"] = "meanfield",
         readout: Literal["none", "labels", "value", "both"] = "both",
@@ -60,7 +60,7 @@ class DFERNet(nn.Module, PyTorchModelHubMixin):
         dropout: float = 0.2,
     ):
         super().__init__()
-        self.backbone = FrameBackbone(backbone, weights)
+        self.backbone = FrameBackbone(backbone, drop_path)
         self.pyramid = FeaturePyramid(self.backbone.channels, dim)
         fine, coarse = self.backbone.strides
         strides = fine, coarse

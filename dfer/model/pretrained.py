@@ -1,8 +1,8 @@
-"""Weights for a backbone out of what others have saved: found by their names and shapes, and counted."""
+"""Weights for a network out of what others have saved: found by their names and shapes, and counted."""
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,55 +18,74 @@ ENOUGH = 0.95  # of a network's tensors; below it is another network's file
 Rename = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """What a dictionary of tensors has for a network."""
 
     where: str  # the keys that lead to the dictionary
     prefix: str  # before the names of the network's tensors
     tensors: dict[str, Tensor]  # by the network's names
-    misshapen: list[str]  # names in the network of those in another shape
+    misshapen: dict[str, Tensor]  # those in another shape, by the network's names
     surplus: list[str]  # names in the file of those that lie in the network's own blocks and that it does not have
 
 
-def load_pretrained(net: nn.Module, path: Path, name: str, rename: Rename | None) -> str:
-    """Load the weights that a file, or a folder, has for a network, and return how many in a few words.
+Held = list[tuple[str, dict[str, Tensor]]]  # the dictionaries of tensors in a file, and the keys that lead to each
 
-    Names may have a prefix (`module.`, `backbone.net.`) and lie in a dictionary of the file ("state_dict"); where
-    several fit equally well, averaged weights go first.
+
+def held_tensors(path: Path) -> Held:
+    """Return the dictionaries of tensors that a file or folder holds, whatever model they are of.
+
+    Raises:
+        UserError: as `load_tensors`.
+    """
+    return list(_dictionaries(load_tensors(path)))
+
+
+def find_tensors(net: nn.Module, held: Held, rename: Rename | None = None) -> Found:
+    """Return what fits a network best: the names may have a prefix (`module.`, `backbone.net.`).
+
+    Where several dictionaries fit equally well, averaged weights go first. `rename` is tried where names or shapes do
+    not fit; timm's also resizes tables of positions.
+    """
+    best = _best(net, held)
+    if rename is not None and (best.misshapen or len(best.tensors) < ENOUGH * len(_names(net))):
+        best = max(best, _best(net, _renamed(held, rename)), key=lambda found: len(found.tensors))
+    return best
+
+
+def load_found(net: nn.Module, found: Found, held: Held, source: str, name: str, fresh: Collection[str] = ()) -> str:
+    """Load what was found for a network, and say in a few words how many tensors that is.
 
     Args:
-        net: the network, as a feature extractor of timm.
-        path: as of `load_tensors`.
+        net: the network.
+        found: of `find_tensors`.
+        held: what it was found in.
+        source: where that is from, for messages.
         name: of the network, for messages.
-        rename: is tried where names or shapes do not fit; timm's also resizes tables of positions.
+        fresh: names of tensors that are not asked for, and stay as they are.
 
     Raises:
         UserError: if fewer than ENOUGH of the network's tensors are in it, if one of them has another shape there, or
             if as many in it have no place in the network.
     """
-    dictionaries = list(_dictionaries(load_tensors(path)))
-    best = _best(net, dictionaries)
-    if rename is not None and (best.misshapen or len(best.tensors) < ENOUGH * len(_names(net))):
-        best = max(best, _best(net, _renamed(dictionaries, rename)), key=lambda found: len(found.tensors))
-    wanted = list(_names(net).values())
+    wanted = [n for n in _names(net).values() if n not in fresh]
     # Old files have no counts of batches, which are of no consequence.
-    if best.tensors and not any(n.endswith("num_batches_tracked") for n in best.tensors):
+    if found.tensors and not any(n.endswith("num_batches_tracked") for n in found.tensors):
         wanted = [n for n in wanted if not n.endswith("num_batches_tracked")]
-    total, loaded, given = len(wanted), len(best.tensors), len(best.tensors) + len(best.surplus)
-    missing = [n for n in wanted if n not in best.tensors and n not in best.misshapen]
-    parts = {"missing": missing, "of another shape": best.misshapen, f"which {name} has no place for": best.surplus}
-    lacks = "".join(f"; {what}: {_some(names)}" for what, names in parts.items() if names)
-    if loaded < ENOUGH * total or loaded < ENOUGH * given or best.misshapen:
-        has = _some([n for _, tensors in dictionaries for n in tensors]) or "no tensors by names"
+    tensors = {n: tensor for n, tensor in found.tensors.items() if n not in fresh}
+    total, loaded, given = len(wanted), len(tensors), len(tensors) + len(found.surplus)
+    missing = [n for n in wanted if n not in tensors and n not in found.misshapen]
+    misshapen = [n for n in found.misshapen if n not in fresh]
+    parts = {"missing": missing, "of another shape": misshapen, f"which {name} has no place for": found.surplus}
+    lacks = "".join(f"; {what}: {some(names)}" for what, names in parts.items() if names)
+    if loaded < ENOUGH * total or loaded < ENOUGH * given or misshapen:
+        has = some([n for _, tensors in held for n in tensors]) or "no tensors by names"
         lacks += f"; it has {has}" * (not loaded)
-        raise UserError(
-            f"{path}: has {loaded} of the {total} tensors of {name}{lacks}: give weights of {name}, or another backbone"
-        )
-    if non_finite := [n for n, t in best.tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
-        raise UserError(f"{path}: its weights are not finite ({_some(non_finite)})")
-    net.load_state_dict(best.tensors, strict=False)
-    keys = f", as {best.where}{best.prefix}*" if best.where or best.prefix else ""
-    return f"{loaded} of {total} tensors of {name} from {path}{keys}{lacks}"
+        raise UserError(f"{source}: has {loaded} of the {total} tensors of {name}{lacks}")
+    if non_finite := [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
+        raise UserError(f"{source}: its weights are not finite ({some(non_finite)})")
+    net.load_state_dict(tensors, strict=False)
+    keys = f", as {found.where}{found.prefix}*" if found.where or found.prefix else ""
+    return f"{loaded} of {total} tensors of {name} from {source}{keys}{lacks}"
 
 
 def _names(net: nn.Module) -> dict[str, str]:
@@ -82,7 +101,8 @@ def _plain(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Return the first names in a text, and how many more there are."""
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
@@ -95,22 +115,22 @@ def _dictionaries(content: dict[Any, Any], where: str = "", depth: int = 3) -> I
             yield from _dictionaries(value, f"{where}{key}.", depth - 1)
 
 
-def _renamed(dictionaries: list[tuple[str, dict[str, Tensor]]], rename: Rename) -> list[tuple[str, dict[str, Tensor]]]:
+def _renamed(held: Held, rename: Rename) -> Held:
     renamed = []
-    for where, tensors in dictionaries:
+    for where, tensors in held:
         with contextlib.suppress(Exception):  # made for the names of one file, it fails at others in any way
             renamed.append((where, {k: v for k, v in rename(dict(tensors)).items() if isinstance(v, Tensor)}))
     return renamed
 
 
-def _best(net: nn.Module, dictionaries: list[tuple[str, dict[str, Tensor]]]) -> _Found:
+def _best(net: nn.Module, held: Held) -> Found:
     """Return what the dictionary that fits the network best has for it."""
-    averaged_first = sorted(dictionaries, key=lambda found: "ema" not in found[0].lower())
+    averaged_first = sorted(held, key=lambda found: "ema" not in found[0].lower())
     found = [_match(net, where, tensors) for where, tensors in averaged_first]
-    return max(found, key=lambda found: len(found.tensors), default=_Found("", "", {}, [], []))
+    return max(found, key=lambda found: len(found.tensors), default=Found("", "", {}, {}, []))
 
 
-def _match(net: nn.Module, where: str, tensors: dict[str, Tensor]) -> _Found:
+def _match(net: nn.Module, where: str, tensors: dict[str, Tensor]) -> Found:
     """Return what a dictionary has for a network, under the prefix that most of its names have."""
     names, state = _names(net), net.state_dict()
     prefixes: Counter[str] = Counter()
@@ -119,15 +139,16 @@ def _match(net: nn.Module, where: str, tensors: dict[str, Tensor]) -> _Found:
         starts = (i for i in range(len(parts)) if "_".join(parts[i:]) in names)
         prefixes.update("".join(f"{part}." for part in parts[:i]) for i in starts)
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
-    fitting, misshapen, surplus = {}, [], []
+    fitting, misshapen, surplus = {}, {}, []
     blocks = tuple({f"{_plain(_unwrapped(name).split('.')[0])}_" for name in state})
     for given, tensor in tensors.items():
         plain = _plain(given.removeprefix(prefix))
         name = names.get(plain) if given.startswith(prefix) else None
         if name is None:
             surplus += [given] * (given.startswith(prefix) and plain.startswith(blocks))
-        elif tensor.shape == state[name].shape and tensor.is_floating_point() == state[name].is_floating_point():
-            fitting[name] = tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor
+        elif tensor.is_floating_point() != state[name].is_floating_point():
+            misshapen[name] = tensor
         else:
-            misshapen.append(name)
-    return _Found(where, prefix, fitting, misshapen, surplus)
+            plainly = tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor
+            (fitting if tensor.shape == state[name].shape else misshapen)[name] = plainly
+    return Found(where, prefix, fitting, misshapen, surplus)

@@ -22,6 +22,7 @@ from torch import Tensor
 from dfer.cli import UserError
 from dfer.files import commit, read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
+from dfer.run.hub import local
 from dfer.run.weight_files import WeightFile, digest, read_weight_file
 
 FORMAT = 1
@@ -196,8 +197,8 @@ def decode_state(content: bytes, source: Path) -> dict[str, Any]:
 def _checked(state: object, source: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise UserError(
-            f"{source}: not a checkpoint of this project: no configuration of a run is in it; as weights of a backbone "
-            "train.py takes it (--model.weights)"
+            f"{source}: not a checkpoint of this project: no configuration of a run is in it; as weights to start from "
+            "train.py takes it (--model.init)"
         )
     _check_classes(state.get("emotions"), source)
     return state
@@ -216,11 +217,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Args:
         path: a run's folder (its newest checkpoint), one checkpoint's .json or .pt, the weights of a best epoch, or
-            what scripts/export.py wrote: its folder, or model.safetensors in it.
+            what scripts/export.py wrote: its folder, model.safetensors in it, or hf:ORG/NAME where that was uploaded.
 
     Raises:
         UserError: if it is missing, damaged, or not a checkpoint of this project.
     """
+    path = local(path)
     if os.path.isdir(path):
         content, _ = newest_checkpoint(path / "checkpoints" if os.path.isdir(path / "checkpoints") else path)
         if content is not None:
@@ -257,11 +259,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Return what a file or a folder of weights holds, of whatever model: a run, an export, or another's file.
+    """Return what a file, a folder or hf:ORG/NAME holds, of whatever model: a run, an export, or another's file.
 
     Raises:
         UserError: if there are none, or they cannot be read.
     """
+    path = local(path)
     if not os.path.isdir(path):
         if _STATE.fullmatch(path.name) or _MANIFEST.fullmatch(path.name):
             return load_checkpoint(path)
@@ -308,7 +311,7 @@ def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, ZeroDivisionError):  # JSON's and Unicode's errors are ValueErrors
         raise UserError(
             f"{path}: not a checkpoint of this project: {source.name} beside it is not of scripts/export.py; as "
-            "weights of a backbone train.py takes it (--model.weights)"
+            "weights to start from train.py takes it (--model.init)"
         ) from None
     _check_classes(emotions, path)
     config = json.dumps({"preset": "exported", "data": data, "model": model})

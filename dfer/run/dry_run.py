@@ -71,7 +71,7 @@ class DryRun(NamedTuple):
 def without_first_weights(config: Config) -> Config:
     """Return the configuration of a dry run: the checkpoint of a run that has begun has what else a file would give."""
     begun = config.run.name and find_manifests(config.run.log_dir / config.run.name / "checkpoints")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None)) if begun else config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, init="random")) if begun else config
 
 
 def padded(num_clips: int, clips_per_batch: int) -> int:
@@ -142,8 +142,8 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
     title = f"{config.preset} on {job.world.size} x {job.world.device.type}: a run could begin; nothing was written"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("clips", f"{len(train_index):,} to train, {len(val_index):,} to evaluate ({train_index.source})")
-    if loaded := getattr(job.state.model.get_submodule("backbone"), "loaded", None):
-        table.add_row("backbone", loaded)
+    if job.state.started:
+        table.add_row("starts from", job.state.started)
     for row in result.rows().items():
         table.add_row(*row)
     if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:

@@ -156,8 +156,8 @@ def changes(state: dict[str, Any], config: Config, now: dict[str, Any]) -> list[
     if "data" not in state:
         same = "an older version began the run, and whether evaluation list and votes are the same cannot be told"
     lines = [f"{'; '.join(moved)}: {same}"] * bool(moved)
-    if begun.model.weights != config.model.weights:
-        lines.append(f"--model.weights {config.model.weights} is not read: the checkpoint has all weights")
+    if begun.model.init != config.model.init:
+        lines.append(f"--model.init {config.model.init} is not read: the checkpoint has all weights")
     for key in ("train_list", "val_list") if "data" in state else ():
         before, after, path = state["data"][key], now[key], _get(config, f"data.{key}")
         if before["source"] != after["source"]:

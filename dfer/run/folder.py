@@ -23,6 +23,7 @@ from dfer.config import Config, begun_config, config_from_json, differences
 from dfer.files import read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
+from dfer.model.start import resolved
 from dfer.run import distributed
 from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.distributed import World
@@ -145,6 +146,11 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def started_config(config: Config) -> Config:
+    """Return the configuration that a run is begun with: what it starts from is saved as what was found."""
+    return dataclasses.replace(config, model=resolved(config.model))
 
 
 def shared_config(config: Config, world: World) -> Config:

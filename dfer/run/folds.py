@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from dfer.cli import EXIT_USAGE, UserError
-from dfer.config import Config, config_from_json, differences, parse_config
+from dfer.config import Config, begun_config, config_from_json, differences, parse_config
 from dfer.lists.index import load_index
 from dfer.losses import build_objective
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.fingerprints import check_data, data_fingerprints
-from dfer.run.folder import same_global_batch
+from dfer.run.folder import same_global_batch, started_config
 from dfer.run.signals import EXIT_STOPPED, SIGNALS
 
 BEST = "predictions_best_WAR.csv"  # of the best epoch's weights; train.py keeps only those of the last
@@ -48,6 +48,22 @@ class FoldJob(NamedTuple):
 
 
 # ---- Which runs there are, and what is left of them
+
+
+def with_one_start(config: Config, words: Sequence[str], folder: Path) -> tuple[Config, list[str]]:
+    """Return configuration and words with what all runs start from: where that is left open, what any began with.
+
+    Args:
+        config: what train.py makes of the words.
+        words: of its command line.
+        folder: of all runs.
+    """
+    if config.model.init != "auto":
+        return config, list(words)
+    begun = (begun_config(path) for path in sorted(folder.glob("seed*-fold*")))
+    init = next((saved.model.init for saved in begun if saved is not None), None) or started_config(config).model.init
+    model = dataclasses.replace(config.model, init=init)
+    return dataclasses.replace(config, model=model), [*words, "--model.init", init]
 
 
 def fold_runs(

@@ -133,8 +133,8 @@ class Logger:
             f"{job.train_loader.sampler.clip_length} frames of {data.size} px; {config.model.name} with "
             f"{num_parameters / 1e6:.1f} M parameters on {world.size} x {world.device.type}"
         )
-        if loaded := getattr(job.state.model.get_submodule("backbone"), "loaded", None):
-            self.say(f"backbone: {loaded}")
+        if job.state.started:
+            self.say(f"starts from {job.state.started}")
         for name, index in (("train", train_index), ("validation", val_index)):
             if index.num_miscounted():
                 self.say(f"{index.num_miscounted()} {name} clips hold another number of frames than listed; disk used")

@@ -1,0 +1,126 @@
+"""What a model starts from: `--model.init`, resolved, and loaded by one stated rule.
+
+Of a model of ours (a run, a checkpoint, an export) comes all but the tensors whose shape depends on the number of
+classes, where that differs; those that depend on T are resampled. Where nothing beside the backbone fits (a file of a
+backbone alone, or another model around the same one), and with backbone:THAT, comes the backbone. Less than 95 % of
+either is refused.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfer.cli import UserError, say_once
+from dfer.config import ModelConfig
+from dfer.lists.annotations import EMOTIONS
+from dfer.model.backbone import FrameBackbone, timm_out_of_reach
+from dfer.model.build import build_model
+from dfer.model.pretrained import Found, Held, find_tensors, held_tensors, load_found, some
+from dfer.run.hub import local
+
+ALONE = "backbone:"
+
+
+def resolved(config: ModelConfig) -> ModelConfig:
+    """Return the configuration with timm or random for `auto`; where that is random, a line says so and why."""
+    if config.init != "auto":
+        return config
+    why = timm_out_of_reach(config.backbone)
+    if why is not None:
+        line = f"--model.init auto: random weights, as timm's of {config.backbone} cannot be had ({why})"
+        say_once(f"{line}; --model.init FILE gives others")
+    return dataclasses.replace(config, init="random" if why is not None else "timm")
+
+
+def start(model: nn.Module, config: ModelConfig, num_frames: int) -> str | None:
+    """Load what `config.init` names into a fresh model, and return what in a few words; None for random weights.
+
+    Args:
+        model: as `build_model` returns it.
+        config: of the model; `auto` is resolved.
+        num_frames: T, frames of its clips.
+
+    Raises:
+        UserError: if the weights cannot be had or do not fit; it names those that do not.
+    """
+    assert config.init != "auto"
+    if config.init == "random":
+        return None
+    backbone = next(module for module in model.modules() if isinstance(module, FrameBackbone))
+    try:
+        if config.init == "timm":
+            return backbone.load_timm()
+        source = config.init.removeprefix(ALONE)
+        held = held_tensors(path := local(Path(source)))
+        source += f" at {path.name[:12]}" * (path != Path(source))  # of a model of the hub, the commit
+        if not config.init.startswith(ALONE):
+            found = find_tensors(model, held)
+            if _is_whole(model, backbone, found):
+                return _load_whole(model, config, num_frames, found, held, source)
+        return _load_backbone(backbone, held, source)
+    except UserError as error:
+        raise UserError(f"--model.init {error}") from None
+
+
+def _load_backbone(backbone: FrameBackbone, held: Held, source: str) -> str:
+    name = backbone.name
+    try:
+        said = load_found(backbone.net, find_tensors(backbone.net, held, backbone.rename()), held, source, name)
+    except UserError as error:
+        raise UserError(f"{error}: give weights of {name}, or another --model.backbone") from None
+    return f"{said}; all else is fresh"
+
+
+def _is_whole(model: nn.Module, backbone: FrameBackbone, found: Found) -> bool:
+    """Return whether what was found is of a model of ours: tensors of the backbone under our name, and others."""
+    inside = next(f"{name}." for name, module in model.named_modules() if module is backbone)
+    of_backbone = sum(name.startswith(inside) for name in found.tensors)
+    return 0 < of_backbone < len(found.tensors)
+
+
+def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: Found, held: Held, source: str) -> str:
+    """Load all that fits of a model of ours, and say how many tensors, and which are fresh or resampled."""
+    notes, fresh = "", []
+    if found.misshapen:  # what depends on what is known by building models that differ in it alone
+        classes = _shapes_that_change(model, config, num_frames, len(EMOTIONS) + 1)
+        frames = _shapes_that_change(model, config, num_frames + 1, len(EMOTIONS))
+        fresh = [name for name in found.misshapen if name in classes]
+        shapes = {name: model.state_dict()[name].shape for name in found.misshapen}
+        resampled = {
+            name: _resampled(tensor, frames[name], shapes[name][frames[name]])
+            for name, tensor in found.misshapen.items()
+            if name in frames and _differ_at(shapes[name], tensor.shape, frames[name])
+        }
+        misshapen = {name: tensor for name, tensor in found.misshapen.items() if name not in resampled}
+        found = found._replace(tensors=found.tensors | resampled, misshapen=misshapen)
+        notes += f"; fresh, as it has other classes: {some(fresh)}" * bool(fresh)
+        notes += f"; resampled to {num_frames} frames: {some(list(resampled))}" * bool(resampled)
+    try:
+        return load_found(model, found, held, source, "the model", fresh) + notes
+    except UserError as error:
+        raise UserError(f"{error}: it is another model; {ALONE}{config.init} takes its backbone alone") from None
+
+
+def _shapes_that_change(model: nn.Module, config: ModelConfig, num_frames: int, num_classes: int) -> dict[str, int]:
+    """Return the tensors whose shape is another one with so many frames or classes, and the axis along which."""
+    with torch.device("meta"):
+        other = build_model(config, num_frames, num_classes).state_dict()
+    shapes = ((name, tensor.shape, other[name].shape) for name, tensor in model.state_dict().items())
+    return {
+        name: next(i for i, (m, n) in enumerate(zip(a, b, strict=True)) if m != n) for name, a, b in shapes if a != b
+    }
+
+
+def _differ_at(a: torch.Size, b: torch.Size, axis: int) -> bool:
+    """Return whether two shapes differ along one axis alone."""
+    return len(a) == len(b) and all(m == n for i, (m, n) in enumerate(zip(a, b, strict=True)) if i != axis)
+
+
+def _resampled(tensor: Tensor, axis: int, length: int) -> Tensor:
+    """Return a tensor with `length` entries along an axis, linearly between its own, from the first to the last."""
+    rows = tensor.movedim(axis, -1)
+    flat = F.interpolate(rows.reshape(1, -1, rows.shape[-1]), size=length, mode="linear", align_corners=True)
+    return flat.reshape(*rows.shape[:-1], length).movedim(-1, axis)

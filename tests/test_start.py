@@ -1,0 +1,344 @@
+"""What a model starts from: own runs and exports, files of backbones, the hub; frozen parts and stochastic depth."""
+
+import copy
+import dataclasses
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from dfer import cli
+from dfer.cli import UserError
+from dfer.config import Config, DataConfig, ModelConfig, OptimConfig, config_from_json, differences, parse_config
+from dfer.lists.annotations import EMOTIONS
+from dfer.model.build import build_model
+from dfer.model.start import resolved
+from dfer.precision import Precision
+from dfer.run.checkpoint import load_checkpoint, save_checkpoint
+from dfer.run.folder import started_config
+from dfer.run.folds import with_one_start
+from dfer.state import TrainState, build_state, load_trained
+from scripts.export import hub_config
+
+NAME = "test_resnet"
+CPU = Precision(torch.device("cpu"), None, False)
+SMALL = ModelConfig(backbone=NAME, dim=8)
+
+
+def configured(model: ModelConfig, num_frames: int = 2, ema: float = 0.0) -> Config:
+    return Config(data=DataConfig(size=32, num_segments=num_frames), model=model, optim=OptimConfig(ema=ema))
+
+
+def trained(state: TrainState) -> TrainState:
+    """The state after a step that moves every weight and statistic, of the average otherwise than of the model."""
+    generator = torch.Generator().manual_seed(1)
+    for module in (state.model, *([state.ema] if state.ema else [])):
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.05)
+    return state
+
+
+def run_of(folder: Path, config: Config) -> TrainState:
+    """The state of a run whose checkpoint lies in the folder then."""
+    state = trained(build_state(config, CPU, None))
+    content = state.state_dict() | {"step": 1, "config": config.to_json(), "emotions": list(EMOTIONS)}
+    save_checkpoint(folder / "checkpoints", content)
+    return state
+
+
+def from_(path: object, config: Config) -> TrainState:
+    return build_state(dataclasses.replace(config, model=dataclasses.replace(config.model, init=str(path))), CPU, None)
+
+
+@torch.no_grad()
+def outputs(model: torch.nn.Module, num_frames: int = 2) -> torch.Tensor:
+    clips = torch.rand(2, num_frames, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    return model.eval()(clips).logits
+
+
+@pytest.mark.parametrize("crf", ["meanfield", "messages", "gaussian"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_starts_with_the_outputs_of_the_one_that_it_starts_from(tmp_path, crf, ema):
+    config = configured(dataclasses.replace(SMALL, crf=crf), ema=ema)
+    before = run_of(tmp_path, config).evaluated_model()
+    after = from_(tmp_path, config)
+    assert torch.equal(outputs(after.model), outputs(before))
+    assert torch.equal(outputs(after.evaluated_model()), outputs(before))  # its average begins there too
+    total = len(after.model.state_dict())
+    where = "ema.module.*" if ema else "model.*"
+    assert after.started == f"{total} of {total} tensors of the model from {tmp_path}, as {where}"
+
+
+def test_an_export_starts_a_run_with_its_outputs(tmp_path):
+    config = configured(SMALL)
+    model = trained(build_state(config, CPU, None)).model
+    model.save_pretrained(tmp_path, config=hub_config(config, model))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert torch.equal(outputs(from_(path, config).model), outputs(model))
+
+
+def test_positions_of_another_number_of_frames_are_resampled_and_named(tmp_path):
+    run_of(tmp_path, configured(SMALL, 3))
+    after = from_(tmp_path, configured(SMALL, 5))
+    source = load_trained(load_checkpoint(tmp_path), configured(SMALL, 3))
+    torch.testing.assert_close(outputs(after.model, 5), outputs(source, 5))  # as the source itself takes so many
+    assert after.started.endswith("; resampled to 5 frames: temporal.0.position, temporal.1.position")
+    total = len(after.model.state_dict())
+    assert after.started.startswith(f"{total} of {total} tensors of the model from ")
+    run_of(tmp_path / "still", configured(SMALL, 1))
+    positions = from_(tmp_path / "still", configured(SMALL, 4)).model.temporal[0].position
+    assert all(torch.equal(row, positions[0]) for row in positions)
+
+
+def test_the_head_of_other_classes_stays_fresh_and_is_named(tmp_path):
+    other = build_model(SMALL, 2, num_classes=8).state_dict()
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in other.items()}}, tmp_path / "w.pt")
+    after, fresh = from_(tmp_path / "w.pt", configured(SMALL)), build_state(configured(SMALL), CPU, None).model
+    classes = [name for name, tensor in fresh.state_dict().items() if tensor.shape != other[name].shape]
+    assert len(classes) == 6
+    total = len(other) - len(classes)
+    assert after.started.startswith(
+        f"{total} of {total} tensors of the model from {tmp_path}/w.pt, as state_dict.module"
+    )
+    assert f"; fresh, as it has other classes: {', '.join(classes[:3])} and 3 more" in after.started
+    for name, tensor in after.model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name] if name in classes else other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"dim": 16}, r"has \d+ of the \d+ tensors of the model; of another shape: .*pyramid"),
+        ({"crf": "messages"}, "tensors of the model; missing: crf"),
+    ],
+)
+def test_another_model_is_refused_and_its_backbone_taken_where_that_is_said(tmp_path, source, message):
+    state = run_of(tmp_path, configured(dataclasses.replace(SMALL, **source)))
+    with pytest.raises(UserError, match=message) as error:
+        from_(tmp_path, configured(SMALL))
+    said = str(error.value)
+    assert said.startswith(f"--model.init {tmp_path}: ") and "\n" not in said
+    assert said.endswith(f"; it is another model; backbone:{tmp_path} takes its backbone alone".replace(";", ":", 1))
+    after = from_(f"backbone:{tmp_path}", configured(SMALL))
+    assert after.started == f"90 of 90 tensors of {NAME} from {tmp_path}, as model.backbone.net.*; all else is fresh"
+    for name, tensor in after.model.backbone.state_dict().items():
+        assert torch.equal(tensor, state.model.backbone.state_dict()[name])
+
+
+def test_a_file_of_a_backbone_gives_the_backbone_alone(tmp_path):
+    """Whatever lies around it: heads, transformers, another model of ours."""
+    weights = {f"s_former.{name}": tensor for name, tensor in timm.create_model(NAME).state_dict().items()}
+    weights |= {"t_former.layers.0.norm.weight": torch.zeros(8), "fc.weight": torch.zeros(7, 8)}
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "former.pth")
+    mean_pool = ModelConfig("mean-pool", NAME)
+    run_of(tmp_path / "run", configured(mean_pool))
+    for path in (tmp_path / "former.pth", tmp_path / "run"):
+        for model in (SMALL, mean_pool):
+            after, fresh = from_(path, configured(model)), build_state(configured(model), CPU, None)
+            if model is mean_pool and path == tmp_path / "run":
+                assert after.started.startswith("92 of 92 tensors of the model")
+                continue
+            assert after.started.startswith(f"90 of 90 tensors of {NAME} from {path}, as ")
+            kept = {k: v for k, v in after.model.state_dict().items() if not k.startswith("backbone.")}
+            assert all(torch.equal(v, fresh.model.state_dict()[k]) for k, v in kept.items())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The cache of the hub's client, and nothing behind it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.create_connection", lambda *args, **kwargs: (_ for _ in ()).throw(OSError()))
+
+    def put(name: str, model: torch.nn.Module, config: Config | None = None) -> None:
+        repo = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text("c0ffee")
+        folder = repo / "snapshots" / "c0ffee"
+        folder.mkdir(parents=True)
+        if config:
+            model.save_pretrained(folder, config=hub_config(config, model))
+        else:
+            torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+    return put
+
+
+def test_a_model_of_the_hub_starts_a_run_and_is_evaluated(hub):
+    config = configured(SMALL)
+    model = trained(build_state(config, CPU, None)).model
+    hub("some.one/a-model", model, config)
+    after = from_("hf:some.one/a-model", config)
+    assert torch.equal(outputs(after.model), outputs(model)) and after.started.endswith(
+        " of the model from hf:some.one/a-model at c0ffee"
+    )
+    state = load_checkpoint(Path("hf:some.one/a-model"))
+    assert torch.equal(outputs(load_trained(state, config_from_json(state["config"], Path("x")))), outputs(model))
+    net = timm.create_model(NAME)
+    hub("timm/plain", net)
+    assert from_("hf:timm/plain", config).started.startswith(f"90 of 90 tensors of {NAME} from ")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf:timm/gone", "hf:timm/gone: is not in the cache, and huggingface.co cannot be reached; give a file"),
+        ("hf:gone", "hf:gone: a model of the hub is written hf:ORG/NAME"),
+        ("backbone:hf:../../etc", "is written hf:ORG/NAME"),
+        ("backbone:gone.pt", "gone.pt: no such file"),
+        ("timm", "timm: huggingface.co cannot be reached to download timm/test_resnet.r160_in1k; give a file"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(hub, name, message):
+    with pytest.raises(UserError) as error:
+        from_(name, configured(SMALL))
+    assert str(error.value).startswith("--model.init ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_cannot_be_downloaded_is_one_line(hub, monkeypatch):
+    def refuse(name, file):
+        raise ConnectionError("the line went dead\nand more")
+
+    monkeypatch.setattr("dfer.run.hub.out_of_reach", lambda: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(UserError, match=r"--model\.init hf:a/b: model\.safetensors cannot be downloaded \(the line"):
+        from_("hf:a/b", configured(SMALL))
+
+
+def test_auto_is_saved_as_what_was_found_and_says_where_that_is_nothing(hub, capsys, monkeypatch, tmp_path):
+    cli.say_once.cache_clear()
+    config = parse_config(["dfew", "--model.backbone", NAME])
+    assert config.model.init == parse_config(["ferv39k"]).model.init == "auto"
+    assert started_config(config).model.init == "random"
+    said = capsys.readouterr().err
+    assert "random weights, as timm's of test_resnet cannot be had (huggingface.co cannot be reached" in said
+    assert said.count("\n") == 1
+    with pytest.MonkeyPatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        resolved(dataclasses.replace(config.model, backbone="resnet18"))
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    assert resolved(dataclasses.replace(config.model, backbone="test_vit4")).init == "random"
+    hub("timm/test_resnet.r160_in1k", timm.create_model(NAME))
+    found = started_config(config)
+    assert found.model.init == "timm" and resolved(SMALL) == SMALL
+    # A run that has begun is what it was, though nothing can be had by now, or all.
+    words = ["dfew", "--run.log-dir", str(tmp_path), "--run.name", "seed0-fold1"]
+    (tmp_path / "seed0-fold1").mkdir()
+    (tmp_path / "seed0-fold1" / "metrics.jsonl").write_text("{}\n")
+    for init in ("timm", "random"):
+        begun = dataclasses.replace(found, model=dataclasses.replace(found.model, init=init))
+        (tmp_path / "seed0-fold1" / "config.json").write_text(begun.to_json())
+        for more in ([], ["--model.init", "auto"]):
+            assert differences(begun, again := parse_config([*words, *more])) == []
+            assert again.model.init == init
+        own, told = with_one_start(config, ["--seed", "1"], tmp_path)
+        assert own.model.init == init and told == ["--seed", "1", "--model.init", init]
+    other, _ = with_one_start(config, [], tmp_path / "none")
+    assert other.model.init == "timm"
+
+
+def test_the_words_of_before_are_understood(tmp_path):
+    for words, init in (
+        (["--model.weights", "w.pt"], "backbone:w.pt"),
+        (["--model.weights=logs/a=b"], "backbone:logs/a=b"),
+        (["--model.weights", "timm"], "timm"),
+        (["--model.weights", "None"], "random"),
+    ):
+        assert parse_config(["debug", *words]).model.init == parse_config(words).model.init == init
+    with pytest.raises(UserError, match=r"--model\.weights"):
+        parse_config(["debug", "--model.weights"])
+    saved = json.loads(parse_config(["dfew"]).to_json())
+    del saved["model"]["init"], saved["model"]["freeze"], saved["model"]["drop_path"]
+    for weights, init in ((None, "random"), ("timm", "timm"), ("w.pt", "backbone:w.pt")):
+        saved["model"]["weights"] = weights
+        found = config_from_json(json.dumps(saved), tmp_path).model
+        assert (found.init, found.freeze, found.drop_path) == (init, "none", 0.0)
+
+
+# ---- Frozen, and of stochastic depth
+
+
+def a_step(state: TrainState, seed: int) -> None:
+    clips = torch.rand(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    state.model.train()
+    state.guard.before_forward()
+    state.backward(state.model(clips).logits.square().mean(), 1)
+    state.guard.step(1.0)
+    state.finish_step()
+
+
+@pytest.mark.parametrize("name", ["dfernet", "mean-pool"])
+def test_a_frozen_backbone_stays_as_it_is_and_all_else_is_trained(name):
+    config = configured(dataclasses.replace(SMALL, name=name, freeze="backbone"), ema=0.5)
+    state = build_state(config, CPU, None)
+    before = {k: v.clone() for k, v in state.model.state_dict().items()}
+    parameters = {name for name, _ in state.model.named_parameters()}
+    for seed in range(2):
+        a_step(state, seed)
+    for key, value in state.model.state_dict().items():
+        frozen = key.startswith("backbone.")
+        assert torch.equal(value, before[key]) == (frozen or (key in parameters and not value.any())), key
+        assert not frozen or torch.equal(value, state.ema.module.state_dict()[key])
+    assert all(p.grad is None and not p.requires_grad for p in state.model.backbone.parameters())
+    trained_parameters = sum(len(group["params"]) for group in state.optimizer.param_groups)
+    assert trained_parameters == len([n for n in parameters if not n.startswith("backbone.")])
+    # And it goes on, from what was saved, as the unbroken one does.
+    again = build_state(config, CPU, copy.deepcopy(state.state_dict()))
+    for each in (state, again):
+        a_step(each, 7)
+    for (key, a), b in zip(state.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+def test_options_that_are_off_change_nothing_and_drop_path_draws_by_torchs_seed():
+    off, on = (build_state(configured(dataclasses.replace(SMALL, drop_path=p)), CPU, None) for p in (0.0, 0.5))
+    for (key, a), (other, b) in zip(off.model.state_dict().items(), on.model.state_dict().items(), strict=True):
+        assert key == other and torch.equal(a, b)  # no weights of its own, and none drawn otherwise
+    assert torch.equal(outputs(off.model), outputs(on.model))  # in evaluation nothing is dropped
+    kinds = {type(module).__name__ for module in off.model.modules()}
+    assert "DropPath" not in kinds and "DropPath" in {type(module).__name__ for module in on.model.modules()}
+    clips = torch.rand(2, 2, 3, 32, 32)
+    trained(on).model.train()  # timm's residual branches begin at nothing
+
+    def features(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return on.model.backbone(clips.flatten(0, 1))[1]
+
+    assert torch.equal(features(1), features(1)) and not torch.equal(features(1), features(2))
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18d"])
+def test_a_backbone_without_stochastic_depth_is_refused(name, monkeypatch):
+    config = ModelConfig("mean-pool", name, drop_path=0.1)
+    if name == "resnet18d":  # as a network that takes the word and does nothing
+        monkeypatch.setattr("timm.create_model", without_depth(timm.create_model))
+    with pytest.raises(UserError, match=rf"--model\.drop-path 0\.1: {name} has no stochastic depth; leave it out"):
+        build_model(config, 1)
+    with pytest.raises(UserError, match=r"--model\.drop-path 0\.1: nothing of a frozen backbone"):
+        parse_config(["--model.drop-path", "0.1", "--model.freeze", "backbone"])
+
+
+def without_depth(create):
+    return lambda name, drop_path_rate=0.0, **options: create(name, **options)
+
+
+@pytest.mark.slow
+def test_the_saved_run_of_the_first_version_starts_another(tmp_path):
+    """Its averaged weights are read by the names that it wrote."""
+    root = Path(__file__).parent / "data"
+    with tarfile.open(root / "averaged-run-of-0ce724e.tar.xz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    run = tmp_path / "begun"
+    state = load_checkpoint(run)
+    config = config_from_json(state["config"], run)
+    after = from_(f"backbone:{run}", config)
+    assert (
+        after.started.startswith("80 of 80 tensors of test_efficientnet from ")
+        and "ema.module.backbone" in after.started
+    )

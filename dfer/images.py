@@ -54,6 +54,16 @@ def frame_names(folder: str | Path) -> list[str]:
     return sorted(names, key=natural_key)
 
 
+def is_image(path: str | Path) -> bool:
+    """Return whether a file is an image by its name: as a clip, a still of one frame."""
+    return os.fspath(path).lower().endswith(FRAME_SUFFIXES)
+
+
+def frame_file(clip: str | Path, name: str) -> str:
+    """Return the file of a frame in a clip's folder; of a still, whose one frame has no name, the clip itself."""
+    return os.path.join(clip, name) if name else os.fspath(clip)
+
+
 def open_image(source: str | Path | bytes) -> Image.Image:
     """Open a JPEG or PNG file, or its bytes, and read its header. The caller closes it.
 

@@ -1,8 +1,8 @@
 """Check annotation lists of any format against themselves, each other and the disk; write them in the canonical form.
 
 `python scripts/check_list.py train.csv test.csv --root DIR` says which format each list is in and why, counts classes
-and lengths, and names each problem. Clips are folders of frames, videos or packed. Of a folder the headers of the
-first, middle and last frame are read, of a video the packets; with --decode all is decoded. Exit code: 0 fine,
+and lengths, and names each problem. Clips are folders of frames, stills, videos or packed. Of a folder the headers
+of the first, middle and last frame are read, of a video the packets; with --decode all is decoded. Exit code: 0 fine,
 1 problems found, 2 a list cannot be judged or the command is wrong.
 """
 
@@ -33,8 +33,8 @@ from dfer.lists.stored import Stored
 
 NAMED = 10  # problems of a kind that are printed
 UNWRITABLE = (
-    *("missing folders", "missing videos", "unreadable folders", "unreadable videos", "folders without frames"),
-    *("clips with two labels", "folders and videos in one list"),
+    *("missing folders", "missing videos", "missing images", "unreadable folders", "unreadable videos"),
+    *("folders without frames", "clips with two labels", "folders and videos in one list"),
     *("clips that are not in the pack", "other labels than in the pack"),
 )
 

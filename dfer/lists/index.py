@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dfer.cli import UserError
+from dfer.images import frame_file
 from dfer.lists.annotations import VideoRecord, packed_index, read_annotations
 from dfer.lists.hashes import Hashes, read_hashes
 from dfer.lists.packed import Packed, load_packed
@@ -61,7 +62,7 @@ class ClipIndex:
     def frame_path(self, video: int, frame: int) -> str:
         """Return the file of a frame; of the source "frames" only."""
         assert isinstance(self.store, FrameFiles), self.source
-        return os.path.join(self.records[video].path, self.store.names[video][frame])
+        return frame_file(self.records[video].path, self.store.names[video][frame])
 
     def head(self, count: int) -> "ClipIndex":
         """Return the index of the first `count` videos. Its store still holds all."""
@@ -91,7 +92,7 @@ def load_index(
         list_path: the list.
         root: where its paths start, if not where its header says; packed lists have no use for it.
         source: kind of storage that the list has to be of. "auto" takes any: a pack if the list's header names one,
-            else folders of frames or video files.
+            else folders of frames and single images, or video files.
         hashed: with the hashes of the frames or videos, if there are any beside the list.
         bad_videos: "error" raises for a video file that exists but cannot be used; "skip" keeps its row, and `bad`
             says why it cannot be used.

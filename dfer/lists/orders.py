@@ -58,17 +58,17 @@ def parse_order(order: str, where: str) -> tuple[str, ...]:
 def emotions_in(name: str) -> frozenset[str]:
     """Return the emotions that the folders of a path, and its last part, are named after."""
     folder, _, last = name.rpartition("/")
-    if last.isdecimal() or not (found := _named(last)):
+    if last.isdecimal() or not (found := emotion_of(last)):
         return _in_folder(folder)
     return _in_folder(folder) | {found}
 
 
 @functools.lru_cache(maxsize=4096)  # lists have few folders of clips
 def _in_folder(folder: str) -> frozenset[str]:
-    return frozenset(filter(None, map(_named, folder.split("/"))))
+    return frozenset(filter(None, map(emotion_of, folder.split("/"))))
 
 
-def _named(part: str) -> str:
+def emotion_of(part: str) -> str:
     """Return the emotion that a part of a path is named after; empty if it is none."""
     found = _NAMED.fullmatch(part)
     return WORDS.get(found[1].lower(), "") if found else ""

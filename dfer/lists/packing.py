@@ -117,7 +117,7 @@ def read_lists(lists: Sequence[Path], root: Path | None) -> tuple[list[Clip], Ro
         for video, record in enumerate(index.records):
             frames = None
             if isinstance(index.store, FrameFiles):
-                frames = [os.path.join(record.path, name) for name in index.store.names[video]]
+                frames = [index.frame_path(video, frame) for frame in range(index.num_frames[video])]
             listed = {"list": path.name, "list_sha256": digest, "row": int(record.source.rpartition(":")[2])}
             clip = Clip(len(clips), record, frames, int(index.num_frames[video]), listed)
             known = clips.setdefault(record.name, clip)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int32, Int64, Shaped
 
 from dfer.cli import UserError
 from dfer.files import reason, write_whole
-from dfer.images import FRAME_SUFFIXES, frame_names
+from dfer.images import FRAME_SUFFIXES, frame_names, is_image
 from dfer.lists.annotations import VideoRecord
 from dfer.lists.missing import explain, relocate
 from dfer.lists.threads import in_chunks
@@ -25,13 +25,15 @@ Kind = Literal["frames", "video"]
 BadVideos = Literal["error", "skip"]
 States = Int64[np.ndarray, "N 2"]
 FOLDER, MISSING = -1, -2  # in place of a file's size
+_STILL = [""]  # of all stills, whose one frame is the file itself
 
 
 @dataclass(frozen=True)
 class FrameFiles:
-    """A folder of images per video."""
+    """A folder of images per video, or one image file."""
 
-    names: list[list[str]]  # per video, file names inside record.path, in natural order (2.jpg before 10.jpg)
+    # Per video, file names inside record.path, in natural order (2.jpg before 10.jpg); of a still one empty name.
+    names: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -84,26 +86,35 @@ def locate(records: Sequence[VideoRecord]) -> tuple[list[VideoRecord], States]:
 
 
 def find_kind(records: Sequence[VideoRecord], states: States, source: Literal["auto", "frames", "video"]) -> Kind:
-    """Return whether the paths of all records are folders of frames or video files.
+    """Return whether the paths of all records are folders of frames or single images, or video files.
 
     Raises:
         UserError: if they are not all the same, not of the `source` asked for, or if one is missing.
     """
-    folders, files = np.flatnonzero(states[:, 1] == FOLDER), np.flatnonzero(states[:, 1] >= 0)
-    if source == "auto" and len(folders) and len(files):
-        a, b = records[folders[0]], records[files[0]]
-        raise UserError(f"{a.source}: {a.path} is a folder of frames, but {b.path} ({b.source}) is a file: "
+    files = np.flatnonzero(states[:, 1] >= 0)
+    stills = np.array([is_image(records[row].path) for row in files.tolist()], dtype=bool)
+    images, videos = np.union1d(np.flatnonzero(states[:, 1] == FOLDER), files[stills]), files[~stills]
+    if source == "auto" and len(images) and len(videos):
+        a, b = records[images[0]], records[videos[0]]
+        what = _what(a, int(states[images[0], 1]))
+        raise UserError(f"{a.source}: {a.path} is {what}, but {b.path} ({b.source}) is a file: "
                          "a list is of the one or the other")  # fmt: skip
-    kind = ("video" if len(files) else "frames") if source == "auto" else source
-    for row in (files if kind == "frames" else folders)[:1].tolist():
-        there = "a file" if kind == "frames" else "a folder"
+    kind = ("video" if len(videos) else "frames") if source == "auto" else source
+    for row in (videos if kind == "frames" else images)[:1].tolist():
+        there = "a file" if kind == "frames" else _what(records[row], int(states[row, 1])).removesuffix(" of frames")
         raise UserError(f"{records[row].source}: {records[row].path} is {there}, but the source asked for is {source}")
     for row in np.flatnonzero(states[:, 1] == MISSING)[:1].tolist():
         wanted = {"frames": "frame folder", "video": "video file", "auto": "frame folder or video file"}
-        what = wanted[source if not len(folders) and not len(files) else kind]
+        what = wanted[source if not len(images) and not len(videos) else kind]
         record = records[row]
+        if is_image(record.path) and kind == "frames":
+            what = "image file"
         raise UserError(f"{record.source}: no such {what}: {record.path}{explain(record.path, record.name)}")
     return kind
+
+
+def _what(record: VideoRecord, size: int) -> str:
+    return "a folder of frames" if size == FOLDER else "an image file" if is_image(record.path) else "a file"
 
 
 def scan(
@@ -123,6 +134,8 @@ def scan(
 def _scan_folder(record: VideoRecord) -> list[str]:
     try:
         names = frame_names(record.path)
+    except NotADirectoryError:  # `find_kind` has found an image
+        return _STILL
     except OSError as error:
         raise UserError(f"{record.source}: cannot read the frame folder {record.path} ({reason(error)})") from None
     if not names:

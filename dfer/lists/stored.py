@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from dfer.files import reason
-from dfer.images import FRAME_SUFFIXES, decode_image, frame_names, open_image
+from dfer.images import FRAME_SUFFIXES, decode_image, frame_file, frame_names, is_image, open_image
 from dfer.lists.packed import Packed
 from dfer.video.find import VIDEO_SUFFIX
 
@@ -24,7 +24,7 @@ class Stored(NamedTuple):
     """What was found of a clip."""
 
     num_frames: int
-    samples: tuple[str, ...] = ()  # of a folder: names of the first, middle and last frame
+    samples: tuple[str, ...] = ()  # of a folder: names of the first, middle and last frame; of a still an empty one
     size: tuple[int, int] | None = None  # width and height in px of a video or a packed clip
     pack: Packed | None = None
     number: int = 0  # in the pack
@@ -38,15 +38,20 @@ class Stored(NamedTuple):
 
 
 def scan(path: str) -> Stored:
-    """Count the frames of a clip: of a folder by their names, of which three are kept, of a video as for training."""
+    """Count the frames of a clip: of a folder by their names, of which three are kept, of a video as for training, of a
+    still one.
+    """
     try:
         status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and is_image(path):
+            return Stored(1, ("",), identity=(status.st_dev, status.st_ino))
         if not stat.S_ISDIR(status.st_mode):
             return _scan_video(path, (status.st_dev, status.st_ino))
         names = frame_names(path)
     except FileNotFoundError:
         video = VIDEO_SUFFIX.fullmatch(os.path.splitext(path)[1])
-        return Stored(0, error=("missing videos" if video else "missing folders", ""))
+        kind = "videos" if video else "images" if is_image(path) else "folders"
+        return Stored(0, error=(f"missing {kind}", ""))
     except OSError as error:  # a symlink loop, no permission, too long a name
         return Stored(0, error=("unreadable folders", f" ({reason(error)})"))
     if not names:
@@ -78,7 +83,7 @@ def inspect(job: tuple[str, tuple[str, ...]], decode_all: bool) -> tuple[Counter
         return _inspect_video(path)
     sizes: Counter[tuple[int, int]] = Counter()
     bad = []
-    if decode_all:
+    if decode_all and names != ("",):
         try:
             names = tuple(frame_names(path))
         except OSError as error:
@@ -86,7 +91,7 @@ def inspect(job: tuple[str, tuple[str, ...]], decode_all: bool) -> tuple[Counter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on odd files: what matters is raised
         for name in names:
-            file = os.path.join(path, name)
+            file = frame_file(path, name)
             try:
                 with decode_image(file) if decode_all else open_image(file) as image:
                     sizes[image.size] += 1
@@ -115,7 +120,7 @@ def pictures(path: str, stored: Stored) -> Iterator[Image.Image | None]:
         return
     for frame, name in zip(frames, stored.samples or ("",) * len(frames), strict=False):
         try:
-            yield _packed_frame(stored, frame) if stored.pack else decode_image(os.path.join(path, name))
+            yield _packed_frame(stored, frame) if stored.pack else decode_image(frame_file(path, name))
         except Exception:  # as in `inspect`
             yield None
 

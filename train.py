@@ -73,7 +73,7 @@ class Diverged(Exception):
 
 def main(config: Config) -> int:
     """Run what the configuration says, and return the exit code."""
-    data = read_data(config)
+    data = read_data(config := started_config(config))
     world = distributed.setup(config.run.device, timedelta(seconds=config.run.timeout))
     with distributed.peers_named(world):
         if (shared := shared_config(config, world)) != config:
@@ -297,4 +297,4 @@ if __name__ == "__main__":
     gc.enable()
     gc.freeze()  # what the imports have made is not scanned again in training
     faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
-    sys.exit(one_line_errors("train.py", lambda: main(started_config(parse_config(sys.argv[1:])))))
+    sys.exit(one_line_errors("train.py", lambda: main(parse_config(sys.argv[1:]))))

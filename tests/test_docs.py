@@ -17,7 +17,8 @@ from tests.releases import build_dfew, build_ferv39k
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # In this order: lists that one has prepared are used by another. tests/test_wandb.py runs those of wandb.md.
-GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("your-data", "dfew-ferv39k", "multi-node", "speed", "crf")]
+NAMES = ("your-data", "dfew-ferv39k", "weights", "multi-node", "speed", "crf")
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in NAMES]
 TINY_DATA = "--data.size 32 --data.num-segments 2 --data.batch-size 2"
 # 8 steps: --profile 5 has three to warm up before.
 TINY = f"{TINY_DATA} --model.dim 16 --optim.epochs 1 --optim.steps-per-epoch 8 --run.wandb off --run.device cpu"
@@ -90,6 +91,11 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def rows_of(path: Path) -> list[list[str]]:
+    """The words of a list's rows."""
+    return [line.split() for line in path.read_text().splitlines() if not line.startswith("#")]
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """A folder that looks like a fresh clone with data: the project's files by links, everything else its own."""
@@ -100,11 +106,16 @@ def checkout(tmp_path_factory) -> Path:
     faces = [sys.executable, "scripts/make_faces.py", "--size", "0.03"]
     subprocess.run([*faces, "--out", str(drawn), "--video", "h264"], cwd=ROOT, check=True)
     subprocess.run([*faces, "--out", str(root / "data" / "faces")], cwd=ROOT, check=True)
-    rows = [line.split() for line in (drawn / "train_h264.txt").read_text().splitlines() if not line.startswith("#")]
-    for path, _, label in rows[:20]:
+    for path, _, label in rows_of(drawn / "train_h264.txt")[:20]:
         folder = root / "videos" / EMOTIONS[int(label)]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(drawn / path, folder / Path(path).name)
+    for list_name in ("train", "test"):  # a still of each of some clips
+        for path, _, label in rows_of(root / "data" / "faces" / f"{list_name}.txt")[:30]:
+            folder = root / "FER2013" / list_name / EMOTIONS[int(label)].lower()
+            folder.mkdir(parents=True, exist_ok=True)
+            clip = root / "data" / "faces" / path
+            shutil.copy(next(clip.glob("*.jpg")), folder / f"{clip.name}.jpg")
     build_dfew(root / "DFEW")
     build_ferv39k(root / "FERV39k")
     return root

@@ -293,6 +293,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--model.dim {model.dim}: must be a multiple of 4, the attention heads")
     if model.freeze == "backbone" and model.drop_path:
         raise UserError(f"--model.drop-path {model.drop_path}: nothing of a frozen backbone is dropped; leave one out")
+    if model.freeze == "backbone" and model.init == "random":
+        raise UserError("--model.freeze backbone: of random weights; say with --model.init what it is to start from")
     if not model.init or "\0" in model.init:
         raise UserError(f"--model.init {model.init!r}: must be random, timm, auto, a file or folder, or hf:ORG/NAME")
     if config.resume and run.name is None:

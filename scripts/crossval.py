@@ -25,7 +25,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer.cli import Parser, UserError, in_range, one_line_errors
-from dfer.config import PRESETS, Config, parse_config
+from dfer.config import PRESETS, Config, begun_config, parse_config
 from dfer.files import reason, write_whole
 from dfer.lists.folds import check_folds, find_folds, write_folds
 from dfer.report.fold_results import collect, read_finished
@@ -124,6 +124,9 @@ def choose_lists(lists: Path | None, config: Config, folder: Path) -> tuple[Path
 def write_results(runs: list[FoldRun], folder: Path, notes: list[str]) -> None:
     """Write and print the results of all runs."""
     path = folder / "results.json"
+    starts = sorted({begun.model.init for run in runs if (begun := begun_config(run.path)) is not None})
+    if len(starts) > 1:  # parts of several machines, of which one had no way to the weights
+        notes = [*notes, f"the runs do not start alike, but from {' and '.join(starts)}"]
     with locked(folder):
         finished = [read_finished(run) for run in runs]
         results = {"command": shlex.join(["python", *sys.argv]), "name": folder.name} | collect(finished, notes)

@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="a run's folder (its last checkpoint), its best_WAR.safetensors, a .pt of its checkpoints/, or an export",
+        help="a run's folder (its last checkpoint), its best_WAR.safetensors, a .pt of its checkpoints/, an export, or "
+        "hf:ORG/NAME",
     )
     parser.add_argument("--list", type=Path, help="annotation list; the run's validation list if not given")
     parser.add_argument("--root", type=Path, help="where relative paths in the list start")

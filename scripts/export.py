@@ -37,6 +37,7 @@ from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report import read_run
 from dfer.report.statistics import wilson
 from dfer.run.checkpoint import load_checkpoint
+from dfer.run.hub import local
 from dfer.run.predictions import Predictions
 from dfer.state import load_trained
 
@@ -252,6 +253,7 @@ def export_programs(
 
 
 def run(args: argparse.Namespace) -> None:
+    args.checkpoint = local(args.checkpoint)  # beside which a model card may lie
     state = load_checkpoint(args.checkpoint)
     config = config_from_json(state["config"], source=args.checkpoint)
     model = load_trained(state, config)

@@ -191,6 +191,9 @@ def test_a_model_of_the_hub_starts_a_run_and_is_evaluated(hub):
         ("hf:gone", "hf:gone: a model of the hub is written hf:ORG/NAME"),
         ("backbone:hf:../../etc", "is written hf:ORG/NAME"),
         ("backbone:gone.pt", "gone.pt: no such file"),
+        ("gone", "gone: no such file (or random, timm, auto, hf:ORG/NAME)"),
+        ("hf:a--b/c", "hf:a--b/c: a model of the hub is written hf:ORG/NAME"),
+        ("hf:" + "a" * 99 + "/c", "a model of the hub is written hf:ORG/NAME"),
         ("timm", "timm: huggingface.co cannot be reached to download timm/test_resnet.r160_in1k; give a file"),
     ],
 )
@@ -223,6 +226,8 @@ def test_auto_is_saved_as_what_was_found_and_says_where_that_is_nothing(hub, cap
         resolved(dataclasses.replace(config.model, backbone="resnet18"))
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
     assert resolved(dataclasses.replace(config.model, backbone="test_vit4")).init == "random"
+    with pytest.raises(UserError, match=r"--model\.freeze backbone would keep them"):
+        resolved(dataclasses.replace(config.model, freeze="backbone"))
     hub("timm/test_resnet.r160_in1k", timm.create_model(NAME))
     found = started_config(config)
     assert found.model.init == "timm" and resolved(SMALL) == SMALL
@@ -320,8 +325,18 @@ def test_a_backbone_without_stochastic_depth_is_refused(name, monkeypatch):
         monkeypatch.setattr("timm.create_model", without_depth(timm.create_model))
     with pytest.raises(UserError, match=rf"--model\.drop-path 0\.1: {name} has no stochastic depth; leave it out"):
         build_model(config, 1)
-    with pytest.raises(UserError, match=r"--model\.drop-path 0\.1: nothing of a frozen backbone"):
-        parse_config(["--model.drop-path", "0.1", "--model.freeze", "backbone"])
+
+
+def test_what_freezing_makes_senseless_is_refused():
+    for words, message in (
+        (
+            ["--model.init", "timm", "--model.drop-path", "0.1"],
+            r"--model\.drop-path 0\.1: nothing of a frozen backbone",
+        ),
+        ([], r"--model\.freeze backbone: of random weights; say with --model\.init"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_config([*words, "--model.freeze", "backbone"])
 
 
 def without_depth(create):

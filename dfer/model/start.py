@@ -7,6 +7,7 @@ either is refused.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -25,12 +26,18 @@ ALONE = "backbone:"
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
-    """Return the configuration with timm or random for `auto`; where that is random, a line says so and why."""
+    """Return the configuration with timm or random for `auto`; where that is random, a line says so and why.
+
+    Raises:
+        UserError: if it is random, and what is random would be frozen.
+    """
     if config.init != "auto":
         return config
     why = timm_out_of_reach(config.backbone)
     if why is not None:
         line = f"--model.init auto: random weights, as timm's of {config.backbone} cannot be had ({why})"
+        if config.freeze == "backbone":
+            raise UserError(f"{line}, and --model.freeze backbone would keep them; give a file with --model.init FILE")
         say_once(f"{line}; --model.init FILE gives others")
     return dataclasses.replace(config, init="random" if why is not None else "timm")
 
@@ -62,7 +69,9 @@ def start(model: nn.Module, config: ModelConfig, num_frames: int) -> str | None:
                 return _load_whole(model, config, num_frames, found, held, source)
         return _load_backbone(backbone, held, source)
     except UserError as error:
-        raise UserError(f"--model.init {error}") from None
+        others = config.init in ("timm", "auto") or "hf:" in config.init or os.path.exists(config.init)
+        hint = "" if others or config.init.startswith(ALONE) else " (or random, timm, auto, hf:ORG/NAME)"
+        raise UserError(f"--model.init {error}{hint}") from None
 
 
 def _load_backbone(backbone: FrameBackbone, held: Held, source: str) -> str:

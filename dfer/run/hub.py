@@ -1,21 +1,20 @@
 """Models on the Hugging Face hub, as folders on this machine: what the cache has, else what is downloaded once."""
 
 import os
-import re
 import socket
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from dfer.cli import UserError
 from dfer.files import reason
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
 _ABOUT = ("config.json", "README.md")  # beside them, of an export
-_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def local(path: Path) -> Path:
@@ -30,8 +29,10 @@ def local(path: Path) -> Path:
     if not name.startswith("hf:"):
         return path
     name = name.removeprefix("hf:")
-    if not _NAME.fullmatch(name):
-        raise UserError(f"hf:{name}: a model of the hub is written hf:ORG/NAME")
+    try:
+        validate_repo_id(name if "/" in name else "")
+    except HFValidationError:
+        raise UserError(f"hf:{name}: a model of the hub is written hf:ORG/NAME") from None
     if (folder := cached(name)) is not None:
         return folder
     if (why := out_of_reach()) is not None:

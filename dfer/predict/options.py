@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="RUN",
-        help="a run's folder (its last checkpoint), best_WAR.safetensors, a .pt, an export, or hf:ORG/NAME; of several, "
-        "the mean",
+        help="a run's folder (its last checkpoint), best_WAR.safetensors, a .pt, an export, or hf:ORG/NAME; of "
+        "several, the mean",
     )
     parser.add_argument(
         "--window",

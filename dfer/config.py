@@ -66,9 +66,18 @@ class ModelConfig:
     weights: str | None = None
     """Backbone weights: none = random, `timm` = timm's pretrained ones, else a file, or a run's or export's folder."""
     dim: Annotated[int, Range(8, 4096)] = 256
-    """Width D of the pyramid."""
-    crf: Literal["meanfield", "messages", "gaussian"] = "meanfield"
-    """The mean-field CRF; for comparison the original method's messages or a continuous Gaussian CRF."""
+    """Width D of the pyramids."""
+    branches: Literal["static", "dynamic", "both"] = "both"
+    """What each frame looks like, how it differs from the rest of its clip, or both."""
+    dynamic: Literal["deviation", "difference", "first", "original"] = "deviation"
+    """What the dynamic branch sees: each frame less the clip's mean, less the frame before, less the first one; or the
+    original method's: the next frame less it, and for the last one the first less it."""
+    time: Literal["gru", "attention"] = "gru"
+    """What reads the frames: a recurrent unit, or convolution and attention with the mean over time."""
+    crf: Literal["meanfield", "messages", "gaussian", "none"] = "meanfield"
+    """The mean-field CRF, or none; for comparison the original method's messages or a continuous Gaussian CRF."""
+    crf_branch: Literal["static", "dynamic"] = "dynamic"
+    """Of both branches the one whose cells the CRF couples."""
     readout: Literal["none", "labels", "value", "both"] = "both"
     """What the CRF writes back into the features."""
     iterations: Annotated[int, Range(0, 100)] = 3
@@ -284,6 +293,8 @@ def _check_ranges(section: Any, prefix: str) -> None:
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
 _BEFORE = {
     "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
+    "model.branches": "static",  # there was one branch,
+    "model.time": "attention",  # and attention read it
     "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 

@@ -302,7 +302,8 @@ def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:
         name = {"DFERNet": "dfernet", "MeanPoolNet": "mean-pool"}[hub["network"]]
         data = {"size": hub["size"], "num_segments": hub["segments"], "train_list": "unknown", "val_list": "unknown"}
         data["frames_per_segment"] = hub["num_frames"] // hub["segments"]
-        settings = ("backbone", "dropout", "dim", "crf", "readout", "iterations", "max_coupling")
+        settings = ("backbone", "dropout", "dim", "branches", "dynamic", "time", "crf", "crf_branch", "readout")
+        settings = (*settings, "iterations", "max_coupling")
         model = {"name": name} | {key: hub[key] for key in settings if key in hub}
         emotions = hub["classes"]
     except (ValueError, KeyError, TypeError, ZeroDivisionError):  # JSON's and Unicode's errors are ValueErrors

@@ -73,7 +73,7 @@ def passes(design: str, num_tokens: int, batch: int, device: str) -> Callable[[]
         num_frames, *sides = SHAPES[num_tokens]
         autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
         if design == "layer":
-            module = MeanFieldCRF(WIDTH, 7, (16, 32)).to(device)
+            module = MeanFieldCRF(WIDTH, 7, (16, 32), num_frames).to(device)
             inputs = [torch.randn(batch, num_frames, WIDTH, *side, device=device) for side in sides]
         else:
             module = AttentionLayer().to(device)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -137,6 +138,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)}\n")
+
+
+def first_sentence(panel: str) -> str:
+    """Return in one line what is wrong, and what may be meant, from the panel that tyro draws."""
+    words = re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel)
+    words = re.split(r"For full helptext|Argument helptext", words)[0]
+    return re.sub(r"\s+", " ", words.replace("Perhaps you meant:", "- perhaps you meant")).strip()
 
 
 def in_range(kind: type[int] | type[float], low: int | float, high: int | float) -> Callable[[str], int | float]:

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +12,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dfer.cli import Range, UserError, check_ranges, restored
+from dfer.cli import Range, UserError, check_ranges, first_sentence, restored
 from dfer.files import read_file
 from dfer.plan.augmentation import Augmentation
 from dfer.recipes import RECIPES
@@ -69,9 +68,18 @@ class ModelConfig:
     drop_path: Annotated[float, Range(0.0, 0.9)] = 0.0
     """Stochastic depth: probability that the backbone's last residual branch is left out for a frame; less before."""
     dim: Annotated[int, Range(8, 4096)] = 256
-    """Width D of the pyramid."""
-    crf: Literal["meanfield", "messages", "gaussian"] = "meanfield"
-    """The mean-field CRF; for comparison the original method's messages or a continuous Gaussian CRF."""
+    """Width D of the pyramids."""
+    branches: Literal["static", "dynamic", "both"] = "both"
+    """What each frame looks like, how it differs from the rest of its clip, or both."""
+    dynamic: Literal["deviation", "difference", "first", "original"] = "deviation"
+    """What the dynamic branch sees: each frame less the clip's mean, less the frame before, less the first one; or the
+    original method's: the next frame less it, and for the last one the first less it."""
+    time: Literal["gru", "attention"] = "gru"
+    """What reads the frames: a recurrent unit, or convolution and attention with the mean over time."""
+    crf: Literal["meanfield", "messages", "gaussian", "none"] = "meanfield"
+    """The mean-field CRF, or none; for comparison the original method's messages or a continuous Gaussian CRF."""
+    crf_branch: Literal["static", "dynamic"] = "dynamic"
+    """Of both branches the one whose cells the CRF couples."""
     readout: Literal["none", "labels", "value", "both"] = "both"
     """What the CRF writes back into the features."""
     iterations: Annotated[int, Range(0, 100)] = 3
@@ -248,7 +256,7 @@ def _parse(words: list[str], default: Config) -> Config:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise UserError(_first_sentence(captured.getvalue())) from None
+        raise UserError(first_sentence(captured.getvalue())) from None
     return config
 
 
@@ -272,13 +280,6 @@ def _recipe(args: list[str]) -> str | None:
     flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flag.add_argument("--data.recipe", dest="recipe", nargs="?")
     return flag.parse_known_args(args)[0].recipe
-
-
-def _first_sentence(panel: str) -> str:
-    """Return in one line what is wrong, and what may be meant, from the panel that tyro draws."""
-    words = re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel)
-    words = re.split(r"For full helptext|Argument helptext", words)[0]
-    return re.sub(r"\s+", " ", words.replace("Perhaps you meant:", "- perhaps you meant")).strip()
 
 
 def validate(config: Config) -> None:
@@ -306,6 +307,8 @@ def validate(config: Config) -> None:
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
 _BEFORE = {
     "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
+    "model.branches": "static",  # there was one branch,
+    "model.time": "attention",  # and attention read it
     "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 

@@ -51,7 +51,14 @@ def frame_names(folder: str | Path) -> list[str]:
         OSError: if the folder cannot be read.
     """
     names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES) and is_data(name)]
-    return sorted(names, key=natural_key)
+    return sorted(names) if _are_padded(names) else sorted(names, key=natural_key)
+
+
+def _are_padded(names: list[str]) -> bool:
+    """Return whether names are numbers of one length, as in 00001.jpg: sorted letter by letter they come the same."""
+    if len({len(name) for name in names}) != 1:
+        return False
+    return all(name[:-4].isdecimal() for name in names) and "".join(names).isascii()
 
 
 def is_image(path: str | Path) -> bool:

@@ -86,7 +86,8 @@ def exported(model: nn.Module, num_frames: int, size: int) -> torch.export.Expor
     """Return a program of plain torch operators, for any number of clips and for 2 frames or more."""
     example = torch.zeros(2, max(num_frames, 3), 3, size, size)  # 1 would be taken for a constant
     free = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("frames", min=2, max=1024)}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself
         return torch.export.export(Logits(model).eval(), (example,), dynamic_shapes={"clips": free})
 
 
@@ -127,7 +128,7 @@ def hub_config(config: Config, model: nn.Module) -> dict[str, Any]:
     data, settings = config.data, config.model
     shared = {"num_classes": len(EMOTIONS), "backbone": settings.backbone, "dropout": settings.dropout}
     if settings.name == "dfernet":
-        names = ("dim", "crf", "readout", "iterations", "max_coupling")
+        names = ("dim", "branches", "dynamic", "time", "crf", "crf_branch", "readout", "iterations", "max_coupling")
         shared |= {name: getattr(settings, name) for name in names}
     num_frames = data.num_segments * data.frames_per_segment
     about = {"classes": list(EMOTIONS), "size": data.size, "segments": data.num_segments}

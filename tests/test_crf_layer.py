@@ -20,7 +20,7 @@ def levels(batch: int = 2, num_frames: int = 4, dim: int = 16, seed: int = 0) ->
 
 def layer(**options) -> MeanFieldCRF:
     torch.manual_seed(0)
-    return MeanFieldCRF(16, 7, strides=(16, 32), **options)
+    return MeanFieldCRF(16, 7, strides=(16, 32), num_frames=4, **options)
 
 
 def moved_layer(**options) -> MeanFieldCRF:
@@ -206,7 +206,7 @@ def run(model, inputs):
 torch.manual_seed(0)
 torch.set_num_threads(1)
 inputs = [torch.randn(2, 4, 16, 3, 4), torch.randn(2, 4, 16, 2, 2)]
-layers = (MeanFieldCRF(16, 7, (16, 32)), MeanFieldCRF(16, 7, (16, 32), "value", 0), GaussianCRF(16, (16, 32)))
+layers = (MeanFieldCRF(16, 7, (16, 32), 4), MeanFieldCRF(16, 7, (16, 32), 4, "value", 0), GaussianCRF(16, (16, 32), 4))
 for number, layer in enumerate(layers):
     for p in layer.parameters():
         p.data += 0.2 * torch.randn_like(p)
@@ -241,7 +241,7 @@ def test_emotion_maps_are_the_marginals_in_their_places():
     with torch.inference_mode():
         fine, coarse = model.emotion_maps(clips)
         assert fine.shape == (2, 3, 7, 6, 4) and coarse.shape == (2, 3, 7, 3, 2)
-        _, output = model.crf(model._levels(clips))
+        _, output = model.crf(model._branches(clips)[model.crf_branch])
         for b, t, c, y, x in ((0, 0, 0, 0, 0), (1, 2, 6, 5, 3), (0, 1, 3, 2, 1)):
             token = t * 30 + y * 4 + x
             want = output.marginals[b, token, 2 * c] + output.marginals[b, token, 2 * c + 1]
@@ -263,7 +263,7 @@ def test_emotion_maps_need_labels():
 @pytest.mark.parametrize("crf", ["messages", "gaussian"])
 def test_the_other_layers_start_as_the_identity_and_then_learn(crf):
     torch.manual_seed(0)
-    other, inputs = (BranchMessages(16) if crf == "messages" else GaussianCRF(16, (16, 32))), levels()
+    other, inputs = (BranchMessages(16) if crf == "messages" else GaussianCRF(16, (16, 32), 4)), levels()
     outputs, _ = other(inputs)
     for before, after in zip(inputs, outputs, strict=True):
         assert torch.equal(before, after)

@@ -143,7 +143,7 @@ def check_gaussian(device: str) -> None:
 def check_layer(device: str) -> None:
     levels = [torch.randn(2, 3, 16, *size, generator=torch.Generator().manual_seed(0)) for size in ((4, 4), (2, 2))]
     torch.manual_seed(0)
-    crf = MeanFieldCRF(16, 7, (16, 32), backend="dense")
+    crf = MeanFieldCRF(16, 7, (16, 32), 3, backend="dense")
     for parameter in crf.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     want, want_output = crf(levels)
@@ -300,7 +300,7 @@ def test_a_full_clip_on_a_gpu(backend, operands):
 
 @pytest.mark.gpu
 def test_the_layer_never_waits_for_the_gpu():
-    crf = MeanFieldCRF(64, 7, (16, 32)).cuda()
+    crf = MeanFieldCRF(64, 7, (16, 32), 16).cuda()
     levels = [torch.randn(2, 16, 64, *size, device="cuda") for size in ((7, 7), (4, 4))]
 
     def step() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfer.images import MAX_PIXELS, BadImage, decode_image, frame_names, open_image
+from dfer.images import MAX_PIXELS, BadImage, decode_image, frame_names, natural_key, open_image
 
 
 def test_frames_come_in_natural_order_and_hidden_files_are_none(tmp_path):
@@ -17,6 +17,24 @@ def test_frames_come_in_natural_order_and_hidden_files_are_none(tmp_path):
     assert frame_names(tmp_path) == ["1.jpeg", "2.JPG", "3.png", "10.jpg"]
     with pytest.raises(FileNotFoundError):
         frame_names(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{n:05d}.jpg" for n in (10, 2, 1, 99999)],
+        ["10.jpg", "9.jpg", "1.jpg"],
+        ["10.jpg", "09.png", "08.JPG"],
+        ["a10.jpg", "a09.jpg"],
+        ["10.jpeg", "09.jpeg"],
+        ["1٣.jpg", "12.jpg", "1٤.jpg"],
+        ["1².jpg", "10.jpg", "11.jpg"],
+    ],
+)
+def test_padded_numbers_are_sorted_as_all_others(monkeypatch, names):
+    """Names of one length are sorted letter by letter, which is faster, only where that is the same."""
+    monkeypatch.setattr("os.listdir", lambda folder: names)
+    assert frame_names("folder") == sorted(names, key=natural_key)
 
 
 def encoded(image: Image.Image, **options) -> bytes:

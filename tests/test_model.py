@@ -1,3 +1,6 @@
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -5,8 +8,10 @@ from dfer.config import ModelConfig
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.model.backbone import FrameBackbone
 from dfer.model.build import build_model
+from dfer.model.dfernet import motion
 from dfer.model.pyramid import upsample_aligned
 from dfer.model.start import start
+from dfer.model.temporal import RecurrentBlock
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +44,25 @@ def test_order_matters_to_the_model_and_not_to_the_baseline(model):
     torch.testing.assert_close(baseline(clips).logits, baseline(backwards).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("readout", ["none", "labels", "value", "both"])
-@pytest.mark.parametrize("iterations", [0, 3])
-def test_every_parameter_learns_in_every_variant(readout, iterations):
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"readout": readout, "iterations": n} for readout in ("none", "labels", "value", "both") for n in (0, 3)),
+        *({"branches": branches} for branches in ("static", "dynamic")),
+        *({"dynamic": dynamic, "time": "attention"} for dynamic in ("difference", "first", "original")),
+        *({"crf": crf, "crf_branch": "static"} for crf in ("none", "messages", "gaussian")),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_parameter_learns_in_every_variant(options):
     torch.manual_seed(0)
-    model = DFERNet(4, dim=32, readout=readout, iterations=iterations)
+    model = DFERNet(4, backbone="resnet10t", dim=32, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):  # the CRF's readout starts at zero: what feeds it learns from the second step on
         optimizer.zero_grad()
         prediction = model(torch.randn(2, 4, 3, 48, 48))
-        (prediction.logits[:, 0].sum() - prediction.marginals[:, 1].sum()).backward()
+        loss = prediction.logits[:, 0].sum()
+        (loss if prediction.marginals is None else loss - prediction.marginals[:, 1].sum()).backward()
         optimizer.step()
     missing = {name for name, p in model.named_parameters() if p.grad is None}
     assert not missing, "distributed training needs a gradient for every parameter"
@@ -63,7 +77,7 @@ def test_sizes(size):
 
 def test_size_of_the_default_model():
     millions = sum(p.numel() for p in DFERNet(16).parameters()) / 1e6
-    assert 12 < millions <= 15
+    assert 12 < millions <= 25
 
 
 @pytest.mark.parametrize(("source", "target"), [(4, 7), (7, 14), (2, 3), (1, 1), (1, 2)])
@@ -121,3 +135,90 @@ def test_weights_out_of_reach_are_said_at_once(monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with pytest.raises(ValueError, match="cannot be reached"):
         started("timm")
+
+
+def features(num_frames: int = 5) -> torch.Tensor:
+    return torch.randn(2, num_frames, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["deviation", "difference", "first", "original"])
+def test_motion_against_loops(kind):
+    x = features()
+    for b, t in np.ndindex(2, 5):
+        others = {
+            "deviation": sum(x[b, i] for i in range(5)) / 5,
+            "difference": x[b, max(t - 1, 0)],
+            "first": x[b, 0],
+            "original": x[b, t],
+        }
+        minuend = x[b, (t + 1) % 5] if kind == "original" else x[b, t]
+        torch.testing.assert_close(motion(x, kind)[b, t], minuend - others[kind])
+
+
+def test_the_dynamic_branch_does_not_see_what_stays_the_same():
+    """Person and light add the same to each frame: the dynamic branch alone does not tell two of them apart."""
+    torch.manual_seed(0)
+    model = DFERNet(4, backbone="resnet10t", dim=16, branches="dynamic", dropout=0.0).eval()
+    shown = [features(4) for _ in range(2)]
+    person = [torch.randn(2, 1, 3, 2, 4) for _ in range(2)]
+    for x, still in zip(shown, person, strict=True):
+        torch.testing.assert_close(motion(x + still, "deviation"), motion(x, "deviation"), atol=1e-5, rtol=1e-5)
+    held = torch.randn(1, 1, 3, 48, 48).expand(-1, 4, -1, -1, -1)
+    other = torch.randn(1, 1, 3, 48, 48).expand(-1, 4, -1, -1, -1)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(held).logits, model(other).logits, atol=1e-4, rtol=1e-4)
+        both = DFERNet(4, backbone="resnet10t", dim=16, dropout=0.0).eval()
+        assert (both(held).logits - both(other).logits).abs().max() > 1e-3  # the static one does
+
+
+def test_a_deviation_is_exact_in_half_precision():
+    """The mean of a clip in bf16 would be off by more than what a subtle expression changes."""
+    x = (100 + torch.arange(8.0).view(1, 8, 1, 1, 1) / 2).bfloat16()
+    want = x.double() - x.double().mean(1, keepdim=True)
+    torch.testing.assert_close(motion(x, "deviation").double(), want, atol=1e-6, rtol=0)
+
+
+def gated_recurrent_unit(block: RecurrentBlock, x: torch.Tensor) -> torch.Tensor:
+    """The equations of Cho et al. 2014 as torch writes them, one clip, frame and gate at a time."""
+    parts = {name: dict(zip("rzn", tensor.chunk(3), strict=True)) for name, tensor in block.cell.named_parameters()}
+    states = []
+    for clip in torch.nn.functional.layer_norm(x, x.shape[-1:], block.norm.weight, block.norm.bias):
+        h = torch.zeros(block.cell.hidden_size)
+        for frame in clip:
+            i = {g: parts["weight_ih"][g] @ frame + parts["bias_ih"][g] for g in "rzn"}
+            j = {g: parts["weight_hh"][g] @ h + parts["bias_hh"][g] for g in "rzn"}
+            r, z = (i["r"] + j["r"]).sigmoid(), (i["z"] + j["z"]).sigmoid()
+            h = (1 - z) * (i["n"] + r * j["n"]).tanh() + z * h
+        states.append(h)
+    return torch.stack(states)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_frames", [1, 2, 7])
+def test_the_recurrent_block_against_its_equations(num_frames):
+    torch.manual_seed(num_frames)
+    block, x = RecurrentBlock(6, 4), torch.randn(3, num_frames, 6)
+    torch.testing.assert_close(block(x), gated_recurrent_unit(block, x))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("crf", ["meanfield", "gaussian"])
+def test_a_clip_is_as_long_whatever_its_frames(crf):
+    """A CRF trained at T = 4 gives a clip of 8 frames, each of the 4 shown twice, the kernel of the 4 frames."""
+    torch.manual_seed(0)
+    model = DFERNet(4, backbone="resnet10t", dim=16, crf=crf).eval()
+    for num_frames in (2, 4, 8):
+        time, _ = model.crf.positions([torch.zeros(1, num_frames, 16, 2, 2), torch.zeros(1, num_frames, 16, 1, 1)])
+        assert time.flatten().tolist() == [4 / num_frames * t for t in range(num_frames)]
+
+
+def test_exports_without_branches_are_what_they_were(tmp_path):
+    """A folder that was written when there was one branch, read by attention."""
+    torch.manual_seed(0)
+    old = DFERNet(4, backbone="resnet10t", dim=16, branches="static", time="attention").eval()
+    config = {"num_frames": 4, "backbone": "resnet10t", "dim": 16, "network": "DFERNet"}
+    old.save_pretrained(tmp_path, config=config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again, clips = DFERNet.from_pretrained(tmp_path).eval(), torch.randn(1, 4, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(again(clips).logits, old(clips).logits)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -81,17 +82,38 @@ def test_an_export_starts_a_run_with_its_outputs(tmp_path):
         assert torch.equal(outputs(from_(path, config).model), outputs(model))
 
 
-def test_positions_of_another_number_of_frames_are_resampled_and_named(tmp_path):
-    run_of(tmp_path, configured(SMALL, 3))
-    after = from_(tmp_path, configured(SMALL, 5))
-    source = load_trained(load_checkpoint(tmp_path), configured(SMALL, 3))
-    torch.testing.assert_close(outputs(after.model, 5), outputs(source, 5))  # as the source itself takes so many
-    assert after.started.endswith("; resampled to 5 frames: temporal.0.position, temporal.1.position")
+@pytest.mark.parametrize("exported", [False, True])
+def test_what_another_number_of_frames_changes_is_fitted_and_named(tmp_path, exported):
+    """The outputs are those of the source, as it takes so many frames itself."""
+    attention = dataclasses.replace(SMALL, branches="static", time="attention")
+    before = configured(attention, 3)
+    model = run_of(tmp_path / "run", before).model
+    if exported:
+        model.save_pretrained(tmp_path / "run", config=hub_config(before, model))
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+    after = from_(tmp_path / "run", configured(attention, 5))
+    torch.testing.assert_close(outputs(after.model, 5), outputs(model, 5))
     total = len(after.model.state_dict())
     assert after.started.startswith(f"{total} of {total} tensors of the model from ")
-    run_of(tmp_path / "still", configured(SMALL, 1))
-    positions = from_(tmp_path / "still", configured(SMALL, 4)).model.temporal[0].position
-    assert all(torch.equal(row, positions[0]) for row in positions)
+    assert (
+        "; resampled to 5 frames: temporal.0.position, temporal.1.position; fitted to 5 frames for 3: " in after.started
+    )
+    assert after.started.endswith("crf.log_sigma_appearance, crf.log_sigma_smoothness")
+
+
+def test_a_model_of_single_frames_tells_nothing_of_time(tmp_path):
+    attention = dataclasses.replace(SMALL, time="attention")
+    state = run_of(tmp_path, configured(attention, 1))
+    after = from_(tmp_path, configured(attention, 4)).model
+    assert all(torch.equal(row, after.temporal[0].position[0]) for row in after.temporal[0].position)
+    assert torch.equal(after.crf.log_sigma_appearance, state.model.crf.log_sigma_appearance)
+
+
+def test_options_that_change_what_the_same_weights_do_are_named(tmp_path):
+    run_of(tmp_path, configured(dataclasses.replace(SMALL, dynamic="first", iterations=2, dropout=0.5)))
+    after = from_(tmp_path, configured(SMALL))
+    said = "; its options were others: --model.dynamic was first, is deviation, --model.iterations was 2, is 3"
+    assert after.started.endswith(said)
 
 
 def test_the_head_of_other_classes_stays_fresh_and_is_named(tmp_path):
@@ -174,9 +196,8 @@ def test_a_model_of_the_hub_starts_a_run_and_is_evaluated(hub):
     model = trained(build_state(config, CPU, None)).model
     hub("some.one/a-model", model, config)
     after = from_("hf:some.one/a-model", config)
-    assert torch.equal(outputs(after.model), outputs(model)) and after.started.endswith(
-        " of the model from hf:some.one/a-model at c0ffee"
-    )
+    assert torch.equal(outputs(after.model), outputs(model))
+    assert " of the model from hf:some.one/a-model at c0ffee, as model.*" in after.started
     state = load_checkpoint(Path("hf:some.one/a-model"))
     assert torch.equal(outputs(load_trained(state, config_from_json(state["config"], Path("x")))), outputs(model))
     net = timm.create_model(NAME)

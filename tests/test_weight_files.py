@@ -19,7 +19,7 @@ from dfer.model.build import build_model
 from dfer.model.pretrained import find_tensors, held_tensors, load_found
 from dfer.model.start import start
 from dfer.predict.predictor import Model
-from dfer.run.checkpoint import load_checkpoint, save_checkpoint
+from dfer.run.checkpoint import load_checkpoint, load_tensors, save_checkpoint
 from dfer.run.weight_files import save_weights
 from dfer.state import load_trained
 from scripts import evaluate, export
@@ -162,7 +162,7 @@ def test_what_wraps_an_extractor_is_no_part_of_its_names(tmp_path):
     torch.save(weights, tmp_path / "w.pt")
     for wrapper in ("model", "body"):
         net = torch.nn.ModuleDict({wrapper: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))})
-        held = held_tensors(tmp_path / "w.pt")
+        held = held_tensors(load_tensors(tmp_path / "w.pt"))
         said = load_found(net, find_tensors(net, held), held, "w.pt", "toy")
         assert said.startswith("7 of 7 tensors of toy")
         assert torch.equal(net[wrapper][0].weight, weights["0.weight"])

@@ -16,6 +16,7 @@ QUICK_TO_START = {
     "cudnn.benchmark": CUDNN,
     "Triton CRF + bf16 input + cudnn.benchmark": TRITON | BF16 | CUDNN,
 }
+DEFAULT_MODEL = {"both branches": {"default": True}}  # beside the first version's, which all else is measured on
 COMPILED = {  # a minute for each batch size
     "compiled": {"compiled": True},
     "compiled + Triton CRF + bf16 input": {"compiled": True} | TRITON | BF16,
@@ -103,6 +104,7 @@ def alone() -> list[Case]:
     for name, options in QUICK_TO_START.items():
         cases.append(_variant(name, options, TELLING))
         cases.append(_against_eager(name, options))
+    cases += [_variant(name, options, TELLING) for name, options in DEFAULT_MODEL.items()]
     cases.append(check("two processes", "two_processes", {}))
     for backend in ("dense", "triton"):
         options = {"backend": backend}
@@ -125,7 +127,7 @@ def alone() -> list[Case]:
 
 def small_batches() -> list[Case]:
     """The variants on the batch of 16: launches, not kernels, are what they wait for there."""
-    return [_variant(name, options, SMALL) for name, options in QUICK_TO_START.items()]
+    return [_variant(name, options, SMALL) for name, options in (QUICK_TO_START | DEFAULT_MODEL).items()]
 
 
 def the_rest() -> list[Case]:

@@ -93,9 +93,12 @@ def synthetic(setting: Setting, batch: int, dtype: torch.dtype = torch.float32, 
     return Batch(clips, labels, torch.ones(batch, dtype=torch.bool, device=setting.device), torch.arange(batch))
 
 
-def config_of(setting: Setting, crf_backend: str = "dense") -> Config:
+def config_of(setting: Setting, crf_backend: str = "dense", default: bool = False) -> Config:
+    """Return the configuration of a run whose model is the default, or the first version's, so that figures compare."""
     data = DataConfig(size=setting.size, num_segments=setting.frames)
     model = ModelConfig(dim=setting.dim, crf_backend=crf_backend)  # type: ignore[arg-type]
+    if not default:
+        model = replace(model, branches="static", time="attention")
     return Config(data=data, model=model, run=RunConfig(wandb="off"))
 
 
@@ -166,13 +169,14 @@ def training_step(
     cudnn_benchmark: bool = False,
     compiled: bool = False,
     crf: bool = True,
+    default: bool = False,
     nudge: float = 0.0,
 ) -> Step:
     """A step under some options.
 
-    `nudge` moves each weight by up to that share of itself: what rounding does, to compare other differences with.
+    `default` takes the default model instead of the first version's. `nudge` moves each weight by up to that share of itself: what rounding does, to compare other differences with.
     """
-    config = config_of(setting, crf_backend)
+    config = config_of(setting, crf_backend, default)
     model = model_of(setting, config, crf)
     if nudge:
         with torch.no_grad():

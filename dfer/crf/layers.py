@@ -33,7 +33,7 @@ STATES_PER_CLASS = 2
 EMBEDDING_DIM = 28
 VALUE_DIM = 64
 INITIAL_COUPLING = 2.0  # below 2 the free energy is convex: one optimum
-SIGMA_APPEARANCE = (4.0, 0.5, 0.5, 1.0)  # at the start: frames, height, width (as shares of the frame), level
+SIGMA_APPEARANCE = (4.0, 0.5, 0.5, 1.0)  # at the start: frames of training, shares of height and width, level
 SIGMA_SMOOTHNESS = (2.0, 0.15, 0.15, 1.0)
 
 
@@ -53,11 +53,13 @@ class TokenGraph(nn.Module):
         strides: of the two levels, in pixels.
         widths: of log-potentials, embedding and values, which are projected from a token; 0 for what is not needed, as
             distributed training cannot have unused parameters. Without an embedding there is no appearance kernel.
+        num_frames: T of training. A clip is that long whatever its own T, so that widths in time, which are learned in
+            frames of training, are shares of a clip.
     """
 
-    def __init__(self, dim: int, strides: tuple[int, int], widths: tuple[int, int, int]):
+    def __init__(self, dim: int, strides: tuple[int, int], widths: tuple[int, int, int], num_frames: int):
         super().__init__()
-        self.strides, self.widths = strides, widths
+        self.strides, self.widths, self.num_frames = strides, widths, num_frames
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in strides)  # their biases distinguish the levels
         self.project = nn.Linear(dim, sum(widths))  # one product for all three
         if widths[1]:
@@ -68,6 +70,18 @@ class TokenGraph(nn.Module):
         """Return the names of logarithms, logits and the compatibility factor, for which 0 is no neutral value."""
         names = ("log_scale", "log_sigma_appearance", "log_sigma_smoothness", "coupling_logit", "affinity", "log_beta")
         return {name for name in names if hasattr(self, name)}
+
+    @torch.no_grad()
+    def retime(self, num_frames: int) -> list[str]:
+        """Take weights of a model for clips of so many frames: widths in time stay the same shares of a clip.
+
+        Returns:
+            The names of the parameters that have changed.
+        """
+        names = [name for name in ("log_sigma_appearance", "log_sigma_smoothness") if hasattr(self, name)]
+        for name in names:
+            self.get_parameter(name)[0] += math.log(self.num_frames / num_frames)
+        return names
 
     def project_tokens(self, levels: list[Float[Tensor, "B T D _ _"]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-potentials, embedding and values (B, N, width) of all cells of both levels.
@@ -92,8 +106,10 @@ class TokenGraph(nn.Module):
         return torch.cat([embedding, position.expand(embedding.shape[0], -1, -1)], dim=-1)
 
     def positions(self, levels: list[Tensor]) -> tuple[Float[Tensor, "T 1"], Float[Tensor, "P 3"]]:
-        """Return the position in time of each frame, in frames, and `cell_positions`."""
-        time = torch.arange(levels[0].shape[1], device=levels[0].device, dtype=self.project.weight.dtype)[:, None]
+        """Return the position in time of each frame, in frames of training, and `cell_positions`."""
+        num_frames = levels[0].shape[1]
+        time = torch.arange(num_frames, device=levels[0].device, dtype=self.project.weight.dtype)[:, None]
+        time = time * (self.num_frames / num_frames)
         cells = cell_positions([level.shape[-2:] for level in levels], self.strides, levels[0].device)
         return time, cells.to(time.dtype)
 
@@ -108,6 +124,7 @@ class MeanFieldCRF(TokenGraph):
         dim: D, width of the features.
         num_classes: K; the latent states are 2 (K + 1).
         strides: of the two levels, in pixels.
+        num_frames: T of training.
         readout: what is added to the features: "none", "labels" (marginals), "value" (one sweep of the appearance
             kernel over values, as attention would do, but symmetric and without self), or "both".
         iterations: mean-field iterations; 0 leaves the marginals of the unary term alone.
@@ -121,6 +138,7 @@ class MeanFieldCRF(TokenGraph):
         dim: int,
         num_classes: int,
         strides: tuple[int, int],
+        num_frames: int,
         readout: Literal["none", "labels", "value", "both"] = "both",
         iterations: int = 3,
         max_coupling: float = 8.0,
@@ -129,7 +147,7 @@ class MeanFieldCRF(TokenGraph):
         has_values = readout in ("value", "both")
         num_states = STATES_PER_CLASS * (num_classes + 1)
         has_pairs = iterations > 0 or has_values
-        super().__init__(dim, strides, (num_states, EMBEDDING_DIM * has_pairs, VALUE_DIM * has_values))
+        super().__init__(dim, strides, (num_states, EMBEDDING_DIM * has_pairs, VALUE_DIM * has_values), num_frames)
         self.num_classes, self.iterations = num_classes, iterations
         self.backend: Backend = backend
         self.max_coupling, self.num_states = max_coupling, num_states
@@ -218,8 +236,8 @@ class GaussianCRF(TokenGraph):
     `MeanFieldCRF`; beta is learned, from 0.01 to 4. W starts at zero.
     """
 
-    def __init__(self, dim: int, strides: tuple[int, int], backend: Backend = "auto"):
-        super().__init__(dim, strides, (0, EMBEDDING_DIM, VALUE_DIM))
+    def __init__(self, dim: int, strides: tuple[int, int], num_frames: int, backend: Backend = "auto"):
+        super().__init__(dim, strides, (0, EMBEDDING_DIM, VALUE_DIM), num_frames)
         self.backend: Backend = backend
         self.log_beta = nn.Parameter(torch.zeros(()))
         self.readout = nn.Linear(VALUE_DIM, dim, bias=False)

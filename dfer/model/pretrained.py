@@ -3,14 +3,12 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dfer.cli import UserError
-from dfer.run.checkpoint import load_tensors
 
 ENOUGH = 0.95  # of a network's tensors; below it is another network's file
 
@@ -31,13 +29,9 @@ class Found(NamedTuple):
 Held = list[tuple[str, dict[str, Tensor]]]  # the dictionaries of tensors in a file, and the keys that lead to each
 
 
-def held_tensors(path: Path) -> Held:
-    """Return the dictionaries of tensors that a file or folder holds, whatever model they are of.
-
-    Raises:
-        UserError: as `load_tensors`.
-    """
-    return list(_dictionaries(load_tensors(path)))
+def held_tensors(content: dict[str, Any]) -> Held:
+    """Return the dictionaries of tensors in what `load_tensors` returns, whatever model they are of."""
+    return list(_dictionaries(content))
 
 
 def find_tensors(net: nn.Module, held: Held, rename: Rename | None = None) -> Found:

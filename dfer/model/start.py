@@ -8,21 +8,31 @@ either is refused.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfer.cli import UserError, say_once
-from dfer.config import ModelConfig
+from dfer.config import Config, ModelConfig, config_from_json
 from dfer.lists.annotations import EMOTIONS
 from dfer.model.backbone import FrameBackbone, timm_out_of_reach
 from dfer.model.build import build_model
 from dfer.model.pretrained import Found, Held, find_tensors, held_tensors, load_found, some
+from dfer.run.checkpoint import load_tensors
 from dfer.run.hub import local
 
 ALONE = "backbone:"
+_OF_TRAINING = {
+    "init",
+    "freeze",
+    "drop_path",
+    "dropout",
+    "crf_backend",
+}  # options that trained weights do not depend on
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
@@ -40,6 +50,14 @@ def resolved(config: ModelConfig) -> ModelConfig:
             raise UserError(f"{line}, and --model.freeze backbone would keep them; give a file with --model.init FILE")
         say_once(f"{line}; --model.init FILE gives others")
     return dataclasses.replace(config, init="random" if why is not None else "timm")
+
+
+class Source(NamedTuple):
+    """What a model is to start from, as it was read."""
+
+    name: str  # for messages
+    held: Held
+    config: Config | None  # of the run that wrote it; None: it is somebody else's, or does not say
 
 
 def start(model: nn.Module, config: ModelConfig, num_frames: int) -> str | None:
@@ -60,24 +78,30 @@ def start(model: nn.Module, config: ModelConfig, num_frames: int) -> str | None:
     try:
         if config.init == "timm":
             return backbone.load_timm()
-        source = config.init.removeprefix(ALONE)
-        held = held_tensors(path := local(Path(source)))
-        source += f" at {path.name[:12]}" * (path != Path(source))  # of a model of the hub, the commit
+        source = _read(config.init.removeprefix(ALONE))
         if not config.init.startswith(ALONE):
-            found = find_tensors(model, held)
+            found = find_tensors(model, source.held)
             if _is_whole(model, backbone, found):
-                return _load_whole(model, config, num_frames, found, held, source)
-        return _load_backbone(backbone, held, source)
+                return _load_whole(model, config, num_frames, found, source)
+        return _load_backbone(backbone, source)
     except UserError as error:
         others = config.init in ("timm", "auto") or "hf:" in config.init or os.path.exists(config.init)
         hint = "" if others or config.init.startswith(ALONE) else " (or random, timm, auto, hf:ORG/NAME)"
         raise UserError(f"--model.init {error}{hint}") from None
 
 
-def _load_backbone(backbone: FrameBackbone, held: Held, source: str) -> str:
-    name = backbone.name
+def _read(name: str) -> Source:
+    path = local(Path(name))
+    commit = f" at {path.name[:12]}" * (path != Path(name))  # of a model of the hub
+    content = load_tensors(path)
+    text = content.get("config")
+    return Source(name + commit, held_tensors(content), config_from_json(text, path) if isinstance(text, str) else None)
+
+
+def _load_backbone(backbone: FrameBackbone, source: Source) -> str:
+    name, net = backbone.name, backbone.net
     try:
-        said = load_found(backbone.net, find_tensors(backbone.net, held, backbone.rename()), held, source, name)
+        said = load_found(net, find_tensors(net, source.held, backbone.rename()), source.held, source.name, name)
     except UserError as error:
         raise UserError(f"{error}: give weights of {name}, or another --model.backbone") from None
     return f"{said}; all else is fresh"
@@ -90,7 +114,7 @@ def _is_whole(model: nn.Module, backbone: FrameBackbone, found: Found) -> bool:
     return 0 < of_backbone < len(found.tensors)
 
 
-def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: Found, held: Held, source: str) -> str:
+def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: Found, source: Source) -> str:
     """Load all that fits of a model of ours, and say how many tensors, and which are fresh or resampled."""
     notes, fresh = "", []
     if found.misshapen:  # what depends on what is known by building models that differ in it alone
@@ -108,9 +132,32 @@ def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: F
         notes += f"; fresh, as it has other classes: {some(fresh)}" * bool(fresh)
         notes += f"; resampled to {num_frames} frames: {some(list(resampled))}" * bool(resampled)
     try:
-        return load_found(model, found, held, source, "the model", fresh) + notes
+        said = load_found(model, found, source.held, source.name, "the model", fresh)
     except UserError as error:
         raise UserError(f"{error}: it is another model; {ALONE}{config.init} takes its backbone alone") from None
+    if source.config:
+        notes += _retimed(model, num_frames, source.config) + _other_options(config, source.config.model)
+    return said + notes
+
+
+def _retimed(model: nn.Module, num_frames: int, begun: Config) -> str:
+    """Fit what a model has learnt in frames to clips of another number of them, and say what that was."""
+    before = begun.data.num_segments * begun.data.frames_per_segment
+    if before in (1, num_frames):  # from single frames nothing was learnt about time
+        return ""
+    names = []
+    for prefix, module in model.named_modules():
+        retime: Callable[[int], list[str]] | None = getattr(module, "retime", None)
+        names += [f"{prefix}.{name}" for name in retime(before)] if retime else []
+    return f"; fitted to {num_frames} frames for {before}: {some(names)}" * bool(names)
+
+
+def _other_options(config: ModelConfig, begun: ModelConfig) -> str:
+    """Return which options change what the same weights do, where they are not those that the weights come from."""
+    was, now = dataclasses.asdict(begun), dataclasses.asdict(config)
+    differing = [name for name in now if name not in _OF_TRAINING and was[name] != now[name]]
+    lines = [f"--model.{name.replace('_', '-')} was {was[name]}, is {now[name]}" for name in differing]
+    return f"; its options were others: {', '.join(lines)}" * bool(lines)
 
 
 def _shapes_that_change(model: nn.Module, config: ModelConfig, num_frames: int, num_classes: int) -> dict[str, int]:

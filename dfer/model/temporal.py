@@ -1,9 +1,40 @@
-"""The temporal block: convolution and attention over the frames of a clip."""
+"""What reads the frames of a clip in order: a recurrent block, or convolution and attention."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+
+
+class RecurrentBlock(nn.Module):
+    """A gated recurrent unit over the frames of a clip, whose last state is the clip's (Cho et al. 2014).
+
+    It reads order, and any T: no parameter belongs to a frame's index. A cell rather than torch's `nn.GRU`, where
+    torch.compile breaks its graph and of which torch.export makes a program for one T.
+
+    Args:
+        dim: D, width of the features of a frame.
+        width: E, of the state.
+    """
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.cell = nn.GRUCell(dim, width)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B E"]:
+        frames = self.norm(x).transpose(0, 1)
+        state = frames.new_zeros(x.shape[0], self.cell.hidden_size)
+        if torch.compiler.is_exporting():  # a loop over all T
+            return scan(self._step, state, frames)[0]
+        for frame in frames:
+            state = self.cell(frame, state)
+        return state
+
+    def _step(self, state: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.cell(frame, state)
+        return state, state.clone()  # a scan's state and its outputs may not be one tensor
 
 
 class TemporalBlock(nn.Module):

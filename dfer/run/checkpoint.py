@@ -26,6 +26,7 @@ from dfer.run.hub import local
 from dfer.run.weight_files import WeightFile, digest, read_weight_file
 
 FORMAT = 1
+_NETWORKS = {"DFERNet": "dfernet", "MeanPoolNet": "mean-pool"}  # classes of exported models -> --model.name
 KEPT = 2  # newest checkpoints; the best are kept besides
 _MANIFEST = re.compile(r"step-(\d{8,})\.json")
 _STATE = re.compile(r"step-\d{8,}-[0-9a-f]{8}\.pt")
@@ -269,14 +270,24 @@ def load_tensors(path: Path) -> dict[str, Any]:
         if _STATE.fullmatch(path.name) or _MANIFEST.fullmatch(path.name):
             return load_checkpoint(path)
         found = read_weight_file(path)
-        return _of_best_epoch(found, path) if _is_of_best_epoch(found) else found.content
+        if _is_of_best_epoch(found):
+            return _of_best_epoch(found, path)
+        return _of_export(found, path) if _is_export(path) else found.content
     if os.path.isdir(path / "checkpoints") or find_manifests(path):
         return load_checkpoint(path)
     names = ("model.safetensors", "pytorch_model.bin")
     there = next((path / name for name in names if os.path.exists(path / name)), None)
     if there is None:
         raise UserError(f"{path}: a folder without weights: it is no run, and {' and '.join(names)} are not in it")
-    return read_weight_file(there).content
+    return load_tensors(there)
+
+
+def _is_export(path: Path) -> bool:
+    """Return whether a file is of an export by its name and the config.json beside it, which other models have too."""
+    with contextlib.suppress(UserError, ValueError, AttributeError):
+        about = json.loads(read_file(path.with_name("config.json")))
+        return path.name == "model.safetensors" and about.get("network") in _NETWORKS
+    return False
 
 
 def _is_of_best_epoch(found: WeightFile) -> bool:
@@ -302,10 +313,11 @@ def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:
     source = path.with_name("config.json")
     try:
         hub = json.loads(read_file(source))
-        name = {"DFERNet": "dfernet", "MeanPoolNet": "mean-pool"}[hub["network"]]
+        name = _NETWORKS[hub["network"]]
         data = {"size": hub["size"], "num_segments": hub["segments"], "train_list": "unknown", "val_list": "unknown"}
         data["frames_per_segment"] = hub["num_frames"] // hub["segments"]
-        settings = ("backbone", "dropout", "dim", "crf", "readout", "iterations", "max_coupling")
+        settings = ("backbone", "dropout", "dim", "branches", "dynamic", "time", "crf", "crf_branch", "readout")
+        settings = (*settings, "iterations", "max_coupling")
         model = {"name": name} | {key: hub[key] for key in settings if key in hub}
         emotions = hub["classes"]
     except (ValueError, KeyError, TypeError, ZeroDivisionError):  # JSON's and Unicode's errors are ValueErrors

@@ -2,12 +2,16 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import NamedTuple, NoReturn, TypeVar
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 Item = TypeVar("Item")
 
@@ -68,6 +72,53 @@ class Range(NamedTuple):
 
     low: int | float
     high: int | float
+
+
+def check_ranges(section: Any, prefix: str) -> None:
+    """Check the numbers of a configuration against the ranges that stand at its fields; `prefix` begins its flags.
+
+    Raises:
+        UserError: names the flag, its value and what is allowed.
+    """
+    for name, hint in get_type_hints(type(section), include_extras=True).items():
+        flag = f"{prefix}{name.replace('_', '-')}"
+        value: Any = getattr(section, name)
+        if dataclasses.is_dataclass(type(value)):
+            check_ranges(value, f"{flag}.")
+            continue
+        for limits in (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)):
+            for number in value if isinstance(value, tuple) else (value,):
+                if not math.isfinite(number) or not limits.low <= number <= limits.high:
+                    raise UserError(f"{flag} {number}: must be between {limits.low} and {limits.high}")
+
+
+def restored(kind: Any, saved: Any, flag: str) -> Any:
+    """Return a value of a field's type from what JSON has of it.
+
+    Raises:
+        TypeError, ValueError: if it is of another type, or none of the choices.
+    """
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        start = flag if flag == "--" else f"{flag}."
+        known = {k: restored(hints[k], v, start + k.replace("_", "-")) for k, v in saved.items() if k in hints}
+        return cast(type, kind)(**(dict(saved) | known))  # an unknown key is a TypeError
+    if get_origin(kind) is tuple and isinstance(saved, list):
+        return tuple(restored(get_args(kind)[0], value, flag) for value in saved)
+    if get_origin(kind) is Literal:
+        fits = saved in get_args(kind)
+    elif get_origin(kind) is UnionType:  # a type, or None
+        return None if saved is None else restored(get_args(kind)[0], saved, flag)
+    elif kind is Path:
+        fits = isinstance(saved, str) and "\0" not in saved
+        saved = Path(saved) if fits else saved
+    else:
+        fits = isinstance(saved, int | float if kind is float else kind) and isinstance(saved, bool) == (kind is bool)
+    if not fits:
+        raise ValueError(f"{flag} is {saved!r}")
+    return saved
 
 
 class Parser(argparse.ArgumentParser):

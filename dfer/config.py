@@ -5,23 +5,24 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from dfer.cli import Range, UserError
+from dfer.cli import Range, UserError, check_ranges, restored
 from dfer.files import read_file
+from dfer.optim.options import OptimConfig, check_schedule
 from dfer.plan.augmentation import Augmentation
+from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
+LossKind = Literal["cross-entropy", "focal", "class-balanced", "logit-adjusted"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,6 @@ class DataConfig:
     """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
     cache: Literal["off", "gpu"] = "off"
     """gpu = hold the whole raw data set in GPU memory."""
-    recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "m3dfel", "mae-dfer"] = "none"
-    """Clips and augmentation as a published method has them, where no other flag says otherwise."""
     size: Annotated[int, Range(32, 1024)] = 112
     """Height and width of a clip in pixels."""
     num_segments: Annotated[int, Range(1, 1024)] = 16
@@ -54,6 +53,8 @@ class DataConfig:
     """Evaluation averages the probabilities of this many clips of a video, each at another place in time."""
     mirror_views: bool = False
     """And of their mirror images: twice as many."""
+    balance: Balance = "none"
+    """Videos of small classes come more often: as (videos of the class)^-1/2 (sqrt) or ^-1 (full) says."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -81,27 +82,9 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Range(1e-12, 1e3)] = 1e-3
-    """Peak learning rate, after warm-up; cosine to zero from there."""
-    weight_decay: Annotated[float, Range(0.0, 1e3)] = 0.05
-    epochs: Annotated[int, Range(1, 100_000)] = 60
-    steps_per_epoch: Annotated[int, Range(0, 10**9)] = 0
-    """Cut epochs short after this many optimizer steps; 0 = whole epochs."""
-    warmup_epochs: Annotated[float, Range(0.0, 100_000.0)] = 3.0
-    clip_norm: Annotated[float, Range(0.0, 1e9)] = 1.0
-    """Largest norm of the gradient; 0 = no clipping."""
-    accumulate: Annotated[int, Range(1, 100_000)] = 1
-    """Batches per optimizer step."""
-    ema: Annotated[float, Range(0.0, 0.999999)] = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 = none."""
-    ema_warmup: bool = True
-    """Let the average begin short: a decay of (1 + n) / (10 + n) after n steps, until that is --optim.ema."""
-
-
-@dataclass(frozen=True)
 class LossConfig:
+    kind: LossKind = "cross-entropy"
+    """What the labels are held against; the others than cross-entropy are for classes of unequal size."""
     label_smoothing: Annotated[float, Range(0.0, 0.99)] = 0.1
     aux_weight: Annotated[float, Range(0.0, 1e3)] = 0.2
     """Weight of the loss on the CRF's marginals."""
@@ -135,6 +118,8 @@ class RunConfig:
 @dataclass(frozen=True)
 class Config:
     preset: tyro.conf.Suppress[str] = "faces"
+    recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "lstpnet", "m3dfel", "mae-dfer"] = "none"
+    """Train as a published method does, where no other flag says otherwise; what is not as published is said."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     resume: bool = False
     """Insist that the run --run.name is continued; without it a named run is too, if it has begun."""
@@ -206,12 +191,16 @@ def parse_config(args: list[str]) -> Config:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
     flags = args[1:] if args and args[0] == preset else args
     default = PRESETS[preset](torch.cuda.is_available())
+    flags, old_word = [re.sub(r"^--data\.recipe(?=$|=)", "--recipe", flag) for flag in flags], flags
     recipe = _recipe(flags)
-    if recipe in RECIPES:  # anything else is named by tyro
-        default = dataclasses.replace(default, data=dataclasses.replace(default.data, **RECIPES[recipe]))
+    for section, values in RECIPES[recipe].settings.items() if recipe in RECIPES else ():  # others are named by tyro
+        changed = dataclasses.replace(getattr(default, section), **values)
+        default = dataclasses.replace(default, **{section: changed})
     config = _parse(flags, default)
     validate(config)
     begun = begun_config(config.run.log_dir / config.run.name) if config.run.name else None
+    if begun is None and flags != old_word:
+        raise UserError("--data.recipe: is --recipe now, and sets optimizer, schedule, batch, epochs and loss too")
     if begun is None:
         return config
     config = _parse(flags, _continued(begun, config, preset_typed=len(flags) < len(args)))
@@ -240,9 +229,9 @@ def _parse(words: list[str], default: Config) -> Config:
 
 
 def _recipe(args: list[str]) -> str | None:
-    """Return the value of --data.recipe, which is read before all other flags since it sets their defaults."""
+    """Return the value of --recipe, which is read before all other flags since it sets their defaults."""
     flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flag.add_argument("--data.recipe", dest="recipe", nargs="?")
+    flag.add_argument("--recipe", nargs="?")
     return flag.parse_known_args(args)[0].recipe
 
 
@@ -259,26 +248,15 @@ def validate(config: Config) -> None:
     Raises:
         UserError: names the flag, its value and what is allowed.
     """
-    _check_ranges(config, "--")
+    check_ranges(config, "--")
     model, run = config.model, config.run
     if model.dim % 4:
         raise UserError(f"--model.dim {model.dim}: must be a multiple of 4, the attention heads")
+    check_schedule(config.optim)
     if config.resume and run.name is None:
         raise UserError("--resume: say which run with --run.name NAME (a folder under --run.log-dir)")
     if run.name is not None and (run.name in ("", ".", "..") or Path(run.name).name != run.name):
         raise UserError(f"--run.name {run.name!r}: must be a plain folder name")
-
-
-def _check_ranges(section: Any, prefix: str) -> None:
-    for name, hint in get_type_hints(type(section), include_extras=True).items():
-        flag = f"{prefix}{name.replace('_', '-')}"
-        value: Any = getattr(section, name)
-        if dataclasses.is_dataclass(type(value)):
-            _check_ranges(value, f"{flag}.")
-            continue
-        for limits in (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)):
-            if not math.isfinite(value) or not limits.low <= value <= limits.high:
-                raise UserError(f"{flag} {value}: must be between {limits.low} and {limits.high}")
 
 
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
@@ -357,40 +335,15 @@ def config_from_json(text: str, source: Path) -> Config:
     """
     try:
         saved = json.loads(text)
+        if "recipe" in saved.get("data", {}):  # where it was when it set clips and augmentation alone
+            saved["recipe"] = saved["data"].pop("recipe")
         for flag, value in _BEFORE.items():
             section, name = flag.split(".")
             saved.get(section, {}).setdefault(name, value)
-        config = _restored(Config, saved, "--")
+        config = restored(Config, saved, "--")
         validate(config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except (TypeError, AttributeError, ValueError, RecursionError) as error:  # json's errors are ValueErrors
         raise UserError(f"{source}: not a run's configuration ({error})") from None
     return config
-
-
-def _restored(kind: Any, saved: Any, flag: str) -> Any:
-    """Return a value of a field's type from what JSON has of it.
-
-    Raises:
-        TypeError, ValueError: if it is of another type, or none of the choices.
-    """
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind, include_extras=True)
-        start = flag if flag == "--" else f"{flag}."
-        known = {k: _restored(hints[k], v, start + k.replace("_", "-")) for k, v in saved.items() if k in hints}
-        return cast(type, kind)(**(dict(saved) | known))  # an unknown key is a TypeError
-    if get_origin(kind) is Literal:
-        fits = saved in get_args(kind)
-    elif get_origin(kind) is UnionType:  # a type, or None
-        return None if saved is None else _restored(get_args(kind)[0], saved, flag)
-    elif kind is Path:
-        fits = isinstance(saved, str) and "\0" not in saved
-        saved = Path(saved) if fits else saved
-    else:
-        fits = isinstance(saved, int | float if kind is float else kind) and isinstance(saved, bool) == (kind is bool)
-    if not fits:
-        raise ValueError(f"{flag} is {saved!r}")
-    return saved

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_IN = {
-    "timm": {"dfer/model/backbone.py"},
+    "timm": {"dfer/model/backbone.py", "dfer/optim/optimizers.py"},
     "huggingface_hub": {"dfer/model/backbone.py", "dfer/model/baselines.py", "dfer/model/dfernet.py"},
     "wandb": {"dfer/run/wandb_log.py"},
     "wandb_workspaces": {"scripts/dashboard.py"},

@@ -37,7 +37,7 @@ import torch
 import train, dfer.files
 from dfer.cli import one_line_errors
 from dfer.config import parse_config
-from dfer.optim import NonFiniteGuard
+from dfer.optim.guard import NonFiniteGuard
 
 torch.set_num_threads(1)
 SENT = {"t": signal.SIGTERM, "i": signal.SIGINT, "u": signal.SIGUSR1}

@@ -225,6 +225,9 @@ def _parse(words: list[str], default: Config) -> Config:
         if not stop.code:  # --help
             raise
         raise UserError(_first_sentence(captured.getvalue())) from None
+    optim = config.optim
+    if optim.schedule in ("cosine", "constant") and optim.decay_epochs == default.optim.decay_epochs:
+        config = dataclasses.replace(config, optim=dataclasses.replace(optim, decay_epochs=()))  # a recipe's
     return config
 
 

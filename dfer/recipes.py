@@ -173,7 +173,6 @@ RECIPES: dict[str, Recipe] = {
             f"{NETWORK}, and so is its start (theirs: a masked autoencoder of VoxCeleb2)",
             "no layer decay (theirs: 0.75, which is for pre-trained layers) and no drop path (theirs: 0.1)",
             "mixup and cutmix are drawn for each pair of clips (theirs: once for a batch)",
-            ON_TEST_FOLD,
         ),
     ),
 }

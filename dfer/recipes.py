@@ -4,6 +4,7 @@ Approximated in all: boxes that do not fit are drawn again there (here cut to th
 uniformly (here log-uniform), and most repeat the first or the last frame of a short video (here all of them, evenly).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from dfer.plan.augmentation import Augmentation
@@ -187,9 +188,19 @@ def deviations(name: str, config: Any, world_size: int) -> list[str]:
     changed = []
     for section, values in recipe.settings.items():
         for field, value in values.items():
-            if field != "batch_size" and (now := getattr(getattr(config, section), field)) != value:
-                changed.append(f"--{section}.{field.replace('_', '-')} {now} (published: {value})")
+            if field != "batch_size":
+                flag, now = f"--{section}.{field}".replace("_", "-"), getattr(getattr(config, section), field)
+                changed += _changed(flag, now, value)
     clips, published = config.data.batch_size * world_size * config.optim.accumulate, recipe.settings["data"]
     if published.get("batch_size", clips) != clips:
         changed.append(f"{clips} clips per step (published: {published['batch_size']})")
     return lines + [f"recipe {name}: {line}" for line in changed]
+
+
+def _changed(flag: str, now: Any, published: Any) -> list[str]:
+    """Return in a line for each flag what is not as published."""
+    if dataclasses.is_dataclass(published):
+        names = [field.name for field in dataclasses.fields(published)]
+        pairs = ((f"{flag}.{n.replace('_', '-')}", getattr(now, n), getattr(published, n)) for n in names)
+        return [line for pair in pairs for line in _changed(*pair)]
+    return [] if now == published else [f"{flag} {now} (published: {published})"]

@@ -83,6 +83,8 @@ def test_what_is_not_as_published_is_said():
     text = said("--recipe", "former-dfer", "--optim.lr", "0.1", "--data.size", "96", world_size=4)
     assert "--optim.lr 0.1 (published: 0.01)" in text and "--data.size 96 (published: 112)" in text
     assert "128 clips per step (published: 32)" in text and "--data.batch-size" not in text
+    text = said("--recipe", "former-dfer", "--data.augmentation.flip", "0")
+    assert "--data.augmentation.flip 0.0 (published: 0.5)" in text and text.count("(published: ") == 1
     text = said("--recipe", "former-dfer", "--data.batch-size", "8", world_size=4)
     assert "clips per step" not in text
     assert "Kinetics" in said("--recipe", "m3dfel") and "MS-Celeb-1M" in said("--recipe", "lstpnet")

@@ -182,8 +182,8 @@ def assert_ends_as(run_dir, unbroken):
 
 # What draws or remembers anything of its own.
 OTHERWISE = (
-    "--optim.schedule", "multistep", "--optim.decay-epochs", "1", "--optim.layer-decay", "0.7", "--optim.min-lr", "1e-5",
-    "--data.balance", "full", "--loss.kind", "logit-adjusted", "--data.augmentation.mixup", "0.8",
+    "--optim.schedule", "multistep", "--optim.decay-epochs", "1", "--optim.min-lr", "1e-5", "--data.balance", "full",
+    "--optim.layer-decay", "0.7", "--loss.kind", "logit-adjusted", "--data.augmentation.mixup", "0.8",
     "--data.augmentation.cutmix", "1",
 )  # fmt: skip
 

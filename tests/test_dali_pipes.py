@@ -154,7 +154,14 @@ UNEQUAL = np.array([0] * 18 + [1, 2])  # classes of 18, 1 and 1 videos
 def test_balanced_clips_equal_the_oracle(indexes, tmp_path, source, graph):
     """A video that comes again comes as another clip; its label is its own."""
     if source == "video":
-        index = write_videos(tmp_path / "videos", "h264")
+        folder = tmp_path / "videos"
+        write_videos(folder, "h264")
+        images = [np.asarray(smooth_image(np.random.default_rng(f), 64, 96)) for f in range(9)]
+        codec, _, colours, options = VIDEOS["h264-709"]  # of the videos that come again
+        write_video(folder / "5.mp4", images, codec, colours, options)
+        (folder / "list.txt.index.npz").unlink(missing_ok=True)
+        index = build_index(read_annotations(folder / "list.txt"))
+        assert index.store.matrix[[0, 5]].tolist() == ["bt601", "bt709"]
         worst, pixels = 4, lambda video: [np.asarray(image) for _, image in decode(index.records[video].path)]
     else:
         index = indexes[source, "train"]

@@ -107,11 +107,10 @@ def test_a_clip_that_is_not_valid_poisons_no_other():
     assert found.clips[:2].isfinite().all() and not torch.equal(found.clips[0], batch.clips[0])
 
 
-@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
-def test_an_odd_batch_is_one_line(clips, flag):
+def test_an_odd_batch_is_one_line(clips):
     index = load_index(clips / "train.txt")
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    words = ["debug", "--data.batch-size", "3", f"--data.augmentation.{flag}", "0.5"]
+    words = ["debug", "--data.batch-size", "3", "--data.augmentation.cutmix", "0.5"]
     with pytest.raises(UserError, match=r"--data\.batch-size 3: mixup and cutmix mix pairs"):
         build_loader(parse_config(words), index, "train", world)
     build_loader(parse_config(words), index, "eval", world)  # nothing is mixed there
@@ -128,3 +127,15 @@ def test_the_loader_mixes(clips):
         want = mixed(a, plan.mix[plan.order[4 * step : 4 * step + 4]])
         assert a.mix is None and torch.equal(want.clips, b.clips) and torch.equal(want.mix.share, b.mix.share)
     assert step >= 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for():
+    plan = epoch_plan(3, 1, LENGTHS, 4, augmentation=BOTH)
+    batch = batch_of(plan.order[:8])
+    there = batch._replace(clips=batch.clips.cuda(), labels=batch.labels.cuda(), valid=batch.valid.cuda())
+    mixed(there, plan.mix[plan.order[:8]])  # the first one loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    found = mixed(there, plan.mix[plan.order[:8]])
+    torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.clips.cpu(), mixed(batch, plan.mix[plan.order[:8]]).clips)

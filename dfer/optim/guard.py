@@ -12,7 +12,8 @@ class NonFiniteGuard:
 
     DDP has summed the gradients of all ranks, so all of them skip a step or none. A skipped step leaves the weights,
     the optimizer's state and the batch statistics (which the forward pass has already changed) as they were. Torch's
-    fused optimizers look for themselves; around the step of any other, weights and state are copied and restored.
+    fused optimizers skip a step by themselves (`found_inf`); for any other, weights and state are copied before its
+    step and restored after it.
     """
 
     LIMIT = 20  # skipped steps in a row that end a run
@@ -22,7 +23,8 @@ class NonFiniteGuard:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._statistics = [b for b in model.buffers() if b.is_floating_point()]
         self._optimizer, self._scaler = optimizer, scaler
-        self._looks = getattr(optimizer, "_step_supports_amp_scaling", False)  # at `found_inf`, on the device
+        # Torch's name for reading `found_inf` on the device.
+        self._skips_by_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
         device = self._parameters[0].device
         self.skipped: Float[Tensor, " two"] = torch.zeros(2, device=device)  # steps: in all, in a row
         self._keep = torch.tensor([1.0, 0.0], device=device)  # what a finite step multiplies these with
@@ -42,7 +44,7 @@ class NonFiniteGuard:
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         bad = ~norm.isfinite()
-        if not self._looks:
+        if not self._skips_by_itself:
             self._step_or_restore(bad)
         else:
             if not self._scaler.is_enabled():  # an enabled one sets these itself
@@ -58,14 +60,14 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def _step_or_restore(self, bad: Bool[Tensor, ""]) -> None:
-        """Take the step, and undo it where `bad`. The scaler's own step would wait for the GPU to know."""
+        """Take the step and undo it if `bad`. The scaler's own step would wait for the GPU to find out."""
         weights = [(p, p.clone()) for p in self._parameters if p.grad is not None]
         before = {place: t.clone() for place, t in self._state().items()}
         self._optimizer.step()
         for weight, kept in weights:
             torch.where(bad, kept, weight, out=weight)
         for place, tensor in self._state().items():
-            # What the step has made begins at zero in all optimizers that there are.
+            # State that this step has created begins at zero in all optimizers that --optim.optimizer offers.
             torch.where(bad, before[place] if place in before else torch.zeros_like(tensor), tensor, out=tensor)
 
     def _state(self) -> dict[tuple[Tensor, str], Tensor]:

@@ -48,7 +48,7 @@ def _depths(model: nn.Module) -> dict[int, int]:
     Raises:
         UserError: if timm does not know the layers.
     """
-    import timm  # only those pay for it who ask for it
+    import timm  # here, since most runs do not need it
     from timm.models import group_parameters
 
     net = getattr(getattr(model, "backbone", None), "net", None)
@@ -88,7 +88,7 @@ def build_optimizer(
     elif name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     else:
-        from timm.optim import create_optimizer_v2  # only those pay for it who ask for it
+        from timm.optim import create_optimizer_v2  # here, since most runs do not need it
 
         more: dict[str, Any] = {}
         if name == "muon":

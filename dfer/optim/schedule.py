@@ -14,8 +14,8 @@ from dfer.optim.options import ScheduleName
 class Schedule(NamedTuple):
     """The learning rate: linear warm-up, then a cosine, steps down, or the same to the end.
 
-    The formulas are timm's, without its classes: those count a warm-up from 0, shift milestones by one, know of no
-    lowest rate but in the cosine, and hold an optimizer. What is here is a function of the step and of nothing else.
+    The formulas are timm's; its classes are not used, as they begin the warm-up at 0, shift milestones by one, have a
+    lowest rate for the cosine only, round it otherwise than runs did so far, and hold an optimizer.
     """
 
     peak_lr: float

@@ -19,15 +19,15 @@ def expected_times(labels: Int64[np.ndarray, " N"], balance: Balance) -> Float64
 def balanced_videos(
     times: Float64[np.ndarray, " N"], order: Int64[np.ndarray, " N"], u: float
 ) -> Int64[np.ndarray, " N"]:
-    """Return the video of each of N rows of a plan, so that each video comes as often as expected, rounded up or down.
+    """Return the video of each of N rows of a plan, by systematic sampling: as often as expected, rounded up or down.
 
-    A video that comes keeps its own row; its repeats get the rows of those that do not come, and with them draws of
-    their own: no clip comes twice.
+    A video that is drawn keeps its own row; its repeats get the rows of videos that are not drawn, and with them frames
+    and augmentation of their own: no clip comes twice.
 
     Args:
         times: how often each video is expected; they sum to N.
-        order: of the videos, in which a comb of N teeth is laid over them.
-        u: where its first tooth lies, in [0, 1).
+        order: a random order of the videos, in which every N-th part of the sum of `times` draws one.
+        u: a uniform in [0, 1), the offset of these N points.
     """
     num_videos = len(order)
     edges = np.cumsum(times[order])

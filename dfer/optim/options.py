@@ -12,7 +12,7 @@ ScheduleName = Literal["cosine", "step", "multistep", "constant"]
 @dataclass(frozen=True)
 class OptimConfig:
     optimizer: OptimizerName = "adamw"
-    """muon orthogonalises the updates of matrices and filters, and is AdamW for the rest."""
+    """muon orthogonalises the updates of matrices and filters (slow on a CPU), and is AdamW for the rest."""
     lr: Annotated[float, Range(1e-12, 1e3)] = 1e-3
     """Peak learning rate, after warm-up."""
     schedule: ScheduleName = "cosine"

@@ -82,11 +82,16 @@ class Logits(nn.Module):
 
 
 def exported(model: nn.Module, num_frames: int, size: int) -> torch.export.ExportedProgram:
-    """Return a program of plain torch operators, for any number of clips and for 2 frames or more."""
+    """Return a program of plain torch operators, for any number of clips and for 2 frames or more.
+
+    The model is left in evaluation mode and without gradients.
+    """
     example = torch.zeros(2, max(num_frames, 3), 3, size, size)  # 1 would be taken for a constant
     free = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("frames", min=2, max=1024)}
-    with torch.no_grad():
-        return torch.export.export(Logits(model).eval(), (example,), dynamic_shapes={"clips": free})
+    model = Logits(model).eval().requires_grad_(False)  # or torch's scan is traced backwards too
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are calling torch.compile inside torch.export")  # scan does
+        return torch.export.export(model, (example,), dynamic_shapes={"clips": free})
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, config: dict[str, Any]) -> None:

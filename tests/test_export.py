@@ -16,6 +16,8 @@ from dfer.config import Config, DataConfig, ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.model.build import build_model
+from dfer.model.dfernet import Prediction
+from dfer.model.recurrent import last_state
 from dfer.model.temporal import TemporalBlock
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.predictions import Predictions
@@ -110,6 +112,33 @@ def test_other_models_too(tmp_path, capsys, model):
     with torch.no_grad():
         assert torch.equal(again(random_clips(2, 4)).logits, net(random_clips(2, 4)).logits)
     assert capsys.readouterr().out.count("on 20 shapes") == 2
+
+
+class OfPixels(nn.Module):
+    """A recurrent network that reads the pixels of the frames."""
+
+    def __init__(self, kind: type[nn.GRU | nn.LSTM]):
+        super().__init__()
+        self.rnn = kind(3 * 4 * 4, 5, batch_first=True)
+
+    def forward(self, clips: Tensor) -> Prediction:
+        return Prediction(last_state(self.rnn, clips.flatten(2)), None, {})
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_program_with_a_recurrent_network_takes_any_number_of_frames(tmp_path, kind):
+    torch.manual_seed(0)
+    model = OfPixels(kind)
+    program = export.exported(model, 4, 4)
+    torch.export.save(program, tmp_path / "model.pt2")
+    export.write_onnx(program, tmp_path / "model.onnx", {})
+    for path in (tmp_path / "model.pt2", tmp_path / "model.onnx"):
+        run = export.runner(path)
+        for batch, num_frames in ((1, 4), (3, 2), (2, 33)):
+            clips = torch.randn(batch, num_frames, 3, 4, 4)
+            want = model(clips).logits
+            torch.testing.assert_close(run(clips), want)
+            assert batch == 1 or (want[0] - want[1]).abs().max() > 1e-2
 
 
 def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):

@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> None:
     data = config.data
     index = load_index(data.val_list, data.root, data.source)
     world = distributed.setup(config.run.device)
-    loader = build_loader(config, index, "eval", world)
+    # Other segments are other clips for the model that was trained: it takes any number of frames.
+    cut = dataclasses.replace(data, num_segments=args.segments or data.num_segments)
+    loader = build_loader(dataclasses.replace(config, data=cut), index, "eval", world)
     model = load_trained(state, config).to(world.device)
     result = evaluate(model, loader, world, build_precision(config.run, world.device))
     assert result is not None, "nothing can stop it"
@@ -77,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", type=Path, help="annotation list; the run's validation list if not given")
     parser.add_argument("--root", type=Path, help="where relative paths in the list start")
     parser.add_argument("--batch-size", type=in_range(int, 1, 65536), help="clips per process; the run's if not given")
+    parser.add_argument(
+        "--segments", type=in_range(int, 1, 1024), help="segments that a video is cut into; the run's if not given"
+    )
     parser.add_argument(
         "--views", type=in_range(int, 1, 64), help="clips of a video to average; the run's if not given"
     )

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from dfer.config import ModelConfig
 from dfer.model import DFERNet, MeanPoolNet
 from dfer.model.backbone import FrameBackbone
+from dfer.model.build import build_model
 from dfer.model.pyramid import upsample_aligned
 
 
@@ -34,6 +36,58 @@ def test_order_matters_to_the_model_and_not_to_the_baseline(model):
     assert (model(clips).logits - model(backwards).logits).abs().max() > 1e-4
     baseline = MeanPoolNet().eval()
     torch.testing.assert_close(baseline(clips).logits, baseline(backwards).logits, atol=1e-5, rtol=1e-5)
+
+
+BASELINES = ["mean-pool", "r18-lstm", "r18-gru", "r3d-18", "st-former"]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines(name):
+    """A clip counts by itself, for any number of frames; order matters to all but the mean; every parameter learns."""
+    torch.manual_seed(0)
+    net = build_model(ModelConfig(name=name, backbone="test_resnet", dropout=0.0), 4).eval()
+    clips = torch.randn(2, 4, 3, 32, 32)
+    prediction = net(clips)
+    assert prediction.logits.shape == (2, 7) and prediction.marginals is None and prediction.diagnostics == {}
+    torch.testing.assert_close(net(clips[1:]).logits, prediction.logits[1:], atol=1e-5, rtol=1e-4)
+    assert (prediction.logits[0] - prediction.logits[1]).abs().max() > 1e-3
+    moved = (net(clips.flip(1)).logits - prediction.logits).abs().max()
+    assert moved < 1e-5 if name == "mean-pool" else moved > 1e-4
+    prediction.logits[:, 0].sum().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+    with torch.no_grad():
+        assert all(net(torch.randn(1, frames, 3, 48, 32)).logits.isfinite().all() for frames in (1, 7))
+
+
+def test_sizes_of_the_baselines():
+    """Former-DFER's paper has 18 M; the others are ResNet18's 11.2 M (Tran et al.: 33.2 M in 3-D) and their layer."""
+    millions = {name: sum(p.numel() for p in build_model(ModelConfig(name=name), 16).parameters()) / 1e6
+                for name in BASELINES}  # fmt: skip
+    want = {"mean-pool": 11.18, "r18-lstm": 13.28, "r18-gru": 12.76, "r3d-18": 33.17, "st-former": 18.04}
+    assert millions == pytest.approx(want, abs=0.01)
+
+
+def test_frames_of_training_keep_their_positions():
+    """The interpolation for another number of frames is exact for that of training."""
+    torch.manual_seed(0)
+    net = build_model(ModelConfig(name="st-former", backbone="test_resnet"), 5)
+    table = torch.nn.functional.interpolate(net.frames, size=5, mode="linear", align_corners=True)
+    assert torch.equal(table, net.frames)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "r3d-18", "weights": "timm"}, "--model.weights: r3d-18 has no backbone of timm"),
+        (
+            {"name": "st-former", "backbone": "test_convnext"},
+            "--model.backbone test_convnext: st-former takes a ResNet",
+        ),
+    ],
+)
+def test_what_a_baseline_cannot_take_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelConfig(**model), 4)
 
 
 @pytest.mark.parametrize("readout", ["none", "labels", "value", "both"])

@@ -21,8 +21,8 @@ def last_state(rnn: nn.GRU | nn.LSTM, x: Float[Tensor, "B T D"]) -> Float[Tensor
     assert rnn.batch_first and rnn.bias and rnn.num_layers == 1 and not rnn.bidirectional and not rnn.proj_size
     if not torch.compiler.is_exporting():
         return rnn(x)[0][:, -1]
-    weight, bias = rnn.weight_hh_l0, rnn.bias_hh_l0
-    inputs = F.linear(x, rnn.weight_ih_l0, rnn.bias_ih_l0).transpose(0, 1)  # (T, B, gates * H)
+    input_weight, weight, input_bias, bias = rnn.all_weights[0]
+    inputs = F.linear(x, input_weight, input_bias).transpose(0, 1)  # (T, B, gates * H)
     hidden = x.new_zeros(x.shape[0], rnn.hidden_size)
 
     def gru_step(hidden: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:

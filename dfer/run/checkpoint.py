@@ -294,12 +294,17 @@ def _of_best_epoch(found: WeightFile, path: Path) -> dict[str, Any]:
     return {"model": found.content, "ema": None, "config": about["config"], "emotions": emotions}
 
 
+# Class of an exported network -> --model.name.
+_NETWORKS = {"DFERNet": "dfernet", "MeanPoolNet": "mean-pool", "LSTMNet": "r18-lstm", "GRUNet": "r18-gru"}
+_NETWORKS |= {"R3DNet": "r3d-18", "STFormer": "st-former"}
+
+
 def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:
     """Return an exported model in the form of `load_checkpoint`, by the config.json beside it."""
     source = path.with_name("config.json")
     try:
         hub = json.loads(read_file(source))
-        name = {"DFERNet": "dfernet", "MeanPoolNet": "mean-pool"}[hub["network"]]
+        name = _NETWORKS[hub["network"]]
         data = {"size": hub["size"], "num_segments": hub["segments"], "train_list": "unknown", "val_list": "unknown"}
         data["frames_per_segment"] = hub["num_frames"] // hub["segments"]
         settings = ("backbone", "dropout", "dim", "crf", "readout", "iterations", "max_coupling")

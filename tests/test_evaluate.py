@@ -121,7 +121,9 @@ def test_the_runs_own_list_is_read_as_the_run_reads_it(config, tmp_path):
     assert (data.source, data.root, data.val_list) == ("auto", None, args.list)
 
 
-@pytest.mark.parametrize("words", [("--batch-size", "0"), ("--batch-size", "-3"), ("--views", "0"), ("--segments", "0")])
+@pytest.mark.parametrize(
+    "words", [("--batch-size", "0"), ("--batch-size", "-3"), ("--views", "0"), ("--segments", "0")]
+)
 def test_what_cannot_be_is_one_line(words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path), *words])

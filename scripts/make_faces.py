@@ -9,7 +9,7 @@ import functools
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -182,6 +182,30 @@ def _expression(
     return curves
 
 
+def _distracted(
+    rng: np.random.Generator, aus: np.ndarray, u: np.ndarray, person: Identity, level: Difficulty
+) -> np.ndarray:
+    """(N, AUS): an expression on a person's face, with what distracts from it, the same in all classes."""
+    n = len(u)
+    # On a face that looks like something an expression adds up, or a change within the look would not be seen.
+    aus = 1 - (1 - aus) * (1 - person.rest) if level.looks else np.maximum(aus, person.rest)
+    aus = aus + JITTER * _wander(rng, u, len(AUS), 4)
+    if rng.uniform() < level.talking:
+        beat = np.abs(np.sin(np.pi * (u * n / rng.uniform(5, 9) + rng.uniform())))
+        begin = rng.uniform(-0.3, 0.7)
+        talk = beat * _smoothstep((0.3 - np.abs(u - begin - 0.3)) / 0.1 + 0.5) * rng.uniform(0.5, 1)
+        for au, weight in ((26, TALK_JAW), (20, 0.15), (12, 0.12)):
+            aus[:, COLUMN[au]] += weight * talk
+    if rng.uniform() < level.flashing:
+        at = int(rng.integers(0, n))
+        aus[at : at + int(rng.integers(*FLASH_FRAMES)), [COLUMN[1], COLUMN[2]]] += 0.7
+    aus[:, COLUMN[45]] = 0
+    for _ in range(int(rng.integers(*BLINKS_PER_CLIP))):
+        at, lasts = int(rng.integers(0, n)), int(rng.integers(2, 5))
+        aus[at : at + lasts, COLUMN[45]] = np.array((0.7, 1, 0.9, 0.5))[: min(lasts, n - at)]
+    return np.clip(aus, 0, 1)
+
+
 def plan_clip(seed: int, index: int, label: int, identities: range, level: Difficulty = NORMAL) -> ClipScript:
     """Script of a clip that ends in `label`, acted by one of `identities`."""
     rng = philox(seed, index)
@@ -209,24 +233,7 @@ def plan_clip(seed: int, index: int, label: int, identities: range, level: Diffi
         fall = 1 - (1 - rng.uniform(*OFFSET_LEVEL)) * _smoothstep((u - leave) / (1 - leave))
         aus = (rise * fall)[:, None] * after
 
-    # Distractors, the same in all classes.
-    # On a face that looks like something an expression adds up, or a change within the look would not be seen.
-    aus = 1 - (1 - aus) * (1 - person.rest) if level.looks else np.maximum(aus, person.rest)
-    aus = aus + JITTER * _wander(rng, u, len(AUS), 4)
-    if rng.uniform() < level.talking:
-        beat = np.abs(np.sin(np.pi * (u * n / rng.uniform(5, 9) + rng.uniform())))
-        begin = rng.uniform(-0.3, 0.7)
-        talk = beat * _smoothstep((0.3 - np.abs(u - begin - 0.3)) / 0.1 + 0.5) * rng.uniform(0.5, 1)
-        for au, weight in ((26, TALK_JAW), (20, 0.15), (12, 0.12)):
-            aus[:, COLUMN[au]] += weight * talk
-    if rng.uniform() < level.flashing:
-        at = int(rng.integers(0, n))
-        aus[at : at + int(rng.integers(*FLASH_FRAMES)), [COLUMN[1], COLUMN[2]]] += 0.7
-    aus[:, COLUMN[45]] = 0
-    for _ in range(int(rng.integers(*BLINKS_PER_CLIP))):
-        at, lasts = int(rng.integers(0, n)), int(rng.integers(2, 5))
-        aus[at : at + lasts, COLUMN[45]] = np.array((0.7, 1, 0.9, 0.5))[: min(lasts, n - at)]
-
+    aus = _distracted(rng, aus, u, person, level)
     limits = np.array((YAW, PITCH, ROLL, 5, 3))
     pose = limits * ((1 - level.drift) * rng.uniform(-1, 1, 5) + level.drift * _wander(rng, u, 5, 1))
     occluded, hand = rng.uniform() < level.occluded, rng.uniform() < 0.5
@@ -236,7 +243,7 @@ def plan_clip(seed: int, index: int, label: int, identities: range, level: Diffi
     gain = rng.uniform(*GAIN) * (1 + GAIN_DRIFT * _wander(rng, u, 1, 1.5)[:, 0])
     gain = np.rint(64 * gain) / 64  # in steps: few backgrounds to fill
     return ClipScript(
-        label=label, start=start, identity_id=identity_id, identity=person, aus=np.clip(aus, 0, 1), pose=pose,
+        label=label, start=start, identity_id=identity_id, identity=person, aus=aus, pose=pose,
         gain=gain, light=rng.uniform((-12, -10), (12, 2)), background=background,
         blur=int(rng.integers(1, 3)) * 2 + 1 if rng.uniform() < BLUR_SHARE else 1,
         noise=NOISE_LEVELS[int(rng.integers(0, len(NOISE_LEVELS)))], noise_at=rng.integers(0, SIZE, (n, 2)),

@@ -164,16 +164,18 @@ def call(command: list[str], threads: int, output: Any) -> int:
             RUNNING.discard(child)
 
 
-def evaluate(folder: Path, segments: int, threads: int) -> dict[str, Any]:
-    """Return WAR, UAR and the confusion matrix of a run on its test list, cut into so many segments."""
+def evaluate(folder: Path, segments: list[int], threads: int) -> dict[int, dict[str, Any]]:
+    """Return WAR, UAR and the confusion matrix of a run on its test list, cut into each number of segments."""
     script, out = str(ROOT / "scripts" / "evaluate.py"), folder.with_name(f"{folder.name}.evaluation")
     with open(out, "wb") as output:
-        code = call([sys.executable, script, str(folder), "--segments", str(segments), "--json"], threads, output)
+        words = ["--json", "--segments", *map(str, segments)]
+        code = call([sys.executable, script, str(folder), *words], threads, output)
     lines = out.read_text(errors="replace").splitlines()
     if code:
         raise UserError(f"{folder}: evaluate.py ended with exit code {code}: {lines[-1] if lines else out}")
     out.unlink()
-    return json.loads(lines[-1])
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    return {numbers["segments"]: numbers for numbers in found}
 
 
 def cost(config: Config) -> tuple[int, int]:
@@ -197,7 +199,7 @@ def finish(run: Run, data: Data, args: argparse.Namespace, folder: Path, threads
     epochs = run.config.optim.epochs
     speeds = [r["throughput/total_clips_per_s"] for r in rows if "train/loss" in r and r["epoch"] > min(1, epochs - 1)]
     trained = run.config.data.num_segments
-    found = {n: evaluate(folder, n, threads) for n in sorted({trained, *tables.SEGMENTS})}
+    found = evaluate(folder, sorted({trained, *tables.SEGMENTS}), threads)
     counts = found[trained]["confusion"]
     present = [k for k in range(len(EMOTIONS)) if sum(counts[k])]
     parameters, flops = cost(run.config)

@@ -206,7 +206,7 @@ def test_runs_are_recorded_once_and_a_run_that_was_cut_off_goes_on(clips, tmp_pa
 
     def compare(*words: str) -> str:
         done = subprocess.run(
-            [*command, *words, "--", *TINY.split()], cwd=ROOT, capture_output=True, text=True, timeout=300
+            [*command, *words, "--", *TINY.split()], cwd=ROOT, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -119,9 +119,9 @@ def page(results: list[Result]) -> str:
         "`benchmarks/results/model_comparison.jsonl`; not to be edited. The rows of a table were trained on the same",
         "list with the same budget. WAR and UAR of the last epoch in percent: the mean ± half the 95 % interval over",
         "seeds (Student's t). *Ahead by*: how much the first row is ahead, paired by seed, with its standard error and",
-        "95 % interval. *WAR at n*: the test clips are cut into n segments, whatever the model was trained with. FLOP are",
-        "those of one clip forward, multiplications and additions counted apart. clips/s are those of training, not",
-        "comparable where trainings shared a machine. Faces are drawn: of DFEW and FERV39k they say nothing.",
+        "95 % interval. *WAR at n*: the test clips are cut into n segments, whatever the model was trained with. FLOP:",
+        "of one clip forward, multiplications and additions counted apart. clips/s: of training, not comparable where",
+        "trainings shared a machine. Faces are drawn: of DFEW and FERV39k they say nothing.",
     ]
     for title, rows, runs in all_tables(results):
         machines = sorted({run["machine"]["kind"] for run in runs})

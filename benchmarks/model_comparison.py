@@ -74,7 +74,7 @@ class Run(NamedTuple):
 
 def draw(name: str) -> None:
     """Draw one of our data sets, unless it is there."""
-    out = ROOT / "data" / name
+    out = Path("data") / name
     if (out / "test.txt").exists():  # the last thing that is written
         return
     print(f"drawing {out}")
@@ -92,7 +92,7 @@ def find_data(words: list[str], clips: int | None, log_dir: Path) -> Data:
     """
     if len(words) == 1 and words[0] in (*DRAWN, *faults.FAULTS):
         draw(words[0])
-        name, train, test = words[0], *(ROOT / "data" / words[0] / f"{split}.txt" for split in ("train", "test"))
+        name, train, test = words[0], *(Path("data", words[0], f"{split}.txt").resolve() for split in ("train", "test"))
     elif len(words) == 2:
         train, test = (Path(word).resolve() for word in words)
         name = f"{train.parent.name}/{train.stem}"
@@ -318,7 +318,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--file", type=Path, default=FILE, help="the record of finished runs")
     parser.add_argument("--write-page", action="store_true", help="only write the page from the record")
-    parser.add_argument("--log-dir", type=Path, default=ROOT / "logs" / "comparison", help="of runs in progress")
+    parser.add_argument("--log-dir", type=Path, default=Path("logs/comparison"), help="of runs in progress")
     parser.add_argument("extra", nargs="*", help="further words for train.py, after --")
     return parser
 

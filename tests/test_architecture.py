@@ -20,7 +20,7 @@ ONLY_IN = {
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py", "benchmarks/gpu_parts/decoders.py"},
     "cv2": {
         *("dfer/video/drawn.py", "dfer/video/faces.py", "dfer/video/shots.py"),
-        *("scripts/make_faces.py", "benchmarks/peers.py"),
+        *("scripts/make_faces.py", "benchmarks/comparison/faults.py", "benchmarks/peers.py"),
     },
 }
 

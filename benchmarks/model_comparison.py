@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -239,7 +240,7 @@ def do(run: Run, data: Data, args: argparse.Namespace) -> str:
     """Train, evaluate and record one run; return a line about it."""
     key = hashlib.sha256(f"{run.config.to_json()}{data.fingerprint}".encode()).hexdigest()[:10]
     folder = args.log_dir / f"{data.name.replace('/', '-')[:40]}-{run.row}-{args.budget}-seed{run.seed}-{key}"
-    threads, began = max(1, (os.cpu_count() or 1) // args.jobs), time.monotonic()
+    threads, began = max(1, len(os.sched_getaffinity(0)) // args.jobs), time.monotonic()
     train(run, folder, threads)
     result = finish(run, data, args, folder, threads)
     append_result(args.file, result)
@@ -325,4 +326,6 @@ def parser() -> Parser:
 
 if __name__ == "__main__":
     arguments = parser().parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # by way of do_all, which ends its trainings
     sys.exit(one_line_errors("model_comparison", lambda: main(arguments)))

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -197,8 +198,31 @@ def test_an_identity_that_misleads_and_clips_that_are_long(tmp_path):
     assert all(len(list((tmp_path / name).glob("*.jpg"))) == int(count) for name, count, _ in rows)
 
 
+def test_a_run_that_was_cut_off_is_found_again(monkeypatch, clips, tmp_path):
+    """It is continued by its folder's name, which is that of what is trained on what."""
+    folders = []
+
+    def train(run, folder, threads):
+        folders.append(folder)
+        raise UserError("cut off")
+
+    monkeypatch.setattr(mc, "train", train)
+    args = argparse.Namespace(log_dir=tmp_path, budget="short", jobs=1)
+    data = mc.Data("faces", clips / "train.txt", clips / "test.txt", 20, DATA)
+    moved = data._replace(train=tmp_path / "train.txt")
+    config = record.recorded_config(result("dfernet", 0, 0.0))
+    assert config is not None
+    run = mc.Run("dfernet", (), 0, [], config)
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-4))
+    cases = [(run, data), (run, moved), (run._replace(config=other), data), (run, data._replace(fingerprint={}))]
+    for case in cases:
+        with pytest.raises(UserError, match="cut off"):
+            mc.do(*case, args)
+    assert folders[0] == folders[1] and len(set(folders)) == 3
+
+
 @pytest.mark.slow
-def test_runs_are_recorded_once_and_a_run_that_was_cut_off_goes_on(clips, tmp_path):
+def test_runs_are_recorded_once_and_end_with_the_command(clips, tmp_path):
     lists = [str(clips / "train.txt"), str(clips / "test.txt")]
     file, logs = tmp_path / "runs.jsonl", tmp_path / "logs"
     command = [sys.executable, "benchmarks/model_comparison.py", "--data", *lists, "--file", str(file)]
@@ -212,6 +236,15 @@ def test_runs_are_recorded_once_and_a_run_that_was_cut_off_goes_on(clips, tmp_pa
         return done.stdout
 
     assert "0 of them in runs.jsonl" in compare("--limit-minutes", "0") and not file.exists()
+    with subprocess.Popen(
+        [*command, "--", *TINY.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as ended:
+        assert ended.stdout is not None and "2 runs" in ended.stdout.readline()  # the first begins
+        ended.terminate()
+        assert ended.wait(timeout=300) == 143
+    with pytest.raises(ProcessLookupError):
+        os.killpg(ended.pid, 0)  # no training is left
+    assert not file.exists()
     compare("--jobs", "2")
     runs = record.read_results(file)
     assert sorted(run["row"] for run in runs) == ["mean-pool", "r18-gru"]

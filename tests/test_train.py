@@ -154,7 +154,8 @@ def test_options_run(clips, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["r18-lstm", "r18-gru", "r3d-18", "st-former"])
 def test_baselines_train_and_are_evaluated_at_another_number_of_frames(clips, tmp_path, name):
-    tiny_run(clips, tmp_path, name, "--model.name", name)
+    done = tiny_run(clips, tmp_path, name, "--model.name", name)
+    assert "report: " in done.stdout, done.stderr
     done = run_python("scripts/evaluate.py", str(tmp_path / name), "--json")
     last = [r for r in rows(tmp_path / name) if "val/WAR" in r][-1]
     assert json.loads(done.stdout.splitlines()[-1])["WAR"] == last["val/WAR"]

@@ -35,7 +35,8 @@ def spread(values: Sequence[float]) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
     error = statistics.stdev(values) / len(values) ** 0.5
-    return error, T_QUANTILE.get(len(values) - 1, 1.96 + 2.5 / (len(values) - 1)) * error
+    degrees = len(values) - 1
+    return error, T_QUANTILE.get(degrees, 1.96 + 2.5 / degrees) * error  # beyond 9 within 1 %
 
 
 def with_interval(values: Sequence[float]) -> str:

@@ -50,6 +50,7 @@ FILE = ROOT / "benchmarks" / "results" / "model_comparison.jsonl"
 PAGE = ROOT / "docs" / "comparison.md"
 DRAWN = {"faces": "normal", "faces-hard": "hard"}
 RUNNING: set[subprocess.Popen] = set()  # what is ended when this process is
+ENDING = threading.Event()
 COUNTING = threading.Lock()
 
 
@@ -155,10 +156,12 @@ def train(run: Run, folder: Path, threads: int) -> None:
 
 
 def call(command: list[str], threads: int, output: Any) -> int:
-    """Run a command on so many threads and return its exit code."""
+    """Run a command on so many threads and return its exit code; end it at once if this process is ending."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as child:
         RUNNING.add(child)
+        if ENDING.is_set():
+            child.terminate()
         try:
             return child.wait()
         finally:
@@ -268,6 +271,7 @@ def do_all(runs: list[Run], data: Data, args: argparse.Namespace) -> int:
                     failed += 1
                     print(f"model_comparison: {error}", file=sys.stderr, flush=True)
         except BaseException:
+            ENDING.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(RUNNING):
                 child.terminate()  # it saves, and goes on next time

@@ -66,7 +66,7 @@ DIFFICULTIES = {
     "normal": Difficulty(),
     "hard": Difficulty(  # tested on 150 clips of Disgust, 5 % instead of 1.5; the others keep their proportions
         test_clips=3000, test_shares=(0.2025, 0.1545, 0.2218, 0.1833, 0.1205, 0.05, 0.0674), held=0.2, turning=0.6,
-        intensity=(0.4, 0.8), looks=0.5, talking=0.5, flashing=0.4, drift=0.75, occluded=0.2,
+        intensity=(0.35, 0.75), looks=0.65, talking=0.5, flashing=0.4, drift=0.75, occluded=0.2,
     ),
 }  # fmt: skip
 NORMAL = DIFFICULTIES["normal"]

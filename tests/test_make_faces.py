@@ -15,7 +15,10 @@ from scripts import make_faces as mf
 TINY = 0.006  # 8 train and 2 test clips
 GOLDEN = "b471929d2ba45480f2a8d43fd17b73fcd160018bb4d7a8a02f603bce65428769"  # of the frames that are drawn
 
-PLANNED = "f199733e50a36266c9620ee206a76bf582d2c5aa7d9164109ad6e8b06016aea5"  # of what they are drawn from
+PLANNED = {  # of what they are drawn from
+    "normal": "f199733e50a36266c9620ee206a76bf582d2c5aa7d9164109ad6e8b06016aea5",
+    "hard": "016d7260ea2e64f08729c16a3fc9721fd8224ba22a8dfe60b06e5f4056086be6",
+}
 
 
 def _digest(folder: Path) -> str:
@@ -116,16 +119,17 @@ def test_drawing_is_pinned() -> None:
     assert hashlib.sha256(clip.tobytes()).hexdigest() == GOLDEN
 
 
-def test_the_plan_of_the_normal_setting_is_pinned() -> None:
-    """All that is drawn from, in the data set that figures were published of."""
-    digest = hashlib.sha256()
+@pytest.mark.parametrize("difficulty", mf.DIFFICULTIES)
+def test_the_plan_is_pinned(difficulty: str) -> None:
+    """All that is drawn from, in data sets that figures were published of."""
+    digest, level = hashlib.sha256(), mf.DIFFICULTIES[difficulty]
     for index in range(1, 120):
-        script = mf.plan_clip(0, index, index % 7, mf.SPLIT_IDENTITIES["train"])
+        script = mf.plan_clip(0, index, index % 7, mf.SPLIT_IDENTITIES["train"], level)
         for part in (script.aus, script.pose, script.gain, script.noise_at, script.occluder, script.identity.rest):
             digest.update(np.rint(np.asarray(part) * 2**20).astype(np.int64).tobytes())
         digest.update(repr((script.start, script.identity_id, script.blur, script.noise)).encode())
     digest.update(repr([mf.plan_labels(0, split, count) for split, count in (("train", 1400), ("test", 350))]).encode())
-    assert digest.hexdigest() == PLANNED
+    assert digest.hexdigest() == PLANNED[difficulty]
 
 
 def test_the_hard_setting_is_what_it_says() -> None:

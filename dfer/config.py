@@ -60,8 +60,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: Literal["dfernet", "mean-pool"] = "dfernet"
-    """The full model, or the baseline: the same backbone with its frames mean-pooled."""
+    name: Literal["dfernet", "mean-pool", "r18-lstm", "r18-gru", "r3d-18", "st-former"] = "dfernet"
+    """The full model, or a baseline: the backbone with its frames mean-pooled, or read by an LSTM or a GRU; a ResNet18
+    of 3-D convolutions; a spatial and a temporal transformer after Former-DFER."""
     backbone: str = "resnet18"
     """Any timm model with feature levels."""
     init: str = "random"

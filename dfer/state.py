@@ -143,7 +143,9 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     if precision.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for weight in model.parameters():
+            if weight.dim() == 4:  # 3-D convolutions have a format of their own, which their clips do not come in
+                weight.data = weight.data.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay, optim.layer_decay)
     ema = build_ema(model, optim.ema, optim.ema_warmup)
     state = TrainState(model, optimizer, precision.scaler(), ema, started=started)

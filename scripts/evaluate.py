@@ -33,18 +33,24 @@ def run(args: argparse.Namespace) -> None:
     data = config.data
     index = load_index(data.val_list, data.root, data.source)
     world = distributed.setup(config.run.device)
-    loader = build_loader(config, index, "eval", world)
     model = load_trained(state, config).to(world.device)
-    result = evaluate(model, loader, world, build_precision(config.run, world.device))
-    assert result is not None, "nothing can stop it"
-    if not world.is_main:
-        return
-    print_result(f"{args.checkpoint} on {data.val_list}", result.confusion)
-    if args.out:
-        write_predictions(args.out, index, result.ids, result.probabilities)
-    if args.json:
-        numbers = {"WAR": result.confusion.war(), "UAR": result.confusion.uar(), "clips": result.confusion.total()}
-        print(json.dumps(numbers | {"confusion": result.confusion.counts.tolist()}))
+    for segments in args.segments or [data.num_segments]:
+        # The clips are cut otherwise, and the model stays that of training: it takes any number of frames.
+        cut = dataclasses.replace(config, data=dataclasses.replace(data, num_segments=segments))
+        loader = build_loader(cut, index, "eval", world)
+        result = evaluate(model, loader, world, build_precision(config.run, world.device))
+        assert result is not None, "nothing can stop it"
+        if not world.is_main:
+            continue
+        print_result(
+            f"{args.checkpoint} on {data.val_list}" + f", {segments} segments" * bool(args.segments), result.confusion
+        )
+        if args.out:
+            write_predictions(args.out, index, result.ids, result.probabilities)
+        if args.json:
+            numbers = {"WAR": result.confusion.war(), "UAR": result.confusion.uar(), "clips": result.confusion.total()}
+            numbers |= {"segments": segments, "confusion": result.confusion.counts.tolist()}
+            print(json.dumps(numbers))
 
 
 def evaluated_config(config: Config, args: argparse.Namespace) -> Config:
@@ -79,6 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, help="where relative paths in the list start")
     parser.add_argument("--batch-size", type=in_range(int, 1, 65536), help="clips per process; the run's if not given")
     parser.add_argument(
+        "--segments",
+        type=in_range(int, 1, 1024),
+        nargs="+",
+        metavar="N",
+        help="segments that a video is cut into, one number after the other; the run's if not given",
+    )
+    parser.add_argument(
         "--views", type=in_range(int, 1, 64), help="clips of a video to average; the run's if not given"
     )
     parser.add_argument(
@@ -87,8 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=RunConfig.device)
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), help="the run's if not given")
     parser.add_argument("--out", type=Path, help="write predictions.csv here")
-    parser.add_argument("--json", action="store_true", help="print the numbers as one line of JSON at the end")
+    parser.add_argument("--json", action="store_true", help="print the numbers as a line of JSON at the end")
     args = parser.parse_args(arguments)
+    if args.out and args.segments and len(args.segments) > 1:
+        parser.error("--out: takes the predictions of one number of --segments")
     return one_line_errors("evaluate", lambda: run(args))
 
 

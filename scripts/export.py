@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer.cli import Parser, UserError, one_line_errors, printable
-from dfer.config import Config, config_from_json
+from dfer.config import Config, ModelConfig, config_from_json
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -83,12 +83,16 @@ class Logits(nn.Module):
 
 
 def exported(model: nn.Module, num_frames: int, size: int) -> torch.export.ExportedProgram:
-    """Return a program of plain torch operators, for any number of clips and for 2 frames or more."""
+    """Return a program of plain torch operators, for any number of clips and for 2 frames or more.
+
+    The model is left in evaluation mode and without gradients.
+    """
     example = torch.zeros(2, max(num_frames, 3), 3, size, size)  # 1 would be taken for a constant
     free = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("frames", min=2, max=1024)}
+    model = Logits(model).eval().requires_grad_(False)  # or torch's scan is traced backwards too
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself
-        return torch.export.export(Logits(model).eval(), (example,), dynamic_shapes={"clips": free})
+        warnings.filterwarnings("ignore", message="You are calling torch.compile inside torch.export")  # scan does
+        return torch.export.export(model, (example,), dynamic_shapes={"clips": free})
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, config: dict[str, Any]) -> None:
@@ -253,6 +257,15 @@ def export_programs(
         print(f"{args.out}/{path.name}: {megabytes:.0f} MB, within {difference:.1e} on {NUM_SHAPES} shapes")
 
 
+def no_program(model: ModelConfig) -> str | None:
+    """Return why a model cannot be written as a program for any number of frames; None if it can."""
+    if model.name == "dfernet" and model.crf == "gaussian":
+        return "the Gaussian CRF, there for comparison, is no program of plain operators"
+    if model.name == "r3d-18":
+        return "r3d-18, there for comparison, halves the frames three times, which fixes how many there may be"
+    return None
+
+
 def run(args: argparse.Namespace) -> None:
     args.checkpoint = local(args.checkpoint)  # beside which a model card may lie
     state = load_checkpoint(args.checkpoint)
@@ -263,11 +276,8 @@ def run(args: argparse.Namespace) -> None:
         if "hub" in args.formats:
             export_hub(args, folder, config, model, hub)
         if {"pt2", "onnx"} & set(args.formats):
-            if config.model.name == "dfernet" and config.model.crf == "gaussian":
-                raise UserError(
-                    f"{args.checkpoint}: the Gaussian CRF, there for comparison, is no program of plain operators: "
-                    "--formats hub is what it can be exported to"
-                )
+            if reason_against := no_program(config.model):
+                raise UserError(f"{args.checkpoint}: {reason_against}: --formats hub is what it can be exported to")
             export_programs(args, folder, load_trained(state, config), model, hub)
 
 

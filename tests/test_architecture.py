@@ -18,7 +18,10 @@ ONLY_IN = {
     "tyro": {"dfer/config.py"},
     "matplotlib": {"dfer/report/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py", "benchmarks/gpu_parts/decoders.py"},
-    "cv2": {"dfer/video/faces.py", "dfer/video/shots.py", "scripts/make_faces.py", "benchmarks/peers.py"},
+    "cv2": {
+        *("dfer/video/drawn.py", "dfer/video/faces.py", "dfer/video/shots.py"),
+        *("scripts/make_faces.py", "benchmarks/comparison/faults.py", "benchmarks/peers.py"),
+    },
 }
 
 MAY_IMPORT_TRAIN = {"benchmarks/loader_speed.py"}
@@ -131,9 +134,8 @@ OVERSIZED: dict[str, int] = {
     # Its parameters are the keys of exported config.json files, which are read by name.
     "dfer/model/dfernet.py:__init__(...)": 15,
     # Beside the house.
-    "scripts/make_faces.py": 627,
-    "scripts/make_faces.py:_compose()": 136,
-    "scripts/make_faces.py:add(...)": 9,
+    "dfer/video/drawn.py:_compose()": 136,
+    "dfer/video/drawn.py:add(...)": 9,
     "benchmarks/crf_speed.py": 418,
     "benchmarks/loader_speed.py": 717,
     "benchmarks/loader_speed.py:parse()": 65,

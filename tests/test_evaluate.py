@@ -121,10 +121,18 @@ def test_the_runs_own_list_is_read_as_the_run_reads_it(config, tmp_path):
     assert (data.source, data.root, data.val_list) == ("auto", None, args.list)
 
 
-@pytest.mark.parametrize("words", [("--batch-size", "0"), ("--batch-size", "-3"), ("--views", "0")])
+@pytest.mark.parametrize(
+    "words", [("--batch-size", "0"), ("--batch-size", "-3"), ("--views", "0"), ("--segments", "0")]
+)
 def test_what_cannot_be_is_one_line(words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path), *words])
     assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"evaluate: argument {words[0]}: '{words[1]}'")
     assert main([str(tmp_path / "gone")]) == 2
     assert capsys.readouterr().err.startswith("evaluate: ")
+
+
+def test_predictions_are_of_one_number_of_segments(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), "--segments", "4", "8", "--out", str(tmp_path / "p.csv")])
+    assert stop.value.code == 2 and "one number of --segments" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Literal
 
 import jaxtyping
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfer.config import Config, DataConfig, ModelConfig
+from dfer.config import Config, DataConfig, ModelConfig, config_from_json
 from dfer.lists.annotations import EMOTIONS
-from dfer.model import DFERNet, MeanPoolNet
+from dfer.model import DFERNet
 from dfer.model.build import build_model
-from dfer.model.temporal import TemporalBlock
-from dfer.run.checkpoint import save_checkpoint
+from dfer.model.dfernet import Prediction
+from dfer.model.temporal import RecurrentBlock, TemporalBlock
+from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from dfer.run.predictions import Predictions
 from dfer.state import load_weights
 from scripts import export
@@ -98,6 +100,9 @@ def test_the_folder_is_the_model(tmp_path, capsys):
     "model",
     [
         {"name": "mean-pool"},
+        pytest.param({"name": "r18-lstm"}, marks=pytest.mark.slow),
+        pytest.param({"name": "r18-gru"}, marks=pytest.mark.slow),
+        pytest.param({"name": "st-former"}, marks=pytest.mark.slow),
         pytest.param({"crf": "messages"}, marks=pytest.mark.slow),
         pytest.param({"readout": "none", "iterations": 0}, marks=pytest.mark.slow),
     ],
@@ -106,13 +111,44 @@ def test_other_models_too(tmp_path, capsys, model):
     net = a_run(tmp_path / "run", **model)
     assert run_export(str(tmp_path / "run"), "--out", str(tmp_path / "out")) == 0
     again = type(net).from_pretrained(tmp_path / "out").eval()
-    assert isinstance(again, MeanPoolNet if model.get("name") else DFERNet)
+    assert isinstance(again, DFERNet) == ("name" not in model)
+    assert config_from_json(load_checkpoint(tmp_path / "out")["config"], tmp_path).model.name == model.get(
+        "name", "dfernet"
+    )
     with torch.no_grad():
         assert torch.equal(again(random_clips(2, 4)).logits, net(random_clips(2, 4)).logits)
     assert capsys.readouterr().out.count("on 20 shapes") == 2
 
 
+class OfPixels(nn.Module):
+    """A recurrent network that reads the pixels of the frames."""
+
+    def __init__(self, unit: Literal["gru", "lstm"]):
+        super().__init__()
+        self.recurrent = RecurrentBlock(3 * 4 * 4, 5, unit)
+
+    def forward(self, clips: Tensor) -> Prediction:
+        return Prediction(self.recurrent(clips.flatten(2)), None, {})
+
+
+@pytest.mark.parametrize("unit", ["gru", "lstm"])
+def test_a_program_with_a_recurrent_network_takes_any_number_of_frames(tmp_path, unit):
+    torch.manual_seed(0)
+    model = OfPixels(unit)
+    program = export.exported(model, 4, 4)
+    torch.export.save(program, tmp_path / "model.pt2")
+    export.write_onnx(program, tmp_path / "model.onnx", {})
+    for path in (tmp_path / "model.pt2", tmp_path / "model.onnx"):
+        run = export.runner(path)
+        for batch, num_frames in ((1, 4), (3, 2), (2, 33)):
+            clips = torch.randn(batch, num_frames, 3, 4, 4)
+            want = model(clips).logits
+            torch.testing.assert_close(run(clips), want)
+            assert batch == 1 or (want[0] - want[1]).abs().max() > 1e-2
+
+
 def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
+    assert "halves the frames" in export.no_program(ModelConfig(name="r3d-18"))
     a_run(tmp_path / "run", crf="gaussian")
     run, out = str(tmp_path / "run"), tmp_path / "out"
     assert run_export(run, "--out", str(out)) == 2

@@ -1,5 +1,6 @@
 """The synthetic data set: the same bytes everywhere, lists that tell the truth, and order that decides the label."""
 
+import dataclasses
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,11 @@ from scripts import make_faces as mf
 
 TINY = 0.006  # 8 train and 2 test clips
 GOLDEN = "b471929d2ba45480f2a8d43fd17b73fcd160018bb4d7a8a02f603bce65428769"  # of the frames that are drawn
+
+PLANNED = {  # of what they are drawn from
+    "normal": "f199733e50a36266c9620ee206a76bf582d2c5aa7d9164109ad6e8b06016aea5",
+    "hard": "016d7260ea2e64f08729c16a3fc9721fd8224ba22a8dfe60b06e5f4056086be6",
+}
 
 
 def _digest(folder: Path) -> str:
@@ -92,15 +98,10 @@ def test_starts_are_as_frequent_as_ends() -> None:
 
 def test_turning_clips_end_in_their_label(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without distractors, the last frame shows action units of the label only and the first one those of the start.
-    for name, value in {
-        "TALK_SHARE": 0,
-        "FLASH_SHARE": 0,
-        "JITTER": 0,
-        "REST_AU": 0,
-        "BLINKS_PER_CLIP": (0, 1),
-    }.items():
+    for name, value in {"JITTER": 0, "REST_AU": 0, "BLINKS_PER_CLIP": (0, 1)}.items():
         monkeypatch.setattr(mf, name, value)
-    scripts = [mf.plan_clip(0, index, index % 7, range(120)) for index in range(210)]
+    level = dataclasses.replace(mf.NORMAL, talking=0, flashing=0)
+    scripts = [mf.plan_clip(0, index, index % 7, range(120), level) for index in range(210)]
     turning = [script for script in scripts if script.start != mf.PLAIN]
     assert 0.3 < len(turning) / len(scripts) < 0.6
     trembling = {20, 26}  # fear's tremble may silence them for a frame
@@ -118,11 +119,59 @@ def test_drawing_is_pinned() -> None:
     assert hashlib.sha256(clip.tobytes()).hexdigest() == GOLDEN
 
 
+@pytest.mark.parametrize("difficulty", mf.DIFFICULTIES)
+def test_the_plan_is_pinned(difficulty: str) -> None:
+    """All that is drawn from, in data sets that figures were published of."""
+    digest, level = hashlib.sha256(), mf.DIFFICULTIES[difficulty]
+    for index in range(1, 120):
+        script = mf.plan_clip(0, index, index % 7, mf.SPLIT_IDENTITIES["train"], level)
+        for part in (script.aus, script.pose, script.gain, script.noise_at, script.occluder, script.identity.rest):
+            digest.update(np.rint(np.asarray(part) * 2**20).astype(np.int64).tobytes())
+        digest.update(repr((script.start, script.identity_id, script.blur, script.noise)).encode())
+    digest.update(repr([mf.plan_labels(0, split, count) for split, count in (("train", 1400), ("test", 350))]).encode())
+    assert digest.hexdigest() == PLANNED[difficulty]
+
+
+def test_the_hard_setting_is_what_it_says() -> None:
+    hard, people = mf.DIFFICULTIES["hard"], mf.SPLIT_IDENTITIES["test"]
+    counts = mf.class_counts(hard.test_clips, hard.test_shares)
+    assert sum(counts) == 3000 and min(counts) == counts[mf.DISGUST] == 150
+    scripts = [mf.plan_clip(0, index, index % 7, people, hard) for index in range(280)]
+    held = [script for script in scripts if script.start == mf.HELD]
+    turning = [script for script in scripts if script.start >= 0]
+    assert 0.12 < len(held) / len(scripts) < 0.28  # of all
+    assert 0.5 < len(turning) / (len(scripts) - len(held)) < 0.7  # of the others
+    assert {script.label for script in held} == set(range(7))
+    # The looks of people: an expression's action units at rest, more than any face of the normal setting has.
+    rest = np.stack([script.identity.rest for script in scripts])
+    assert 0.2 < (rest.max(axis=1) > mf.REST_AU).mean() < 0.95 and rest.max() <= hard.looks
+    same = [script for script in scripts if script.identity_id == scripts[0].identity_id]
+    assert len(same) > 1 and all(np.array_equal(script.identity.rest, same[0].identity.rest) for script in same)
+
+
+def test_held_expressions_do_not_move_and_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"JITTER": 0, "BLINKS_PER_CLIP": (0, 1)}.items():
+        monkeypatch.setattr(mf, name, value)
+    level = dataclasses.replace(mf.DIFFICULTIES["hard"], talking=0, flashing=0, held=0.5)
+    for index in range(60):
+        script = mf.plan_clip(0, index, index % 7, range(120), level)
+        moved = np.ptp(script.aus, axis=0).max()
+        if script.start == mf.HELD:
+            assert moved == 0
+            assert script.label == mf.NEUTRAL or (script.aus[0] - script.identity.rest).max() > 0.2
+        elif script.label != mf.NEUTRAL:
+            assert moved > 0.1
+
+
+def test_difficulty_is_taken_from_the_command_line(tmp_path: Path) -> None:
+    assert mf.main(["--out", str(tmp_path), "--size", "0.001", "--difficulty", "hard", "--workers", "1"]) == 0
+    assert [len(_rows(tmp_path / f"{split}.txt")) for split in ("train", "test")] == [1, 3]
+
+
 @pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])
 def test_videos_hold_the_same_frames(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     av = pytest.importorskip("av")
-    monkeypatch.setattr(mf, "SPLIT_CLIPS", {"train": 1, "test": 1})
-    mf.make_data_set(tmp_path, 1, seed=1, codec=codec)
+    mf.make_data_set(tmp_path, 0.001, seed=1, codec=codec)
     ((name, count, label),) = _rows(tmp_path / f"train_{codec}.txt")
     script = mf.plan_clip(1, 1, label, mf.SPLIT_IDENTITIES["train"])
     with av.open(str(tmp_path / name)) as container:

@@ -44,6 +44,59 @@ def test_order_matters_to_the_model_and_not_to_the_baseline(model):
     torch.testing.assert_close(baseline(clips).logits, baseline(backwards).logits, atol=1e-5, rtol=1e-5)
 
 
+BASELINES = ["mean-pool", "r18-lstm", "r18-gru", "r3d-18", "st-former"]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines(name):
+    """A clip counts by itself, for any number of frames; order matters to all but the mean; every parameter learns."""
+    torch.manual_seed(0)
+    net = build_model(ModelConfig(name=name, backbone="test_resnet", dropout=0.0), 4).eval()
+    clips = torch.randn(2, 4, 3, 32, 32)
+    prediction = net(clips)
+    assert prediction.logits.shape == (2, 7) and prediction.marginals is None and prediction.diagnostics == {}
+    torch.testing.assert_close(net(clips[1:]).logits, prediction.logits[1:], atol=1e-5, rtol=1e-4)
+    assert (prediction.logits[0] - prediction.logits[1]).abs().max() > 1e-3
+    moved = (net(clips.flip(1)).logits - prediction.logits).abs().max()
+    assert moved < 1e-5 if name == "mean-pool" else moved > 1e-4
+    prediction.logits[:, 0].sum().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+    with torch.no_grad():
+        assert all(net(torch.randn(1, frames, 3, 48, 32)).logits.isfinite().all() for frames in (1, 7))
+
+
+def test_sizes_of_the_baselines():
+    """Former-DFER's paper has 18 M; the others are ResNet18's 11.2 M (Tran et al.: 33.2 M in 3-D) and their layer."""
+    with torch.device("meta"):
+        nets = {name: build_model(ModelConfig(name=name), 16) for name in BASELINES}
+    millions = {name: sum(p.numel() for p in net.parameters()) / 1e6 for name, net in nets.items()}
+    want = {"mean-pool": 11.18, "r18-lstm": 13.28, "r18-gru": 12.76, "r3d-18": 33.17, "st-former": 18.04}
+    assert millions == pytest.approx(want, abs=0.01)
+
+
+def test_frames_of_training_keep_their_positions():
+    """The interpolation for another number of frames is exact for that of training."""
+    torch.manual_seed(0)
+    net = build_model(ModelConfig(name="st-former", backbone="test_resnet"), 5)
+    table = torch.nn.functional.interpolate(net.frames, size=5, mode="linear", align_corners=True)
+    assert torch.equal(table, net.frames)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "r3d-18", "init": "timm"}, "--model.init timm: r3d-18 has no backbone of timm"),
+        (
+            {"name": "st-former", "backbone": "test_convnext"},
+            "--model.backbone test_convnext: st-former takes a ResNet",
+        ),
+    ],
+)
+def test_what_a_baseline_cannot_take_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        start(build_model(ModelConfig(**model), 4), ModelConfig(**model), 4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -178,27 +231,34 @@ def test_a_deviation_is_exact_in_half_precision():
     torch.testing.assert_close(motion(x, "deviation").double(), want, atol=1e-6, rtol=0)
 
 
-def gated_recurrent_unit(block: RecurrentBlock, x: torch.Tensor) -> torch.Tensor:
-    """The equations of Cho et al. 2014 as torch writes them, one clip, frame and gate at a time."""
-    parts = {name: dict(zip("rzn", tensor.chunk(3), strict=True)) for name, tensor in block.cell.named_parameters()}
+def last_state(block: RecurrentBlock, x: torch.Tensor) -> torch.Tensor:
+    """The equations of both papers as torch writes them, one clip, frame and gate at a time."""
+    gates = "rzn" if isinstance(block.cell, torch.nn.GRUCell) else "ifgo"
+    parts = {name: dict(zip(gates, p.chunk(len(gates)), strict=True)) for name, p in block.cell.named_parameters()}
     states = []
     for clip in torch.nn.functional.layer_norm(x, x.shape[-1:], block.norm.weight, block.norm.bias):
-        h = torch.zeros(block.cell.hidden_size)
+        h, memory = torch.zeros(2, block.cell.hidden_size)
         for frame in clip:
-            i = {g: parts["weight_ih"][g] @ frame + parts["bias_ih"][g] for g in "rzn"}
-            j = {g: parts["weight_hh"][g] @ h + parts["bias_hh"][g] for g in "rzn"}
-            r, z = (i["r"] + j["r"]).sigmoid(), (i["z"] + j["z"]).sigmoid()
-            h = (1 - z) * (i["n"] + r * j["n"]).tanh() + z * h
+            i = {g: parts["weight_ih"][g] @ frame + parts["bias_ih"][g] for g in gates}
+            j = {g: parts["weight_hh"][g] @ h + parts["bias_hh"][g] for g in gates}
+            if gates == "rzn":
+                r, z = (i["r"] + j["r"]).sigmoid(), (i["z"] + j["z"]).sigmoid()
+                h = (1 - z) * (i["n"] + r * j["n"]).tanh() + z * h
+            else:
+                opened = {g: (i[g] + j[g]).sigmoid() for g in "ifo"}
+                memory = opened["f"] * memory + opened["i"] * (i["g"] + j["g"]).tanh()
+                h = opened["o"] * memory.tanh()
         states.append(h)
     return torch.stack(states)
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("unit", ["gru", "lstm"])
 @pytest.mark.parametrize("num_frames", [1, 2, 7])
-def test_the_recurrent_block_against_its_equations(num_frames):
+def test_the_recurrent_block_against_its_equations(unit, num_frames):
     torch.manual_seed(num_frames)
-    block, x = RecurrentBlock(6, 4), torch.randn(3, num_frames, 6)
-    torch.testing.assert_close(block(x), gated_recurrent_unit(block, x))
+    block, x = RecurrentBlock(6, 4, unit), torch.randn(3, num_frames, 6)
+    torch.testing.assert_close(block(x), last_state(block, x))
 
 
 @torch.inference_mode()

@@ -155,6 +155,20 @@ def test_options_run(clips, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["WAR"] == last["val/WAR"]  # the averaged weights are evaluated
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["r18-lstm", "r18-gru", "r3d-18", "st-former"])
+def test_baselines_train_and_are_evaluated_at_another_number_of_frames(clips, tmp_path, name):
+    done = tiny_run(clips, tmp_path, name, "--model.name", name)
+    assert "report: " in done.stdout, done.stderr
+    done = run_python("scripts/evaluate.py", str(tmp_path / name), "--json")
+    last = [r for r in rows(tmp_path / name) if "val/WAR" in r][-1]
+    assert json.loads(done.stdout.splitlines()[-1])["WAR"] == last["val/WAR"]
+    done = run_python("scripts/evaluate.py", str(tmp_path / name), "--json", "--segments", "5", "2")
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(numbers["segments"], numbers["clips"]) for numbers in found] == [(5, 9), (2, 9)], done.stderr
+    assert found[1]["WAR"] == last["val/WAR"]  # those of training
+
+
 def test_a_clip_that_cannot_be_read_is_left_out_named_and_counted(clips, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "1.jpg").write_bytes(b"not a jpeg")

@@ -4,8 +4,11 @@ from torch import nn
 
 from dfer.config import ModelConfig
 from dfer.lists.annotations import EMOTIONS
-from dfer.model import DFERNet, MeanPoolNet
+from dfer.model import DFERNet
 from dfer.model.backbone import FrameBackbone
+from dfer.model.baselines import GRUNet, LSTMNet, MeanPoolNet, R3DNet, STFormer
+
+_OF_FRAMES = {"mean-pool": MeanPoolNet, "r18-lstm": LSTMNet, "r18-gru": GRUNet}
 
 
 def build_model(config: ModelConfig, num_frames: int, num_classes: int = len(EMOTIONS)) -> nn.Module:
@@ -23,9 +26,13 @@ def build_model(config: ModelConfig, num_frames: int, num_classes: int = len(EMO
 
 
 def _network(config: ModelConfig, num_frames: int, num_classes: int) -> nn.Module:
+    if config.name == "r3d-18":
+        return R3DNet(num_classes, dropout=config.dropout)
     backbone = {"backbone": config.backbone, "drop_path": config.drop_path, "dropout": config.dropout}
-    if config.name == "mean-pool":
-        return MeanPoolNet(num_classes, **backbone)
+    if config.name in _OF_FRAMES:
+        return _OF_FRAMES[config.name](num_classes, **backbone)
+    if config.name == "st-former":
+        return STFormer(num_frames, num_classes=num_classes, **backbone)
     return DFERNet(
         num_frames,
         num_classes=num_classes,

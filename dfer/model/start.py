@@ -43,9 +43,10 @@ def resolved(config: ModelConfig) -> ModelConfig:
     """
     if config.init != "auto":
         return config
-    why = timm_out_of_reach(config.backbone)
+    name = config.backbone if config.name != "r3d-18" else config.name
+    why = timm_out_of_reach(name) if config.name != "r3d-18" else "timm has none"
     if why is not None:
-        line = f"--model.init auto: random weights, as timm's of {config.backbone} cannot be had ({why})"
+        line = f"--model.init auto: random weights, as timm's of {name} cannot be had ({why})"
         if config.freeze == "backbone":
             raise UserError(f"{line}, and --model.freeze backbone would keep them; give a file with --model.init FILE")
         say_once(f"{line}; --model.init FILE gives others")
@@ -74,7 +75,9 @@ def start(model: nn.Module, config: ModelConfig, num_frames: int) -> str | None:
     assert config.init != "auto"
     if config.init == "random":
         return None
-    backbone = next(module for module in model.modules() if isinstance(module, FrameBackbone))
+    backbone = next((module for module in model.modules() if isinstance(module, FrameBackbone)), None)
+    if backbone is None:
+        raise UserError(f"--model.init {config.init}: {config.name} has no backbone of timm: leave it random")
     try:
         if config.init == "timm":
             return backbone.load_timm()

@@ -1,5 +1,7 @@
 """What reads the frames of a clip in order: a recurrent block, or convolution and attention."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -8,33 +10,40 @@ from torch._higher_order_ops.scan import scan
 
 
 class RecurrentBlock(nn.Module):
-    """A gated recurrent unit over the frames of a clip, whose last state is the clip's (Cho et al. 2014).
+    """A recurrent unit over the frames of a clip, whose last state is the clip's.
 
-    It reads order, and any T: no parameter belongs to a frame's index. A cell rather than torch's `nn.GRU`, where
+    It reads order, and any T: no parameter belongs to a frame's index. A cell of torch rather than its `nn.GRU`, where
     torch.compile breaks its graph and of which torch.export makes a program for one T.
 
     Args:
         dim: D, width of the features of a frame.
         width: E, of the state.
+        unit: gated (Cho et al. 2014), or long short-term memory (Hochreiter and Schmidhuber 1997).
     """
 
-    def __init__(self, dim: int, width: int):
+    def __init__(self, dim: int, width: int, unit: Literal["gru", "lstm"] = "gru"):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.cell = nn.GRUCell(dim, width)
+        self.cell = nn.GRUCell(dim, width) if unit == "gru" else nn.LSTMCell(dim, width)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B E"]:
         frames = self.norm(x).transpose(0, 1)
-        state = frames.new_zeros(x.shape[0], self.cell.hidden_size)
-        if torch.compiler.is_exporting():  # a loop over all T
-            return scan(self._step, state, frames)[0]
+        start = frames.new_zeros(x.shape[0], self.cell.hidden_size)
+        state = (start, start.clone()) if isinstance(self.cell, nn.LSTMCell) else (start,)
+        if torch.compiler.is_exporting():  # a loop over any T
+            return scan(self._scanned, state, frames)[0][0]
         for frame in frames:
-            state = self.cell(frame, state)
-        return state
+            state = self._next(state, frame)
+        return state[0]
 
-    def _step(self, state: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.cell(frame, state)
-        return state, state.clone()  # a scan's state and its outputs may not be one tensor
+    def _next(self, state: tuple[Tensor, ...], frame: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.cell, nn.LSTMCell):
+            return self.cell(frame, state)
+        return (self.cell(frame, state[0]),)
+
+    def _scanned(self, state: tuple[Tensor, ...], frame: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        state = self._next(state, frame)
+        return state, state[0].clone()  # a scan wants an output besides, which may not be the same tensor
 
 
 class TemporalBlock(nn.Module):

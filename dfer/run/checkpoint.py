@@ -26,7 +26,6 @@ from dfer.run.hub import local
 from dfer.run.weight_files import WeightFile, digest, read_weight_file
 
 FORMAT = 1
-_NETWORKS = {"DFERNet": "dfernet", "MeanPoolNet": "mean-pool"}  # classes of exported models -> --model.name
 KEPT = 2  # newest checkpoints; the best are kept besides
 _MANIFEST = re.compile(r"step-(\d{8,})\.json")
 _STATE = re.compile(r"step-\d{8,}-[0-9a-f]{8}\.pt")
@@ -306,6 +305,11 @@ def _of_best_epoch(found: WeightFile, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged: not the weights that were written (SHA-256 differs)")
     _check_classes(emotions, path)
     return {"model": found.content, "ema": None, "config": about["config"], "emotions": emotions}
+
+
+# Class of an exported network -> --model.name.
+_NETWORKS = {"DFERNet": "dfernet", "MeanPoolNet": "mean-pool", "LSTMNet": "r18-lstm", "GRUNet": "r18-gru"}
+_NETWORKS |= {"R3DNet": "r3d-18", "STFormer": "st-former"}
 
 
 def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""The tables of the record: means over seeds with intervals, and paired differences to the first row."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.comparison.record import Result, recorded_config
+from benchmarks.comparison.tables import SEGMENTS, tables
+from dfer.config import Config
+
+# 97.5th percentiles of Student's t, by degrees of freedom.
+T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+COLUMNS = ("", "seeds", "WAR", "UAR", "rarest class", *(f"WAR at {n}" for n in SEGMENTS))
+COLUMNS += ("WAR ahead by", "UAR ahead by", "parameters", "GFLOP", "clips/s")
+
+
+class Setting(NamedTuple):
+    """What the runs of one table share."""
+
+    data: str
+    fingerprint: str  # as JSON
+    clips: int
+    budget: str
+    extra: tuple[str, ...]  # words for train.py that the harness was given
+
+
+def setting_of(result: Result) -> Setting:
+    fingerprint = json.dumps(result["fingerprint"], sort_keys=True)
+    return Setting(result["data"], fingerprint, result["clips"], result["budget"], tuple(result["extra"]))
+
+
+def spread(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the standard error of a mean and half its 95 % interval (Student's t); None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    error = statistics.stdev(values) / len(values) ** 0.5
+    degrees = len(values) - 1
+    return error, T_QUANTILE.get(degrees, 1.96 + 2.5 / degrees) * error  # beyond 9 within 1 %
+
+
+def with_interval(values: Sequence[float]) -> str:
+    """Return the mean, and of several values its 95 % interval."""
+    found = spread(values)
+    return f"{statistics.mean(values):.1f}" + (f" ± {found[1]:.1f}" if found else "")
+
+
+def difference(first: dict[int, Result], other: dict[int, Result], key: str) -> str:
+    """Return by how much the first row is ahead on the seeds that both have: mean, standard error, 95 % interval."""
+    gains = [first[seed][key] - other[seed][key] for seed in sorted(first.keys() & other.keys())]
+    if not gains:
+        return "-"
+    found = spread(gains)
+    mean = statistics.mean(gains)
+    if found is None:
+        return f"{mean:+.1f} (one seed)"
+    return f"{mean:+.1f} (s.e. {found[0]:.1f}, {mean - found[1]:+.1f} to {mean + found[1]:+.1f})"
+
+
+def rows_of(results: Iterable[Result], names: dict[str, tuple[str, ...]]) -> dict[str, dict[int, Result]]:
+    """Return row -> seed -> run, in the order of a table.
+
+    Runs of the same words that other defaults made another model of are a row of their own, with the commit that made
+    them; the latest has the plain name.
+    """
+    rows: dict[str, dict[int, Result]] = {}
+    results = list(results)
+    for name, words in names.items():
+        variants: dict[Any, dict[int, Result]] = {}
+        for result in (r for r in results if tuple(r["words"]) == words):
+            variants.setdefault(_variant(recorded_config(result), result), {})[result["seed"]] = result
+        for number, runs in enumerate(reversed(variants.values())):
+            commit = next(iter(runs.values()))["commit"]
+            rows[name if number == 0 else f"{name}, as of {commit[:7]}"] = runs
+    return rows
+
+
+def _variant(config: Config | None, result: Result) -> str:
+    """Return what tells runs of other defaults apart: the configuration without its seed."""
+    settings = json.loads(config.to_json()) if config else dict(result["config"])
+    return json.dumps(settings | {"seed": None}, sort_keys=True)
+
+
+def cells(name: str, runs: dict[int, Result], first: dict[int, Result]) -> list[str]:
+    """Return a row of a table."""
+    ours = list(runs.values())
+    rarest = ours[0]["rarest"]
+    row = [name, str(len(ours)), *(with_interval([r[key] for r in ours]) for key in ("WAR", "UAR"))]
+    row.append(f"{rarest} {with_interval([r['recalls'][rarest] for r in ours])}")
+    row += [with_interval([r["WAR_at"][str(n)] for r in ours]) for n in SEGMENTS]
+    row += ["", ""] if runs is first else [difference(first, runs, key) for key in ("WAR", "UAR")]
+    speeds = [r["clips_per_s"] for r in ours]
+    row += [f"{ours[0]['parameters'] / 1e6:.1f} M", f"{ours[0]['flops'] / 1e9:.2f}"]
+    return [*row, f"{statistics.median(speeds):.0f}"]
+
+
+def all_tables(results: list[Result]) -> list[tuple[str, list[list[str]], list[Result]]]:
+    """Return (title, rows, runs) of each table of each setting that has runs of more than one row."""
+    found = []
+    for setting in sorted({setting_of(result) for result in results}):
+        mine = [result for result in results if setting_of(result) == setting]
+        for table, names in tables().items():
+            rows = rows_of(mine, names)
+            if len({name.split(",")[0] for name in rows}) < 2:
+                continue
+            first = next(iter(rows.values()))
+            title = f"{table}: {setting.data}, {setting.clips:,} clips, budget {setting.budget}"
+            title += f", {' '.join(setting.extra)}" if setting.extra else ""
+            runs = [run for by_seed in rows.values() for run in by_seed.values()]
+            found.append((title, [cells(name, by_seed, first) for name, by_seed in rows.items()], runs))
+    return found
+
+
+def page(results: list[Result]) -> str:
+    """Return docs/comparison.md."""
+    lines = [
+        "# Models compared",
+        "",
+        "Written by `python benchmarks/model_comparison.py --write-page` from the runs in",
+        "`benchmarks/results/model_comparison.jsonl`; not to be edited. The rows of a table were trained on the same",
+        "list with the same budget. WAR and UAR of the last epoch in percent: the mean ± half the 95 % interval over",
+        "seeds (Student's t). *Ahead by*: how much the first row is ahead, paired by seed, with its standard error and",
+        "95 % interval. *WAR at n*: the test clips are cut into n segments, whatever the model was trained with. FLOP:",
+        "of one clip forward, multiplications and additions counted apart. clips/s: of training, not comparable where",
+        "trainings shared a machine. Faces are drawn: of DFEW and FERV39k they say nothing.",
+    ]
+    for title, rows, runs in all_tables(results):
+        machines = sorted({run["machine"]["kind"] for run in runs})
+        commits = sorted({run["commit"][:7] + "+" * run["changed"] for run in runs})
+        shared = " Several trainings shared it." if any(run["jobs"] > 1 for run in runs) else ""
+        lines += ["", f"## {title}", "", f"On {', '.join(machines)}; commits {', '.join(commits)}.{shared}", ""]
+        lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    if not all_tables(results):
+        lines += ["", "No table has two rows yet."]
+    return "\n".join(lines) + "\n"

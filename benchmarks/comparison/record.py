@@ -1,0 +1,98 @@
+"""The record of finished runs: one line of JSON each, appended, found again by what was trained on what."""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dfer.cli import UserError
+from dfer.config import Config, DataConfig, RunConfig, config_from_json
+from dfer.lists.index import load_index
+from dfer.run.fingerprints import fingerprint
+
+Result = dict[str, Any]
+
+
+def read_results(path: Path) -> list[Result]:
+    """Return the runs of a file; none if there is no file.
+
+    A last line without an end was cut off while it was written: it is left out, and `append_result` removes it.
+
+    Raises:
+        UserError: if another line is none of ours.
+    """
+    if not path.exists():
+        return []
+    results = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            result = json.loads(line)
+            results.append(result | {"config": dict(result["config"])})
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not the line of a run: mend or remove it") from None
+    return results
+
+
+def append_result(path: Path, result: Result) -> None:
+    """Add a run to a file, on the disk when this returns. Several processes may add to the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        whole = file.read()
+        file.truncate(whole.rfind(b"\n") + 1)  # what was cut off
+        file.write(json.dumps(result, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def portable(config: Config) -> Config:
+    """Return a configuration without what does not change a result: places, names, the device and the log."""
+    nowhere = {name: DataConfig.__dataclass_fields__[name].default for name in ("train_list", "val_list", "root")}
+    data = dataclasses.replace(config.data, **nowhere)
+    run = RunConfig(amp=config.run.amp, channels_last=config.run.channels_last)
+    return dataclasses.replace(config, data=data, run=run)
+
+
+def find_result(results: list[Result], config: Config, data: dict[str, str]) -> Result | None:
+    """Return the latest run of this configuration on this data; None if there is none.
+
+    A run that was recorded before an option existed was trained with what the option's default then meant, as for a run
+    that is continued (`_BEFORE` of dfer/config.py).
+    """
+    return next((r for r in reversed(results) if r["fingerprint"] == data and recorded_config(r) == config), None)
+
+
+def recorded_config(result: Result) -> Config | None:
+    """Return the configuration of a recorded run; None if this version has no such configuration."""
+    return _config(json.dumps(result["config"]))
+
+
+@functools.cache
+def _config(text: str) -> Config | None:
+    try:
+        return config_from_json(text, Path("record"))
+    except UserError:
+        return None
+
+
+@functools.cache
+def data_fingerprint(path: Path, root: Path | None = None) -> str:
+    """Return the SHA-256 of a list: its clips, and the first 64 KiB of the first file of each.
+
+    Names, lengths and labels alone would be the same for faces of another difficulty.
+    """
+    index = load_index(path, root)
+    sha256 = hashlib.sha256(fingerprint(index).encode())
+    for record in index.records:
+        file = Path(record.path)
+        if file.is_dir():
+            file = min(entry for entry in file.iterdir() if entry.is_file())
+        if file.is_file():
+            with open(file, "rb") as content:
+                sha256.update(content.read(2**16))
+    return sha256.hexdigest()

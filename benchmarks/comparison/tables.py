@@ -1,0 +1,58 @@
+"""What is compared: a row is a name and its words for train.py. The first row of a table is what the others are set
+against. A new option gets a row here, and nothing else.
+"""
+
+Words = tuple[str, ...]
+
+MODELS: dict[str, Words] = {
+    "dfernet": (),
+    "mean-pool": ("--model.name", "mean-pool"),
+    "r18-lstm": ("--model.name", "r18-lstm"),
+    "r18-gru": ("--model.name", "r18-gru"),
+    "r3d-18": ("--model.name", "r3d-18"),
+    "st-former": ("--model.name", "st-former"),
+}
+
+ABLATIONS: dict[str, dict[str, Words]] = {
+    "crf": {  # what the CRF writes back, how often it iterates, and two other layers in its place
+        "both-t3": (),
+        "none-t3": ("--model.readout", "none"),
+        "labels-t3": ("--model.readout", "labels"),
+        "value-t3": ("--model.readout", "value"),
+        "both-t0": ("--model.iterations", "0"),
+        "both-t1": ("--model.iterations", "1"),
+        "both-t5": ("--model.iterations", "5"),
+        "messages": ("--model.crf", "messages"),
+        "gaussian": ("--model.crf", "gaussian"),
+    },
+}
+
+# Everything that a preset makes depend on the machine is said, so that a budget is the same on a CPU and a GPU.
+BUDGETS: dict[str, Words] = {
+    "short": (
+        *("--data.size", "48", "--data.num-segments", "8", "--data.batch-size", "16"),
+        *("--optim.epochs", "10", "--optim.warmup-epochs", "1"),
+    ),
+    "long": (
+        *("--data.size", "48", "--data.num-segments", "8", "--data.batch-size", "16"),
+        *("--optim.epochs", "30", "--optim.warmup-epochs", "2"),
+    ),
+    "full": (
+        *("--data.size", "112", "--data.num-segments", "16", "--data.batch-size", "16"),
+        *("--optim.epochs", "30", "--optim.warmup-epochs", "2"),
+    ),
+    "pair": (  # for clips of two frames, or to be cut into two
+        *("--data.size", "64", "--data.num-segments", "2", "--data.batch-size", "16"),
+        *("--optim.epochs", "22", "--optim.warmup-epochs", "2"),
+    ),
+    "order": (
+        *("--data.size", "64", "--data.num-segments", "8", "--data.batch-size", "16"),
+        *("--optim.epochs", "22", "--optim.warmup-epochs", "2"),
+    ),
+}
+SEGMENTS = (4, 8, 16, 32)  # that the test clips are cut into, beside those of training
+
+
+def tables() -> dict[str, dict[str, Words]]:
+    """Return all tables, the models' first."""
+    return {"models": MODELS} | ABLATIONS

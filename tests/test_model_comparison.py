@@ -1,0 +1,258 @@
+"""The comparison of models: finished runs are kept and not done again, and its tables say what the runs found."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import model_comparison as mc
+from benchmarks.comparison import faults, page, record, tables
+from dfer.cli import UserError
+from dfer.config import Config, DataConfig, ModelConfig, RunConfig, parse_config
+from tests.conftest import ROOT
+
+DATA = {"train": "a", "test": "b"}
+TINY = "--data.size 32 --data.num-segments 2 --data.batch-size 2 --model.dim 16 --optim.epochs 2"
+TINY += " --optim.steps-per-epoch 2 --run.log-every 1 --run.device cpu --run.amp off"
+
+
+def result(row: Any, seed: int, war: float, **more) -> record.Result:
+    """A recorded run of the models' table."""
+    words = tables.MODELS[row]
+    config = dataclasses.replace(Config(), model=ModelConfig(name=row), seed=seed)  # parsing takes 0.2 s
+    found = {"row": row, "words": list(words), "extra": [], "data": "faces", "clips": 1400, "fingerprint": DATA}
+    found |= {"budget": "short", "seed": seed, "commit": "c" * 40, "changed": False, "machine": {"kind": "a machine"}}
+    found |= {"jobs": 1, "WAR": war, "UAR": war / 2, "recalls": {"Disgust": 40.0}, "rarest": "Disgust"}
+    found |= {"test_clips": 350, "WAR_at": {str(n): war for n in tables.SEGMENTS}, "parameters": 13_080_000}
+    return found | {"flops": 3e9, "clips_per_s": 50.0, "config": json.loads(config.to_json())} | more
+
+
+def test_a_record_outlives_a_write_that_was_cut_off(tmp_path):
+    path = tmp_path / "made" / "runs.jsonl"
+    assert record.read_results(path) == []
+    first, second = result("dfernet", 0, 80.0), result("mean-pool", 0, 60.0)
+    record.append_result(path, first)
+    whole = path.read_bytes()
+    path.write_bytes(whole + json.dumps(second).encode()[:-30])
+    assert record.read_results(path) == [first]
+    record.append_result(path, second)
+    assert record.read_results(path) == [first, second] and path.read_bytes().startswith(whole)
+    # A whole line that lacks its end was not known to be whole.
+    path.write_bytes(whole[:-1])
+    assert record.read_results(path) == []
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", "7", '{"config": 1}', "<<<<<<< HEAD"])
+def test_a_damaged_record_is_named_by_its_line(tmp_path, line):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(result("dfernet", 0, 1.0)) + f"\n{line}\n")
+    with pytest.raises(UserError, match=r"runs\.jsonl:2: not the line of a run"):
+        record.read_results(path)
+
+
+def test_a_run_is_found_by_what_was_trained_on_what():
+    runs = [result("dfernet", 0, 80.0), result("mean-pool", 1, 60.0)]
+    config = record.recorded_config(runs[1])
+    assert config is not None and record.find_result(runs, config, DATA) is runs[1]
+    assert record.find_result(runs, dataclasses.replace(config, seed=0), DATA) is None
+    assert record.find_result(runs, config, DATA | {"train": "other pixels"}) is None
+    # An option that did not exist then, at what its default means; and a default that has changed since.
+    older = runs[1] | {"config": {**runs[1]["config"], "loss": {"label_smoothing": 0.1}}}
+    assert record.find_result([older], config, DATA) is older
+    changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.04))
+    assert record.find_result(runs, changed, DATA) is None
+    unknown = runs[1] | {"config": runs[1]["config"] | {"gone": 1}}
+    assert record.find_result([unknown], config, DATA) is None and record.recorded_config(unknown) is None
+
+
+def test_places_are_no_part_of_a_configuration():
+    words = ["--data.train-list", "/home/me/a.txt", "--run.log-dir", "/home/me/logs", "--run.device", "cpu"]
+    here, there = (record.portable(parse_config(["debug", *more])) for more in (words, []))
+    assert here == there and "home" not in here.to_json()
+    assert record.portable(dataclasses.replace(there, run=RunConfig(amp="bf16"))) != there
+
+
+@pytest.mark.slow  # 0.2 s for each row
+@pytest.mark.parametrize("table", [*tables.tables(), "budgets"])
+def test_each_row_is_a_model_of_its_own(table):
+    rows = (tables.tables() | {"budgets": tables.BUDGETS})[table].values()
+    configs = [parse_config(["faces", *words]) for words in rows]
+    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+
+
+def test_intervals_and_paired_differences():
+    assert page.with_interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / 3 ** 0.5
+    assert page.with_interval([7.0]) == "7.0"
+    first = {seed: result("dfernet", seed, war) for seed, war in enumerate((80.0, 70.0, 75.0))}
+    other = {seed: result("mean-pool", seed, war) for seed, war in ((0, 60.0), (1, 52.0), (7, 99.0))}
+    # 20 and 18, on the seeds that both have: one standard error is 1, the interval 12.7 to either side.
+    assert page.difference(first, other, "WAR") == "+19.0 (s.e. 1.0, +6.3 to +31.7)"
+    assert page.difference(first, {2: result("mean-pool", 2, 70.0)}, "WAR") == "+5.0 (one seed)"
+    assert page.difference(first, {9: other[7]}, "WAR") == "-"
+
+
+def test_the_page_keeps_runs_of_other_defaults_and_of_other_settings_apart():
+    old = result("dfernet", 0, 50.0, commit="0ce724e" + "0" * 33)
+    old["config"]["model"]["iterations"] = 1  # its default then
+    runs = [old, *(result(row, 0, war) for row, war in (("mean-pool", 60.0), ("dfernet", 80.0), ("dfernet", 81.0)))]
+    runs += [result("r18-gru", 0, 70.0, clips=300), result("dfernet", 0, 75.0, clips=300)]
+    (_, small, _), (title, rows, _) = page.all_tables(runs)
+    assert [row[0] for row in small] == ["dfernet", "r18-gru"]
+    assert title == "models: faces, 1,400 clips, budget short"
+    assert [row[:3] for row in rows] == [
+        ["dfernet", "1", "81.0"],  # the latest of the same run
+        ["dfernet, as of 0ce724e", "1", "50.0"],
+        ["mean-pool", "1", "60.0"],
+    ]
+    text = page.page(runs)
+    assert "commits 0ce724e, ccccccc" in text and "| mean-pool | 1 | 60.0 | 30.0 | Disgust 40.0 |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {len(page.COLUMNS) + 1}
+    assert "No table" in page.page(runs[:1])
+
+
+def test_clips_are_known_by_their_pixels_wherever_they_lie(clips, tmp_path):
+    shutil.copytree(clips, tmp_path / "moved")
+    moved = tmp_path / "moved" / "train.txt"
+    assert record.data_fingerprint(moved) == record.data_fingerprint(clips / "train.txt")
+    shutil.copytree(clips, tmp_path / "other")
+    folder = next(p for p in sorted((tmp_path / "other").rglob("*")) if p.is_dir() and next(p.glob("*.jpg"), None))
+    first, second, *_ = sorted(folder.glob("*.jpg"))
+    second.replace(first)
+    shutil.copy(first, second)
+    lists = [tmp_path / "other" / f"{split}.txt" for split in ("train", "test")]
+    same = [record.data_fingerprint(a) == record.data_fingerprint(clips / a.name) for a in lists]
+    assert not all(same)
+
+
+def test_the_first_clips_of_a_list(clips, tmp_path):
+    data = mc.find_data([str(clips / "train.txt"), str(clips / "test.txt")], 5, tmp_path)
+    rows = [line for line in data.train.read_text().splitlines() if not line.startswith("#")]
+    whole = [line for line in (clips / "train.txt").read_text().splitlines() if not line.startswith("#")]
+    assert rows == whole[:5] and data.clips == 5
+    with pytest.raises(UserError, match=r"--clips 9999: .*train\.txt has only 20"):
+        mc.find_data([str(clips / "train.txt"), str(clips / "test.txt")], 9999, tmp_path)
+    with pytest.raises(UserError, match="--data face: must be one of faces, faces-hard, order"):
+        mc.find_data(["face"], None, tmp_path)
+
+
+def test_a_run_that_fails_or_would_begin_late_does_not_stop_the_others(monkeypatch, capsys):
+    def do(run, data, args):
+        if run == 1:
+            raise UserError("it failed")
+        return f"done {run}"
+
+    monkeypatch.setattr(mc, "do", do)
+    args = argparse.Namespace(jobs=2, limit_minutes=1e6)
+    assert mc.do_all([0, 1, 2], None, args) == 1
+    said = capsys.readouterr()
+    assert sorted(said.out.splitlines()) == ["done 0", "done 2"] and said.err == "model_comparison: it failed\n"
+    args.limit_minutes = 0
+    assert mc.do_all([0, 1, 2], None, args) == 0 and "done" not in capsys.readouterr().out
+
+
+def test_parameters_and_flop():
+    data = DataConfig(size=32, num_segments=4)
+    rows: tuple[Any, ...] = ("mean-pool", "r18-lstm", "r18-gru")
+    costs = {row: mc.cost(Config(data=data, model=ModelConfig(name=row))) for row in rows}
+    parameters, plain = costs["mean-pool"]
+    assert parameters == 11_180_103 and 0.29e9 < plain < 0.31e9  # of 2 x 1.81 G at 224 px (32 / 224) ** 2, 4 times
+    for row, gates in (("r18-lstm", 4), ("r18-gru", 3)):  # each of 512 from 512 + 512 numbers, for each of 4 frames
+        assert costs[row][1] - plain == 4 * 2 * gates * 512 * 1024
+        assert costs[row][0] - parameters == gates * 512 * (1024 + 2) + 2 * 512  # and LayerNorm's
+
+
+def test_order_lists_differ_by_order_alone():
+    for number in range(6):
+        images, label = faults.FAULTS["order"][0](0, number, faults.SPLIT_IDENTITIES["train"])
+        assert label == number % 2 and [image.shape for image in images] == [(64, 64)] * 2
+        moved = np.abs(images[0].astype(int) - images[1]).mean()
+        assert 0.3 < moved < 20
+    train = list(faults.clips_of("order", "train", 40))
+    assert [label for _, label in train].count(0) == 20
+    # Neither frame by itself, nor both as a set, tells the class: brightness is as good as chance.
+    means = np.array([[image.mean() for image in images] for images, _ in train])
+    assert abs(means[::2].mean() - means[1::2].mean()) < means.std()
+
+
+def test_an_identity_that_misleads_and_clips_that_are_long(tmp_path):
+    scripts = [faults.plan_clip(0, 2**36 + n, n % 7, faults.SPLIT_IDENTITIES["train"], faults.MISLEADING)
+               for n in range(70)]  # fmt: skip
+    looks = np.array([script.identity.rest.max() for script in scripts])
+    assert (looks > 0.35).mean() > 0.5  # stronger at rest than the weakest expression that is shown
+    assert all(script.start == faults.PLAIN for script in scripts)
+    train, test = faults.write_fault_lists("two-frames", tmp_path, faults.Sizes(2, 1))
+    rows = [line.split() for path in (train, test) for line in path.read_text().splitlines() if line[0] != "#"]
+    assert len(rows) == 3 and all(24 <= int(count) <= 64 for _, count, _ in rows)
+    assert all(len(list((tmp_path / name).glob("*.jpg"))) == int(count) for name, count, _ in rows)
+
+
+def test_a_run_that_was_cut_off_is_found_again(monkeypatch, clips, tmp_path):
+    """It is continued by its folder's name, which is that of what is trained on what."""
+    folders = []
+
+    def train(run, folder, threads):
+        folders.append(folder)
+        raise UserError("cut off")
+
+    monkeypatch.setattr(mc, "train", train)
+    args = argparse.Namespace(log_dir=tmp_path, budget="short", jobs=1)
+    data = mc.Data("faces", clips / "train.txt", clips / "test.txt", 20, DATA)
+    moved = data._replace(train=tmp_path / "train.txt")
+    config = record.recorded_config(result("dfernet", 0, 0.0))
+    assert config is not None
+    run = mc.Run("dfernet", (), 0, [], config)
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-4))
+    cases = [(run, data), (run, moved), (run._replace(config=other), data), (run, data._replace(fingerprint={}))]
+    for case in cases:
+        with pytest.raises(UserError, match="cut off"):
+            mc.do(*case, args)
+    assert folders[0] == folders[1] and len(set(folders)) == 3
+
+
+@pytest.mark.slow
+def test_runs_are_recorded_once_and_end_with_the_command(clips, tmp_path):
+    lists = [str(clips / "train.txt"), str(clips / "test.txt")]
+    file, logs = tmp_path / "runs.jsonl", tmp_path / "logs"
+    command = [sys.executable, "benchmarks/model_comparison.py", "--data", *lists, "--file", str(file)]
+    command += ["--models", "mean-pool", "r18-gru", "--seeds", "1", "--log-dir", str(logs)]
+
+    def compare(*words: str) -> str:
+        done = subprocess.run(
+            [*command, *words, "--", *TINY.split()], cwd=ROOT, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "0 of them in runs.jsonl" in compare("--limit-minutes", "0") and not file.exists()
+    with subprocess.Popen(
+        [*command, "--", *TINY.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as ended:
+        assert ended.stdout is not None and "2 runs" in ended.stdout.readline()  # the first begins
+        ended.terminate()
+        assert ended.wait(timeout=300) == 143
+    with pytest.raises(ProcessLookupError):
+        os.killpg(ended.pid, 0)  # no training is left
+    assert not file.exists()
+    compare("--jobs", "2")
+    runs = record.read_results(file)
+    assert sorted(run["row"] for run in runs) == ["mean-pool", "r18-gru"]
+    assert all(set(run["WAR_at"]) == {"2", "4", "8", "16", "32"} and run["test_clips"] == 9 for run in runs)
+    assert (
+        str(tmp_path) not in file.read_text()
+        and str(clips) not in file.read_text()
+        and str(ROOT) not in file.read_text()
+    )
+    assert not [path for path in logs.iterdir() if path.name != "lists"]
+    said = compare()
+    assert "2 runs, 2 of them in runs.jsonl" in said and len(record.read_results(file)) == 2
+    assert "mean-pool" in said
+    subprocess.run([*command[:2], "--file", str(file), "--write-page"], cwd=ROOT, check=True, capture_output=True)
+    assert "| r18-gru | 1 |" in file.with_suffix(".md").read_text()

@@ -132,8 +132,8 @@ def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: F
         }
         misshapen = {name: tensor for name, tensor in found.misshapen.items() if name not in resampled}
         found = found._replace(tensors=found.tensors | resampled, misshapen=misshapen)
-        notes += f"; fresh, as it has other classes: {some(fresh)}" * bool(fresh)
-        notes += f"; resampled to {num_frames} frames: {some(list(resampled))}" * bool(resampled)
+        notes += f"; fresh, as it has other classes: {some(sorted(fresh))}" * bool(fresh)
+        notes += f"; resampled to {num_frames} frames: {some(sorted(resampled))}" * bool(resampled)
     try:
         said = load_found(model, found, source.held, source.name, "the model", fresh)
     except UserError as error:
@@ -152,7 +152,7 @@ def _retimed(model: nn.Module, num_frames: int, begun: Config) -> str:
     for prefix, module in model.named_modules():
         retime: Callable[[int], list[str]] | None = getattr(module, "retime", None)
         names += [f"{prefix}.{name}" for name in retime(before)] if retime else []
-    return f"; fitted to {num_frames} frames for {before}: {some(names)}" * bool(names)
+    return f"; fitted to {num_frames} frames for {before}: {some(sorted(names))}" * bool(names)
 
 
 def _other_options(config: ModelConfig, begun: ModelConfig) -> str:

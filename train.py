@@ -7,6 +7,8 @@ everything saved; 70 stopped by one of them without, since a step did not end in
 
 import gc
 
+import dfer  # noqa: F401 (before torch)
+
 if __name__ == "__main__":
     gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
 import contextlib

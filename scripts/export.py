@@ -22,12 +22,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dfer  # noqa: F401 (before torch)
+
+# isort: split
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer.cli import Parser, UserError, one_line_errors, printable
 from dfer.config import Config, config_from_json

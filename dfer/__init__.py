@@ -23,7 +23,7 @@ def _fit_for_torch() -> None:
     try:
         tempfile.gettempdir()
     except FileNotFoundError:  # torch asks for its name alone; who writes there hears of it then
-        tempfile.tempdir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"  # noqa: S108 (mkstemp's names)
+        tempfile.tempdir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
 
 
 _fit_for_torch()

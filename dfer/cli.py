@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import errno
 import functools
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
-from typing import NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 Item = TypeVar("Item")
 
@@ -18,6 +20,13 @@ EXIT_GAVE_UP = 70  # stopped by a signal, but the step did not end in time: the 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, everything is saved, the same command continues
 
 
+# What the system answers where nothing in the program can be wrong: rights, full and lost disks, names, limits.
+_SYSTEM = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+}
+
+
 class UserError(ValueError):
     """What a user can cause and put right. Its message is one line: what is wrong, in which file, what to do."""
 
@@ -25,18 +34,31 @@ class UserError(ValueError):
 def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
     """Do the work and return its exit code; a UserError becomes one line on stderr and exit code 2.
 
-    Any other error is a defect of ours and keeps its traceback.
+    So does an error of the machine that nobody expected there: a folder that may not be looked into, a full disk. Any
+    other error is a defect of ours and keeps its traceback.
     """
     try:
         return work() or 0
-    except UserError as error:
+    except Exception as error:
+        line = error if isinstance(error, UserError) else _of_the_system(error)
+        if line is None:
+            raise
         # What is wrong before the ranks have joined is wrong on all of them: one says it.
         if _joined() or os.environ.get("RANK", "0") == "0":
-            say_error(f"{program}: {printable(error)}")
+            say_error(f"{program}: {printable(line)}")
         return EXIT_USAGE
     finally:
         if _joined():
             sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """Return the line for an error of the machine, whichever library has wrapped it; None for any other."""
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        return (f"{error.filename}: " if error.filename is not None else "") + os.strerror(error.errno)
+    # safetensors, HDF5 and ONNX have classes of their own, whose text has the system's.
+    text = " ".join(str(error).split())
+    return text if any(os.strerror(number) in text for number in _SYSTEM) else None
 
 
 def say_error(line: str) -> None:
@@ -70,11 +92,38 @@ class Range(NamedTuple):
     high: int | float
 
 
+def expand_home(words: Iterable[str]) -> list[str]:
+    """Return the words of a command with ~ and ~NAME as the home folder, behind `--flag=` too, where a shell leaves it.
+
+    Raises:
+        UserError: if that folder is not known. A folder called ~ would be made, which `rm -rf ~` does not remove.
+    """
+    return [_expanded(word) for word in words]
+
+
+def _expanded(word: str) -> str:
+    found = re.fullmatch(r"(--[\w.-]+=)?((~[^/]*)(/.*)?)", word, re.DOTALL)
+    if found is None:
+        return word
+    flag, path, home = found[1] or "", found[2], found[3]
+    whole = os.path.expanduser(path)
+    if whole == path and (home == "~" or (path != home and not os.path.lexists(home))):
+        whose = f"of a user {home[1:]}" if home[1:] else "of this user"
+        raise UserError(f"{word}: the home folder {whose} is not known; write ./{path} for a folder called {home}")
+    return flag + whole
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser whose errors are one line, without the usage, and whose ~ is the home folder."""
 
     def __init__(self, program: str, description: str | None):
         super().__init__(program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # parse_args calls it
+        try:
+            return super().parse_known_args(expand_home(sys.argv[1:] if args is None else args), namespace)
+        except UserError as error:
+            self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)}\n")

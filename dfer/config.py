@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 import torch
 import tyro
 
-from dfer.cli import Range, UserError
+from dfer.cli import Range, UserError, expand_home
 from dfer.files import read_file
 from dfer.plan.augmentation import Augmentation
 from dfer.recipes import RECIPES
@@ -201,6 +201,7 @@ def parse_config(args: list[str]) -> Config:
     Raises:
         UserError: in one line, for an unknown preset or key, a value of the wrong type, or one out of range.
     """
+    args = expand_home(args)
     preset = args[0] if args and not args[0].startswith("-") else "faces"
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")

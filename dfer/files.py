@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,6 +126,37 @@ def reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file or folder"
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
+def check_visible(path: str | Path) -> None:
+    """Raise UserError if nobody can tell whether a path is there: a folder above it is closed, or a mount is gone."""
+    if why := closed(path):
+        raise UserError(f"{path}: cannot be looked at ({why})")
+
+
+def closed(path: str | Path) -> str | None:
+    """Return why nobody can tell whether a path is there; None if it is, or is not."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL is a ValueError
+        return None
+    except OSError as error:
+        return reason(error)
+    return None
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the bytes that are free where a folder lies; None where its file system cannot say.
+
+    Many FUSE mounts (BlobFuse) and overlays answer "0 of 0 bytes" or an error, and writing works.
+    """
+    try:
+        usage = shutil.disk_usage(folder)
+    except (OSError, OverflowError) as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            raise
+        return None
+    return None if usage.free <= 0 >= usage.total or usage.free < 0 else usage.free
 
 
 @contextlib.contextmanager

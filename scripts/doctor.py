@@ -22,6 +22,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer.cli import EXIT_USAGE, Parser
+from dfer.files import free_bytes
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 1.3 GB; a run keeps up to 5 checkpoints of 160 MB
@@ -121,7 +122,10 @@ def room(folder: Path) -> Iterator[Finding]:
     if meminfo.exists():
         (line,) = (x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
         yield enough("memory", 1024 * int(line.split()[1]) / 1e9, "close other programs, or lower --data.batch-size")
-    yield enough("disk", shutil.disk_usage(folder).free / 1e9, f"make room in {folder}, or --run.log-dir elsewhere")
+    if (free := free_bytes(folder)) is None:
+        yield Finding("free disk", f"the file system of {folder} does not say", "ok", "runs begin without asking it")
+    else:
+        yield enough("disk", free / 1e9, f"make room in {folder}, or --run.log-dir elsewhere")
     if not os.access(folder, os.W_OK):
         yield Finding("folder", f"{folder} cannot be written", "missing", "--run.log-dir elsewhere")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import UserError, one_line_errors, printable
-from dfer.files import is_data
+from dfer.files import check_visible, is_data
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 
@@ -138,6 +138,7 @@ def check_sets(parts: Parts) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     """Find, check and write, as the command line says."""
     if not os.path.isdir(args.root):
+        check_visible(args.root)
         raise UserError(f"--root {args.root}: no such folder")
     parts = find_parts(args.root)
     print(f"clips: {parts.clips}")

@@ -16,7 +16,14 @@ import pytest
 import dfer
 from dali_pipes import compiling
 from dfer import cli
-from tests.conftest import ROOT
+from dfer.config import parse_config
+from dfer.files import free_bytes
+from dfer.lists.packing import pack
+from dfer.lists.shards import Options
+from dfer.run import dry_run
+from dfer.run.folder import RunFolder
+from scripts import doctor
+from tests.conftest import ROOT, run_python
 
 COMMANDS = ["train.py", *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("[!_]*.py")))]
 
@@ -175,3 +182,181 @@ def test_machine_code_is_kept(own_cache, monkeypatch):
     assert compiling.njit(nogil=True)(twice)(2.5) == 5
     assert compiling.cfunc("float64(float64)")(twice).ctypes(2) == 4
     assert {path: path.stat().st_mtime_ns for path in own_cache.rglob("*.nb?")} == written
+
+
+# ---- Folders that may not be looked into, and other answers of a file system that no program can help.
+
+# Plays a command without the rights of root over files that are closed to their owner.
+UNPRIVILEGED = """
+import ctypes, runpy, sys
+ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def shut(tmp_path):
+    folder = tmp_path / "shut"
+    folder.mkdir()
+    folder.chmod(0)
+    yield folder
+    folder.chmod(0o700)
+
+
+CLOSED_WORDS = {
+    "scripts/prepare_videos.py": ["{shut}/v", "--out", "{out}", "--unlabelled"],
+    "scripts/prepare_videos.py of a list": ["{shut}/v.txt", "--out", "{out}", "--unlabelled"],
+    "scripts/prepare_dfew.py": ["--root", "{shut}/dfew", "--out", "{out}"],
+    "scripts/prepare_ferv39k.py": ["--root", "{shut}/ferv", "--out", "{out}"],
+    "scripts/report.py": ["{shut}/run"],
+    "scripts/evaluate.py": ["{shut}/run"],
+    "scripts/export.py": ["{shut}/run", "--out", "{out}"],
+    "scripts/check_list.py": ["{list}", "--root", "{shut}"],
+    "train.py --data.root": ["debug", "--data.train-list", "{list}", "--data.root", "{shut}/x"],
+    "train.py --run.log-dir": ["debug", "--data.train-list", "{list}", "--run.log-dir", "{shut}/x", "--run.name", "x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLOSED_WORDS)
+def test_a_folder_that_may_not_be_looked_into_is_one_line(case, shut, clips, tmp_path):
+    """The message has the folder and the reason, not that nothing is there: nobody can tell."""
+    words = [w.format(shut=shut, out=tmp_path / "out", list=clips / "train.txt") for w in CLOSED_WORDS[case]]
+    done = run_python("-c", UNPRIVILEGED, case.split()[0], *words, fresh=False)
+    said = done.stdout + done.stderr
+    assert done.returncode in (1, 2) and "Traceback" not in said, said
+    assert str(shut) in said and "Permission denied" in said and not (tmp_path / "out").exists()
+
+
+def test_what_predict_is_given_may_be_closed(shut):
+    looks = f"from dfer.predict.inputs import find_videos\nfind_videos([Path('{shut}/v')], Path('o'), print)"
+    code = UNPRIVILEGED.rpartition("sys.argv")[0] + f"from pathlib import Path\n{looks}"
+    done = run_python("-c", code, fresh=False)
+    assert f"UserError: {shut}/v: cannot be looked at (Permission denied)" in done.stderr
+
+
+class LibraryError(Exception):
+    """As safetensors, HDF5 and ONNX have their own."""
+
+
+ONE_LINE = [
+    (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+    (PermissionError(errno.EACCES, "Permission denied", "a\nb"), r"a\nb: Permission denied"),
+    (OSError(errno.ESTALE, "Stale file handle", "nas"), "nas: Stale file handle"),
+    (OSError(errno.EMFILE, "Too many open files", "x"), "x: Too many open files"),
+    (LibraryError("IoError: No space left on device (os error 28)"), "IoError: No space left on device (os error 28)"),
+    (OSError("Can't write data (file write failed: errno = 122,\n error message = 'Disk quota exceeded')"),
+     "Can't write data (file write failed: errno = 122, error message = 'Disk quota exceeded')"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "line"), ONE_LINE)
+def test_what_the_machine_answers_is_one_line_whoever_wraps_it(error, line, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def work():
+        raise error
+
+    assert cli.one_line_errors("x", work) == 2 and capsys.readouterr().err == f"x: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file or directory", "a"), IsADirectoryError(21, "Is a directory"),
+              BrokenPipeError(32, "Broken pipe"), LibraryError("shape"), KeyError("a")]
+)  # fmt: skip
+def test_what_may_be_a_defect_of_ours_keeps_its_traceback(error):
+    def work():
+        raise error
+
+    with pytest.raises(type(error)):
+        cli.one_line_errors("x", work)
+
+
+# ---- File systems that do not know what is free.
+
+
+def statvfs(blocks, free, size=4096):
+    return os.statvfs_result((size, size, blocks, free, free, 0, 0, 0, 0, 255))
+
+
+def refused(number):
+    def answer(path):
+        raise OSError(number, os.strerror(number), path)
+
+    return answer
+
+
+NO_ANSWERS = {
+    "0 of 0 blocks": lambda path: statvfs(0, 0),
+    "blocks of 0 bytes": lambda path: statvfs(1000, 1000, size=0),
+    "free blocks below 0": lambda path: statvfs(0, -1),
+    "not implemented": refused(errno.ENOSYS),
+    "too large to say": refused(errno.EOVERFLOW),
+}
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS)
+def test_an_unknown_number_of_free_bytes_is_no_full_disk(answer, monkeypatch, tmp_path, clips, capsys):
+    monkeypatch.setattr(os, "statvfs", NO_ANSWERS[answer])
+    assert free_bytes(tmp_path) is None
+    assert dry_run.free_disk(tmp_path / "logs", 10**9) is None
+    folder = RunFolder(parse_config(["debug", "--run.log-dir", str(tmp_path / "logs")]), "x")
+    folder.begin(parse_config(["debug"]), 10**15)
+    folder.close()
+    pack([clips / "test.txt"], None, tmp_path / "packed", Options())
+    assert "does not say what is free" in capsys.readouterr().out
+    (memory, disk) = (finding for finding in doctor.room(tmp_path) if finding.what.startswith("free"))
+    assert memory.state == "ok" and disk.state == "ok" and "does not say" in disk.found
+
+
+def test_a_full_disk_is_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "statvfs", lambda path: statvfs(1000, 0))
+    assert free_bytes(tmp_path) == 0
+    with pytest.raises(cli.UserError, match="0 MB are free"):
+        dry_run.free_disk(tmp_path, 10**6)
+
+
+# ---- The home folder behind `=`, where a shell leaves the tilde to the program.
+
+HOME = "/home/of a user"
+
+
+@pytest.mark.parametrize(
+    ("word", "means"),
+    [
+        ("--out=~/x", f"--out={HOME}/x"), ("--run.log-dir=~", f"--run.log-dir={HOME}"), ("~/a=~/b", f"{HOME}/a=~/b"),
+        ("--out=~root/x", f"--out={pwd.getpwnam('root').pw_dir}/x"), ("--out=./~/x", "--out=./~/x"),
+        ("--title=~3 clips", "--title=~3 clips"), ("--out=a~/b", "--out=a~/b"), ("--crf", "--crf"), ("", ""),
+        ("--model.weights=~/w.pt", f"--model.weights={HOME}/w.pt"),
+    ],
+)  # fmt: skip
+def test_the_tilde_is_the_home_folder(word, means, monkeypatch):
+    monkeypatch.setenv("HOME", HOME)
+    assert cli.expand_home([word]) == [means]
+
+
+def test_a_home_that_is_not_known_is_no_folder_called_so(monkeypatch, nobody, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for word in ("--out=~/x", "~", "--out=~no-such-user/x"):
+        with pytest.raises(cli.UserError, match=r"is not known; write \./~"):
+            cli.expand_home([word])
+    (tmp_path / "~no-such-user").mkdir()  # and may be meant
+    assert cli.expand_home(["--out=~no-such-user/x"]) == ["--out=~no-such-user/x"]
+    with pytest.raises(SystemExit) as stop:
+        cli.Parser("x", "").parse_args(["--out=~/x"])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("x: --out=~/x: the home folder of this user")
+
+
+def test_all_parsers_know_the_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", HOME)
+    config = parse_config(["debug", "--run.log-dir=~/logs", "--data.root=~/d", "--model.weights=~/w", "--run.name=a"])
+    assert (str(config.run.log_dir), str(config.data.root)) == (f"{HOME}/logs", f"{HOME}/d")
+    assert config.model.weights == f"{HOME}/w"
+    parser = cli.Parser("x", "")
+    parser.add_argument("--out")
+    parser.add_argument("list")
+    assert vars(parser.parse_args(["--out=~/x", "~/l"])) == {"out": f"{HOME}/x", "list": f"{HOME}/l"}
+    assert parser.parse_known_args(["--out=~/x", "~/l", "--y=~/z"])[1] == [f"--y={HOME}/z"]
+    for file in [*COMMANDS, "dfer/lists/releases.py"]:  # no command has a parser of its own
+        assert "argparse.ArgumentParser(" not in (ROOT / file).read_text(), file

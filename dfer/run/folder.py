@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch import Tensor
 from dfer.batch import Batch
 from dfer.cli import UserError
 from dfer.config import Config, begun_config, config_from_json, differences
-from dfer.files import read_file, reason, write_whole
+from dfer.files import free_bytes, read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
 from dfer.run import distributed
@@ -115,10 +114,10 @@ class RunFolder:
             stays = begun is not None and relocated(begun, config) == begun
             text = read_file(saved) if stays else f"{(relocated(begun, config) if begun else config).to_json()}\n"
             write_whole(saved, text)  # again too: better now than at the first checkpoint
-            free = shutil.disk_usage(self.checkpoints).free
+            free = free_bytes(self.checkpoints)
         except OSError as error:
             raise UserError(f"--run.log-dir: cannot write {error.filename or self.path} ({reason(error)})") from None
-        if free < 2 * state_bytes:
+        if free is not None and free < 2 * state_bytes:
             raise UserError(
                 f"{self.checkpoints}: {free / 1e6:.0f} MB are free, and two checkpoints take "
                 f"{2 * state_bytes / 1e6:.0f} MB; make room or choose another --run.log-dir"

@@ -230,7 +230,7 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(case, shut, clips, tmp
 
 def test_what_predict_is_given_may_be_closed(shut):
     looks = f"from dfer.predict.inputs import find_videos\nfind_videos([Path('{shut}/v')], Path('o'), print)"
-    code = UNPRIVILEGED.rpartition("sys.argv")[0] + f"from pathlib import Path\n{looks}"
+    code = UNPRIVILEGED.partition("sys.argv")[0] + f"from pathlib import Path\n{looks}"
     done = run_python("-c", code, fresh=False)
     assert f"UserError: {shut}/v: cannot be looked at (Permission denied)" in done.stderr
 

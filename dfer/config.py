@@ -123,13 +123,17 @@ class RunConfig:
     sync_bn: bool = False
     """Batch statistics over all GPUs."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases; auto = online where there is a key, else offline."""
+    """Weights & Biases; auto = as WANDB_MODE and `wandb offline` say, else online where there is a key, else offline."""
+    wandb_project: str | None = None
+    """W&B's project; WANDB_PROJECT or dfer if not given."""
     log_every: Annotated[int, Range(1, 10**9)] = 20
     """Optimizer steps between two rows of training metrics."""
     save_minutes: Annotated[float, Range(0.0, 1e6)] = 5.0
     """Minutes between two checkpoints within an epoch; each epoch ends with one anyway. 0 = after every step."""
     timeout: Annotated[float, Range(1.0, 1e6)] = 600.0
     """Seconds that a process waits for the others; must cover the slowest first step (compilation)."""
+    grace: Annotated[float, Range(0.0, 1e6)] = 0.0
+    """Seconds from a signal to the end of the process if no step ends; 0 = three of the longest steps, 25 at least."""
 
 
 @dataclass(frozen=True)
@@ -285,13 +289,14 @@ def _check_ranges(section: Any, prefix: str) -> None:
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
 _BEFORE = {
     "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
+    "run.wandb_project": "dfer",
     "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
 # another JPEG decoder. `dfer.run.folder.same_global_batch`, which knows the number of processes, checks the batch size.
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
-_FREE |= {"run.timeout", "data.batch_size", "data.jpeg_engine"}
+_FREE |= {"run.wandb_project", "run.grace", "run.timeout", "data.batch_size", "data.jpeg_engine"}
 # Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
 _FREE |= {"data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels"}
 

@@ -5,19 +5,20 @@ Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stoppe
 everything saved; 70 stopped by one of them without, since a step did not end in time; 69 another process died or hangs.
 """
 
-import gc
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out if PYTHONSAFEPATH is set
+from dfer.cli import UserError, begin, one_line_errors
 
 if __name__ == "__main__":
-    gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
+    begin("train.py", "torch, DALI and timm")
 import contextlib
-import faulthandler
 import itertools
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,6 @@ from torch.profiler import record_function
 
 from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
-from dfer.cli import UserError, one_line_errors
 from dfer.config import Config, parse_config
 from dfer.evaluation import evaluate
 from dfer.files import reason
@@ -294,7 +294,4 @@ def print_report(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    gc.enable()
-    gc.freeze()  # what the imports have made is not scanned again in training
-    faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
     sys.exit(one_line_errors("train.py", lambda: main(parse_config(sys.argv[1:]))))

@@ -23,7 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("crossval", "torch and timm")
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import PRESETS, Config, parse_config
 from dfer.files import reason, write_whole

@@ -21,7 +21,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import EXIT_USAGE, Parser
+from dfer.cli import EXIT_USAGE, Parser, begin
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 1.3 GB; a run keeps up to 5 checkpoints of 160 MB
@@ -171,4 +171,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    begin("doctor")
     sys.exit(main(sys.argv[1:]))

@@ -28,7 +28,10 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("export", "torch, timm and ONNX")
 from dfer.cli import Parser, UserError, one_line_errors, printable
 from dfer.config import Config, config_from_json
 from dfer.files import reason

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dfer.cli import EXIT_USAGE, UserError
+from dfer.cli import EXIT_USAGE, UserError, usable_cores
 from dfer.config import Config, config_from_json, differences, parse_config
 from dfer.lists.index import load_index
 from dfer.losses import build_objective
@@ -186,7 +186,7 @@ def slots_for(parallel: int, device: str) -> list[dict[str, str]]:
         return [{}]
     slots: list[dict[str, str]] = [{} for _ in range(parallel)]
     if "OMP_NUM_THREADS" not in os.environ:
-        threads = max(len(os.sched_getaffinity(0)) // parallel, 1)
+        threads = max(usable_cores() // parallel, 1)
         slots = [{"OMP_NUM_THREADS": str(threads)} for _ in slots]
     if device != "cpu" and torch.cuda.is_available():
         gpus = list(map(str, range(torch.cuda.device_count())))

@@ -22,7 +22,7 @@ from dfer.losses import build_objective
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.fingerprints import check_data, data_fingerprints
 from dfer.run.folder import same_global_batch
-from dfer.run.signals import EXIT_STOPPED, SIGNALS
+from dfer.run.signals import EXIT_STOPPED, catchable, restore
 
 BEST = "predictions_best_WAR.csv"  # of the best epoch's weights; train.py keeps only those of the last
 # A child is asked to save when its parent is gone, `kill -9` included: no run is left that nobody waits for.
@@ -200,17 +200,16 @@ def slots_for(parallel: int, device: str) -> list[dict[str, str]]:
 def drive(jobs: Sequence[FoldJob], slots: Sequence[dict[str, str]], folder: Path) -> int:
     """Work the jobs off in their order, one at a time for each slot, and return an exit code: 0 if all are done.
 
-    SIGTERM, SIGINT and SIGUSR1 are handed on to the runs as SIGTERM, and all end. Otherwise a job that fails is named,
-    and the others go on; but after exit code 2, which the user has to change something for, no other begins. With
-    several slots the output goes to FOLDER/JOB.txt.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are handed on to the runs as SIGTERM, and all end. Otherwise a job that fails is
+    named, and the others go on; but after exit code 2, which the user has to change something for, no other begins.
+    With several slots the output goes to FOLDER/JOB.txt.
     """
     driver = _Driver(jobs, slots, folder)
-    before = {number: signal.signal(number, driver.stop) for number in SIGNALS}
+    before = {number: signal.signal(number, driver.stop) for number in catchable()}
     try:
         driver.work()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore(before)
     return driver.exit_code()
 
 

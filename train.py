@@ -1,25 +1,25 @@
 """Train and validate: `python train.py [preset] [--key value ...]`, or `torchrun --nproc_per_node=4 train.py ...`.
 
 The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped.
-Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT or SIGUSR1 with
-everything saved; 70 stopped by one of them without, since a step did not end in time; 69 another process died or hangs.
+Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP
+with everything saved; 70 stopped by one of them without, since a step did not end in time; 69 another process died or
+hangs.
 """
 
-import gc
+import sys
+from pathlib import Path
 
-import dfer  # noqa: F401 (before torch)
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out if PYTHONSAFEPATH is set
+from dfer.cli import UserError, begin, one_line_errors
 
 if __name__ == "__main__":
-    gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
+    begin("train.py", "torch, DALI and timm")
 import contextlib
-import faulthandler
 import itertools
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,6 @@ from torch.profiler import record_function
 
 from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
-from dfer.cli import UserError, one_line_errors
 from dfer.config import Config, parse_config
 from dfer.evaluation import evaluate
 from dfer.files import reason
@@ -48,6 +47,8 @@ from dfer.run.predictions import write_predictions
 from dfer.run.profiler import TRACE, WARM_UP, Profiler
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.state import Job, build_state, load_trained
+
+COMMAND = __name__ == "__main__"  # else another program calls main(): a notebook, which is not ours to end
 
 
 class Data(NamedTuple):
@@ -151,7 +152,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
         if run:
             run.save(state.state_dict() | about | {"wandb_id": logger.wandb_id})
 
-    with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop, contextlib.closing(logger):
+    with StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND) as stop, contextlib.closing(logger):
         logger.announce(job, damage, changes)
         if state.evaluated == config.optim.epochs:
             logger.say(f"{run.path if run else ''}: all {config.optim.epochs} epochs are done; nothing is left to do")
@@ -258,7 +259,7 @@ def training_loss(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def try_out(config: Config, data: Data, world: World) -> int:
     """Do everything that a run does but write, in small, and print what the run will take by that."""
     head = data._replace(val_index=data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size))
-    with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop:
+    with StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND) as stop:
         job = prepare(shared_config(dry_run.without_first_weights(config), world), head, world, None)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
@@ -296,7 +297,4 @@ def print_report(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    gc.enable()
-    gc.freeze()  # what the imports have made is not scanned again in training
-    faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
     sys.exit(one_line_errors("train.py", lambda: main(parse_config(sys.argv[1:]))))

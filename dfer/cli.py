@@ -3,13 +3,19 @@
 import argparse
 import contextlib
 import errno
+import faulthandler
 import functools
+import gc
+import io
+import math
 import os
 import re
+import select
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 Item = TypeVar("Item")
 
@@ -31,13 +37,118 @@ class UserError(ValueError):
     """What a user can cause and put right. Its message is one line: what is wrong, in which file, what to do."""
 
 
+def begin(program: str, loads: str = "") -> None:
+    """Make a process ready to be a command: to be called before it loads its libraries, and by nobody else.
+
+    Whatever becomes of standard output and error (closed, a full disk, a reader or a terminal that is gone), what the
+    command does is not ended by it: what cannot be told is dropped.
+
+    Args:
+        program: its name.
+        loads: the libraries that take seconds to load, which is said at once; "" if none does.
+    """
+    for descriptor in range(3):  # a file that is opened later must not be taken for a stream that was closed
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one
+    sys.stdout = _heedless(sys.stdout, "standard output")
+    sys.stderr = _heedless(sys.stderr, "standard error")
+    faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
+    if loads:
+        gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
+    if loads and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        say_error(f"{program}: loading {loads}")
+
+
+def _heedless(stream: TextIO | None, name: str) -> TextIO:
+    """Return a stream that writes where `stream` does and never fails; None was closed when Python started."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Heedless(stream.fileno(), name)),
+        encoding=stream.encoding,
+        errors="backslashreplace",  # a name or a table's line that the terminal has no letters for
+        line_buffering=stream.line_buffering,  # type: ignore[attr-defined]
+        write_through=stream.write_through,  # type: ignore[attr-defined]
+    )
+
+
+class _Heedless(io.FileIO):
+    """A descriptor that takes all that is written, whether anybody gets it or not."""
+
+    def __init__(self, descriptor: int, name: str):
+        super().__init__(descriptor, "w", closefd=False)
+        self._what, self._said = name, False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            while (written := super().write(data)) is None:  # set not to block, by whoever else has it
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            # A reader or a terminal that has gone wants no word. A disk that is full does.
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET) and not self._said:
+                self._said = True
+                with contextlib.suppress(OSError):
+                    os.write(
+                        2, f"note: {self._what} cannot be written ({error.strerror}): what is said is lost\n".encode()
+                    )
+            return memoryview(data).nbytes
+
+
+def usable_cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return how many cores the processes of this command may use together, of however many the machine has.
+
+    By the affinity (taskset, cpusets), the quotas of control groups (`docker --cpus`, Kubernetes' limits), which may be
+    parts of a core, and what Slurm has given, which it does not enforce everywhere.
+    """
+    limits: list[float] = [len(os.sched_getaffinity(0))]
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:  # version 2: one tree
+                limits += _quotas(groups, path, "cpu.max")
+            elif "cpu" in controllers.split(","):
+                limits += _quotas(groups / "cpu", path, "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    if per_task := _slurm("CPUS_PER_TASK"):
+        # A step is a task. A batch script that starts all processes of a node itself has the cores of all its tasks.
+        limits.append(per_task * (1 if "SLURM_STEP_ID" in os.environ else _slurm("NTASKS_PER_NODE") or 1))
+    if on_node := _slurm("CPUS_ON_NODE"):
+        limits.append(on_node)
+    return max(math.ceil(min(limits)), 1)
+
+
+def _slurm(name: str) -> int:
+    """Return a number that Slurm has left in the environment; 0 if there is none."""
+    text = os.environ.get(f"SLURM_{name}", "")
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def _quotas(tree: Path, path: str, *names: str) -> Iterator[float]:
+    """Yield the cores that a control group and those around it allow, where they limit them."""
+    group = tree / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(tree):
+            return
+        with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max", -1
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            if float(quota) > 0:
+                yield float(quota) / float(period)
+
+
 def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
     """Do the work and return its exit code; a UserError becomes one line on stderr and exit code 2.
 
     So does an error of the machine that nobody expected there: a folder that may not be looked into, a full disk. Any
     other error is a defect of ours and keeps its traceback.
     """
+    if not gc.isenabled():  # since `begin`
+        gc.enable()
+        gc.freeze()  # what the imports have made is not scanned again
     try:
+        _use_no_more_cores()
         return work() or 0
     except Exception as error:
         line = error if isinstance(error, UserError) else _of_the_system(error)
@@ -61,8 +172,17 @@ def _of_the_system(error: Exception) -> str | None:
     return text if any(os.strerror(number) in text for number in _SYSTEM) else None
 
 
+def _use_no_more_cores() -> None:
+    """Have torch, where it is loaded, use the cores that there are: by itself it knows of the affinity alone."""
+    torch = sys.modules.get("torch")
+    if torch is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+
+
 def say_error(line: str) -> None:
     """Write a line to stderr in one piece: print() writes its end apart, so that the lines of several ranks mix."""
+    if sys.stderr is None:  # closed, in a process that is no command of ours
+        return
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 

@@ -123,7 +123,7 @@ class RunConfig:
     sync_bn: bool = False
     """Batch statistics over all GPUs."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases; auto = as WANDB_MODE and `wandb offline` say, else online where there is a key, else offline."""
+    """Weights & Biases; auto = as WANDB_MODE and `wandb offline` say, else online where there is a key."""
     wandb_project: str | None = None
     """W&B's project; WANDB_PROJECT or dfer if not given."""
     log_every: Annotated[int, Range(1, 10**9)] = 20

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, begin, in_range, one_line_errors, printable
 from dfer.files import disk_errors, write_whole
 from dfer.lists.annotations import EMOTIONS, packed_index, write_annotations
 from dfer.lists.checking import (
@@ -192,4 +192,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("check_list")
     sys.exit(main())

@@ -7,7 +7,7 @@ was ended, by whatever; what is done is not done again. `--parallel 4` works on 
 `--part 2/5` does a fifth of the runs, for machines that share LOG_DIR (scripts/slurm/crossval.sbatch): whichever part
 ends last writes the results.
 
-Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT or SIGUSR1 with
+Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by a signal (as train.py) with
 everything saved; otherwise that of the run that failed.
 """
 
@@ -23,7 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("crossval", "torch and timm")
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import PRESETS, Config, parse_config
 from dfer.files import reason, write_whole

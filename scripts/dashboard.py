@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("dashboard", "torch")
 from dfer.cli import Parser, UserError, one_line_errors
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS

@@ -21,7 +21,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import EXIT_USAGE, Parser
+from dfer.cli import EXIT_USAGE, Parser, begin
 from dfer.files import free_bytes
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
@@ -175,4 +175,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    begin("doctor")
     sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("evaluate", "torch, DALI and timm")
 from dali_pipes.build import build_loader
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, RunConfig, config_from_json
@@ -39,9 +42,9 @@ def run(args: argparse.Namespace) -> None:
     assert result is not None, "nothing can stop it"
     if not world.is_main:
         return
-    print_result(f"{args.checkpoint} on {data.val_list}", result.confusion)
-    if args.out:
+    if args.out:  # first: what is kept does not depend on who listens
         write_predictions(args.out, index, result.ids, result.probabilities)
+    print_result(f"{args.checkpoint} on {data.val_list}", result.confusion)
     if args.json:
         numbers = {"WAR": result.confusion.war(), "UAR": result.confusion.uar(), "clips": result.confusion.total()}
         print(json.dumps(numbers | {"confusion": result.confusion.counts.tolist()}))

@@ -24,9 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import dfer  # noqa: F401 (before torch)
+from dfer.cli import begin
 
-# isort: split
+if __name__ == "__main__":
+    begin("export", "torch, timm and ONNX")
 import numpy as np
 import onnxruntime
 import torch

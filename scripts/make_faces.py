@@ -7,7 +7,6 @@ rounded to 1/16 px before drawing and all raster steps are integer, so every mac
 import contextlib
 import functools
 import multiprocessing
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import Parser, in_range, progress
+from dfer.cli import Parser, begin, in_range, progress, usable_cores
 from dfer.lists.annotations import EMOTIONS, write_annotations
 
 # ---- The data set's grammar: what makes it easy or hard.
@@ -603,12 +602,10 @@ def make_data_set(
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("make_faces", "Write the synthetic data set 'faces'.")
     parser.add_argument("--out", type=Path, default=Path("data/faces"), help="folder to write to")
-    parser.add_argument(
-        "--size", type=in_range(float, 0.001, 50), default=1.0, help="1.0 is 1,400 train and 350 test clips"
-    )
+    parser.add_argument("--size", type=in_range(float, 0.001, 50), default=1.0, help="1.0: 1,400 and 350 test clips")
     parser.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--video", choices=tuple(_CODECS), help="write the clips as video files instead of frames")
-    parser.add_argument("--workers", type=in_range(int, 1, 512), default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=in_range(int, 1, 512), default=usable_cores())
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write only a picture to look at")
     args = parser.parse_args(arguments)
     try:
@@ -624,4 +621,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("make_faces")
     sys.exit(main())

@@ -17,7 +17,7 @@ from pathlib import Path
 import openpyxl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import UserError, one_line_errors, printable
+from dfer.cli import UserError, begin, one_line_errors, printable
 from dfer.files import check_visible, reason
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
@@ -277,4 +277,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("prepare_dfew")
     sys.exit(main())

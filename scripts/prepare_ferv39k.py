@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import UserError, one_line_errors, printable
+from dfer.cli import UserError, begin, one_line_errors, printable
 from dfer.files import check_visible, is_data
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
@@ -167,4 +167,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("prepare_ferv39k")
     sys.exit(main())

@@ -40,6 +40,7 @@ from dfer.config import parse_config
 from dfer.optim import NonFiniteGuard
 
 torch.set_num_threads(1)
+train.COMMAND = True
 SENT = {"t": signal.SIGTERM, "i": signal.SIGINT, "u": signal.SIGUSR1}
 
 def at(number, function, then):

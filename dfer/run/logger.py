@@ -92,8 +92,8 @@ class Logger:
     def say(self, line: str) -> None:
         """Write one line to the terminal and to log.txt."""
         if self.run_dir is not None:
+            self._write(self._text, f"{time.strftime('%H:%M:%S')} {line}\n")  # first: it is the record
             self._console.print(line, markup=False, soft_wrap=True)
-            self._write(self._text, f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def _write(self, file: TextIO, line: str) -> None:
         try:

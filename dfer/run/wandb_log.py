@@ -226,4 +226,6 @@ def _settings() -> "wandb.Settings":
     try:
         return wandb_setup.singleton().settings
     except ValueError as error:  # pydantic's, over several lines
-        raise UserError(f"W&B's settings cannot be used: {reason(error)}; WANDB_* in the environment sets them") from None
+        raise UserError(
+            f"W&B's settings cannot be used: {reason(error)}; WANDB_* in the environment sets them"
+        ) from None

@@ -1,9 +1,8 @@
 """Train and validate: `python train.py [preset] [--key value ...]`, or `torchrun --nproc_per_node=4 train.py ...`.
 
 The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped.
-Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP
-with everything saved; 70 stopped by one of them without, since a step did not end in time; 69 another process died or
-hangs.
+Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by a signal with everything saved; 70
+stopped by one without, since a step did not end in time (--run.grace); 69 another process died or hangs.
 """
 
 import sys
@@ -117,10 +116,8 @@ def prepare(config: Config, data: Data, world: World, checkpoint: dict[str, Any]
     val_loader = build_loader(config, data.val_index, "eval", world)
     schedule = build_schedule(config, train_loader, world.size)
     if config.profile and WARM_UP + config.profile > schedule.steps_per_epoch:
-        raise UserError(
-            f"--profile {config.profile}: an epoch has {schedule.steps_per_epoch} steps, of which the first {WARM_UP} "
-            "warm up"
-        )
+        steps = f"{schedule.steps_per_epoch} steps, of which the first {WARM_UP} warm up"
+        raise UserError(f"--profile {config.profile}: an epoch has {steps}")
     precision = build_precision(config.run, world.device)
     state = build_state(config, precision, checkpoint)
     model = state.model
@@ -145,14 +142,16 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
     start_evaluated = state.evaluated * job.schedule.steps_per_epoch == state.step
     wandb_id = checkpoint["wandb_id"] if checkpoint else None
     logger = Logger(run.path if run else None, config, job.schedule.total_steps, state.step, start_evaluated, wandb_id)
+    stop = StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND, config.run.grace)
 
     def save() -> None:
         """Write a checkpoint of this very step. The other ranks have nothing to add, and go on."""
         logger.secure()
         if run:
             run.save(state.state_dict() | about | {"wandb_id": logger.wandb_id})
+        stop.unsaved = 0
 
-    with StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND) as stop, contextlib.closing(logger):
+    with stop, contextlib.closing(logger):
         logger.announce(job, damage, changes)
         if state.evaluated == config.optim.epochs:
             logger.say(f"{run.path if run else ''}: all {config.optim.epochs} epochs are done; nothing is left to do")
@@ -199,6 +198,7 @@ def train_epoch(
     try:
         for step in train_steps(job, batches):
             logger.step_done(state.step)
+            stop.unsaved += 1
             done = job.steps_done
             if done % config.run.log_every == 0 or done == steps_per_epoch:
                 logger.steps(job, step.grad_norm, step.diagnostics, throughput.read(since=row_began))
@@ -260,6 +260,7 @@ def try_out(config: Config, data: Data, world: World) -> int:
     """Do everything that a run does but write, in small, and print what the run will take by that."""
     head = data._replace(val_index=data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size))
     with StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND) as stop:
+        stop.saved = True  # there is nothing to save
         job = prepare(shared_config(dry_run.without_first_weights(config), world), head, world, None)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
@@ -271,12 +272,10 @@ def try_out(config: Config, data: Data, world: World) -> int:
                 if job.state.step == 1 < num_steps:
                     warm = throughput.snapshot()
                 if stop.requested():
-                    stop.saved = True  # there is nothing to save
                     return EXIT_STOPPED
         for _ in range(2):  # the first one compiles
             result = evaluate(job.state.evaluated_model(), job.val_loader, world, job.precision, stop)
             if result is None:
-                stop.saved = True
                 return EXIT_STOPPED
     measured = dry_run.measured(job, len(data.val_index), throughput.read(since=warm), result.throughput, disk)
     if world.is_main:

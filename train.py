@@ -75,6 +75,7 @@ class Diverged(Exception):
 
 def main(config: Config) -> int:
     """Run what the configuration says, and return the exit code."""
+    distributed.find_place()  # what is wrong with the launcher is said first
     data = read_data(config)
     world = distributed.setup(config.run.device, timedelta(seconds=config.run.timeout))
     with distributed.peers_named(world):

@@ -36,6 +36,8 @@ _SYSTEM = {
 class UserError(ValueError):
     """What a user can cause and put right. Its message is one line: what is wrong, in which file, what to do."""
 
+    said_by_all = False  # processes of a run; else the first one speaks for those that have not joined yet
+
 
 def begin(program: str, loads: str = "") -> None:
     """Make a process ready to be a command: to be called before it loads its libraries, and by nobody else.
@@ -155,7 +157,7 @@ def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
         if line is None:
             raise
         # What is wrong before the ranks have joined is wrong on all of them: one says it.
-        if _joined() or os.environ.get("RANK", "0") == "0":
+        if getattr(error, "said_by_all", False) or _joined() or os.environ.get("RANK", "0") == "0":
             say_error(f"{program}: {printable(line)}")
         return EXIT_USAGE
     finally:

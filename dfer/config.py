@@ -20,6 +20,7 @@ from dfer.files import read_file
 from dfer.plan.augmentation import Augmentation
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
+from dfer.run.launchers import own_words
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
 
@@ -205,14 +206,13 @@ def parse_config(args: list[str]) -> Config:
     Raises:
         UserError: in one line, for an unknown preset or key, a value of the wrong type, or one out of range.
     """
-    args = expand_home(args)
+    args = expand_home(own_words(args))
     preset = args[0] if args and not args[0].startswith("-") else "faces"
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
     flags = args[1:] if args and args[0] == preset else args
     default = PRESETS[preset](torch.cuda.is_available())
-    recipe = _recipe(flags)
-    if recipe in RECIPES:  # anything else is named by tyro
+    if (recipe := _recipe(flags)) in RECIPES:  # anything else is named by tyro
         default = dataclasses.replace(default, data=dataclasses.replace(default.data, **RECIPES[recipe]))
     config = _parse(flags, default)
     validate(config)
@@ -229,7 +229,7 @@ def _parse(words: list[str], default: Config) -> Config:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            config = tyro.cli(
+            return tyro.cli(
                 Config,
                 prog=f"train.py {{{','.join(PRESETS)}}}",
                 description="Train and validate. Presets: "
@@ -241,7 +241,6 @@ def _parse(words: list[str], default: Config) -> Config:
         if not stop.code:  # --help
             raise
         raise UserError(_first_sentence(captured.getvalue())) from None
-    return config
 
 
 def _recipe(args: list[str]) -> str | None:
@@ -253,8 +252,7 @@ def _recipe(args: list[str]) -> str | None:
 
 def _first_sentence(panel: str) -> str:
     """Return in one line what is wrong, and what may be meant, from the panel that tyro draws."""
-    words = re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel)
-    words = re.split(r"For full helptext|Argument helptext", words)[0]
+    words = re.split("For full helptext|Argument helptext", re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel))[0]
     return re.sub(r"\s+", " ", words.replace("Perhaps you meant:", "- perhaps you meant")).strip()
 
 

@@ -22,6 +22,7 @@ from dfer.losses import build_objective
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.fingerprints import check_data, data_fingerprints
 from dfer.run.folder import same_global_batch
+from dfer.run.launchers import own_environment
 from dfer.run.signals import EXIT_STOPPED, catchable, restore
 
 BEST = "predictions_best_WAR.csv"  # of the best epoch's weights; train.py keeps only those of the last
@@ -255,7 +256,7 @@ class _Driver:
         with open(self.folder / f"{job.name}.txt", "ab") if len(self.slots) > 1 else contextlib.nullcontext() as out:
             # A session of its own: Ctrl-C reaches it through here only, once.
             process = subprocess.Popen(
-                command, stdout=out, stderr=out, env={**os.environ, **self.slots[slot]}, start_new_session=True
+                command, stdout=out, stderr=out, env={**own_environment(), **self.slots[slot]}, start_new_session=True
             )
         self.children[slot] = _Child(job, commands[1:], process)
 

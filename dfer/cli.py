@@ -169,6 +169,11 @@ def _of_the_system(error: Exception) -> str | None:
     """Return the line for an error of the machine, whichever library has wrapped it; None for any other."""
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         return (f"{error.filename}: " if error.filename is not None else "") + os.strerror(error.errno)
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the folder that this was started in is gone: cd to another"
     # safetensors, HDF5 and ONNX have classes of their own, whose text has the system's.
     text = " ".join(str(error).split())
     return text if any(os.strerror(number) in text for number in _SYSTEM) else None

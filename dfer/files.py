@@ -84,6 +84,15 @@ def commit(written: Path, path: Path, durable: bool = True) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on the disk, where its file system can do that by itself."""
+    cannot_sync(folder)
+
+
+def cannot_sync(folder: Path) -> str | None:
+    """Put the names in a folder on the disk; return why its file system cannot do that, None if it did.
+
+    Raises:
+        OSError: of a disk that fails.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -93,6 +102,8 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+        return reason(error)
+    return None
 
 
 def read_file(path: Path) -> bytes:

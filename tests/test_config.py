@@ -40,7 +40,7 @@ def test_every_number_of_an_augmentation_has_a_range():
 
 
 def test_the_number_of_flags_stays_small():
-    """65, and four on which nothing that is trained depends: --validate-only, --profile, --run.grace, --run.wandb-project."""
+    """65, and on which nothing depends that is trained --validate-only, --profile, --run.grace, --run.wandb-project."""
     assert num_fields(Config) <= 69
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import numba
 import pytest
@@ -259,6 +260,15 @@ def test_what_the_machine_answers_is_one_line_whoever_wraps_it(error, line, caps
         raise error
 
     assert cli.one_line_errors("x", work) == 2 and capsys.readouterr().err == f"x: {line}\n"
+
+
+def test_the_folder_that_a_command_was_started_in_is_gone(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert cli.one_line_errors("x", lambda: Path("logs").absolute()) == 2
+    assert capsys.readouterr().err == "x: the folder that this was started in is gone: cd to another\n"
 
 
 @pytest.mark.parametrize(

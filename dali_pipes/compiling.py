@@ -21,7 +21,7 @@ def njit(**options: Any) -> Callable[[Callable], Any]:
     """Return a decorator: numba.njit with a cache that costs nothing but time where it fails."""
 
     def compile_(function: Callable) -> Any:
-        dispatcher = numba.njit(**options)(function)
+        dispatcher: Any = numba.njit(**options)(function)
         dispatcher._cache = _Cache(function)
         return dispatcher
 
@@ -32,7 +32,7 @@ def cfunc(signature: Any) -> Callable[[Callable], Any]:
     """Return a decorator: numba.cfunc with the same cache."""
 
     def compile_(function: Callable) -> Any:
-        callback = CFunc(function, sigutils.normalize_signature(signature), locals={}, options={})
+        callback: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options={})
         callback._cache = _Cache(function)
         callback.compile()
         return callback

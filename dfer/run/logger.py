@@ -22,6 +22,7 @@ from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix, peak_memory
 from dfer.run import distributed
+from dfer.run.continuing import continuing_command
 from dfer.run.predictions import read_predictions
 from dfer.run.wandb_log import WandbLog
 from dfer.state import Job
@@ -69,7 +70,8 @@ class Logger:
             rows = run_dir / "metrics.jsonl"
             self._anew = start_step == 0 and rows.exists() and rows.stat().st_size > 0
             earlier = _cut_back(rows, start_step, start_evaluated)
-            self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed in close)
+            name = run_dir / "log.txt"
+            self._text = open(name, "a", buffering=1, errors="backslashreplace")  # noqa: SIM115 (closed in close)
             self._rows = open(rows, "a", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{run_dir}: cannot write ({error})") from None
@@ -150,8 +152,8 @@ class Logger:
             self.say(line)
         if changes is not None and job.state.evaluated < config.optim.epochs:
             self.say(
-                f"continuing from step {job.state.step}, with {data.batch_size} clips per step on each of "
-                f"{world.size} processes"
+                f"{self.run_dir}: continuing from step {job.state.step}, with {data.batch_size} clips per step on each "
+                f"of {world.size} processes"
             )
 
     def steps(self, job: Job, grad_norm: Tensor, diagnostics: dict[str, Tensor], rates: dict[str, float]) -> None:
@@ -240,6 +242,11 @@ class Logger:
         self.say(line)
         if self._wandb is not None:
             self._wandb.best(best)
+
+    def stopped(self, step: int) -> None:
+        """Say that a signal has ended the run, which is saved, and by which command it goes on."""
+        if self.run_dir is not None:
+            self.say(f"stopped by a signal after step {step}; it goes on by: {continuing_command(self.run_dir)}")
 
     def result(
         self, confusion: ConfusionMatrix, throughput: dict[str, float], best: dict[str, list[int | float]]

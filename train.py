@@ -1,6 +1,7 @@
 """Train and validate: `python train.py [preset] [--key value ...]`, or `torchrun --nproc_per_node=4 train.py ...`.
 
-The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped.
+The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped; with
+--resume and without a name the newest unfinished run of its configuration.
 Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by a signal with everything saved; 70
 stopped by one without, since a step did not end in time (--run.grace); 69 another process died or hangs.
 """
@@ -15,7 +16,6 @@ if __name__ == "__main__":
     begin("train.py", "torch, DALI and timm")
 import contextlib
 import itertools
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -28,7 +28,7 @@ from torch.profiler import record_function
 
 from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
-from dfer.config import Config, parse_config
+from dfer.config import Config
 from dfer.evaluation import evaluate
 from dfer.files import reason
 from dfer.lists.index import ClipIndex, load_index
@@ -38,8 +38,9 @@ from dfer.optim import build_schedule
 from dfer.precision import build_precision
 from dfer.run import distributed, dry_run
 from dfer.run.checkpoint import decode_state, newest_checkpoint
+from dfer.run.continuing import parse_command
 from dfer.run.distributed import World
-from dfer.run.folder import RunFolder, about_run, continued_config, diverged, shared_config
+from dfer.run.folder import RunFolder, about_run, continued_config, diverged, open_run, shared_config
 from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
@@ -86,8 +87,7 @@ def main(config: Config) -> int:
                 return try_out(config, data, world)
         run, saved, damage = None, None, []
         if world.is_main:
-            name = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-            run = RunFolder(config, distributed.remembered(world, "run", name))
+            run = open_run(config, world)
         with contextlib.closing(run) if run else contextlib.nullcontext():
             if run:
                 saved, damage = newest_checkpoint(run.checkpoints)
@@ -166,7 +166,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
             if result is None:
                 save()
                 stop.saved = True
-                logger.say(f"stopped by a signal after step {state.step}; the same command continues")
+                logger.stopped(state.step)
                 return EXIT_STOPPED
             line = logger.evaluation(job, result)
             better = state.improve({"WAR": result.confusion.war(), "UAR": result.confusion.uar()})
@@ -297,4 +297,4 @@ def print_report(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(one_line_errors("train.py", lambda: main(parse_config(sys.argv[1:]))))
+    sys.exit(one_line_errors("train.py", lambda: main(parse_command(sys.argv[1:]))))

@@ -15,7 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Item = TypeVar("Item")
 
@@ -60,7 +63,7 @@ def begin(program: str, loads: str = "") -> None:
     if loads:
         gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
     if loads and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
-        say_error(f"{program}: loading {loads}")
+        print(f"{program}: loading {loads}", flush=True)  # not on stderr, which is for what is wrong
 
 
 def _heedless(stream: TextIO | None, name: str) -> TextIO:
@@ -192,6 +195,21 @@ def say_error(line: str) -> None:
         return
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def show_table(*tables: "Table") -> None:
+    """Print the first of some tables that the terminal is wide enough for, else the last one: whole in any case.
+
+    Rich by itself ends what does not fit with an ellipsis, figures too.
+    """
+    from rich.console import Console
+
+    width, needed = Console().width, 0
+    for table in tables:
+        needed = Console(width=10_000).measure(table).minimum
+        if needed <= width:
+            break
+    Console(highlight=False, width=max(needed, width)).print(table)
 
 
 @functools.cache

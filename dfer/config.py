@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,7 @@ class Config:
     preset: tyro.conf.Suppress[str] = "faces"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     resume: bool = False
-    """Insist that the run --run.name is continued; without it a named run is too, if it has begun."""
+    """Insist that a run is continued: --run.name, which is too without this, or the newest unfinished one like it."""
     validate_only: bool = False
     """Check all there is to check, take a few steps, say what the run will take, and write nothing."""
     profile: Annotated[int, Range(0, 1000)] = 0
@@ -215,21 +216,18 @@ def parse_config(args: list[str]) -> Config:
     if (recipe := _recipe(flags)) in RECIPES:  # anything else is named by tyro
         default = dataclasses.replace(default, data=dataclasses.replace(default.data, **RECIPES[recipe]))
     config = _parse(flags, default)
-    validate(config)
     begun = begun_config(config.run.log_dir / config.run.name) if config.run.name else None
     if begun is None:
         return config
-    config = _parse(flags, _continued(begun, config, preset_typed=len(flags) < len(args)))
-    validate(config)
-    return config
+    return _parse(flags, _continued(begun, config, preset_typed=len(flags) < len(args)))
 
 
 def _parse(words: list[str], default: Config) -> Config:
-    """Return `default` with the flags among the words set."""
+    """Return `default` with the flags among the words set, and its values checked."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(
+            config = tyro.cli(
                 Config,
                 prog=f"train.py {{{','.join(PRESETS)}}}",
                 description="Train and validate. Presets: "
@@ -241,6 +239,8 @@ def _parse(words: list[str], default: Config) -> Config:
         if not stop.code:  # --help
             raise
         raise UserError(_first_sentence(captured.getvalue())) from None
+    validate(config)
+    return config
 
 
 def _recipe(args: list[str]) -> str | None:
@@ -266,10 +266,10 @@ def validate(config: Config) -> None:
     model, run = config.model, config.run
     if model.dim % 4:
         raise UserError(f"--model.dim {model.dim}: must be a multiple of 4, the attention heads")
-    if config.resume and run.name is None:
-        raise UserError("--resume: say which run with --run.name NAME (a folder under --run.log-dir)")
     if run.name is not None and (run.name in ("", ".", "..") or Path(run.name).name != run.name):
         raise UserError(f"--run.name {run.name!r}: must be a plain folder name")
+    if run.name is not None and (size := len(os.fsencode(run.name))) > 255:
+        raise UserError(f"--run.name {run.name[:30]}...: is {size} bytes long, and file systems take 255: shorten it")
 
 
 def _check_ranges(section: Any, prefix: str) -> None:

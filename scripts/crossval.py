@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +26,7 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("crossval", "torch and timm")
-from dfer.cli import Parser, UserError, in_range, one_line_errors
+from dfer.cli import Parser, UserError, in_range, one_line_errors, show_table
 from dfer.config import PRESETS, Config, parse_config
 from dfer.files import reason, write_whole
 from dfer.lists.folds import check_folds, find_folds, write_folds
@@ -139,9 +138,9 @@ def write_results(runs: list[FoldRun], folder: Path, notes: list[str]) -> None:
 
 def print_results(results: dict[str, Any]) -> None:
     table = Table(title=results["name"], title_justify="left")
-    table.add_column("%", no_wrap=True)
+    table.add_column("%")
     for name in ("WAR", "UAR"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for kind in ("last", "best"):
         means, pooled = ([results[kind][what][name] for name in ("WAR", "UAR")] for what in ("mean_of_folds", "pooled"))
         table.add_row(
@@ -149,7 +148,7 @@ def print_results(results: dict[str, Any]) -> None:
         )
         cells = ("{:.2f} ({:.1f} to {:.1f})".format(p["mean"], *p["interval"]) for p in pooled)
         table.add_row(f"{kind} epoch, pooled (95 %)", *cells)
-    Console(highlight=False).print(table)
+    show_table(table)
     print("the best epoch is picked on the test folds")
 
 

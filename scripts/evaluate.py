@@ -18,6 +18,7 @@ from dali_pipes.build import build_loader
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, RunConfig, config_from_json
 from dfer.evaluation import evaluate
+from dfer.files import check_output
 from dfer.lists.index import load_index
 from dfer.precision import build_precision
 from dfer.run import distributed
@@ -29,6 +30,8 @@ from dfer.state import load_trained
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate the checkpoint and print, and write, what was found."""
+    if args.out:
+        check_output(args.out)
     state = load_checkpoint(args.checkpoint)
     if "exported" in state and args.list is None:
         raise UserError(f"{args.checkpoint}: an exported model does not say what it is to be evaluated on: give --list")

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     begin("hash_clips", "torch and numba")
 from dali_pipes.sources import BadClip, Images, Source, source_of
 from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable, progress, usable_cores
-from dfer.files import disk_errors
+from dfer.files import check_output, disk_errors
 from dfer.lists import load_index
 from dfer.lists.hashes import digest, hashes_path, write_hashes
 from dfer.lists.threads import in_order
@@ -59,6 +59,7 @@ def open_source(args: argparse.Namespace) -> Source:
 
 def write(args: argparse.Namespace) -> int:
     """Hash all videos, and write the hashes beside the list."""
+    check_output(hashes_path(args.list))
     source = open_source(args)
     count = len(source.index)
     found = in_order(lambda video: hash_video(source, video), range(count), args.workers)

@@ -112,7 +112,6 @@ def test_a_config_saved_by_an_older_version_is_read():
         (["--model.dim", "30"], "--model.dim 30"),
         (["--run.amp"], "--run.amp"),
         (["--run.name", "../x"], "--run.name '../x'"),
-        (["--resume"], "--run.name"),
         (["--profile", "-1"], "--profile -1: must be between 0 and 1000"),
         (["--seed", "1.5"], "--seed"),
     ],
@@ -127,3 +126,10 @@ def test_bad_values_are_one_line(args, message):
 def test_a_damaged_config_is_one_line(text):
     with pytest.raises(ValueError, match=r"config\.json: not a run's configuration"):
         config_from_json(text, source=Path("config.json"))
+
+
+def test_a_name_that_no_file_system_takes_is_refused():
+    for name, size in (("a" * 256, 256), ("\u9577" * 86, 258), ("lr=0.001," * 40, 360)):
+        with pytest.raises(ValueError, match=f"is {size} bytes long, and file systems take 255"):
+            parse_config(["--run.name", name])
+    assert parse_config(["--run.name", "\u9577" * 85]).run.name == "\u9577" * 85

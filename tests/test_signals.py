@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: which, where they can be caught, what a program that is not ours keeps of them."""
+"""Signals that ask a run to stop: which, where they can be caught, and what they leave in another program."""
 
 import os
 import signal

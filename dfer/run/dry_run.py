@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from dfer.cli import UserError
+from dfer.cli import UserError, show_table
 from dfer.config import Config, begun_config, differences
 from dfer.files import free_bytes
 from dfer.lists.index import ClipIndex
@@ -152,7 +151,7 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
         differing = "; ".join(differences(begun, config))
         outcome = f"is another configuration: {differing}" if differing else _continued(job, val_index)
         table.add_row("name", f"{config.run.name} has begun and {outcome}")
-    Console(highlight=False).print(table)
+    show_table(table)
 
 
 def _continued(job: Job, val_index: ClipIndex) -> str:

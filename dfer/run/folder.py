@@ -3,8 +3,10 @@
 `logs/<run>/` holds config.json, metrics.jsonl, log.txt, predictions.csv, weights, and checkpoints/.
 """
 
+import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -36,8 +38,13 @@ class RunFolder:
     Opening it touches nothing that is not there yet: a command that fails before its first step leaves no trace.
     """
 
-    def __init__(self, config: Config, name: str):
+    def __init__(self, config: Config, name: str, new_for: World | None = None):
         """Find the run; if it exists, lock it.
+
+        Args:
+            config: the run's, or the command's that continues it.
+            name: of the folder.
+            new_for: the processes of a run that was named by us and not begun: a folder of that name is another's.
 
         Raises:
             UserError: if another process holds it, it is a run of another configuration or no run at
@@ -48,9 +55,10 @@ class RunFolder:
         self._interval_s = 60 * config.run.save_minutes
         self._saved_at = time.monotonic()
         self._lock: int | None = None
+        self._new_for = new_for
         if config.resume and not find_manifests(self.checkpoints):
             raise UserError(f"--resume: {self.path} holds no checkpoint to continue from")
-        if self.path.exists():
+        if new_for is None and self.path.exists():
             self._hold()
             try:
                 self._check(config)
@@ -82,6 +90,20 @@ class RunFolder:
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = lock
 
+    def _claim(self) -> None:
+        """Make a folder that nobody else has, as two commands may begin in one second."""
+        name = self.path.name
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count(2):
+                with contextlib.suppress(FileExistsError):
+                    self.path.mkdir()
+                    break
+                self.path = self.path.with_name(f"{name}-{number}")
+        except OSError as error:
+            raise UserError(f"--run.log-dir: cannot use {self.path} ({error})") from None
+        self.checkpoints = self.path / "checkpoints"
+
     def _check(self, config: Config) -> None:
         begun = begun_config(self.path)
         if begun is None:
@@ -102,6 +124,9 @@ class RunFolder:
             UserError: if it cannot be written or the disk has no room for `state_bytes` twice (a new
                 checkpoint beside the old one).
         """
+        if self._new_for is not None:
+            self._claim()
+            distributed.remembered(self._new_for, "run", self.path.name)
         if self._lock is None:
             self._hold()
         try:
@@ -144,6 +169,17 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def open_run(config: Config, world: World) -> RunFolder:
+    """Return the folder of the run that is named, or of a new one, for rank 0.
+
+    Raises:
+        UserError: as `RunFolder`.
+    """
+    ours = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = distributed.remembered(world, "run", ours)
+    return RunFolder(config, name, world if config.run.name is None and name == ours else None)
 
 
 def shared_config(config: Config, world: World) -> Config:

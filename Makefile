@@ -56,7 +56,7 @@ lint: $(VENV)/.installed
 # The stamp is written last: an installation that was cut off is done again.
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ..." if not (3, 11) <= v <= (3, 13) else 0)'
-	@$(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(f"installing takes 13 GB of disk for a while, {free:.1f} GB are free here: make room" if free < 13 else 0)'
+	@$(PYTHON) -c 'import shutil, sys; u = shutil.disk_usage("."); free = u.free / 1e9; sys.exit(f"installing takes 13 GB of disk for a while, {free:.1f} GB are free here: make room" if u.total and free < 13 else 0)'
 	@echo "installing requirements.txt into $(VENV)/ (9 GB, a few minutes, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt

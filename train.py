@@ -1,23 +1,24 @@
 """Train and validate: `python train.py [preset] [--key value ...]`, or `torchrun --nproc_per_node=4 train.py ...`.
 
-The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped.
-Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT or SIGUSR1 with
-everything saved; 70 stopped by one of them without, since a step did not end in time; 69 another process died or hangs.
+The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped; with
+--resume and without a name the newest unfinished run of its configuration.
+Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by a signal with everything saved; 70
+stopped by one without, since a step did not end in time (--run.grace); 69 another process died or hangs.
 """
 
-import gc
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out if PYTHONSAFEPATH is set
+from dfer.cli import UserError, begin, one_line_errors
 
 if __name__ == "__main__":
-    gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
+    begin("train.py", "torch, DALI and timm")
 import contextlib
-import faulthandler
 import itertools
-import sys
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,7 @@ from torch.profiler import record_function
 
 from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
-from dfer.cli import UserError, one_line_errors
-from dfer.config import Config, parse_config
+from dfer.config import Config
 from dfer.evaluation import evaluate
 from dfer.files import reason
 from dfer.lists.index import ClipIndex, load_index
@@ -38,14 +38,17 @@ from dfer.optim.schedule import build_schedule
 from dfer.precision import build_precision
 from dfer.run import distributed, dry_run
 from dfer.run.checkpoint import decode_state, newest_checkpoint
+from dfer.run.continuing import parse_command
 from dfer.run.distributed import World
-from dfer.run.folder import RunFolder, about_run, continued_config, diverged, shared_config, started_config
+from dfer.run.folder import RunFolder, about_run, continued_config, diverged, open_run, shared_config, started_config
 from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
 from dfer.run.profiler import TRACE, WARM_UP, Profiler
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.state import Job, build_state, load_trained
+
+COMMAND = __name__ == "__main__"  # else another program calls main(): a notebook, which is not ours to end
 
 
 class Data(NamedTuple):
@@ -73,6 +76,7 @@ class Diverged(Exception):
 
 def main(config: Config) -> int:
     """Run what the configuration says, and return the exit code."""
+    distributed.find_place()  # what is wrong with the launcher is said first
     data = read_data(config := started_config(config))
     world = distributed.setup(config.run.device, timedelta(seconds=config.run.timeout))
     with distributed.peers_named(world):
@@ -83,8 +87,7 @@ def main(config: Config) -> int:
                 return try_out(config, data, world)
         run, saved, damage = None, None, []
         if world.is_main:
-            name = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-            run = RunFolder(config, distributed.remembered(world, "run", name))
+            run = open_run(config, world)
         with contextlib.closing(run) if run else contextlib.nullcontext():
             if run:
                 saved, damage = newest_checkpoint(run.checkpoints)
@@ -114,10 +117,8 @@ def prepare(config: Config, data: Data, world: World, checkpoint: dict[str, Any]
     val_loader = build_loader(config, data.val_index, "eval", world)
     schedule = build_schedule(config, train_loader, world.size)
     if config.profile and WARM_UP + config.profile > schedule.steps_per_epoch:
-        raise UserError(
-            f"--profile {config.profile}: an epoch has {schedule.steps_per_epoch} steps, of which the first {WARM_UP} "
-            "warm up"
-        )
+        steps = f"{schedule.steps_per_epoch} steps, of which the first {WARM_UP} warm up"
+        raise UserError(f"--profile {config.profile}: an epoch has {steps}")
     precision = build_precision(config.run, world.device)
     state = build_state(config, precision, checkpoint)
     model = state.model
@@ -142,14 +143,16 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
     start_evaluated = state.evaluated * job.schedule.steps_per_epoch == state.step
     wandb_id = checkpoint["wandb_id"] if checkpoint else None
     logger = Logger(run.path if run else None, config, job.schedule.total_steps, state.step, start_evaluated, wandb_id)
+    stop = StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND, config.run.grace)
 
     def save() -> None:
         """Write a checkpoint of this very step. The other ranks have nothing to add, and go on."""
         logger.secure()
         if run:
             run.save(state.state_dict() | about | {"wandb_id": logger.wandb_id})
+        stop.unsaved = 0
 
-    with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop, contextlib.closing(logger):
+    with stop, contextlib.closing(logger):
         logger.announce(job, damage, changes)
         if state.evaluated == config.optim.epochs:
             logger.say(f"{run.path if run else ''}: all {config.optim.epochs} epochs are done; nothing is left to do")
@@ -163,7 +166,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
             if result is None:
                 save()
                 stop.saved = True
-                logger.say(f"stopped by a signal after step {state.step}; the same command continues")
+                logger.stopped(state.step)
                 return EXIT_STOPPED
             line = logger.evaluation(job, result)
             better = state.improve({"WAR": result.confusion.war(), "UAR": result.confusion.uar()})
@@ -196,6 +199,7 @@ def train_epoch(
     try:
         for step in train_steps(job, batches):
             logger.step_done(state.step)
+            stop.unsaved += 1
             done = job.steps_done
             if done % config.run.log_every == 0 or done == steps_per_epoch:
                 logger.steps(job, step.grad_norm, step.diagnostics, throughput.read(since=row_began))
@@ -256,7 +260,8 @@ def training_loss(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def try_out(config: Config, data: Data, world: World) -> int:
     """Do everything that a run does but write, in small, and print what the run will take by that."""
     head = data._replace(val_index=data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size))
-    with StopSignals(world, timedelta(seconds=config.run.timeout)) as stop:
+    with StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND) as stop:
+        stop.saved = True  # there is nothing to save
         job = prepare(shared_config(dry_run.without_first_weights(config), world), head, world, None)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
@@ -268,12 +273,10 @@ def try_out(config: Config, data: Data, world: World) -> int:
                 if job.state.step == 1 < num_steps:
                     warm = throughput.snapshot()
                 if stop.requested():
-                    stop.saved = True  # there is nothing to save
                     return EXIT_STOPPED
         for _ in range(2):  # the first one compiles
             result = evaluate(job.state.evaluated_model(), job.val_loader, world, job.precision, stop)
             if result is None:
-                stop.saved = True
                 return EXIT_STOPPED
     measured = dry_run.measured(job, len(data.val_index), throughput.read(since=warm), result.throughput, disk)
     if world.is_main:
@@ -294,7 +297,4 @@ def print_report(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    gc.enable()
-    gc.freeze()  # what the imports have made is not scanned again in training
-    faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
-    sys.exit(one_line_errors("train.py", lambda: main(parse_config(sys.argv[1:]))))
+    sys.exit(one_line_errors("train.py", lambda: main(parse_command(sys.argv[1:]))))

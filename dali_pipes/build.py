@@ -1,11 +1,10 @@
 """The loader that a configuration names."""
 
-import os
 from typing import Literal
 
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
-from dfer.cli import UserError
+from dfer.cli import UserError, usable_cores
 from dfer.config import Config
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler
@@ -46,7 +45,7 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         cached=data.cache == "gpu",
         rank=world.rank,
         world_size=world.size,
-        num_threads=max((os.cpu_count() or 1) // world.local_size, 1),
+        num_threads=max(usable_cores() // world.local_size, 1),
         device_id=world.device.index if gpu else None,
     )
     return ClipLoader(index, sampler, options)

@@ -7,8 +7,8 @@ is not theirs any more. So one refused header among more than a dozen files can 
 
 import numpy as np
 from jaxtyping import UInt8
-from numba import njit
 
+from dali_pipes.compiling import njit
 from dfer.images import MAX_PIXELS
 
 
@@ -39,7 +39,7 @@ def refusal(data: UInt8[np.ndarray, " _"]) -> str | None:
     return "neither JPEG nor PNG" if pixels < 0 else "cannot be decoded: its header states no size"
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def claimed_pixels(data):
     """Return height x width of a JPEG or PNG file's header; 0 if it states none, -1 for any other kind of file.
 
@@ -78,7 +78,7 @@ def claimed_pixels(data):
         place += max(_number(data, place, 2), 2)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def is_plain(data):
     """Return whether a file is a JPEG or PNG file of MAX_PIXELS at most that DALI reads as `decode_image` does.
 
@@ -91,7 +91,7 @@ def is_plain(data):
     return len(data) >= 57 and data[0] == _PNG[0] and _is_plain_png(data)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _is_plain_jpeg(data):
     size, place, frames, exifs, several = len(data), 2, 0, 0, False
     channels = 0
@@ -129,7 +129,7 @@ def _is_plain_jpeg(data):
     return frames == 1 and exifs <= 1 and _ends_well(data, place, several)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _ends_well(data, place, several):
     """Return whether nothing but pixels' data, and restarts, stands between `place`, in a scan, and the end mark.
 
@@ -152,7 +152,7 @@ def _ends_well(data, place, several):
         place += max(_number(data, place, 2), 2)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _next_mark(data, words, place):
     """Return where the next 0xFF is, or the end. `words` are the same bytes, eight at a time."""
     size = len(data)
@@ -170,7 +170,7 @@ def _next_mark(data, words, place):
     return place
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _is_plain_frame(data, start, end):
     """Return whether a frame header is of 8 bits, and of one channel, or of three with the first at full resolution."""
     if end - start < 9 or data[start] != 8:
@@ -188,7 +188,7 @@ def _is_plain_frame(data, start, end):
     return chroma == data[start + 13] and 0 < chroma >> 4 <= across <= 2 and 0 < chroma & 15 <= down <= 2
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _is_plain_segment(data, marker, start, end):
     """Return whether an application segment, no EXIF, changes nothing and is as long as its name demands."""
     if marker == 0xE0 and _starts(data, start, end, b"JFIF"):
@@ -208,7 +208,7 @@ def _is_plain_segment(data, marker, start, end):
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _is_plain_exif(tiff):
     """Return whether an EXIF block is in order as far as the orientation of the picture depends on it."""
     size = len(tiff)
@@ -243,7 +243,7 @@ def _is_plain_exif(tiff):
     return orientations <= 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _is_plain_png(data):
     for i in range(8):
         if data[i] != _PNG[i] or data[8 + i] != _IHDR[i]:
@@ -270,7 +270,7 @@ def _is_plain_png(data):
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _is_plain_chunk(data, place, start, length):
     """Return whether an ancillary chunk says nothing of orientation, and is as long as it has to be."""
     size = len(data)
@@ -293,7 +293,7 @@ def _is_plain_chunk(data, place, start, length):
     )
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _crc_32(data, start, end):
     value = np.uint32(0xFFFFFFFF)
     for place in range(start, end):
@@ -301,7 +301,7 @@ def _crc_32(data, start, end):
     return np.int64(value ^ np.uint32(0xFFFFFFFF))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _starts(data, place, end, text):
     """Return whether `text` stands at `place`, before `end`."""
     if end - place < len(text):
@@ -312,7 +312,7 @@ def _starts(data, place, end, text):
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _ordered(data, place, size, little):
     """Return the number of `size` bytes at `place`, little-endian or big-endian."""
     if not little:
@@ -323,7 +323,7 @@ def _ordered(data, place, size, little):
     return value
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _number(data, place, size):
     """Return the big-endian number of `size` bytes at `place`."""
     value = 0

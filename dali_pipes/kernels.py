@@ -15,10 +15,11 @@ import math
 import numpy as np
 from jaxtyping import Float32, Int64
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from dali_pipes.compiling import cfunc, njit
 from dfer.plan.sampling import EpochPlan
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -29,7 +30,7 @@ FILL = 41  # (3,) what is erased becomes
 NUM_PARAMETERS = 44
 
 # "contract" lets a product and a sum become one instruction; sums are never reordered.
-_FAST = {"fastmath": {"contract"}, "cache": True, "nogil": True, "error_model": "numpy"}
+_FAST = {"fastmath": {"contract"}, "nogil": True, "error_model": "numpy"}
 _F4 = ir.VectorType(ir.FloatType(), 4)
 
 
@@ -81,16 +82,14 @@ def compiled(size: int, dtype: str) -> tuple[int, int]:
     shapes = types.CPointer(types.CPointer(types.int64))
     dimensions = types.CPointer(types.int32)
 
-    @cfunc(
-        types.void(addresses, shapes, dimensions, types.int32, addresses, shapes, dimensions, types.int32), cache=True
-    )
+    @cfunc(types.void(addresses, shapes, dimensions, types.int32, addresses, shapes, dimensions, types.int32))
     def run(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
         shape = in_shapes[0]
         out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
         pixels = carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8)
         fused(out, pixels, carray(ins[1], (NUM_PARAMETERS,), np.float32))
 
-    @cfunc(types.void(shapes, dimensions, types.int32, shapes, dimensions, types.int32, types.int32), cache=True)
+    @cfunc(types.void(shapes, dimensions, types.int32, shapes, dimensions, types.int32, types.int32))
     def setup(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):
         for i in range(num_samples):
             out_shapes[i][0] = size

@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from dfer.cli import EXIT_USAGE
+from dfer.cli import EXIT_USAGE, begin
 
 _INSTALLED = Path(__file__).resolve().with_name("_app")
 # Where train.py and scripts/ lie: inside an installed package, beside it in the repository.
@@ -25,6 +25,7 @@ def commands() -> dict[str, Path]:
 
 def main() -> int:
     """Run the command that the command line names, as `python FILE` would, and return an exit code."""
+    begin("dfer")
     known, name = commands(), sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in known:
         del sys.argv[1]

@@ -3,16 +3,37 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
+import faulthandler
 import functools
+import gc
+import io
 import math
 import os
 import re
+import select
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TextIO,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Item = TypeVar("Item")
 
@@ -23,31 +44,187 @@ EXIT_GAVE_UP = 70  # stopped by a signal, but the step did not end in time: the 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, everything is saved, the same command continues
 
 
+# What the system answers where nothing in the program can be wrong: rights, full and lost disks, names, limits.
+_SYSTEM = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+}
+
+
 class UserError(ValueError):
     """What a user can cause and put right. Its message is one line: what is wrong, in which file, what to do."""
+
+    said_by_all = False  # processes of a run; else the first one speaks for those that have not joined yet
+
+
+def begin(program: str, loads: str = "") -> None:
+    """Make a process ready to be a command: to be called before it loads its libraries, and by nobody else.
+
+    Whatever becomes of standard output and error (closed, a full disk, a reader or a terminal that is gone), what the
+    command does is not ended by it: what cannot be told is dropped.
+
+    Args:
+        program: its name.
+        loads: the libraries that take seconds to load, which is said at once; "" if none does.
+    """
+    for descriptor in range(3):  # a file that is opened later must not be taken for a stream that was closed
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one
+    sys.stdout = _heedless(sys.stdout, "standard output")
+    sys.stderr = _heedless(sys.stderr, "standard error")
+    faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
+    if loads:
+        gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
+    if loads and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        print(f"{program}: loading {loads}", flush=True)  # not on stderr, which is for what is wrong
+
+
+def _heedless(stream: TextIO | None, name: str) -> TextIO:
+    """Return a stream that writes where `stream` does and never fails; None was closed when Python started."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Heedless(stream.fileno(), name)),
+        encoding=stream.encoding,
+        errors="backslashreplace",  # a name or a table's line that the terminal has no letters for
+        line_buffering=stream.line_buffering,  # type: ignore[attr-defined]
+        write_through=stream.write_through,  # type: ignore[attr-defined]
+    )
+
+
+class _Heedless(io.FileIO):
+    """A descriptor that takes all that is written, whether anybody gets it or not."""
+
+    def __init__(self, descriptor: int, name: str):
+        super().__init__(descriptor, "w", closefd=False)
+        self._what, self._said = name, False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            while (written := super().write(data)) is None:  # set not to block, by whoever else has it
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            # A reader or a terminal that has gone wants no word. A disk that is full does.
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET) and not self._said:
+                self._said = True
+                with contextlib.suppress(OSError):
+                    os.write(
+                        2, f"note: {self._what} cannot be written ({error.strerror}): what is said is lost\n".encode()
+                    )
+            return memoryview(data).nbytes
+
+
+def usable_cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return how many cores the processes of this command may use together, of however many the machine has.
+
+    By the affinity (taskset, cpusets), the quotas of control groups (`docker --cpus`, Kubernetes' limits), which may be
+    parts of a core, and what Slurm has given, which it does not enforce everywhere.
+    """
+    limits: list[float] = [len(os.sched_getaffinity(0))]
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:  # version 2: one tree
+                limits += _quotas(groups, path, "cpu.max")
+            elif "cpu" in controllers.split(","):
+                limits += _quotas(groups / "cpu", path, "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    if per_task := _slurm("CPUS_PER_TASK"):
+        # A step is a task. A batch script that starts all processes of a node itself has the cores of all its tasks.
+        limits.append(per_task * (1 if "SLURM_STEP_ID" in os.environ else _slurm("NTASKS_PER_NODE") or 1))
+    if on_node := _slurm("CPUS_ON_NODE"):
+        limits.append(on_node)
+    return max(math.ceil(min(limits)), 1)
+
+
+def _slurm(name: str) -> int:
+    """Return a number that Slurm has left in the environment; 0 if there is none."""
+    text = os.environ.get(f"SLURM_{name}", "")
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def _quotas(tree: Path, path: str, *names: str) -> Iterator[float]:
+    """Yield the cores that a control group and those around it allow, where they limit them."""
+    group = tree / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(tree):
+            return
+        with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max", -1
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            if float(quota) > 0:
+                yield float(quota) / float(period)
 
 
 def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
     """Do the work and return its exit code; a UserError becomes one line on stderr and exit code 2.
 
-    Any other error is a defect of ours and keeps its traceback.
+    So does an error of the machine that nobody expected there: a folder that may not be looked into, a full disk. Any
+    other error is a defect of ours and keeps its traceback.
     """
+    if not gc.isenabled():  # since `begin`
+        gc.enable()
+        gc.freeze()  # what the imports have made is not scanned again
     try:
+        _use_no_more_cores()
         return work() or 0
-    except UserError as error:
+    except Exception as error:
+        line = error if isinstance(error, UserError) else _of_the_system(error)
+        if line is None:
+            raise
         # What is wrong before the ranks have joined is wrong on all of them: one says it.
-        if _joined() or os.environ.get("RANK", "0") == "0":
-            say_error(f"{program}: {printable(error)}")
+        if getattr(error, "said_by_all", False) or _joined() or os.environ.get("RANK", "0") == "0":
+            say_error(f"{program}: {printable(line)}")
         return EXIT_USAGE
     finally:
         if _joined():
             sys.modules["torch.distributed"].destroy_process_group()
 
 
+def _of_the_system(error: Exception) -> str | None:
+    """Return the line for an error of the machine, whichever library has wrapped it; None for any other."""
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        return (f"{error.filename}: " if error.filename is not None else "") + os.strerror(error.errno)
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the folder that this was started in is gone: cd to another"
+    # safetensors, HDF5 and ONNX have classes of their own, whose text has the system's.
+    text = " ".join(str(error).split())
+    return text if any(os.strerror(number) in text for number in _SYSTEM) else None
+
+
+def _use_no_more_cores() -> None:
+    """Have torch, where it is loaded, use the cores that there are: by itself it knows of the affinity alone."""
+    torch = sys.modules.get("torch")
+    if torch is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+
+
 def say_error(line: str) -> None:
     """Write a line to stderr in one piece: print() writes its end apart, so that the lines of several ranks mix."""
+    if sys.stderr is None:  # closed, in a process that is no command of ours
+        return
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def show_table(*tables: "Table") -> None:
+    """Print the first of some tables that the terminal is wide enough for, else the last one: whole in any case.
+
+    Rich by itself ends what does not fit with an ellipsis, figures too.
+    """
+    from rich.console import Console
+
+    width, needed = Console().width, 0
+    for table in tables:
+        needed = Console(width=10_000).measure(table).minimum
+        if needed <= width:
+            break
+    Console(highlight=False, width=max(needed, width)).print(table)
 
 
 @functools.cache
@@ -122,11 +299,38 @@ def restored(kind: Any, saved: Any, flag: str) -> Any:
     return saved
 
 
+def expand_home(words: Iterable[str]) -> list[str]:
+    """Return the words of a command with ~ and ~NAME as the home folder, behind `--flag=` too, where a shell leaves it.
+
+    Raises:
+        UserError: if that folder is not known. A folder called ~ would be made, which `rm -rf ~` does not remove.
+    """
+    return [_expanded(word) for word in words]
+
+
+def _expanded(word: str) -> str:
+    found = re.fullmatch(r"(--[\w.-]+=)?((~[^/]*)(/.*)?)", word, re.DOTALL)
+    if found is None:
+        return word
+    flag, path, home = found[1] or "", found[2], found[3]
+    whole = os.path.expanduser(path)
+    if whole == path and (home == "~" or (path != home and not os.path.lexists(home))):
+        whose = f"of a user {home[1:]}" if home[1:] else "of this user"
+        raise UserError(f"{word}: the home folder {whose} is not known; write ./{path} for a folder called {home}")
+    return flag + whole
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser whose errors are one line, without the usage, and whose ~ is the home folder."""
 
     def __init__(self, program: str, description: str | None):
         super().__init__(program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # parse_args calls it
+        try:
+            return super().parse_known_args(expand_home(sys.argv[1:] if args is None else args), namespace)
+        except UserError as error:
+            self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)}\n")

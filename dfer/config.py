@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dfer.cli import Range, UserError, check_ranges, first_sentence, restored
+from dfer.cli import Range, UserError, check_ranges, expand_home, first_sentence, restored
 from dfer.files import read_file
 from dfer.optim.options import OptimConfig, check_schedule
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
+from dfer.run.launchers import own_words
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
 LossKind = Literal["cross-entropy", "focal", "class-balanced", "logit-adjusted"]
@@ -121,13 +123,17 @@ class RunConfig:
     sync_bn: bool = False
     """Batch statistics over all GPUs."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases; auto = online where there is a key, else offline."""
+    """Weights & Biases; auto = as WANDB_MODE and `wandb offline` say, else online where there is a key."""
+    wandb_project: str | None = None
+    """W&B's project; WANDB_PROJECT or dfer if not given."""
     log_every: Annotated[int, Range(1, 10**9)] = 20
     """Optimizer steps between two rows of training metrics."""
     save_minutes: Annotated[float, Range(0.0, 1e6)] = 5.0
     """Minutes between two checkpoints within an epoch; each epoch ends with one anyway. 0 = after every step."""
     timeout: Annotated[float, Range(1.0, 1e6)] = 600.0
     """Seconds that a process waits for the others; must cover the slowest first step (compilation)."""
+    grace: Annotated[float, Range(0.0, 1e6)] = 0.0
+    """Seconds from a signal to the end of the process if no step ends; 0 = three of the longest steps, 25 at least."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class Config:
     """Train as a published method does, where no other flag says otherwise; what is not as published is said."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     resume: bool = False
-    """Insist that the run --run.name is continued; without it a named run is too, if it has begun."""
+    """Insist that a run is continued: --run.name, which is too without this, or the newest unfinished one like it."""
     validate_only: bool = False
     """Check all there is to check, take a few steps, say what the run will take, and write nothing."""
     profile: Annotated[int, Range(0, 1000)] = 0
@@ -209,6 +215,7 @@ def parse_config(args: list[str]) -> Config:
     Raises:
         UserError: in one line, for an unknown preset or key, a value of the wrong type, or one out of range.
     """
+    args = expand_home(own_words(args))
     preset = args[0] if args and not args[0].startswith("-") else "faces"
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
@@ -220,7 +227,6 @@ def parse_config(args: list[str]) -> Config:
         changed = dataclasses.replace(getattr(default, section), **values)
         default = dataclasses.replace(default, **{section: changed})
     config = _parse(flags, default)
-    validate(config)
     begun = begun_config(config.run.log_dir / config.run.name) if config.run.name else None
     if begun is None and flags != old_word:
         raise UserError("--data.recipe: is --recipe now, and sets optimizer, schedule, batch, epochs and loss too")
@@ -231,10 +237,11 @@ def parse_config(args: list[str]) -> Config:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=begun.model.init))
     validate(config)
     return config
+    return _parse(flags, _continued(begun, config, preset_typed=len(flags) < len(args)))
 
 
 def _parse(words: list[str], default: Config) -> Config:
-    """Return `default` with the flags among the words set."""
+    """Return `default` with the flags among the words set, and its values checked."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -253,6 +260,7 @@ def _parse(words: list[str], default: Config) -> Config:
     optim = config.optim
     if optim.schedule in ("cosine", "constant") and optim.decay_epochs == default.optim.decay_epochs:
         config = dataclasses.replace(config, optim=dataclasses.replace(optim, decay_epochs=()))  # a recipe's
+    validate(config)
     return config
 
 
@@ -295,10 +303,10 @@ def validate(config: Config) -> None:
     if not model.init or "\0" in model.init:
         raise UserError(f"--model.init {model.init!r}: must be random, timm, auto, a file or folder, or hf:ORG/NAME")
     check_schedule(config.optim)
-    if config.resume and run.name is None:
-        raise UserError("--resume: say which run with --run.name NAME (a folder under --run.log-dir)")
     if run.name is not None and (run.name in ("", ".", "..") or Path(run.name).name != run.name):
         raise UserError(f"--run.name {run.name!r}: must be a plain folder name")
+    if run.name is not None and (size := len(os.fsencode(run.name))) > 255:
+        raise UserError(f"--run.name {run.name[:30]}...: is {size} bytes long, and file systems take 255: shorten it")
 
 
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
@@ -306,13 +314,14 @@ _BEFORE = {
     "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
     "model.branches": "static",  # there was one branch,
     "model.time": "attention",  # and attention read it
+    "run.wandb_project": "dfer",
     "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
 # another JPEG decoder. `dfer.run.folder.same_global_batch`, which knows the number of processes, checks the batch size.
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
-_FREE |= {"run.timeout", "data.batch_size", "data.jpeg_engine"}
+_FREE |= {"run.wandb_project", "run.grace", "run.timeout", "data.batch_size", "data.jpeg_engine"}
 # Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
 _FREE |= {"data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels"}
 

@@ -4,8 +4,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
+import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -37,6 +40,9 @@ def is_data(name: str) -> bool:
 def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object], durable: bool = True) -> None:
     """Create or replace a file: at every moment the old content or the new one is there.
 
+    A link stays one, and what it leads to is replaced. A pipe, a device and a stream (/dev/stdout, `>(gzip > a.gz)`)
+    are written to, as nothing else can be done with them.
+
     Args:
         path: the file.
         content: its bytes, its text (written as UTF-8), or a function that writes to the open file.
@@ -45,7 +51,10 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object],
     Raises:
         OSError: if it cannot be written; what was there stays, and nothing else is left.
     """
-    with partial(path, durable) as name, open(name, "wb") as file:
+    with partial(path, durable) as name, contextlib.ExitStack() as ends:
+        if streamed := name == path:
+            ends.enter_context(contextlib.suppress(BrokenPipeError))  # its reader has seen enough
+        file = ends.enter_context(open(_opened(path) if streamed else name, "wb"))
         if callable(content):
             content(file)
         else:
@@ -57,11 +66,14 @@ def partial(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a name beside `path` to write to, for writers that want a name: it becomes `path` at the end.
 
     The name is its own for each call, so that several processes may write the same file. If anything is raised
-    meanwhile, the partial file is deleted and `path` stays as it was.
+    meanwhile, the partial file is deleted and `path` stays as it was. Of what is no file the name is its own.
     """
-    if path.exists() and not path.is_file():  # /dev/stdout would be replaced by a file
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    name = path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.partial")
+    if is_stream(path):
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    short = os.fsdecode(os.fsencode(path.name)[:200])  # the system counts bytes
+    name = path.with_name(f"{short}.{secrets.token_hex(4)}.partial")
     try:
         yield name
         commit(name, path, durable)
@@ -69,6 +81,58 @@ def partial(path: Path, durable: bool = True) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             name.unlink(missing_ok=True)
         raise
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether there is something under this name that can be written to and not replaced: no file, no folder.
+
+    A name of an open descriptor is one too, whatever that is: another file in its place would not be read by anybody.
+    """
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # whoever writes says why that cannot be
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _descriptor(path: Path) -> int | None:
+    """Return the descriptor of this process that a path is a name of, like /dev/stdout; None if it is none."""
+    named = re.fullmatch(rf"/dev/(?:fd/(\d+)|(stdout)|(stderr))|/proc/(?:self|{os.getpid()})/fd/(\d+)", str(path))
+    if named is None:
+        return None
+    return int(named[1] or named[4]) if named[1] or named[4] else 1 if named[2] else 2
+
+
+def _opened(stream: Path) -> Path | int:
+    """Return what `open` takes for a stream: of a descriptor a copy, which goes on where the descriptor is."""
+    if (descriptor := _descriptor(stream)) is None:
+        return stream
+    if descriptor in (1, 2) and (said := (sys.stdout, sys.stderr)[descriptor - 1]) is not None:
+        said.flush()  # what was said before stands before it
+    return os.dup(descriptor)
+
+
+def check_output(path: Path) -> None:
+    """Check before the work that a file can be written afterwards; nothing is written.
+
+    Raises:
+        UserError: if that is not so.
+    """
+    if is_stream(path):
+        writable = _descriptor(path) is not None or os.access(path, os.W_OK)
+    else:
+        with disk_errors("cannot write"), contextlib.suppress(FileNotFoundError):
+            os.stat(path)
+        folder = os.path.dirname(os.path.realpath(path))
+        if os.path.isdir(path) or not os.path.isdir(folder):
+            raise UserError(
+                f"{path}: cannot be written: {'a folder' if os.path.isdir(path) else 'its folder is missing'}"
+            )
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    if not writable:
+        raise UserError(f"{path}: cannot be written: no permission, or a disk that is only read")
 
 
 def commit(written: Path, path: Path, durable: bool = True) -> None:
@@ -83,6 +147,15 @@ def commit(written: Path, path: Path, durable: bool = True) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on the disk, where its file system can do that by itself."""
+    cannot_sync(folder)
+
+
+def cannot_sync(folder: Path) -> str | None:
+    """Put the names in a folder on the disk; return why its file system cannot do that, None if it did.
+
+    Raises:
+        OSError: of a disk that fails.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -92,6 +165,8 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+        return reason(error)
+    return None
 
 
 def read_file(path: Path) -> bytes:
@@ -125,6 +200,37 @@ def reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file or folder"
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
+def check_visible(path: str | Path) -> None:
+    """Raise UserError if nobody can tell whether a path is there: a folder above it is closed, or a mount is gone."""
+    if why := closed(path):
+        raise UserError(f"{path}: cannot be looked at ({why})")
+
+
+def closed(path: str | Path) -> str | None:
+    """Return why nobody can tell whether a path is there; None if it is, or is not."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL is a ValueError
+        return None
+    except OSError as error:
+        return reason(error)
+    return None
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the bytes that are free where a folder lies; None where its file system cannot say.
+
+    Many FUSE mounts (BlobFuse) and overlays answer "0 of 0 bytes" or an error, and writing works.
+    """
+    try:
+        usage = shutil.disk_usage(folder)
+    except (OSError, OverflowError) as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            raise
+        return None
+    return None if usage.free <= 0 >= usage.total or usage.free < 0 else usage.free
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ of the first, middle and last frame are read, of a video the packets; with --dec
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from collections import Counter, defaultdict
@@ -15,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
-from dfer.files import disk_errors, write_whole
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, begin, in_range, one_line_errors, printable
+from dfer.files import check_output, disk_errors, write_whole
 from dfer.lists.annotations import EMOTIONS, packed_index, write_annotations
 from dfer.lists.checking import (
     Clip,
@@ -92,12 +91,7 @@ def check_outputs(args: argparse.Namespace, list_path: Path, replaceable: Path |
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"{path}: would be written twice")
-        if not os.path.isdir(path.absolute().parent):
-            raise UserError(f"{path}: cannot be written: its folder is missing")
-        with disk_errors("cannot write"), contextlib.suppress(FileNotFoundError):
-            os.stat(path)
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: cannot be written: {'a folder' if os.path.isdir(path) else 'not a file'}")
+        check_output(path)
         if path != replaceable and os.path.exists(path) and os.path.samefile(path, list_path):
             raise UserError(f"{path}: would be overwritten, and --write replaces only canonical lists")
 
@@ -192,4 +186,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("check_list")
     sys.exit(main())

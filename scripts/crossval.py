@@ -7,7 +7,7 @@ was ended, by whatever; what is done is not done again. `--parallel 4` works on 
 `--part 2/5` does a fifth of the runs, for machines that share LOG_DIR (scripts/slurm/crossval.sbatch): whichever part
 ends last writes the results.
 
-Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT or SIGUSR1 with
+Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by a signal (as train.py) with
 everything saved; otherwise that of the run that failed.
 """
 
@@ -19,12 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
-from dfer.cli import Parser, UserError, in_range, one_line_errors
+if __name__ == "__main__":
+    begin("crossval", "torch and timm")
+from dfer.cli import Parser, UserError, in_range, one_line_errors, show_table
 from dfer.config import PRESETS, Config, begun_config, parse_config
 from dfer.files import reason, write_whole
 from dfer.lists.folds import check_folds, find_folds, write_folds
@@ -141,9 +143,9 @@ def write_results(runs: list[FoldRun], folder: Path, notes: list[str]) -> None:
 
 def print_results(results: dict[str, Any]) -> None:
     table = Table(title=results["name"], title_justify="left")
-    table.add_column("%", no_wrap=True)
+    table.add_column("%")
     for name in ("WAR", "UAR"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for kind in ("last", "best"):
         means, pooled = ([results[kind][what][name] for name in ("WAR", "UAR")] for what in ("mean_of_folds", "pooled"))
         table.add_row(
@@ -151,7 +153,7 @@ def print_results(results: dict[str, Any]) -> None:
         )
         cells = ("{:.2f} ({:.1f} to {:.1f})".format(p["mean"], *p["interval"]) for p in pooled)
         table.add_row(f"{kind} epoch, pooled (95 %)", *cells)
-    Console(highlight=False).print(table)
+    show_table(table)
     print("the best epoch is picked on the test folds")
 
 

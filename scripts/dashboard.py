@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("dashboard", "torch")
 from dfer.cli import Parser, UserError, one_line_errors
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS
@@ -148,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     parser = Parser("dashboard", __doc__)
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="the user or team ($WANDB_ENTITY)")
-    parser.add_argument("--project", default="dfer", help="the project (dfer)")
+    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "dfer"), help="($WANDB_PROJECT, or dfer)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the view there instead of saving it")
     args = parser.parse_args(arguments)
     return one_line_errors("dashboard", lambda: run(args))

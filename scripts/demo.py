@@ -24,7 +24,10 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("demo", "torch and timm")
 from dali_pipes.torch_stages import resize
 from dfer.cli import Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import reason

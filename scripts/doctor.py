@@ -4,13 +4,17 @@ Exit code 2 if training cannot work here; what only costs speed or a feature is 
 """
 
 import ctypes
+import fcntl
+import getpass
 import importlib.metadata
 import os
 import platform
+import pwd
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,9 +25,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import EXIT_USAGE, Parser
+from dfer.cli import EXIT_USAGE, Parser, UserError, begin
+from dfer.files import cannot_sync, free_bytes, reason
+from dfer.run.launchers import find_place
 
-REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+APP = Path(__file__).resolve().parents[1]
+REQUIREMENTS = APP / "requirements.txt"
 MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 1.3 GB; a run keeps up to 5 checkpoints of 160 MB
 CODECS = {"h264": "most videos", "hevc": "phones", "vp9": "web", "av1": "web", "mpeg4": "older files"}
 # By what they are called when a program looks for them; the first is the driver's.
@@ -121,9 +128,67 @@ def room(folder: Path) -> Iterator[Finding]:
     if meminfo.exists():
         (line,) = (x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
         yield enough("memory", 1024 * int(line.split()[1]) / 1e9, "close other programs, or lower --data.batch-size")
-    yield enough("disk", shutil.disk_usage(folder).free / 1e9, f"make room in {folder}, or --run.log-dir elsewhere")
+    if (free := free_bytes(folder)) is None:
+        yield Finding("free disk", f"the file system of {folder} does not say", "ok", "runs begin without asking it")
+    else:
+        yield enough("disk", free / 1e9, f"make room in {folder}, or --run.log-dir elsewhere")
     if not os.access(folder, os.W_OK):
         yield Finding("folder", f"{folder} cannot be written", "missing", "--run.log-dir elsewhere")
+
+
+def odd_user() -> Iterator[Finding]:
+    """Look for a user without a name or a home, as in containers, and for no temporary folder."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        name = getpass.getuser()  # by the environment, where `import dfer` has put one
+        yield Finding("user", f"id {os.getuid()} has no name here: {name}", "ok", "USER=NAME names it; all works")
+    home = os.path.expanduser("~")
+    if not os.access(home, os.W_OK | os.X_OK):
+        remedy = "pretrained weights and caches want one: HOME, or HF_HOME and NUMBA_CACHE_DIR"
+        yield Finding("home folder", f"{home} cannot be written", "slower", remedy)
+    try:
+        tempfile.TemporaryFile().close()
+    except OSError as error:
+        yield Finding("temporary folder", reason(error), "slower", "TMPDIR=FOLDER; export and --run.compile need it")
+
+
+def odd_folder(folder: Path) -> Iterator[Finding]:
+    """Look for what the file system of the runs cannot do, and for a folder called ~."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if os.access(folder, os.W_OK):  # else it is said that it cannot be written
+            found = f"files in {folder} cannot be locked ({reason(error)})"
+            yield Finding("locks", found, "missing", "--run.log-dir on another file system")
+    if why := cannot_sync(folder):
+        remedy = "after a power cut the last checkpoint may be missing, and the one before counts"
+        yield Finding("folders", f"{folder} cannot be synced to the disk ({why})", "slower", remedy)
+    if os.path.lexists(folder / "~"):
+        yield Finding("a folder called ~", f"lies in {folder}", "slower", "rm -r ./~ removes it; rm -r ~ is your home")
+
+
+def odd_start() -> Iterator[Finding]:
+    """Look for a place to keep machine code in, for half a launcher's environment, and how W&B would record."""
+    code = "from dali_pipes import headers; print(headers.claimed_pixels._cache.cache_path)"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(APP)!r}); {code}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stdout.strip() == "None":
+        remedy = "it is compiled at each start; NUMBA_CACHE_DIR=FOLDER names one"
+        yield Finding("machine code", "no folder to keep it in can be written", "slower", remedy)
+    try:
+        find_place()
+    except UserError as error:
+        yield Finding("launcher", str(error), "missing", "see there")
+    try:
+        from dfer.run.wandb_log import mode_of_machine
+
+        mode = mode_of_machine()
+        remedy = "" if mode == "online" else "wandb login, for online; WANDB_MODE and `wandb online` count too"
+        yield Finding("W&B", f"--run.wandb auto is {mode} here", "ok", remedy)
+    except (ImportError, UserError) as error:
+        yield Finding("W&B", reason(error), "slower", "--run.wandb off")
 
 
 def enough(what: str, free_gb: float, remedy: str) -> Finding:
@@ -147,11 +212,17 @@ def examine(folder: Path) -> list[Finding]:
         findings += gpus()
     if "av" in works:
         findings.append(codecs())
-    return [*findings, *room(folder)]
+    if {"import torch", "import numba"} <= works:
+        findings += odd_start()
+    return [*findings, *room(folder), *odd_user(), *odd_folder(folder)]
 
 
 def run() -> int:
-    findings = examine(Path.cwd())
+    try:
+        findings = examine(Path.cwd())
+    except FileNotFoundError:
+        print("doctor: the folder that this was started in is gone: cd to another", file=sys.stderr)
+        return EXIT_USAGE
     table = Table(title=f"{platform.platform()}, {os.cpu_count()} cores")
     for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
@@ -171,4 +242,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    begin("doctor")
     sys.exit(main(sys.argv[1:]))

@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("evaluate", "torch, DALI and timm")
 from dali_pipes.build import build_loader
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, RunConfig, config_from_json
 from dfer.evaluation import evaluate
+from dfer.files import check_output
 from dfer.lists.index import load_index
 from dfer.precision import build_precision
 from dfer.run import distributed
@@ -26,6 +30,8 @@ from dfer.state import load_trained
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate the checkpoint and print, and write, what was found."""
+    if args.out:
+        check_output(args.out)
     state = load_checkpoint(args.checkpoint)
     if "exported" in state and args.list is None:
         raise UserError(f"{args.checkpoint}: an exported model does not say what it is to be evaluated on: give --list")
@@ -42,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
         assert result is not None, "nothing can stop it"
         if not world.is_main:
             continue
+        if args.out:  # first: what is kept does not depend on who listens
+            write_predictions(args.out, index, result.ids, result.probabilities)
         print_result(
             f"{args.checkpoint} on {data.val_list}" + f", {segments} segments" * bool(args.segments), result.confusion
         )
-        if args.out:
-            write_predictions(args.out, index, result.ids, result.probabilities)
         if args.json:
             numbers = {"WAR": result.confusion.war(), "UAR": result.confusion.uar(), "clips": result.confusion.total()}
             numbers |= {"segments": segments, "confusion": result.confusion.counts.tolist()}

@@ -22,12 +22,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dfer.cli import begin
+
+if __name__ == "__main__":
+    begin("export", "torch, timm and ONNX")
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dfer.cli import Parser, UserError, one_line_errors, printable
 from dfer.config import Config, ModelConfig, config_from_json

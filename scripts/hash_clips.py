@@ -14,9 +14,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
+
+if __name__ == "__main__":
+    begin("hash_clips", "torch and numba")
 from dali_pipes.sources import BadClip, Images, Source, source_of
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable, progress
-from dfer.files import disk_errors
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable, progress, usable_cores
+from dfer.files import check_output, disk_errors
 from dfer.lists import load_index
 from dfer.lists.hashes import digest, hashes_path, write_hashes
 from dfer.lists.threads import in_order
@@ -55,6 +59,7 @@ def open_source(args: argparse.Namespace) -> Source:
 
 def write(args: argparse.Namespace) -> int:
     """Hash all videos, and write the hashes beside the list."""
+    check_output(hashes_path(args.list))
     source = open_source(args)
     count = len(source.index)
     found = in_order(lambda video: hash_video(source, video), range(count), args.workers)
@@ -83,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser("hash_clips", __doc__)
     parser.add_argument("list", type=Path, metavar="LIST", help="list of frame folders, of videos, or of packed clips")
     parser.add_argument("--root", type=Path, help="where the paths start (default: as for training)")
-    parser.add_argument("--workers", type=in_range(int, 1, 512), default=os.cpu_count() or 1, help="threads")
+    parser.add_argument("--workers", type=in_range(int, 1, 512), default=usable_cores(), help="threads")
     parser.add_argument("--verify", action="store_true", help="compare with what was written, and write nothing")
     args = parser.parse_args(arguments)
     return one_line_errors("hash_clips", lambda: verify(args) if args.verify else write(args))

@@ -7,7 +7,6 @@ exact (dfer/video/drawn.py), so every machine writes the same bytes.
 import contextlib
 import functools
 import multiprocessing
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import Parser, in_range, progress
+from dfer.cli import Parser, begin, in_range, progress, usable_cores
 from dfer.lists.annotations import EMOTIONS, write_annotations
 from dfer.video.drawn import AUS, COLUMN, HELD, PLAIN, SIZE, ClipScript, Identity, frames, philox, render_clip
 
@@ -364,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--video", choices=tuple(_CODECS), help="write the clips as video files instead of frames")
-    parser.add_argument("--workers", type=in_range(int, 1, 512), default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=in_range(int, 1, 512), default=usable_cores())
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write only a picture to look at")
     args = parser.parse_args(arguments)
     level = DIFFICULTIES[args.difficulty]
@@ -381,4 +380,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("make_faces")
     sys.exit(main())

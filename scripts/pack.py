@@ -19,14 +19,13 @@ Exit code: 0 done, 1 --verify found problems, 2 a list cannot be packed or the c
 """
 
 import argparse
-import os
 import shlex
 import sys
 import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, in_range, one_line_errors, printable
+from dfer.cli import EXIT_PROBLEMS, Parser, begin, in_range, one_line_errors, printable, usable_cores
 from dfer.lists.annotations import packed_index
 from dfer.lists.packed import SUFFIX, read_pack
 from dfer.lists.packing import pack
@@ -74,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=default.shard_bytes // 10**6,
         help="(default: %(default)s)",
     )
-    parser.add_argument("--workers", type=in_range(int, 1, 512), default=os.cpu_count() or 1, help="threads")
+    parser.add_argument("--workers", type=in_range(int, 1, 512), default=usable_cores(), help="threads")
     parser.add_argument("--verify", type=Path, metavar="DIR/LIST.txt", help="read a pack again, and all of it")
     args = parser.parse_args(arguments)
     if args.verify is not None and (args.lists or args.out is not None):
@@ -93,4 +92,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("pack")
     sys.exit(main())

@@ -22,7 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("predict", "torch and timm")
 from dali_pipes.torch_stages import resize
 from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import reason

@@ -17,8 +17,8 @@ from pathlib import Path
 import openpyxl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import UserError, one_line_errors, printable
-from dfer.files import reason
+from dfer.cli import UserError, begin, one_line_errors, printable
+from dfer.files import check_visible, reason
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 
@@ -241,6 +241,7 @@ def format_votes(votes: Mapping[int, Votes], names: Mapping[int, str]) -> str:
 def run(args: argparse.Namespace) -> None:
     """Find, check and write, as the command line says."""
     if not os.path.isdir(args.root):
+        check_visible(args.root)
         raise UserError(f"--root {args.root}: no such folder")
     parts = find_parts(args.root, args.frames)
     print(f"clips: {parts.clips}")
@@ -276,4 +277,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("prepare_dfew")
     sys.exit(main())

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import UserError, one_line_errors, printable
-from dfer.files import is_data
+from dfer.cli import UserError, begin, one_line_errors, printable
+from dfer.files import check_visible, is_data
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 
@@ -138,6 +138,7 @@ def check_sets(parts: Parts) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     """Find, check and write, as the command line says."""
     if not os.path.isdir(args.root):
+        check_visible(args.root)
         raise UserError(f"--root {args.root}: no such folder")
     parts = find_parts(args.root)
     print(f"clips: {parts.clips}")
@@ -166,4 +167,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("prepare_ferv39k")
     sys.exit(main())

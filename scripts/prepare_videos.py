@@ -8,14 +8,13 @@ Exit code 0: all gave clips; 1: what did not is named, one per line; 2: nothing 
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
+from dfer.cli import EXIT_PROBLEMS, Parser, UserError, begin, in_range, one_line_errors, printable, usable_cores
 from dfer.files import hash_file, reason
 from dfer.video.clips import ClipOptions, ClipResult
 from dfer.video.faces import make_detector
@@ -142,7 +141,7 @@ def make_parser() -> Parser:
         default=default.quality,
         help=f"of the JPEG images (default: {default.quality})",
     )
-    parser.add_argument("--workers", type=in_range(int, 1, 512), default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=in_range(int, 1, 512), default=usable_cores(), help="processes")
     return parser
 
 
@@ -156,4 +155,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("prepare_videos")
     sys.exit(main())

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfer.cli import begin
 
+if __name__ == "__main__":
+    begin("report", "torch, DALI and timm")
 from dali_pipes.build import build_loader
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.report import read_run

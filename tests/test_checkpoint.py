@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dfer import files
 from dfer.config import Config, OptimConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.run import checkpoint
 from dfer.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from dfer.run.folder import RunFolder
+from dfer.run.distributed import World
+from dfer.run.folder import RunFolder, open_run
 from dfer.run.weight_files import save_weights
 from tests.conftest import ROOT
 
@@ -368,3 +370,32 @@ def test_whatever_system_call_fails_a_checkpoint_remains(tmp_path, call, fault):
     for k in range(last):
         assert newest_step(tmp_path / str(k)) == (4 if codes[k] == 0 else newest_step(tmp_path / str(k)))
         assert newest_step(tmp_path / str(k)) in (3, 4)
+
+
+def test_runs_that_begin_in_one_second_have_a_folder_each(tmp_path):
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    (tmp_path / "a-3").write_text("a file")
+    runs = [RunFolder(config(tmp_path), "a", alone) for _ in range(3)]
+    assert os.listdir(tmp_path) == ["a-3"]  # a command that fails before its first step leaves no trace
+    for run in runs:
+        run.begin(config(tmp_path), 1000)
+    assert [run.path.name for run in runs] == ["a", "a-2", "a-4"]
+    assert [(run.path / "config.json").exists() and run.checkpoints.is_dir() for run in runs] == [True] * 3
+    for run in runs:
+        run.close()
+
+
+def test_processes_that_are_started_again_keep_the_folder_that_was_found(tmp_path, monkeypatch):
+    world = World(0, 1, 0, 1, torch.device("cpu"), dist.HashStore())
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr("dfer.run.folder.time.strftime", lambda _: "at")
+    (tmp_path / "faces-at").mkdir()
+    run = open_run(config(tmp_path), world)
+    run.begin(config(tmp_path), 1000)
+    run.close()
+    monkeypatch.setattr("dfer.run.folder.time.strftime", lambda _: "later")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = open_run(config(tmp_path), world)
+    again.begin(config(tmp_path), 1000)
+    assert again.path == run.path == tmp_path / "faces-at-2"
+    again.close()

@@ -1,12 +1,15 @@
 """What all commands share: a user's error is one line and exit code 2, a defect of ours keeps its traceback."""
 
+import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from dfer.cli import UserError, one_line_errors, progress, say_error
+from dfer.__main__ import commands
+from dfer.cli import UserError, one_line_errors, progress, say_error, usable_cores
 from tests.conftest import ROOT
 
 
@@ -75,3 +78,154 @@ def test_short_work_is_quiet_where_that_is_asked_for(capsys, monkeypatch):
     assert list(progress(iter("abcdefgh"), 8, "images", to_stderr=True, quiet_s=5)) == list("abcdefgh")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6 and lines[0] == "3/8 images, 0.5 images/s, about 10 s left"
+
+
+# Tells on both streams and by a library, keeps a file, and says what became of it by its exit code.
+TELLS = """
+import os, sys
+from dfer.cli import begin
+begin("tells")
+with open(sys.argv[1], "w") as kept:
+    for _ in range(3):
+        print("told \\u4e2d" * 4000, flush=True)
+        print("told", file=sys.stderr)
+        try:
+            os.write(2, b"told by a library")
+        except OSError:
+            pass
+    kept.write("kept")
+print("left to the end")
+"""
+
+
+def tells(path, **streams):
+    done = subprocess.run([sys.executable, "-c", TELLS, str(path)], cwd=ROOT, timeout=20, **streams)
+    assert path.read_text() == "kept"
+    return done.returncode
+
+
+def gone(open_ends):
+    """The writing end of a pipe or a terminal that nobody reads any more."""
+    reading, writing = open_ends()
+    os.close(reading)
+    return writing
+
+
+STREAMS = {
+    "a reader that has gone": lambda: gone(os.pipe),
+    "a terminal that has gone": lambda: gone(os.openpty),
+    "a full disk": lambda: os.open("/dev/full", os.O_WRONLY),
+    "not to be written": lambda: os.open(os.devnull, os.O_RDONLY),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("which", ["stdout", "stderr", "both"])
+def test_what_cannot_be_told_ends_nothing(tmp_path, stream, which):
+    descriptor = STREAMS[stream]()
+    streams = {name: descriptor for name in ("stdout", "stderr") if which in (name, "both")}
+    assert tells(tmp_path / "file", **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams) == 0
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_stream_that_is_closed_is_no_file_that_is_opened_later(tmp_path, closed):
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", TELLS, str(tmp_path / "file")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=20).returncode == 0
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_pipe_that_was_set_not_to_block_gets_all(tmp_path):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    process = subprocess.Popen(
+        [sys.executable, "-c", TELLS, str(tmp_path / "file")], cwd=ROOT, stdout=writing, stderr=subprocess.DEVNULL
+    )
+    os.close(writing)
+    with open(reading, encoding="utf-8") as told:
+        assert told.read() == ("told \u4e2d" * 4000 + "\n") * 3 + "left to the end\n"
+    assert process.wait(20) == 0
+
+
+def test_a_full_disk_is_said_once_where_somebody_hears_it(tmp_path):
+    with open("/dev/full", "w") as full, open(tmp_path / "err", "w") as err:
+        assert tells(tmp_path / "file", stdout=full, stderr=err) == 0
+    assert (tmp_path / "err").read_text().count(
+        "note: standard output cannot be written (No space left on device)"
+    ) == 1
+
+
+def test_a_terminal_of_few_letters_gets_the_others_in_numbers(tmp_path):
+    with open(tmp_path / "out", "w") as out:
+        assert tells(tmp_path / "file", stdout=out, env={**os.environ, "PYTHONIOENCODING": "ascii"}) == 0
+    assert r"told \u4e2d" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("command", [*commands().values(), ROOT / "dfer" / "__main__.py"], ids=lambda path: path.stem)
+def test_every_command_begins(command):
+    assert re.search(r'^    begin\("', command.read_text(), re.MULTILINE)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A function from what limits a process of a machine with 16 cores to the cores that it may use."""
+    for name in ("CPUS_PER_TASK", "CPUS_ON_NODE", "NTASKS_PER_NODE", "STEP_ID"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+
+    def cores(affinity=16, group="0::/\n", quotas=(), **slurm):
+        monkeypatch.setattr(os, "cpu_count", lambda: 16)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
+        (tmp_path / "own").write_text(group)
+        for path, text in dict(quotas).items():
+            (tmp_path / "tree" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "tree" / path).write_text(text)
+        for name, value in slurm.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        return usable_cores(tmp_path / "tree", tmp_path / "own")
+
+    return cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "limits"),
+    [
+        (16, {}),
+        (3, {"affinity": 3}),
+        (2, {"quotas": {"cpu.max": "150000 100000\n"}}),
+        (1, {"quotas": {"cpu.max": "20000 100000\n"}}),
+        (16, {"quotas": {"cpu.max": "max 100000\n"}}),
+        (4, {"group": "0::/pods/one\n", "quotas": {"pods/cpu.max": "400000 100000", "pods/one/cpu.max": "max 100000"}}),
+        (5, {"group": "0::/../elsewhere\n", "quotas": {"cpu.max": "500000 100000"}}),
+        (2, {"group": "4:cpu,cpuacct:/a\n0::/\n",
+             "quotas": {"cpu/a/cpu.cfs_quota_us": "200000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}}),
+        (16, {"group": "4:cpu:/\n", "quotas": {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}}),
+        (6, {"CPUS_PER_TASK": "6"}),
+        (8, {"CPUS_PER_TASK": "2", "NTASKS_PER_NODE": "4"}),
+        (2, {"CPUS_PER_TASK": "2", "NTASKS_PER_NODE": "4", "STEP_ID": "0"}),
+        (10, {"CPUS_ON_NODE": "10"}),
+        (16, {"CPUS_ON_NODE": "10(x2)", "CPUS_PER_TASK": ""}),
+        (2, {"affinity": 2, "CPUS_PER_TASK": "8", "quotas": {"cpu.max": "400000 100000"}}),
+    ],
+)  # fmt: skip
+def test_the_cores_are_those_that_may_be_used(machine, cores, limits):
+    assert machine(**limits) == cores
+
+
+def test_a_machine_that_tells_nothing_of_groups_has_its_affinity(machine, tmp_path):
+    machine(affinity=7)
+    assert usable_cores(tmp_path / "no tree", tmp_path / "nothing") == 7
+
+
+def test_torch_takes_no_more_threads_than_there_are_cores(monkeypatch):
+    taken = []
+    torch = SimpleNamespace(get_num_threads=lambda: 16, set_num_threads=taken.append)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr("dfer.cli.usable_cores", lambda: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    one_line_errors("x", lambda: 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")  # who says it is obeyed
+    one_line_errors("x", lambda: 0)
+    torch.get_num_threads = lambda: 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    one_line_errors("x", lambda: 0)
+    assert taken == [3, 2]

@@ -1,12 +1,20 @@
 """What is missing is found, named with a remedy, and counted as an error only if training cannot work."""
 
+import errno
+import fcntl
+import getpass
+import os
+import pwd
 import shutil
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import av
 import pytest
 import torch
 
+from dfer import files
 from scripts import doctor
 from tests.conftest import run_python
 
@@ -63,6 +71,72 @@ def test_no_gpu_is_no_error(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     (driver,) = doctor.gpus()
     assert "driver may be too old" in driver.remedy
+
+
+def only(findings):
+    (finding,) = findings
+    assert finding.remedy
+    return finding
+
+
+def test_a_user_of_whom_nothing_is_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(doctor.odd_user()) == []
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(getpass, "getuser", lambda: "uid5")
+    assert only(doctor.odd_user()).found.endswith("has no name here: uid5")
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: None)
+    monkeypatch.setenv("HOME", "/proc/none")
+    assert only(doctor.odd_user()).found == "/proc/none cannot be written"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryFile", refusing(errno.EROFS))
+    assert only(doctor.odd_user()).found == "Read-only file system"
+
+
+def refusing(number):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def test_a_file_system_that_cannot_all(monkeypatch, tmp_path):
+    assert list(doctor.odd_folder(tmp_path)) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
+        locks = only(doctor.odd_folder(tmp_path))
+    assert locks.state == "missing" and "No locks available" in locks.found
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", refusing(errno.EINVAL))
+        assert "cannot be synced" in only(doctor.odd_folder(tmp_path)).found
+    (tmp_path / "~").mkdir()
+    assert only(doctor.odd_folder(tmp_path)).what == "a folder called ~"
+
+
+def test_how_a_run_would_start(monkeypatch, tmp_path):
+    """Half an environment, W&B's modes, and nowhere to keep machine code: each is one line."""
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="/x/__pycache__\n"))
+    monkeypatch.setattr("dfer.run.wandb_log.mode_of_machine", lambda: "online")
+    (wandb,) = doctor.odd_start()
+    assert wandb.found == "--run.wandb auto is online here" and not wandb.remedy
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="None\n"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("dfer.run.wandb_log.mode_of_machine", lambda: "offline")
+    code, launcher, wandb = doctor.odd_start()
+    assert (code.state, launcher.state, wandb.state) == ("slower", "missing", "ok")
+    assert "NUMBA_CACHE_DIR" in code.remedy and "WORLD_SIZE=2 and no RANK" in launcher.found
+
+
+def test_the_folder_may_be_gone(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert doctor.run() == 2 and capsys.readouterr().err.endswith("is gone: cd to another\n")
 
 
 @pytest.mark.parametrize(("state", "code"), [("missing", 2), ("slower", 0), ("ok", 0)])

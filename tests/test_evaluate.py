@@ -136,3 +136,24 @@ def test_predictions_are_of_one_number_of_segments(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path), "--segments", "4", "8", "--out", str(tmp_path / "p.csv")])
     assert stop.value.code == 2 and "one number of --segments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["no/p.csv", ".", "n" * 300])
+def test_where_it_is_to_write_is_looked_at_first(out, capsys, tmp_path):
+    """Before the checkpoint, which is not there either."""
+    assert main([str(tmp_path / "gone"), "--out", str(tmp_path / out)]) == 2
+    line = capsys.readouterr().err
+    assert str(tmp_path / out) in line and "gone" not in line and line.count("\n") == 1
+
+
+def test_the_file_is_kept_before_anything_is_told(config, model, tmp_path, monkeypatch):
+    state = {"model": model.state_dict(), "ema": None, "config": config.to_json(), "emotions": list(EMOTIONS)}
+    save_checkpoint(tmp_path / "checkpoints", state | {"step": 1})
+
+    def deaf(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("scripts.evaluate.print_result", deaf)
+    with pytest.raises(BrokenPipeError):
+        main([str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "p.csv")])
+    assert (tmp_path / "p.csv").read_text().count("\n") == 10

@@ -2,15 +2,20 @@
 
 import errno
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from dfer import files
 from dfer.cli import UserError
+from tests.conftest import ROOT
 
 
 def test_all_kinds_of_content_are_written(tmp_path):
-    path = tmp_path / ("n" * 240)
+    path = tmp_path / ("\u9577" * 80)  # 240 bytes
     for content in (b"bytes", "t\u00e9xt", lambda file: file.write(b"a")):
         files.write_whole(path, content)
     assert path.read_bytes() == b"a" and os.listdir(tmp_path) == [path.name]
@@ -65,11 +70,83 @@ def test_reasons_are_one_line():
     assert files.reason(RuntimeError("a\n  b")) == "a b" and files.reason(MemoryError()) == "MemoryError"
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path):
+@pytest.mark.parametrize("content", [b"all of it" * 30_000, "t\u00e9xt", lambda file: file.write(b"a")], ids=type)
+def test_a_pipe_is_written_to_and_stays_one(tmp_path, content):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="not a file"):
-        files.write_whole(tmp_path / "pipe", "a")
-    assert os.listdir(tmp_path) == ["pipe"] and (tmp_path / "pipe").is_fifo()
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_bytes)
+        files.write_whole(tmp_path / "pipe", content)
+        files.write_whole(tmp_path / "file", content)
+        assert read.result(10) == (tmp_path / "file").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["file", "pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_device_is_written_to_and_stays_one(tmp_path):
+    terminal, end = os.openpty()
+    device = Path(os.ttyname(end))
+    (tmp_path / "link").symlink_to(device)
+    for path in (device, tmp_path / "link"):
+        files.check_output(path)
+        files.write_whole(path, "a line\n")
+        assert os.read(terminal, 100) == b"a line\r\n"
+    assert device.is_char_device() and (tmp_path / "link").is_symlink()
+    with pytest.raises(OSError, match="No space left"):
+        files.write_whole(Path("/dev/full"), "a")
+    assert Path("/dev/full").is_char_device()
+    os.close(terminal)
+    os.close(end)
+
+
+def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a").write_text("old")
+    (tmp_path / "link").symlink_to("results/a")
+    (tmp_path / "results" / "chain").symlink_to(tmp_path / "link")
+    (tmp_path / "not yet").symlink_to("results/b")
+    for name, target in (("link", "a"), ("results/chain", "a"), ("not yet", "b")):
+        files.check_output(tmp_path / name)
+        files.write_whole(tmp_path / name, f"by {name}")
+        assert (tmp_path / name).is_symlink() and (tmp_path / "results" / target).read_text() == f"by {name}"
+    assert sorted(os.listdir(tmp_path / "results")) == ["a", "b", "chain"]
+    assert sorted(os.listdir(tmp_path)) == ["link", "not yet", "results"]
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("to_file", [True, False])
+def test_a_stream_is_written_where_it_is(tmp_path, name, to_file):
+    """What was said before stands before, what is said after behind it, in a file as in a pipe."""
+    code = f"from pathlib import Path; from dfer import files; print('before'); f = Path({name!r})\n"
+    code += "files.check_output(f); files.write_whole(f, 'it\\n'); print('after')"
+    with open(tmp_path / "out", "w") as out:
+        stdout = out if to_file else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=stdout, text=True)
+    assert done.returncode == 0
+    assert ((tmp_path / "out").read_text() if to_file else done.stdout) == "before\nit\nafter\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    files.write_whole(Path(f"/dev/fd/{writing}"), b"a" * 100_000)
+    os.close(writing)
+
+
+def test_a_file_that_could_not_be_written_is_known_before(tmp_path, monkeypatch):
+    (tmp_path / "nowhere").symlink_to("no/file")
+    (tmp_path / "itself").symlink_to("itself")
+    for name, why in (
+        ("no/file", "cannot be written: its folder is missing"),
+        ("nowhere", "cannot be written: its folder is missing"),
+        ("", "cannot be written: a folder"),
+        ("n" * 300, "File name too long"),
+        ("itself", "Too many levels of symbolic links"),
+    ):
+        with pytest.raises(UserError, match=why):
+            files.check_output(tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="no permission"):
+        files.check_output(tmp_path / "file")
+    assert not (tmp_path / "file").exists()
 
 
 def test_an_error_of_the_disk_becomes_the_users():

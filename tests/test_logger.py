@@ -3,15 +3,19 @@
 import itertools
 import json
 import sys
+import time
 import types
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dfer.config import Config, DataConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
-from dfer.run.logger import Logger
+from dfer.metrics import ConfusionMatrix
+from dfer.run.logger import Logger, print_result
 from dfer.run.predictions import Predictions
 from dfer.run.wandb_log import _tables
 
@@ -53,7 +57,8 @@ CONFIG = Config(run=RunConfig(wandb="online"))
 
 
 def rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time"} for row in written]
 
 
 def log_steps(logger, first, last):
@@ -147,3 +152,45 @@ def test_a_full_disk_is_one_line(tmp_path):
             logger.row(1, {"a": 1.0})
         logger.close()
     before.close()
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata", "America/St_Johns"])
+def test_records_have_dates_with_a_zone_and_wandb_none(server, tmp_path, monkeypatch, zone):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        before = datetime.now(UTC).replace(microsecond=0)
+        for step in (0, 1):  # and of a run that is continued
+            logger = Logger(tmp_path, CONFIG, 9, step)
+            logger.row(step + 1, {"a": 1.0})
+            logger.say("a line")
+            logger.close()
+        stamps = [json.loads(line)["time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        stamps += [line.removesuffix(" a line") for line in (tmp_path / "log.txt").read_text().splitlines()]
+        assert len(stamps) == 4
+        for stamp in map(datetime.fromisoformat, stamps):
+            assert before <= stamp <= datetime.now(UTC) and stamp.utcoffset() == datetime.now().astimezone().utcoffset()
+        assert list(server.rows.values()) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 1.0}]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("columns", ["200", "80", "70", "60", "30", "10", "1", "0"])
+@pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
+def test_the_result_is_whole_on_any_terminal(capsys, monkeypatch, columns, term):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", term)
+    confusion = ConfusionMatrix(7)
+    confusion.counts += torch.arange(49).view(7, 7) * 9973 % 1009
+    print_result("a run: last epoch", confusion)
+    told = capsys.readouterr().out
+    figures = [f"{confusion.war():.2f}", f"{confusion.uar():.2f}", f"{confusion.total()}"]
+    figures += [f"{r:.1f}" for r in confusion.per_class_recall().tolist()] + list(
+        map(str, confusion.counts.sum(1).tolist())
+    )
+    for word in (*figures, *EMOTIONS, "WAR", "UAR"):
+        assert word in told, told
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told
+    if int(columns) >= 60:
+        assert all(len(line) <= int(columns) for line in told.splitlines())

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,10 +31,10 @@ SMALL = [
 # Under torchrun the word is that of the attempt, and happens to the last rank. "3" kills it in its third batch, "3s" at
 # its third replacement of a file, "3e" at the third batch or step counted; "3t", "3i", "3u" send a signal in the third
 # batch, "3v" at the third batch or step counted; "3n" makes all losses from the third on NaN, "3m" that one infinite;
-# "3o" lets memory run out there, "3h" stops the process, which then neither ends nor answers, "3w" does so at the third
-# batch or step counted; "-" lets it run.
+# "3l" sends a signal and makes that step take 9 s; "3o" lets memory run out there, "3h" stops the process, which then
+# neither ends nor answers, "3w" does so at the third batch or step counted; "-" lets it run.
 DRIVER = """
-import os, signal, sys
+import os, signal, sys, time
 import torch
 import train, dfer.files
 from dfer.cli import one_line_errors
@@ -40,6 +42,7 @@ from dfer.config import parse_config
 from dfer.optim.guard import NonFiniteGuard
 
 torch.set_num_threads(1)
+train.COMMAND = True
 SENT = {"t": signal.SIGTERM, "i": signal.SIGINT, "u": signal.SIGUSR1}
 
 def at(number, function, then):
@@ -54,6 +57,10 @@ def at(number, function, then):
 
 def send(number):
     return lambda: os.kill(os.getpid(), number)
+
+def take_long():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(9)
 
 def out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory")
@@ -83,7 +90,8 @@ def prepare(word):
             return value * (torch.nan if kind == "n" and calls >= number else 1), diagnostics
         train.training_loss = poisoned
     else:
-        then = {"": send(signal.SIGKILL), "h": send(signal.SIGSTOP), "o": out_of_memory}.get(kind) or send(SENT[kind])
+        then = {"": send(signal.SIGKILL), "h": send(signal.SIGSTOP), "o": out_of_memory, "l": take_long}.get(kind)
+        then = then or send(SENT[kind])
         train.training_loss = at(number, train.training_loss, then)
 
 def note_the_ids():
@@ -226,9 +234,25 @@ def test_killed_runs_with_other_options_end_as_the_unbroken_one(clips, tmp_path,
 def test_stopped_runs_lose_no_step_and_end_as_the_unbroken_one(unbroken, clips, tmp_path):
     codes, printed = play("3t,1u,2i,3v,-", clips, tmp_path, "--run.name", "x", "--run.save-minutes", "1000")
     assert codes == [75, 75, 75, 75, 0], printed
-    stops = re.findall(r"stopped by a signal after step (\d+); the same command continues", printed)
+    stops = re.findall(r"stopped by a signal after step (\d+); it goes on by: .* --run.name x", printed)
     assert stops == ["2", "3", "4", "5"]  # the last one is in the evaluation after the fifth step
     assert printed.count("continuing from step") == 4
+    assert_ends_as(tmp_path / "logs" / "x", unbroken)
+
+
+@pytest.mark.slow
+def test_on_a_busy_machine_five_signals_lose_no_step(unbroken, clips, tmp_path):
+    """Three processes that do nothing else beside it, and steps that take 9 s: where one had ended after 8."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        codes, printed = play("3l,1u,3i,2t,3v,-", clips, tmp_path, "--run.name", "x", "--run.save-minutes", "1000")
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert codes == [75, 75, 75, 75, 75, 0], printed
+    stops = re.findall(r"stopped by a signal after step (\d+)", printed)
+    assert re.findall(r"continuing from step (\d+)", printed) == stops and len(stops) == 5
     assert_ends_as(tmp_path / "logs" / "x", unbroken)
 
 

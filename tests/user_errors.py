@@ -10,7 +10,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("UserError", "ValueError", "BadClip", "BadImage")  # ValueError: as versions before 0.2 have it
+KINDS = (
+    "UserError",
+    "LauncherError",
+    "ValueError",
+    "BadClip",
+    "BadImage",
+)  # ValueError: as versions before 0.2 have it
 
 
 def template(node: ast.expr) -> str:

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-from dfer.cli import UserError, printable, progress
+from dfer.cli import UserError, printable, progress, usable_cores
 from dfer.files import is_data
 from dfer.lists.annotations import EMOTIONS, packed_index
 from dfer.lists.formats import ListFormat, Row, read_list
@@ -171,7 +171,7 @@ def check_pack(placed: PlacedList, decode: bool, problems: Problems) -> list[Sto
     """Compare a packed list with its pack; with `decode`, read all of the pack again."""
     pack = placed.pack
     assert pack is not None
-    problems["problems of the pack"] += verify(placed.path, os.cpu_count() or 1)[1] if decode else shard_problems(pack)
+    problems["problems of the pack"] += verify(placed.path, usable_cores())[1] if decode else shard_problems(pack)
     known = {name: number for number, name in enumerate(pack.names)}
     stored = []
     for clip in placed.clips:
@@ -234,7 +234,7 @@ def _inspect_all(
     first: dict[tuple[int, int], str] = {}
     with contextlib.ExitStack() as stack:
         results: Iterable = map(work, jobs)
-        workers = os.cpu_count() or 1
+        workers = usable_cores()
         if parallel and workers > 1:
             # Spawned, as forking a process that has threads is unsafe. Pillow reads headers in Python: threads would
             # wait for each other.

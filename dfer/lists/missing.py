@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dfer.cli import say_once
-from dfer.files import is_data
+from dfer.files import closed, is_data
 from dfer.lists.annotations import VideoRecord
 from dfer.lists.text import name_hidden
 
@@ -70,6 +70,8 @@ def explain(path: str | Path, name: str) -> str:
         path: where it was looked for.
         name: as the list has it.
     """
+    if why := closed(path):
+        return f" (it cannot be looked at: {why})"
     path = os.fspath(path)
     here, lost = _first_missing(path)
     for entry in _entries(here):

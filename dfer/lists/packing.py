@@ -20,7 +20,7 @@ import numpy as np
 import PIL
 
 from dfer.cli import UserError, printable, progress
-from dfer.files import disk_errors, hash_file
+from dfer.files import disk_errors, free_bytes, hash_file
 from dfer.lists.annotations import (
     VideoRecord,
     fits_header,
@@ -237,10 +237,11 @@ def check_space(clips: Sequence[Clip], left: Sequence[Clip], out: Path, options:
             print(f"note: frames of {width} x {height} pixels are enlarged to {options.size} x {options.size}")
     per_frame = sum(len(pack_clip(clip, options).data) for clip in sample) / sum(clip.num_frames for clip in sample)
     total, rest = (per_frame * sum(clip.num_frames for clip in some) for some in (clips, left))
-    free = shutil.disk_usage(out).free
-    size, room = f"about {format_bytes(total)}", f"{format_bytes(free)} are free in {printable(out)}"
+    free = free_bytes(out)
+    size, where = f"about {format_bytes(total)}", printable(out)
+    room = f"{where} does not say what is free" if free is None else f"{format_bytes(free)} are free in {where}"
     print(f"{len(clips):,} clips, {sum(clip.num_frames for clip in clips):,} frames: {size}; {room}")
-    if 1.02 * rest > free:
+    if free is not None and 1.02 * rest > free:
         raise UserError(f"{out}: about {format_bytes(rest)} are left to write, but only {format_bytes(free)} are free")
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 from PIL import Image
 
 from dfer.cli import UserError
-from dfer.files import reason
+from dfer.files import check_visible, reason
 from dfer.images import BadImage, decode_image, frame_names, natural_key
 from dfer.video.decode import BadVideo, decode
 from dfer.video.find import find_video_files, unique_names
@@ -55,6 +55,7 @@ def find_videos(clips: Sequence[Path], out: Path, warn: Callable[[str], None]) -
     paths: list[Path] = []
     names: list[str] = []
     for clip in clips:
+        check_visible(clip)
         if not clip.exists():
             raise UserError(f"{clip}: no such video or folder")
         if not clip.is_dir():

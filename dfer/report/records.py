@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from dfer.cli import UserError, printable
+from dfer.files import check_visible
 from dfer.run.predictions import Predictions, read_predictions
 
 
@@ -41,6 +42,7 @@ def read_run(path: Path) -> Run:
         UserError: if there is no such folder or it is not a run's.
     """
     if not os.path.isdir(path):  # unlike Path.is_dir, it raises nothing, whatever a user gives
+        check_visible(path)
         raise UserError(f"{path}: no such run (a folder that train.py made, such as logs/NAME)")
     config = _read_config(path)
     rows, notes = _read_rows(path / "metrics.jsonl")

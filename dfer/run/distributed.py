@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dfer.batch import Batch
 from dfer.cli import EXIT_PEER, UserError, say_error
+from dfer.run.launchers import LauncherError, find_place, number
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -60,13 +61,13 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
     Raises:
         UserError: if a GPU is asked for that is not there, or the launcher's environment is damaged.
     """
-    rank, size = _from_launcher("RANK", 0), _from_launcher("WORLD_SIZE", 1)
-    local_rank, local_size = _from_launcher("LOCAL_RANK", 0), _from_launcher("LOCAL_WORLD_SIZE", 1)
+    rank, size, local_rank, local_size = find_place()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not available:
         raise UserError("--run.device cuda: no NVIDIA GPU is visible here")
-    if device != "cpu" and 0 < available < local_size:
-        raise UserError(f"{local_size} processes for {available} GPUs: lower --nproc_per_node or --run.device cpu")
+    here = max(local_size, local_rank + 1)
+    if device != "cpu" and 0 < available < here:
+        raise UserError(f"{here} processes for {available} GPUs: lower --nproc_per_node or --run.device cpu")
     use_gpu = device != "cpu" and available > 0
     torch_device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -75,32 +76,25 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
         keep_freed_memory()
     if size == 1:
         return World(rank, size, local_rank, local_size, torch_device)
-    if "MASTER_ADDR" not in os.environ:
-        raise UserError("the environment has WORLD_SIZE and no MASTER_ADDR: start several processes with torchrun")
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        _from_launcher("MASTER_PORT", None),
+    address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", None)
+    try:
         # torchrun keeps the store and its content when it restarts the processes
-        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timeout,
-    )
-    # Each attempt prefixes its keys: else it would wait at the addresses of the one before, whose processes are dead.
-    attempt = dist.PrefixStore(f"attempt-{_attempt()}", store)
-    backend = "nccl" if use_gpu else "gloo"
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+        is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = dist.TCPStore(address, port, is_master=is_master, timeout=timeout)
+        # Each attempt prefixes its keys: else it would wait at the addresses of the one before, whose processes died.
+        attempt = dist.PrefixStore(f"attempt-{_attempt()}", store)
+        backend = "nccl" if use_gpu else "gloo"
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistError as error:
+        raise LauncherError(
+            f"rank {rank} finds not all {size} processes by {address}:{port} ({str(error).splitlines()[0][:150]}); is "
+            "the address right and the port free, and were all processes started? torchrun sees to that"
+        ) from None
     return World(rank, size, local_rank, local_size, torch_device, store)
 
 
-def _from_launcher(name: str, default: int | None) -> int:
-    """Return a number that torchrun has left in the environment; without a default it has to be there."""
-    text = os.environ.get(name, "" if default is None else str(default))
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise UserError(f"the environment's {name} is {text!r}, not a number: start several processes with torchrun")
-    return int(text)
-
-
 def _attempt() -> int:
-    return _from_launcher("TORCHELASTIC_RESTART_COUNT", 0)
+    return number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def remembered(world: World, key: str, value: str) -> str:

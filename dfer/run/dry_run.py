@@ -3,16 +3,15 @@
 import dataclasses
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from dfer.cli import UserError
+from dfer.cli import UserError, show_table
 from dfer.config import Config, begun_config, differences
+from dfer.files import free_bytes
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
 from dfer.metrics import peak_memory
@@ -42,7 +41,7 @@ class DryRun(NamedTuple):
     peak: int  # of memory, of the process that took most
     free: int  # memory beside it
     checkpoint: int
-    disk: int  # free there
+    disk: int | None  # free there; None if its file system cannot say
 
     def step_s(self) -> float:
         """Return the seconds of a step."""
@@ -67,7 +66,7 @@ class DryRun(NamedTuple):
             "whole run": f"about {duration(self.run_s())}",
             "memory": f"{self.peak / 1e9:.2f} GB at the peak of a process, {self.free / 1e9:.1f} GB are free beside it",
             "disk": f"{KEPT_AT_MOST * self.checkpoint / 1e9:.2f} GB for up to {KEPT_AT_MOST} checkpoints, "
-            f"{self.disk / 1e9:.1f} GB are free",
+            + ("how much is free is unknown" if self.disk is None else f"{self.disk / 1e9:.1f} GB are free"),
         }
 
 
@@ -82,8 +81,10 @@ def padded(num_clips: int, clips_per_batch: int) -> int:
     return math.ceil(num_clips / clips_per_batch) * clips_per_batch
 
 
-def free_disk(log_dir: Path, checkpoint: int) -> int:
-    """Return the bytes that are free where `log_dir` is or would be made; `checkpoint` is the size of one.
+def free_disk(log_dir: Path, checkpoint: int) -> int | None:
+    """Return the bytes that are free where `log_dir` is or would be made, None if unknown.
+
+    `checkpoint` is the size of one.
 
     Raises:
         UserError: if it could not be written, or a run would find no room for two.
@@ -91,8 +92,8 @@ def free_disk(log_dir: Path, checkpoint: int) -> int:
     there = next(path for path in (log_dir, *log_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--run.log-dir: cannot write {there}")
-    free = shutil.disk_usage(there).free
-    if free < 2 * checkpoint:
+    free = free_bytes(there)
+    if free is not None and free < 2 * checkpoint:
         raise UserError(
             f"--run.log-dir: {free / 1e6:.0f} MB are free in {there}, and two checkpoints take "
             f"{2 * checkpoint / 1e6:.0f} MB; make room or choose another"
@@ -111,7 +112,7 @@ def duration(seconds: float) -> str:
 
 
 def measured(
-    job: Job, num_val_clips: int, training: dict[str, float], evaluation: dict[str, float], disk: int
+    job: Job, num_val_clips: int, training: dict[str, float], evaluation: dict[str, float], disk: int | None
 ) -> DryRun:
     """Return what a dry run has measured; all ranks call it.
 
@@ -119,7 +120,7 @@ def measured(
         job: what was run, whose evaluation list was cut short.
         num_val_clips: clips of the whole evaluation list.
         training, evaluation: their rates, as Throughput.read returns them.
-        disk: bytes that are free there.
+        disk: bytes that are free there, None if unknown.
     """
     config, world = job.config, job.world
     global_batch = config.data.batch_size * world.size
@@ -157,7 +158,7 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
         differing = "; ".join(differences(begun, config))
         outcome = f"is another configuration: {differing}" if differing else _continued(job, val_index)
         table.add_row("name", f"{config.run.name} has begun and {outcome}")
-    Console(highlight=False).print(table)
+    show_table(table)
 
 
 def _continued(job: Job, val_index: ClipIndex) -> str:

@@ -3,11 +3,12 @@
 `logs/<run>/` holds config.json, metrics.jsonl, log.txt, predictions.csv, weights, and checkpoints/.
 """
 
+import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch import Tensor
 from dfer.batch import Batch
 from dfer.cli import UserError
 from dfer.config import Config, begun_config, config_from_json, differences
-from dfer.files import read_file, reason, write_whole
+from dfer.files import free_bytes, read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
 from dfer.model.start import resolved
@@ -38,8 +39,13 @@ class RunFolder:
     Opening it touches nothing that is not there yet: a command that fails before its first step leaves no trace.
     """
 
-    def __init__(self, config: Config, name: str):
+    def __init__(self, config: Config, name: str, new_for: World | None = None):
         """Find the run; if it exists, lock it.
+
+        Args:
+            config: the run's, or the command's that continues it.
+            name: of the folder.
+            new_for: the processes of a run that was named by us and not begun: a folder of that name is another's.
 
         Raises:
             UserError: if another process holds it, it is a run of another configuration or no run at
@@ -50,9 +56,10 @@ class RunFolder:
         self._interval_s = 60 * config.run.save_minutes
         self._saved_at = time.monotonic()
         self._lock: int | None = None
+        self._new_for = new_for
         if config.resume and not find_manifests(self.checkpoints):
             raise UserError(f"--resume: {self.path} holds no checkpoint to continue from")
-        if self.path.exists():
+        if new_for is None and self.path.exists():
             self._hold()
             try:
                 self._check(config)
@@ -84,6 +91,20 @@ class RunFolder:
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = lock
 
+    def _claim(self) -> None:
+        """Make a folder that nobody else has, as two commands may begin in one second."""
+        name = self.path.name
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count(2):
+                with contextlib.suppress(FileExistsError):
+                    self.path.mkdir()
+                    break
+                self.path = self.path.with_name(f"{name}-{number}")
+        except OSError as error:
+            raise UserError(f"--run.log-dir: cannot use {self.path} ({error})") from None
+        self.checkpoints = self.path / "checkpoints"
+
     def _check(self, config: Config) -> None:
         begun = begun_config(self.path)
         if begun is None:
@@ -104,6 +125,9 @@ class RunFolder:
             UserError: if it cannot be written or the disk has no room for `state_bytes` twice (a new
                 checkpoint beside the old one).
         """
+        if self._new_for is not None:
+            self._claim()
+            distributed.remembered(self._new_for, "run", self.path.name)
         if self._lock is None:
             self._hold()
         try:
@@ -116,10 +140,10 @@ class RunFolder:
             stays = begun is not None and relocated(begun, config) == begun
             text = read_file(saved) if stays else f"{(relocated(begun, config) if begun else config).to_json()}\n"
             write_whole(saved, text)  # again too: better now than at the first checkpoint
-            free = shutil.disk_usage(self.checkpoints).free
+            free = free_bytes(self.checkpoints)
         except OSError as error:
             raise UserError(f"--run.log-dir: cannot write {error.filename or self.path} ({reason(error)})") from None
-        if free < 2 * state_bytes:
+        if free is not None and free < 2 * state_bytes:
             raise UserError(
                 f"{self.checkpoints}: {free / 1e6:.0f} MB are free, and two checkpoints take "
                 f"{2 * state_bytes / 1e6:.0f} MB; make room or choose another --run.log-dir"
@@ -151,6 +175,17 @@ class RunFolder:
 def started_config(config: Config) -> Config:
     """Return the configuration that a run is begun with: what it starts from is saved as what was found."""
     return dataclasses.replace(config, model=resolved(config.model))
+
+
+def open_run(config: Config, world: World) -> RunFolder:
+    """Return the folder of the run that is named, or of a new one, for rank 0.
+
+    Raises:
+        UserError: as `RunFolder`.
+    """
+    ours = config.run.name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = distributed.remembered(world, "run", ours)
+    return RunFolder(config, name, world if config.run.name is None and name == ours else None)
 
 
 def shared_config(config: Config, world: World) -> Config:

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dfer.cli import EXIT_USAGE, UserError
+from dfer.cli import EXIT_USAGE, UserError, usable_cores
 from dfer.config import Config, begun_config, config_from_json, differences, parse_config
 from dfer.lists.index import load_index
 from dfer.losses import build_objective
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.fingerprints import check_data, data_fingerprints
 from dfer.run.folder import same_global_batch, started_config
-from dfer.run.signals import EXIT_STOPPED, SIGNALS
+from dfer.run.launchers import own_environment
+from dfer.run.signals import EXIT_STOPPED, catchable, restore
 
 BEST = "predictions_best_WAR.csv"  # of the best epoch's weights; train.py keeps only those of the last
 # A child is asked to save when its parent is gone, `kill -9` included: no run is left that nobody waits for.
@@ -202,7 +203,7 @@ def slots_for(parallel: int, device: str) -> list[dict[str, str]]:
         return [{}]
     slots: list[dict[str, str]] = [{} for _ in range(parallel)]
     if "OMP_NUM_THREADS" not in os.environ:
-        threads = max(len(os.sched_getaffinity(0)) // parallel, 1)
+        threads = max(usable_cores() // parallel, 1)
         slots = [{"OMP_NUM_THREADS": str(threads)} for _ in slots]
     if device != "cpu" and torch.cuda.is_available():
         gpus = list(map(str, range(torch.cuda.device_count())))
@@ -216,17 +217,16 @@ def slots_for(parallel: int, device: str) -> list[dict[str, str]]:
 def drive(jobs: Sequence[FoldJob], slots: Sequence[dict[str, str]], folder: Path) -> int:
     """Work the jobs off in their order, one at a time for each slot, and return an exit code: 0 if all are done.
 
-    SIGTERM, SIGINT and SIGUSR1 are handed on to the runs as SIGTERM, and all end. Otherwise a job that fails is named,
-    and the others go on; but after exit code 2, which the user has to change something for, no other begins. With
-    several slots the output goes to FOLDER/JOB.txt.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are handed on to the runs as SIGTERM, and all end. Otherwise a job that fails is
+    named, and the others go on; but after exit code 2, which the user has to change something for, no other begins.
+    With several slots the output goes to FOLDER/JOB.txt.
     """
     driver = _Driver(jobs, slots, folder)
-    before = {number: signal.signal(number, driver.stop) for number in SIGNALS}
+    before = {number: signal.signal(number, driver.stop) for number in catchable()}
     try:
         driver.work()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore(before)
     return driver.exit_code()
 
 
@@ -272,7 +272,7 @@ class _Driver:
         with open(self.folder / f"{job.name}.txt", "ab") if len(self.slots) > 1 else contextlib.nullcontext() as out:
             # A session of its own: Ctrl-C reaches it through here only, once.
             process = subprocess.Popen(
-                command, stdout=out, stderr=out, env={**os.environ, **self.slots[slot]}, start_new_session=True
+                command, stdout=out, stderr=out, env={**own_environment(), **self.slots[slot]}, start_new_session=True
             )
         self.children[slot] = _Child(job, commands[1:], process)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from dfer.cli import UserError
+from dfer.cli import UserError, show_table
 from dfer.config import Config
 from dfer.evaluation import Evaluation
 from dfer.files import write_whole
@@ -23,9 +24,12 @@ from dfer.metrics import ConfusionMatrix, peak_memory
 from dfer.plan.balance import describe_draws
 from dfer.recipes import deviations
 from dfer.run import distributed
+from dfer.run.continuing import continuing_command
 from dfer.run.predictions import read_predictions
 from dfer.run.wandb_log import WandbLog
 from dfer.state import Job
+
+TIME = "time"  # of a row: when it was written
 
 
 class _Pending(NamedTuple):
@@ -68,11 +72,13 @@ class Logger:
             rows = run_dir / "metrics.jsonl"
             self._anew = start_step == 0 and rows.exists() and rows.stat().st_size > 0
             earlier = _cut_back(rows, start_step, start_evaluated)
-            self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed in close)
+            name = run_dir / "log.txt"
+            self._text = open(name, "a", buffering=1, errors="backslashreplace")  # noqa: SIM115 (closed in close)
             self._rows = open(rows, "a", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{run_dir}: cannot write ({error})") from None
         self._num_rows = len(earlier)
+        earlier = [{k: v for k, v in row.items() if k != TIME} for row in earlier]
         done = start_evaluated and start_step == total_steps
         self._wandb = WandbLog(run_dir, config, earlier, wandb_id, done, self.say)
         if self._console.is_terminal:
@@ -94,8 +100,8 @@ class Logger:
     def say(self, line: str) -> None:
         """Write one line to the terminal and to log.txt."""
         if self.run_dir is not None:
+            self._write(self._text, f"{_now(' ')} {line}\n")  # first: it is the record
             self._console.print(line, markup=False, soft_wrap=True)
-            self._write(self._text, f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def _write(self, file: TextIO, line: str) -> None:
         try:
@@ -104,11 +110,11 @@ class Logger:
             raise UserError(f"{file.name}: cannot write ({error.strerror}); the last checkpoint counts") from None
 
     def row(self, step: int, values: dict[str, int | float]) -> None:
-        """Write one row of metrics.jsonl, which W&B gets too. Non-finite values are null there."""
+        """Write one row of metrics.jsonl, which W&B gets too, with a time of its own. Non-finite values are null."""
         if self.run_dir is None or self._wandb is None:
             return
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._write(self._rows, json.dumps(row) + "\n")
+        self._write(self._rows, json.dumps(row | {TIME: _now()}) + "\n")
         self._wandb.row(self._num_rows, row)
         self._num_rows += 1
 
@@ -153,8 +159,8 @@ class Logger:
             self.say(line)
         if changes is not None and job.state.evaluated < config.optim.epochs:
             self.say(
-                f"continuing from step {job.state.step}, with {data.batch_size} clips per step on each of "
-                f"{world.size} processes"
+                f"{self.run_dir}: continuing from step {job.state.step}, with {data.batch_size} clips per step on each "
+                f"of {world.size} processes"
             )
 
     def steps(self, job: Job, grad_norm: Tensor, diagnostics: dict[str, Tensor], rates: dict[str, float]) -> None:
@@ -217,14 +223,14 @@ class Logger:
             arrived.synchronize()  # recorded a whole row ago: done long since
         values |= dict(zip(names, host.tolist(), strict=True))
         self.row(step, values)
-        line = (
-            f"epoch {values['epoch']}  step {step}/{self._total_steps}  loss {values['train/loss']:.3f}  "
-            f"{values['throughput/total_clips_per_s']:.1f} clips/s  "
+        rates = (
+            f"loss {values['train/loss']:.3f}  {values['throughput/total_clips_per_s']:.1f} clips/s  "
             f"data wait {100 * values['throughput/data_wait_share']:.0f} %"
         )
-        if self._progress is not None:
-            self._progress.update(self._task, description=line)
-            self._write(self._text, f"{time.strftime('%H:%M:%S')} {line}\n")
+        line = f"epoch {values['epoch']}  step {step}/{self._total_steps}  {rates}"
+        if self._progress is not None:  # which counts the steps by itself
+            self._progress.update(self._task, description=f"epoch {values['epoch']}  {rates}")
+            self._write(self._text, f"{_now(' ')} {line}\n")
         else:
             done = step - self._start_step
             left = (time.perf_counter() - self._started) / done * (self._total_steps - step)
@@ -243,6 +249,11 @@ class Logger:
         self.say(line)
         if self._wandb is not None:
             self._wandb.best(best)
+
+    def stopped(self, step: int) -> None:
+        """Say that a signal has ended the run, which is saved, and by which command it goes on."""
+        if self.run_dir is not None:
+            self.say(f"stopped by a signal after step {step}; it goes on by: {continuing_command(self.run_dir)}")
 
     def result(
         self, confusion: ConfusionMatrix, throughput: dict[str, float], best: dict[str, list[int | float]]
@@ -283,15 +294,26 @@ class Logger:
 
 
 def print_result(title: str, confusion: ConfusionMatrix) -> None:
-    """Print a small table: WAR, UAR, recall and clips per class."""
-    table = Table(title=title, title_justify="left", show_header=True)
-    for column in ("WAR", "UAR", *EMOTIONS):
-        table.add_column(column, justify="right", no_wrap=True)
-    recalls = ["-" if math.isnan(r) else f"{r:.1f}" for r in confusion.per_class_recall().tolist()]
-    table.add_row(f"{confusion.war():.2f}", f"{confusion.uar():.2f}", *recalls)
-    counts = [str(n) for n in confusion.counts.sum(1).tolist()]
-    table.add_row("clips", str(confusion.total()), *counts, style="dim")
-    Console(highlight=False).print(table)
+    """Print a small table: WAR, UAR, recall and clips per class, below each other where the terminal is narrow."""
+    values = [confusion.war(), confusion.uar(), *confusion.per_class_recall().tolist()]
+    shares = ["-" if math.isnan(v) else f"{v:.2f}" if i < 2 else f"{v:.1f}" for i, v in enumerate(values)]
+    names = ("WAR", "UAR", *EMOTIONS)
+    counts = ["clips", str(confusion.total()), *(str(n) for n in confusion.counts.sum(1).tolist())]
+    wide, narrow = (Table(title=title, title_justify="left", show_header=heads) for heads in (True, False))
+    for name in names:
+        wide.add_column(name, justify="right", no_wrap=True)
+    wide.add_row(*shares)
+    wide.add_row(*counts, style="dim")
+    for _ in range(3):
+        narrow.add_column(justify="right", no_wrap=True)
+    for row in zip(names, shares, counts, strict=True):
+        narrow.add_row(*row)
+    show_table(wide, narrow)
+
+
+def _now(between: str = "T") -> str:
+    """Return date, time and zone."""
+    return datetime.now().astimezone().isoformat(between, "seconds")
 
 
 def _cut_back(path: Path, step: int, evaluated: bool) -> list[dict]:

@@ -1,7 +1,6 @@
 """Weights & Biases, a view of metrics.jsonl: it never prompts, blocks or stops a run."""
 
 import json
-import netrc
 import os
 import re
 import secrets
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from dfer.cli import UserError
 from dfer.config import Config
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS
@@ -58,8 +58,8 @@ class WandbLog:
         mode = config.run.wandb
         if mode == "off":
             return
-        if mode == "auto":
-            mode = "online" if has_wandb_key() else "offline"
+        if mode == "auto" and (mode := mode_of_machine()) == "off":
+            return
         folders = list((run_dir / "wandb").glob("*run-*/"))  # of earlier processes
         unsent = [f for f in folders if f.name.startswith("offline-") and not list(f.glob("*.synced"))]
         if done and (unsent or mode == "offline"):
@@ -104,7 +104,7 @@ class WandbLog:
         about = _grouping(self._config)
         fold = [f"fold{about['fold']}"] if about["fold"] else []
         return {
-            "project": "dfer",
+            "project": project_of(self._config),
             "group": "-".join([str(about["dataset"]), *fold]),
             "job_type": "train",
             "tags": [about["dataset"], *fold, f"seed{self._config.seed}", self._config.model.name],
@@ -141,6 +141,18 @@ class WandbLog:
         except Exception as error:
             self._run = None
             self._say(f"W&B failed ({reason(error)}); nothing more goes there, metrics.jsonl has everything")
+
+
+def project_of(config: Config) -> str:
+    """Return the project that a run is recorded in: --run.wandb-project, else W&B's own setting, else dfer.
+
+    Raises:
+        UserError: if W&B takes no project of that name.
+    """
+    project = config.run.wandb_project or _settings().project or "dfer"
+    if not re.fullmatch(r"[^/\\#?%:]{1,128}", project):
+        raise UserError(f"--run.wandb-project {project!r}: W&B takes 1 to 128 letters, and none of / \\ # ? % :")
+    return project
 
 
 def _run_id(id_file: Path, wandb_id: str | None) -> str:
@@ -184,12 +196,36 @@ def _grouping(config: Config) -> dict[str, str | int | None]:
     return {"dataset": folder.name[:50] or "data", "fold": int(fold[1]) if fold else None}  # a tag may have 64 letters
 
 
+def mode_of_machine() -> Literal["online", "offline", "off"]:
+    """Return how W&B would record here by itself, but that it never asks for a key: without one it is offline.
+
+    WANDB_MODE and the settings that `wandb offline` and `wandb disabled` leave count.
+    """
+    mode = _settings().mode
+    if mode == "disabled":
+        return "off"
+    return "online" if mode in ("online", "run", "shared") and has_wandb_key() else "offline"
+
+
 def has_wandb_key() -> bool:
-    """Return whether W&B would find a key to log in with."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+    """Return whether W&B finds a key for its server, WANDB_BASE_URL's or its own, wherever it looks for one."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib import wbauth
+
     try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any(re.search(r"wandb|coreweave", host) for host in hosts)
+        host = _settings().base_url
+        return wbauth.authenticate_session(host=host, source="", prompt=False, update_session=False) is not None
+    except AuthenticationError:  # there is one, and the server's refusal of it will be told
+        return True
+
+
+def _settings() -> "wandb.Settings":
+    """Return W&B's settings by its files and the environment."""
+    from wandb.sdk import wandb_setup
+
+    try:
+        return wandb_setup.singleton().settings
+    except ValueError as error:  # pydantic's, over several lines
+        raise UserError(
+            f"W&B's settings cannot be used: {reason(error)}; WANDB_* in the environment sets them"
+        ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dfer.cli import UserError, say_once
+from dfer.files import check_visible
 from dfer.images import natural_key
 from dfer.lists.columns import unquote
 from dfer.lists.missing import find_listed
@@ -64,6 +65,7 @@ def find_labelled_videos(
         UserError: if there are none, or one has no label (unless all are `unlabelled`).
     """
     found: Sequence[tuple[Path, int | None]]
+    check_visible(source)
     if source.is_dir():
         paths = find_video_files(source, warn)
         paths.sort(key=lambda path: natural_key(path.relative_to(source).as_posix()))

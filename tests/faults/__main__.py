@@ -42,13 +42,45 @@ CLEAN_EXITS = (0, 2, 69, 70, 75)  # those of train.py; a negative one is a signa
 # Imports train.py once and plays it in forked processes: one line of JSON each, answered by its process id and, when it
 # has ended, by its exit code.
 NURSERY = """
-import functools, json, os, sys
+import errno, functools, json, os, random, stat, sys
 import torch
 import train, wandb
-from dfer.cli import one_line_errors
+from dfer.cli import begin, one_line_errors
 from dfer.config import parse_config
 
 torch.set_num_threads(1)
+train.COMMAND = True  # it is ours to end
+
+def without_streams(how):
+    if how == "closed":  # as Python leaves it then
+        sys.stdout = sys.stderr = None
+        os.close(1)
+        os.close(2)
+        return
+    if how == "full":
+        there = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, there = os.pipe() if how == "unread" else os.openpty()
+        os.close(reader)
+    os.dup2(there, 1)
+    os.dup2(there, 2)
+
+def answer_nonsense():
+    real_sync, real_names, real_free = os.fsync, os.listdir, os.statvfs
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real_sync(descriptor)
+    def listdir(*folder):
+        names = real_names(*folder)
+        random.shuffle(names)
+        return names
+    def statvfs(path):
+        found = list(real_free(path))
+        found[2:8] = [0] * 6
+        return os.statvfs_result(found)
+    os.fsync, os.listdir, os.statvfs = fsync, listdir, statvfs
+
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
@@ -57,6 +89,11 @@ for line in sys.stdin:
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
+        if order["streams"]:
+            without_streams(order["streams"])
+        if order["nonsense"]:
+            answer_nonsense()
+        begin("train.py")
         os.environ |= order["env"]
         bounds = {"init_timeout": 5.0, "finish_timeout": 2.0}
         wandb.Settings = functools.partial(lambda make, **k: make(**k | bounds), wandb.Settings)
@@ -65,7 +102,8 @@ for line in sys.stdin:
             sys.stdout.flush()
         except BaseException:
             import traceback
-            traceback.print_exc()
+            with open(order["log"], "a") as file:
+                traceback.print_exc(file=file)
             code = 1
         os._exit(code)
     print(child, flush=True)
@@ -89,6 +127,8 @@ class Trial:
     nodes: list[str] = field(default_factory=list)  # network namespaces that share the processes
     words: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
+    streams: str = ""  # what has become of stdout and stderr: closed, full, unread, or of a terminal that is gone
+    nonsense: bool = False  # the file system answers what makes no sense
 
     @property
     def run_dir(self) -> Path:
@@ -137,6 +177,7 @@ class Process:
             self.torchruns, self.pid = [torchrun], torchrun.pid
             return
         order = {"words": trial.command(), "log": str(trial.out), "env": trial.env}
+        order |= {"streams": trial.streams, "nonsense": trial.nonsense}
         nursery.stdin.write(json.dumps(order) + "\n")
         nursery.stdin.flush()
         self.pid = int(nursery.stdout.readline())
@@ -305,6 +346,47 @@ def link_cut(trial: Trial, process: Process) -> None:
         raise Lost("exit code 0 without a link")
 
 
+def closed_streams(trial: Trial, process: Process) -> None:
+    """Nobody can be told anything any more: a run that goes on must come to its end all the same."""
+    killed_all(trial, process)
+    process.wait()
+    trial.streams = trial.rng.choice(("closed", "full", "unread", "hung up"))
+    code = Process(trial, process.nursery).wait()
+    if code != 0:
+        raise Lost(f"exit code {code} with streams that are {trial.streams}")
+    trial.streams = ""
+
+
+def moved_data(trial: Trial, process: Process) -> None:
+    """The next command names the same data at another place."""
+    killed_all(trial, process)
+    process.wait()
+    there = trial.folder / f"data {trial.rng.randrange(10**6)}"
+    shutil.copytree(trial.clips, there, copy_function=os.link, ignore=shutil.ignore_patterns("*.npz"))
+    trial.clips = there
+
+
+def odd_file_system(trial: Trial, process: Process) -> None:
+    """From here on folders cannot be synced, names come in any order, and 0 of 0 bytes are free."""
+    killed_all(trial, process)
+    trial.nonsense = True
+
+
+def busy_machine(trial: Trial, process: Process) -> None:
+    """A signal while three processes do nothing else beside it: it must wait for the step."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        time.sleep(trial.rng.uniform(0.1, 1))
+        process.send(process.pid, trial.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)))
+        code = process.wait()
+    finally:
+        for other in busy:
+            other.kill()
+            other.wait()
+    if code not in (0, 75):
+        raise Lost(f"exit code {code} on a busy machine")
+
+
 def remount(trial: Trial, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", str(trial.folder / "logs")], check=True)
 
@@ -335,6 +417,7 @@ ONE_PROCESS: dict[str, Fault] = {
     "SIGTERM": signalled(signal.SIGTERM),
     "SIGINT": signalled(signal.SIGINT),
     "SIGUSR1": signalled(signal.SIGUSR1),
+    "SIGHUP": signalled(signal.SIGHUP),
     "two signals in a row": signalled(signal.SIGTERM, signal.SIGINT),
     "SIGSTOP for a second": paused,
     "a bit of the newest checkpoint flips": then_damaged(flip_a_bit),
@@ -342,6 +425,10 @@ ONE_PROCESS: dict[str, Fault] = {
     "a torn last row": then_damaged(tear_the_rows),
     "leftovers of a save": then_damaged(litter),
     "a clip cannot be read (--data.bad-clips error)": lost_clip,
+    "stdout and stderr are closed, full or gone": closed_streams,
+    "the data has moved": moved_data,
+    "the file system answers nonsense": odd_file_system,
+    "a signal on a busy machine": busy_machine,
 }
 ON_A_SMALL_DISK: dict[str, Fault] = {"the disk is full": full_disk, "the disk is read-only": read_only_disk}
 WITH_WANDB: dict[str, Fault] = {
@@ -357,6 +444,7 @@ TOGETHER: dict[str, Fault] = {
     "kill -9 of one of two ranks": killed_rank,
     "kill -9 of torchrun and its ranks": killed_all,
     "SIGTERM to torchrun": signalled(signal.SIGTERM),
+    "SIGHUP to torchrun": signalled(signal.SIGHUP),
 }
 ON_TWO_NODES: dict[str, Fault] = {"the link between two nodes is cut": link_cut}
 FAMILIES = (ONE_PROCESS, ON_A_SMALL_DISK, WITH_WANDB, TOGETHER, ON_TWO_NODES)

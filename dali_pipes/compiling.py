@@ -1,0 +1,79 @@
+"""Compile functions with numba and keep their machine code, where there is a place for it."""
+
+# numba's types describe Python's side of compiled functions, not the functions.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from numba.core import sigutils
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.ccallback import CFunc
+
+from dfer.cli import say_once
+from dfer.files import reason
+
+_INSTEAD = "it is compiled at each start, which takes a while; NUMBA_CACHE_DIR can name another folder"
+
+
+def njit(**options: Any) -> Callable[[Callable], Any]:
+    """Return a decorator: numba.njit with a cache that costs nothing but time where it fails."""
+
+    def compile_(function: Callable) -> Any:
+        dispatcher: Any = numba.njit(**options)(function)
+        dispatcher._cache = _Cache(function)
+        return dispatcher
+
+    return compile_
+
+
+def cfunc(signature: Any) -> Callable[[Callable], Any]:
+    """Return a decorator: numba.cfunc with the same cache."""
+
+    def compile_(function: Callable) -> Any:
+        callback: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options={})
+        callback._cache = _Cache(function)
+        callback.compile()
+        return callback
+
+    return compile_
+
+
+class _Cache(NullCache):
+    """Numba's cache of a function, for machines where it cannot be written or read.
+
+    Numba itself raises where neither the source's folder nor the home can be written (images of containers), for a full
+    disk, and for files that belong to another user or were cut short.
+    """
+
+    def __init__(self, function: Callable):
+        try:
+            self._cache: FunctionCache | None = FunctionCache(function)
+        except (RuntimeError, OSError):  # numba's "no locator available"
+            self._cache = None
+
+    @property
+    def cache_path(self) -> str | None:
+        """Return the folder of its files."""
+        return None if self._cache is None else self._cache.cache_path
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return what was compiled for these types before; None if it has to be compiled."""
+        if self._cache is None:
+            say_once(f"there is no folder to keep machine code in: {_INSTEAD}")
+            return None
+        try:
+            return self._cache.load_overload(sig, target_context)
+        except Exception as error:  # the files are pickles: damage is of any kind
+            say_once(f"machine code in {self.cache_path} cannot be read ({reason(error)}): {_INSTEAD}")
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what was compiled."""
+        if self._cache is None:
+            return
+        try:
+            self._cache.save_overload(sig, data)
+        except Exception as error:  # of the disk, or of an index that was there and is damaged
+            say_once(f"machine code cannot be kept in {self.cache_path} ({reason(error)}): {_INSTEAD}")

@@ -1,0 +1,102 @@
+"""Which run a command goes on with that names none, and which command goes on with a run."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dfer.cli import UserError
+from dfer.config import Config, begun_config, differences, parse_config
+from dfer.run.checkpoint import find_manifests
+
+
+def parse_command(words: Sequence[str]) -> Config:
+    """Return the configuration that train.py's words make; --resume without a name is given the run's that it means.
+
+    Raises:
+        UserError: as `parse_config`; if there is no such run.
+    """
+    config = parse_config(list(words))
+    if not config.resume or config.run.name is not None or os.environ.get("RANK", "0") != "0":
+        return config  # rank 0 may be alone in seeing the folder, and says which it is
+    return parse_config([*words, "--run.name", unfinished_run(config).name])
+
+
+def unfinished_run(config: Config) -> Path:
+    """Return the folder of the newest run of a configuration that is not finished.
+
+    Data counts by the lists that are named: the runs of two folds are two configurations.
+
+    Raises:
+        UserError: if there is none; it names the newest of another configuration.
+    """
+    others = []
+    for folder in _newest_first(config.run.log_dir):
+        with contextlib.suppress(UserError):  # no run that could be continued
+            begun = begun_config(folder)
+            if begun is None or _is_finished(folder, begun.optim.epochs):
+                continue
+            differing = differences(begun, config) + _other_data(begun, config)
+            if not differing:
+                return folder
+            others.append(f"; {folder.name} is another: {'; '.join(differing)}")
+    raise UserError(
+        f"--resume: {config.run.log_dir} has no unfinished run of this configuration{others[0] if others else ''}; say "
+        "which with --run.name NAME"
+    )
+
+
+def _newest_first(log_dir: Path) -> list[Path]:
+    """Return the folders in which runs have left a checkpoint, the one that was written to last first."""
+    found = []
+    with contextlib.suppress(OSError):  # there is none, which whoever asks says
+        for entry in os.scandir(log_dir):
+            with contextlib.suppress(OSError):
+                if find_manifests(Path(entry.path, "checkpoints")):
+                    found.append((os.stat(Path(entry.path, "checkpoints")).st_mtime_ns, Path(entry.path)))
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def _is_finished(folder: Path, epochs: int) -> bool:
+    """Return whether a run has evaluated its last epoch, and saved that."""
+    last = {}
+    with contextlib.suppress(OSError, ValueError), open(folder / "metrics.jsonl", "rb") as file:
+        last = json.loads(file.read().splitlines()[-1])
+    return (
+        isinstance(last, dict)
+        and last.get("epoch") == epochs
+        and "val/WAR" in last
+        and last.get("step") == find_manifests(folder / "checkpoints")[0]
+    )
+
+
+def _other_data(begun: Config, now: Config) -> list[str]:
+    """Return the flags that name other data, as `--flag was this, is that`."""
+    pairs = {
+        "--data.train-list": (begun.data.train_list, now.data.train_list),
+        "--data.val-list": (begun.data.val_list, now.data.val_list),
+        "--data.root": (begun.data.root, now.data.root),
+        "--loss.soft-labels": (begun.loss.soft_labels, now.loss.soft_labels),
+    }
+    return [f"{flag} was {was}, is {is_}" for flag, (was, is_) in pairs.items() if _real(was) != _real(is_)]
+
+
+def _real(path: Path | None) -> str | None:
+    return None if path is None else os.path.realpath(path)
+
+
+def continuing_command(run: Path) -> str:
+    """Return the command that goes on with a run, whose saved configuration says all but where it lies."""
+    program = Path(sys.argv[0])
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        command = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}", str(program)]
+    elif program.name == "train.py":
+        command = [python, str(program)]
+    else:
+        command = ["dfer", "train"]
+    where = [] if run.parent == Path("logs") else ["--run.log-dir", str(run.parent)]
+    return shlex.join([*command, "--run.name", run.name, *where])

@@ -34,7 +34,7 @@ from dfer.files import reason
 from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import Objective, build_objective
 from dfer.metrics import BEGINNING, Throughput
-from dfer.optim import build_schedule
+from dfer.optim.schedule import build_schedule
 from dfer.precision import build_precision
 from dfer.run import distributed, dry_run
 from dfer.run.checkpoint import decode_state, newest_checkpoint

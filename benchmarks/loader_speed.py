@@ -184,7 +184,7 @@ def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     from dfer.config import Config, DataConfig, RunConfig
     from dfer.losses import build_objective
     from dfer.metrics import Throughput
-    from dfer.optim import Schedule
+    from dfer.optim.schedule import Schedule
     from dfer.precision import build_precision
     from dfer.run import distributed
     from dfer.state import Job, build_state

@@ -57,7 +57,7 @@ class BadClips:
                 raise BadClip(self._frames[video, frame])
 
     def decode_one_by_one(
-        self, feed: Feed, ids: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], epoch: Epoch, message: str
+        self, feed: Feed, rows: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], epoch: Epoch, message: str
     ) -> tuple[torch.Tensor, Bool[np.ndarray, " B"]]:
         """Return the pictures of a batch that DALI has refused, and which of its clips are good after all.
 
@@ -66,7 +66,7 @@ class BadClips:
 
         Args:
             feed: the graph.
-            ids: rows of the index.
+            rows: of the plan.
             good: clips that could be fetched.
             epoch: what is drawn for them.
             message: why DALI refused the batch.
@@ -76,37 +76,37 @@ class BadClips:
             UserError: if too many are bad, or none of them alone.
         """
         clips: dict[int, torch.Tensor] = {}
-        replaced = False
-        for row in np.flatnonzero(good).tolist():
+        videos, replaced = epoch.plan.video[rows], False
+        for place in np.flatnonzero(good).tolist():
             try:
-                clips[row], other = self._decode_alone(feed, int(ids[row]), epoch)
+                clips[place], other = self._decode_alone(feed, int(rows[place]), epoch)
                 replaced |= other
             except BadClip as error:
-                self.add(int(ids[row]), error)
+                self.add(int(videos[place]), error)
         if len(clips) == good.sum() and not replaced:
-            names = ", ".join(self._index.records[v].name for v in ids)
+            names = ", ".join(self._index.records[v].name for v in videos)
             raise UserError(f"decoding failed, though not of any one clip, in the batch of {names}: {message}")
-        good = np.isin(np.arange(len(ids)), list(clips))
+        good = np.isin(np.arange(len(rows)), list(clips))
         if not clips:
-            return feed.zeros(len(ids)), good
+            return feed.zeros(len(rows)), good
         stand_in = next(iter(clips.values()))
-        return torch.cat([clips.get(row, stand_in) for row in range(len(ids))]), good
+        return torch.cat([clips.get(place, stand_in) for place in range(len(rows))]), good
 
-    def _decode_alone(self, feed: Feed, video: int, epoch: Epoch) -> tuple[torch.Tensor, bool]:
-        """Return the pictures of one clip, and whether DALI has refused frames of it that are decoded here from now on.
+    def _decode_alone(self, feed: Feed, row: int, epoch: Epoch) -> tuple[torch.Tensor, bool]:
+        """Return the pictures of a row's clip, and whether DALI has refused frames of it, which are decoded here now.
 
         Raises:
             BadClip: if it cannot be decoded; its message names the frame, if the source has frames.
         """
-        frames, ids = epoch.plan.frames[video], np.array([video])
+        video, frames, rows = int(epoch.plan.video[row]), epoch.plan.frames[row], np.array([row])
         clip = feed.source.fetch(video, frames)
         try:
-            feed.start(clip, ids, epoch)
+            feed.start(clip, rows, epoch)
             return feed.pictures(), False
         except RuntimeError as error:
             message = " ".join(str(error).split())
         if isinstance(feed.source, Images) and feed.source.kind == "images":
-            refused = [place for place, data in enumerate(clip) if not _decodes(feed, data, ids, epoch)]
+            refused = [place for place, data in enumerate(clip) if not _decodes(feed, data, rows, epoch)]
             for place in refused:
                 frame = int(frames[place])
                 try:
@@ -116,22 +116,22 @@ class BadClips:
                     raise
             if refused:
                 with contextlib.suppress(RuntimeError):
-                    feed.start(clip, ids, epoch)
+                    feed.start(clip, rows, epoch)
                     return feed.pictures(), True
         record = self._index.records[video]
         raise BadClip(f"{record.source}: decoding clip {record.name} ({record.path}) failed: {message}")
 
 
-def _decodes(feed: Feed, data: np.ndarray, ids: Int64[np.ndarray, " 1"], epoch: Epoch) -> bool:
+def _decodes(feed: Feed, data: np.ndarray, rows: Int64[np.ndarray, " 1"], epoch: Epoch) -> bool:
     """Return whether the graph takes an image alone."""
     try:
-        feed.start([data], ids, epoch)
+        feed.start([data], rows, epoch)
         feed.pictures()
     except RuntimeError:
         return False
     return True
 
 
-def stand_ins(ids: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+def stand_ins(rows: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
     """Return the clips whose pixels a batch holds: for a bad one the first good one, so that its rows look like any."""
-    return np.where(good, ids, ids[good.argmax()])
+    return np.where(good, rows, rows[good.argmax()])

@@ -16,7 +16,8 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
     """Return a rank's loader of training clips (mode "train") or of all clips once ("eval").
 
     Raises:
-        UserError: if the clips are to be held in GPU memory, and there is no GPU or no room, or they are not raw.
+        UserError: if the clips are to be held in GPU memory, and there is no GPU or no room, or they are not raw; or if
+            they are to be mixed, and a batch does not consist of pairs.
     """
     data = config.data
     sampler = ClipSampler(
@@ -27,7 +28,12 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         data.augmentation,
         data.views,
         data.mirror_views,
+        data.balance,
     )
+    if mode == "train" and data.batch_size % 2 and (data.augmentation.mixup or data.augmentation.cutmix):
+        raise UserError(
+            f"--data.batch-size {data.batch_size}: mixup and cutmix mix pairs: they take an even number per process"
+        )
     gpu = world.device.type == "cuda"
     if data.cache == "gpu" and not gpu:
         raise UserError("--data.cache gpu: there is no GPU here")

@@ -59,33 +59,34 @@ class Feed:
         self._fed: list[np.ndarray | list[np.ndarray]] = []
         self._in_flight = False
 
-    def start(self, samples: list[np.ndarray], ids: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
-        """Start the graph on one clip for each of `ids`, or on one frame for each.
+    def start(self, samples: list[np.ndarray], rows: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
+        """Start the graph on one clip for each of these rows of the plan, or on one frame for each.
 
         `samples` are what the source has fetched, clip after clip. If an earlier batch is in flight, its pictures must
         be taken first.
         """
-        plan, repeat = epoch.plan, len(samples) // len(ids)
+        plan, repeat = epoch.plan, len(samples) // len(rows)
+        videos = plan.video[rows]
         self._feed("source", samples)
         if epoch.on_device is None:
             decoder_crops = self.source.kind == "images"
-            yuv = None if self._yuv is None else self._yuv[ids]
+            yuv = None if self._yuv is None else self._yuv[videos]
             normalised = self._options.dtype != torch.uint8
-            table = kernels.parameters(plan, ids, crop=not decoder_crops, yuv=yuv, normalised=normalised)
+            table = kernels.parameters(plan, rows, crop=not decoder_crops, yuv=yuv, normalised=normalised)
             self._feed("parameters", np.repeat(table, repeat, axis=0))
             if decoder_crops:
-                self._feed_crop(plan, ids, repeat)
+                self._feed_crop(plan, rows, repeat)
         else:
-            self._feed_crop(plan, ids, repeat)
+            self._feed_crop(plan, rows, repeat)
             # What must be warped or blurred first gets its colours after that.
             late = epoch.on_device.touches_geometry
-            colour = np.tile(np.eye(3, 4, dtype=np.float32), (len(ids), 1, 1)) if late else plan.colour[ids]
-            colour = colour if self._recolour is None else _compose(colour, self._recolour[ids])
-            self._feed("mirror", np.repeat(plan.mirror[ids].astype(np.int32), repeat))
+            colour = np.tile(np.eye(3, 4, dtype=np.float32), (len(rows), 1, 1)) if late else plan.colour[rows]
+            colour = colour if self._recolour is None else _compose(colour, self._recolour[videos])
+            self._feed("mirror", np.repeat(plan.mirror[rows].astype(np.int32), repeat))
             self._feed("matrix", np.repeat(np.ascontiguousarray(colour[:, :, :3]), repeat, axis=0))
             self._feed("offset", np.repeat(np.ascontiguousarray(colour[:, :, 3]), repeat, axis=0))
             if self.source.kind == "videos":
-                self._feed("frames", plan.frames[ids].astype(np.int32))
+                self._feed("frames", plan.frames[rows].astype(np.int32))
         self._pipeline.schedule_run()
         self._in_flight = True
 
@@ -93,8 +94,8 @@ class Feed:
         self._fed.append(data)
         self._pipeline.feed_input(name, data)
 
-    def _feed_crop(self, plan: EpochPlan, ids: Int64[np.ndarray, " B"], repeat: int) -> None:
-        box = np.repeat(plan.box[ids].astype(np.float32), repeat, axis=0)
+    def _feed_crop(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"], repeat: int) -> None:
+        box = np.repeat(plan.box[rows].astype(np.float32), repeat, axis=0)
         self._feed("anchor", np.ascontiguousarray(box[:, :2]))
         self._feed("shape", np.ascontiguousarray(box[:, 2:]))
 

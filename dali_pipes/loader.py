@@ -16,7 +16,7 @@ from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.resident import ResidentClips
 from dali_pipes.sources import BadClip, Images, source_of
-from dfer.batch import Batch
+from dfer.batch import Batch, mixed
 from dfer.cli import UserError, printable, say_error
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler, EpochPlan, shard
@@ -75,44 +75,45 @@ class ClipLoader:
                 storage or a decoder hangs. The message names the clip and the file.
         """
         options = self.options
-        plan = self.sampler.plan(epoch, self.index.num_frames)
-        ids, valid = shard(plan.order, options.rank, options.world_size, options.batch_size, self._pad)
-        ids, valid = ids[start_step:], valid[start_step:]
-        if not len(ids):
+        plan = self.sampler.plan(epoch, self.index.num_frames, self.index.labels)
+        steps, valid = shard(plan.order, options.rank, options.world_size, options.batch_size, self._pad)
+        steps, valid = steps[start_step:], valid[start_step:]
+        if not len(steps):
             return
         if self._resident is not None:
-            yield from self._resident_batches(self._resident, plan, ids, valid)
+            yield from self._resident_batches(self._resident, plan, steps, valid)
             return
         self._feed.drain()  # the consumer of the last epoch may have left early
         drawn = Epoch(plan, None if options.fused else torch_stages.DevicePlan(plan, self._device))
         # Storage is waited for, not computed with: a few threads even on one core. Decoding videos takes all cores.
         with Readers(max(options.num_threads, 4)) as readers:
 
-            def read(row: np.ndarray) -> list[Future]:
-                return [readers.submit(self._source.fetch, v, plan.frames[v]) for v in row.tolist()]
+            def read(rows: np.ndarray) -> list[Future]:
+                clips = zip(plan.video[rows].tolist(), plan.frames[rows], strict=True)
+                return [readers.submit(self._source.fetch, video, frames) for video, frames in clips]
 
-            ahead = deque(read(row) for row in ids[:AHEAD])
-            good = self._schedule(ahead.popleft(), ids[0], drawn)
-            for step in range(len(ids)):
-                pictures, row_good = self._outputs(ids[step], good, drawn)
-                filled = stand_ins(ids[step], row_good)
-                if step + AHEAD < len(ids):
-                    ahead.append(read(ids[step + AHEAD]))
-                if step + 1 < len(ids):
-                    good = self._schedule(ahead.popleft(), ids[step + 1], drawn)
-                if drawn.on_device is not None and row_good.any():
+            ahead = deque(read(rows) for rows in steps[:AHEAD])
+            good = self._schedule(ahead.popleft(), steps[0], drawn)
+            for step, rows in enumerate(steps):
+                pictures, rows_good = self._outputs(rows, good, drawn)
+                filled = stand_ins(rows, rows_good)
+                if step + AHEAD < len(steps):
+                    ahead.append(read(steps[step + AHEAD]))
+                if step + 1 < len(steps):
+                    good = self._schedule(ahead.popleft(), steps[step + 1], drawn)
+                if drawn.on_device is not None and rows_good.any():
                     pictures = self._finish(pictures, drawn.on_device, filled)
-                yield self._batch(pictures, ids[step], valid[step] & row_good)
+                yield self._batch(pictures, plan, rows, valid[step] & rows_good)
 
     def _resident_batches(
-        self, resident: ResidentClips, plan: EpochPlan, ids: Int64[np.ndarray, "S B"], valid: Bool[np.ndarray, "S B"]
+        self, resident: ResidentClips, plan: EpochPlan, steps: Int64[np.ndarray, "S B"], valid: Bool[np.ndarray, "S B"]
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch of a data set in the device's memory."""
         on_device = torch_stages.DevicePlan(plan, self._device)
-        for row, row_valid in zip(ids, valid, strict=True):
-            videos = torch.from_numpy(np.ascontiguousarray(row)).to(self._device, non_blocking=True)
-            good = ~np.isin(row, list(self.bad_clips))
-            yield self._batch(resident.clips(videos, on_device, self.options.size), row, row_valid & good)
+        for rows, rows_valid in zip(steps, valid, strict=True):
+            there = torch.from_numpy(np.ascontiguousarray(rows)).to(self._device, non_blocking=True)
+            good = ~np.isin(plan.video[rows], list(self.bad_clips))
+            yield self._batch(resident.clips(there, on_device, self.options.size), plan, rows, rows_valid & good)
 
     def _verify_all(self) -> None:
         """Check the hashes of a data set that is held in memory, as nothing is read again later."""
@@ -125,23 +126,23 @@ class ClipLoader:
                 self._bad.add(video, error, tell=self.options.rank == 0)
 
     @record_function("reading")
-    def _schedule(self, fetched: list[Future], ids: Int64[np.ndarray, " B"], drawn: Epoch) -> Bool[np.ndarray, " B"]:
+    def _schedule(self, fetched: list[Future], rows: Int64[np.ndarray, " B"], drawn: Epoch) -> Bool[np.ndarray, " B"]:
         """Start decoding a batch, in which another clip stands in for each that cannot be fetched; return which can."""
-        clips, good = [], np.ones(len(ids), dtype=bool)
-        for row, (video, future) in enumerate(zip(ids.tolist(), fetched, strict=True)):
+        clips, good, videos = [], np.ones(len(rows), dtype=bool), drawn.plan.video[rows].tolist()
+        for place, (video, row, future) in enumerate(zip(videos, rows, fetched, strict=True)):
             try:
-                self._bad.check_frames(video, drawn.plan.frames[video])
+                self._bad.check_frames(video, drawn.plan.frames[row])
                 clips.append(future.result(self.options.patience))
             except TimeoutError:
                 raise UserError(self._hung(video, fetched)) from None
             except BadClip as error:
                 self._bad.add(video, error)
-                good[row] = False
+                good[place] = False
         self._tell_of_slow_frames()
         if good.any():
-            by_row = dict(zip(np.flatnonzero(good).tolist(), clips, strict=True))
-            samples = [array for row in range(len(ids)) for array in by_row.get(row, clips[0])]
-            self._feed.start(samples, stand_ins(ids, good), drawn)
+            by_place = dict(zip(np.flatnonzero(good).tolist(), clips, strict=True))
+            samples = [array for place in range(len(rows)) for array in by_place.get(place, clips[0])]
+            self._feed.start(samples, stand_ins(rows, good), drawn)
         return good
 
     def _tell_of_slow_frames(self) -> None:
@@ -152,40 +153,43 @@ class ClipLoader:
             say_error(f"note: {where}, perhaps others too, is an unusual image file, which takes longer to decode")
 
     def _outputs(
-        self, ids: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], drawn: Epoch
+        self, rows: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], drawn: Epoch
     ) -> tuple[torch.Tensor, Bool[np.ndarray, " B"]]:
         """Return the pictures of the batch that was started, and which of its clips are good after all."""
         if not good.any():
-            return self._feed.zeros(len(ids)), good
+            return self._feed.zeros(len(rows)), good
         try:
             return self._feed.pictures(), good
         except RuntimeError as error:
             message = " ".join(str(error).split())
-        return self._bad.decode_one_by_one(self._feed, ids, good, drawn, message)
+        return self._bad.decode_one_by_one(self._feed, rows, good, drawn, message)
 
     def _finish(
-        self, pictures: torch.Tensor, on_device: torch_stages.DevicePlan, ids: Int64[np.ndarray, " B"]
+        self, pictures: torch.Tensor, on_device: torch_stages.DevicePlan, rows: Int64[np.ndarray, " B"]
     ) -> torch.Tensor:
         """Return the pictures after the stages that the graph of DALI's operators leaves out."""
         if not (on_device.touches_geometry or on_device.erases):
             return pictures
         size = self.options.size
-        clips = pictures.view(len(ids), self.sampler.clip_length, size, size, 3)
-        rows = torch.from_numpy(ids).to(self._device, non_blocking=True)
-        return torch_stages.finish(clips, on_device, rows, coloured=not on_device.touches_geometry)
+        clips = pictures.view(len(rows), self.sampler.clip_length, size, size, 3)
+        there = torch.from_numpy(rows).to(self._device, non_blocking=True)
+        return torch_stages.finish(clips, on_device, there, coloured=not on_device.touches_geometry)
 
-    def _batch(self, pictures: torch.Tensor, ids: Int64[np.ndarray, " B"], valid: Bool[np.ndarray, " B"]) -> Batch:
+    def _batch(
+        self, pictures: torch.Tensor, plan: EpochPlan, rows: Int64[np.ndarray, " B"], valid: Bool[np.ndarray, " B"]
+    ) -> Batch:
         if pictures.dtype == torch.uint16:
             pictures = pictures.view(torch.bfloat16)
-        size = self.options.size
-        clips = pictures.view(len(ids), self.sampler.clip_length, size, size, 3)
-        return Batch(
+        size, ids = self.options.size, plan.video[rows]
+        clips = pictures.view(len(rows), self.sampler.clip_length, size, size, 3)
+        batch = Batch(
             # a view: channels-last memory, as cuDNN and oneDNN like it
             clips=clips.permute(0, 1, 4, 2, 3).to(self.options.dtype),
             labels=torch.from_numpy(self.index.labels[ids]).to(pictures.device, non_blocking=True),
             valid=torch.from_numpy(np.ascontiguousarray(valid)).to(pictures.device, non_blocking=True),
-            ids=torch.from_numpy(np.ascontiguousarray(ids)),
+            ids=torch.from_numpy(ids),
         )
+        return batch if plan.mix is None else mixed(batch, plan.mix[rows])
 
     def _hung(self, video: int, fetched: list[Future]) -> str:
         """Return the message on a clip that was waited for too long. It may have come since, as may all the others."""

@@ -24,13 +24,11 @@ class ResidentClips:
         self.pictures = _load(store, device)
         self._first = torch.from_numpy(store.first[:-1]).to(device)
 
-    def clips(
-        self, videos: Int64[Tensor, " B"], plan: torch_stages.DevicePlan, size: int
-    ) -> Float[Tensor, "B T S S 3"]:
-        """Return the clips of some videos, made on the device without waiting for it."""
-        pictures = self.pictures[self._first[videos][:, None] + plan.frames[videos]]
-        clips = torch_stages.resize(pictures, plan.box[videos], plan.mirror[videos], size)
-        return torch_stages.finish(clips, plan, videos)
+    def clips(self, rows: Int64[Tensor, " B"], plan: torch_stages.DevicePlan, size: int) -> Float[Tensor, "B T S S 3"]:
+        """Return the clips of some rows of the plan, made on the device without waiting for it."""
+        pictures = self.pictures[self._first[plan.video[rows]][:, None] + plan.frames[rows]]
+        clips = torch_stages.resize(pictures, plan.box[rows], plan.mirror[rows], size)
+        return torch_stages.finish(clips, plan, rows)
 
 
 def _load(store: Packed, device: torch.device) -> UInt8[Tensor, "F H W 3"]:

@@ -27,7 +27,8 @@ class DevicePlan:
             tensor = tensor.pin_memory() if device.type == "cuda" else tensor
             return tensor.to(device, non_blocking=True)
 
-        self.frames, self.mirror, self.warp = put(plan.frames), put(plan.mirror), put(plan.warp)
+        self.video, self.frames, self.mirror = put(plan.video), put(plan.frames), put(plan.mirror)
+        self.warp = put(plan.warp)
         self.box, self.erase = put(plan.box.astype(np.float32)), put(plan.erase)
         self.blur, self.colour = put(plan.blur), put(plan.colour)
         # Computed once per epoch on the CPU: testing the GPU's copy per batch would force a sync.
@@ -76,7 +77,7 @@ def _triangles(
 
 
 def finish(
-    clips: Float[Tensor, "B T S S 3"], plan: DevicePlan, videos: Int64[Tensor, " B"], *, coloured: bool = False
+    clips: Float[Tensor, "B T S S 3"], plan: DevicePlan, rows: Int64[Tensor, " B"], *, coloured: bool = False
 ) -> Float[Tensor, "B T S S 3"]:
     """Return clips after warp, blur, colour and normalisation, and erase.
 
@@ -84,12 +85,12 @@ def finish(
     """
     if not coloured:
         if plan.warps:
-            clips = _warp(clips, plan.warp[videos])
+            clips = _warp(clips, plan.warp[rows])
         if plan.largest_blur:
-            clips = _blur(clips, plan.blur[videos], plan.largest_blur)
-        colour = plan.colour[videos][:, None, None]
+            clips = _blur(clips, plan.blur[rows], plan.largest_blur)
+        colour = plan.colour[rows][:, None, None]
         clips = torch.einsum("btyci,btyxi->btyxc", colour[..., :3], clips) + colour[..., None, :, 3]
-    return _erase(clips, plan.erase[videos]) if plan.erases else clips
+    return _erase(clips, plan.erase[rows]) if plan.erases else clips
 
 
 def _warp(clips: Float[Tensor, "B T S S 3"], warp: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B T S S 3"]:

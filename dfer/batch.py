@@ -7,12 +7,20 @@ K classes, N videos of a list (in dfer/crf/: tokens of a clip).
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler
+
+
+class Mix(NamedTuple):
+    """Whose pixels are in a clip beside its own, by which its label is to be mixed too."""
+
+    partner: Int64[Tensor, " B"]  # row of the batch; its own if it is not mixed
+    share: Float[Tensor, " B"]  # of its own pixels
 
 
 class Batch(NamedTuple):
@@ -20,6 +28,7 @@ class Batch(NamedTuple):
     labels: Int64[Tensor, " B"]
     valid: Bool[Tensor, " B"]  # False: padding that fills up the last batch; counts nowhere
     ids: Int64[Tensor, " B"]  # row of the clip in its ClipIndex
+    mix: Mix | None = None  # of mixup and cutmix
 
 
 def empty_batch(batch_size: int, num_frames: int, size: int, device: torch.device) -> Batch:
@@ -28,6 +37,30 @@ def empty_batch(batch_size: int, num_frames: int, size: int, device: torch.devic
     ids = torch.zeros(batch_size, dtype=torch.int64)
     labels = ids.to(device)
     return Batch(clips, labels, torch.ones_like(labels, dtype=torch.bool), ids)
+
+
+def mixed(batch: Batch, draws: Float32[np.ndarray, "B 5"]) -> Batch:
+    """Return a batch whose clips are mixed with their neighbours as `EpochPlan.mix` says, without waiting for a GPU.
+
+    A clip that is not valid is mixed with none.
+    """
+    device, size = batch.clips.device, batch.clips.shape[-1]
+    edges = np.round(np.stack([draws[:, 1:3], draws[:, 1:3] + draws[:, 3:]], axis=2) * np.float32(size))  # (B, 2, 2)
+    share = draws[:, 0] * (1 - (edges[:, :, 1] - edges[:, :, 0]).prod(1) / size**2)
+    table = torch.from_numpy(np.concatenate([draws[:, :1], share[:, None], edges.reshape(-1, 4)], axis=1))
+    table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+    own = torch.arange(len(draws), device=device)
+    alone = ~(batch.valid & batch.valid[own ^ 1])
+    partner = torch.where(alone, own, own ^ 1)
+    weight, share = (torch.where(alone, 1.0, column) for column in table[:, :2].T)
+    pixel = torch.arange(size, device=device)
+    inside = (pixel >= table[:, 2::2, None]) & (pixel < table[:, 3::2, None])  # (B, 2, S): rows, columns
+    inside = (inside[:, 0, :, None] & inside[:, 1, None, :])[:, None, :, :, None]
+    clips = batch.clips.permute(0, 1, 3, 4, 2)  # as it lies in memory
+    weight = weight.to(clips.dtype).view(-1, 1, 1, 1, 1)
+    others = clips[partner]
+    clips = torch.where(inside, others, weight * clips + (1 - weight) * others).permute(0, 1, 4, 2, 3)
+    return batch._replace(clips=clips, mix=Mix(partner, share))
 
 
 @runtime_checkable

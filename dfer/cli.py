@@ -12,18 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 Item = TypeVar("Item")
 
@@ -87,10 +76,10 @@ class Range(NamedTuple):
 
 
 def check_ranges(section: Any, prefix: str) -> None:
-    """Check the ranges that stand at the fields of a configuration, and of those in it.
+    """Check the numbers of a configuration against the ranges that stand at its fields; `prefix` begins its flags.
 
     Raises:
-        UserError: names the flag, which begins with `prefix`, its value and what is allowed.
+        UserError: names the flag, its value and what is allowed.
     """
     for name, hint in get_type_hints(type(section), include_extras=True).items():
         flag = f"{prefix}{name.replace('_', '-')}"
@@ -99,8 +88,9 @@ def check_ranges(section: Any, prefix: str) -> None:
             check_ranges(value, f"{flag}.")
             continue
         for limits in (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)):
-            if not math.isfinite(value) or not limits.low <= value <= limits.high:
-                raise UserError(f"{flag} {value}: must be between {limits.low} and {limits.high}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if not math.isfinite(number) or not limits.low <= number <= limits.high:
+                    raise UserError(f"{flag} {number}: must be between {limits.low} and {limits.high}")
 
 
 def restored(kind: Any, saved: Any, flag: str) -> Any:
@@ -116,6 +106,8 @@ def restored(kind: Any, saved: Any, flag: str) -> Any:
         start = flag if flag == "--" else f"{flag}."
         known = {k: restored(hints[k], v, start + k.replace("_", "-")) for k, v in saved.items() if k in hints}
         return cast(type, kind)(**(dict(saved) | known))  # an unknown key is a TypeError
+    if get_origin(kind) is tuple and isinstance(saved, list):
+        return tuple(restored(get_args(kind)[0], value, flag) for value in saved)
     if get_origin(kind) is Literal:
         fits = saved in get_args(kind)
     elif get_origin(kind) is UnionType:  # a type, or None

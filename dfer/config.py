@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,11 +15,14 @@ import tyro
 
 from dfer.cli import Range, UserError, check_ranges, first_sentence, restored
 from dfer.files import read_file
+from dfer.optim.options import OptimConfig, check_schedule
 from dfer.plan.augmentation import Augmentation
+from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
+LossKind = Literal["cross-entropy", "focal", "class-balanced", "logit-adjusted"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,6 @@ class DataConfig:
     """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
     cache: Literal["off", "gpu"] = "off"
     """gpu = hold the whole raw data set in GPU memory."""
-    recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "m3dfel", "mae-dfer"] = "none"
-    """Clips and augmentation as a published method has them, where no other flag says otherwise."""
     size: Annotated[int, Range(32, 1024)] = 112
     """Height and width of a clip in pixels."""
     num_segments: Annotated[int, Range(1, 1024)] = 16
@@ -51,6 +53,8 @@ class DataConfig:
     """Evaluation averages the probabilities of this many clips of a video, each at another place in time."""
     mirror_views: bool = False
     """And of their mirror images: twice as many."""
+    balance: Balance = "none"
+    """Videos of small classes come more often: as (videos of the class)^-1/2 (sqrt) or ^-1 (full) says."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -92,27 +96,9 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Range(1e-12, 1e3)] = 1e-3
-    """Peak learning rate, after warm-up; cosine to zero from there."""
-    weight_decay: Annotated[float, Range(0.0, 1e3)] = 0.05
-    epochs: Annotated[int, Range(1, 100_000)] = 60
-    steps_per_epoch: Annotated[int, Range(0, 10**9)] = 0
-    """Cut epochs short after this many optimizer steps; 0 = whole epochs."""
-    warmup_epochs: Annotated[float, Range(0.0, 100_000.0)] = 3.0
-    clip_norm: Annotated[float, Range(0.0, 1e9)] = 1.0
-    """Largest norm of the gradient; 0 = no clipping."""
-    accumulate: Annotated[int, Range(1, 100_000)] = 1
-    """Batches per optimizer step."""
-    ema: Annotated[float, Range(0.0, 0.999999)] = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 = none."""
-    ema_warmup: bool = True
-    """Let the average begin short: a decay of (1 + n) / (10 + n) after n steps, until that is --optim.ema."""
-
-
-@dataclass(frozen=True)
 class LossConfig:
+    kind: LossKind = "cross-entropy"
+    """What the labels are held against; the others than cross-entropy are for classes of unequal size."""
     label_smoothing: Annotated[float, Range(0.0, 0.99)] = 0.1
     aux_weight: Annotated[float, Range(0.0, 1e3)] = 0.2
     """Weight of the loss on the CRF's marginals."""
@@ -146,6 +132,8 @@ class RunConfig:
 @dataclass(frozen=True)
 class Config:
     preset: tyro.conf.Suppress[str] = "faces"
+    recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "lstpnet", "m3dfel", "mae-dfer"] = "none"
+    """Train as a published method does, where no other flag says otherwise; what is not as published is said."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     resume: bool = False
     """Insist that the run --run.name is continued; without it a named run is too, if it has begun."""
@@ -225,12 +213,16 @@ def parse_config(args: list[str]) -> Config:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
     flags = _named_as_now(args[1:] if args and args[0] == preset else args)
     default = PRESETS[preset](torch.cuda.is_available())
+    flags, old_word = [re.sub(r"^--data\.recipe(?=$|=)", "--recipe", flag) for flag in flags], flags
     recipe = _recipe(flags)
-    if recipe in RECIPES:  # anything else is named by tyro
-        default = dataclasses.replace(default, data=dataclasses.replace(default.data, **RECIPES[recipe]))
+    for section, values in RECIPES[recipe].settings.items() if recipe in RECIPES else ():  # others are named by tyro
+        changed = dataclasses.replace(getattr(default, section), **values)
+        default = dataclasses.replace(default, **{section: changed})
     config = _parse(flags, default)
     validate(config)
     begun = begun_config(config.run.log_dir / config.run.name) if config.run.name else None
+    if begun is None and flags != old_word:
+        raise UserError("--data.recipe: is --recipe now, and sets optimizer, schedule, batch, epochs and loss too")
     if begun is None:
         return config
     config = _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
@@ -257,6 +249,9 @@ def _parse(words: list[str], default: Config) -> Config:
         if not stop.code:  # --help
             raise
         raise UserError(first_sentence(captured.getvalue())) from None
+    optim = config.optim
+    if optim.schedule in ("cosine", "constant") and optim.decay_epochs == default.optim.decay_epochs:
+        config = dataclasses.replace(config, optim=dataclasses.replace(optim, decay_epochs=()))  # a recipe's
     return config
 
 
@@ -276,9 +271,9 @@ def _init_of(weights: object) -> str:
 
 
 def _recipe(args: list[str]) -> str | None:
-    """Return the value of --data.recipe, which is read before all other flags since it sets their defaults."""
+    """Return the value of --recipe, which is read before all other flags since it sets their defaults."""
     flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flag.add_argument("--data.recipe", dest="recipe", nargs="?")
+    flag.add_argument("--recipe", nargs="?")
     return flag.parse_known_args(args)[0].recipe
 
 
@@ -298,6 +293,7 @@ def validate(config: Config) -> None:
         raise UserError("--model.freeze backbone: of random weights; say with --model.init what it is to start from")
     if not model.init or "\0" in model.init:
         raise UserError(f"--model.init {model.init!r}: must be random, timm, auto, a file or folder, or hf:ORG/NAME")
+    check_schedule(config.optim)
     if config.resume and run.name is None:
         raise UserError("--resume: say which run with --run.name NAME (a folder under --run.log-dir)")
     if run.name is not None and (run.name in ("", ".", "..") or Path(run.name).name != run.name):
@@ -384,6 +380,8 @@ def config_from_json(text: str, source: Path) -> Config:
     """
     try:
         saved = json.loads(text)
+        if "recipe" in saved.get("data", {}):  # where it was when it set clips and augmentation alone
+            saved["recipe"] = saved["data"].pop("recipe")
         for flag, value in _BEFORE.items():
             section, name = flag.split(".")
             saved.get(section, {}).setdefault(name, value)

@@ -13,7 +13,10 @@ from dfer.config import Config
 from dfer.losses import Objective
 from dfer.model.build import build_model
 from dfer.model.start import start
-from dfer.optim import NonFiniteGuard, Schedule, build_ema, build_optimizer
+from dfer.optim.average import build_ema
+from dfer.optim.guard import NonFiniteGuard
+from dfer.optim.optimizers import build_optimizer
+from dfer.optim.schedule import Schedule
 from dfer.precision import Precision
 from dfer.run.distributed import World
 
@@ -141,7 +144,7 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     model.to(device)
     if precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay)
+    optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay, optim.layer_decay)
     ema = build_ema(model, optim.ema, optim.ema_warmup)
     state = TrainState(model, optimizer, precision.scaler(), ema, started=started)
     if checkpoint:

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_IN = {
-    "timm": {"dfer/model/backbone.py"},
     "huggingface_hub": {"dfer/run/hub.py", "dfer/model/baselines.py", "dfer/model/dfernet.py"},
+    "timm": {"dfer/model/backbone.py", "dfer/optim/optimizers.py"},
     "wandb": {"dfer/run/wandb_log.py"},
     "wandb_workspaces": {"scripts/dashboard.py"},
     "safetensors": {"dfer/run/weight_files.py"},

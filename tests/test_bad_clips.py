@@ -479,6 +479,21 @@ def test_a_bad_frame_that_is_not_drawn_costs_nothing_and_one_that_is_is_decoded_
     assert len(rebuilt) == 3  # the batch, the clip, the frame
 
 
+@pytest.mark.parametrize("graph", ["fused", "operators"])
+def test_a_bad_video_that_comes_again_is_one_bad_clip(clips, graph):
+    """Where classes are balanced a video of a small class comes several times, and is left out each time."""
+    index = put(clips, "frames", BAD_IMAGES["huffman tables"][0]())
+    index = replace(index, labels=(np.arange(CLIPS) == BAD).astype(np.int64))
+    sampler = ClipSampler(3, T, augmentation=replace(EVERYTHING, speed=1.0), balance="full")
+    skipping = ClipLoader(index, sampler, LoaderOptions(CLIPS, SIZE, bad_clips="skip", graph=graph))
+    for epoch in (0, 1):
+        (batch,) = skipping(epoch)
+        assert (batch.ids == BAD).sum() == 2 and torch.equal(batch.valid, batch.ids != BAD)
+        assert torch.equal(batch.labels, (batch.ids == BAD).long()) and batch.clips.isfinite().all()
+        assert not torch.equal(*batch.clips[batch.valid])
+    assert list(skipping.bad_clips) == [BAD] and f"{BAD}/{FRAME}.jpg" in skipping.bad_clips[BAD]
+
+
 def test_ranks_stay_in_step(clips):
     index = put(clips, "frames", BAD_IMAGES["truncated"][0]())
     ranks = [clip_loader(index, "skip", 1, rank=rank, world_size=2) for rank in (0, 1)]

@@ -55,8 +55,26 @@ def test_what_is_typed_is_compared(begun, tmp_path):
     assert differences(config, again(tmp_path, "debug", "--optim.lr", "0.03")) == ["--optim.lr was 0.02, is 0.03"]
     assert differences(config, again(tmp_path, "debug", "--optim.lr", "0.02")) == []
     assert differences(config, again(tmp_path, "dfew")) == ["preset was debug, is dfew"]
-    recipe = again(tmp_path, "debug", "--data.recipe", "ial")
-    assert differences(config, recipe) == ["--data.recipe was none, is ial"]
+    for flag in ("--recipe", "--data.recipe"):  # as it was called in older versions
+        assert differences(config, again(tmp_path, "debug", flag, "ial")) == ["--recipe was none, is ial"]
+
+
+@pytest.mark.parametrize("typed", [["--data.recipe=ial"], []])
+def test_a_run_that_an_older_version_began_with_a_recipe_goes_on(begun, tmp_path, typed):
+    """Which set clips and augmentation alone: optimizer, schedule and loss stay what they were."""
+    begun("debug", "--data.size", "48", "--data.augmentation.rotation", "4")
+    saved = json.loads((tmp_path / "a" / "config.json").read_text())
+    saved["data"]["recipe"] = "ial"
+    del saved["recipe"], saved["loss"]["kind"], saved["data"]["balance"]
+    for name in ("schedule", "min_lr", "decay_epochs", "decay_rate", "layer_decay"):
+        del saved["optim"][name]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(saved))
+    config = begun_config(tmp_path / "a")
+    assert (config.recipe, config.data.size, config.data.augmentation.rotation) == ("ial", 48, 4.0)
+    assert (config.optim.optimizer, config.optim.schedule, config.loss.kind) == ("adamw", "cosine", "cross-entropy")
+    now = again(tmp_path, "debug", *typed)
+    assert now == config and differences(config, now) == []
+    assert differences(config, again(tmp_path, "--data.recipe", "m3dfel")) == ["--recipe was ial, is m3dfel"]
 
 
 def test_what_a_command_is_for_is_not_taken_from_the_run(begun, tmp_path):

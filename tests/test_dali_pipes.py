@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -146,10 +147,46 @@ def test_videos_equal_the_oracle(tmp_path, kind):
         assert len(check_against_oracle(clip_loader, 2, pixels, worst=8, mean=1)) == 6
 
 
-def test_a_resident_data_set_gives_the_same_clips(clips, tmp_path):
+UNEQUAL = np.array([0] * 18 + [1, 2])  # classes of 18, 1 and 1 videos
+
+
+@pytest.mark.parametrize(("source", "graph"), [("frames", "fused"), ("frames", "operators"), ("video", "fused")])
+def test_balanced_clips_equal_the_oracle(indexes, tmp_path, source, graph):
+    """A video that comes again comes as another clip; its label is its own."""
+    if source == "video":
+        folder = tmp_path / "videos"
+        write_videos(folder, "h264")
+        images = [np.asarray(smooth_image(np.random.default_rng(f), 64, 96)) for f in range(9)]
+        codec, _, colours, options = VIDEOS["h264-709"]  # of the videos that come again
+        write_video(folder / "5.mp4", images, codec, colours, options)
+        (folder / "list.txt.index.npz").unlink(missing_ok=True)
+        index = build_index(read_annotations(folder / "list.txt"))
+        assert index.store.matrix[[0, 5]].tolist() == ["bt601", "bt709"]
+        worst, pixels = 4, lambda video: [np.asarray(image) for _, image in decode(index.records[video].path)]
+    else:
+        index = indexes[source, "train"]
+        worst, pixels = 0.1, pillow_frames(index)
+    index = replace(index, labels=UNEQUAL[-len(index) :])
+    sampler = ClipSampler(0, T, augmentation=EVERYTHING, balance="full")
+    plan, seen = sampler.plan(1, index.num_frames, index.labels), []
+    for step, batch in enumerate(ClipLoader(index, sampler, LoaderOptions(3, SIZE, graph=graph))(1)):
+        for place, (clip, label, video) in enumerate(zip(batch.clips, batch.labels, batch.ids.tolist(), strict=True)):
+            row = plan.order[3 * step + place]
+            assert plan.video[row] == video and label == index.labels[video]
+            frames = pixels(video)
+            want = oracle_clip([frames[f] for f in plan.frames[row]], plan, row, SIZE)
+            bound = worst * np.abs(plan.colour[row, :, :3]).sum(1).max()
+            assert np.abs(clip.numpy() - want).max() <= bound + 1e-4
+            seen.append(video)
+    assert seen.count(len(index) - 1) >= len(seen) // 4
+
+
+@pytest.mark.parametrize("balance", ["none", "full"])
+def test_a_resident_data_set_gives_the_same_clips(clips, tmp_path, balance):
     assert pack.main([str(clips / "train.txt"), "--out", str(tmp_path), "--format", "raw", "--size", "64"]) == 0
-    index = load_index(tmp_path / "train.txt")
-    streamed, resident = (loader(index, augmentation=EVERYTHING, cached=cached)(4) for cached in (False, True))
+    index = replace(load_index(tmp_path / "train.txt"), labels=UNEQUAL)
+    sampler = ClipSampler(0, T, augmentation=EVERYTHING, balance=balance)
+    streamed, resident = (ClipLoader(index, sampler, LoaderOptions(4, SIZE, cached=c))(4) for c in (False, True))
     for a, b in zip(streamed, resident, strict=True):
         assert torch.equal(a.ids, b.ids) and torch.equal(a.valid, b.valid)
         assert (a.clips - b.clips).abs().max() < 1e-3

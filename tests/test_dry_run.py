@@ -19,7 +19,7 @@ from dfer.config import parse_config
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import load_index
 from dfer.metrics import Throughput, peak_memory
-from dfer.optim import Schedule
+from dfer.optim.schedule import Schedule
 from dfer.plan.sampling import ClipSampler
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.dry_run import DryRun, duration, free_disk, padded

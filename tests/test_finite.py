@@ -1,21 +1,25 @@
 """Non-finite steps are as if they had never been, and a run of nothing else ends."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from dfer.optim import NonFiniteGuard, build_ema, build_optimizer
+from dfer.optim.average import build_ema
+from dfer.optim.guard import NonFiniteGuard
+from dfer.optim.optimizers import build_optimizer
 from dfer.state import TrainState
 
+OPTIMIZERS = ["adamw", "sgd", "lion", "muon"]
 
-def build(name: str):
+
+def build(name: str, scale: float | None = None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
     optimizer = build_optimizer(model, name, lr=0.05, weight_decay=0.1)
-    return model, optimizer, NonFiniteGuard(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    return model, optimizer, NonFiniteGuard(model, optimizer, scaler)
 
 
 def batch(step: int, harm: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +42,13 @@ def take(model, steps: NonFiniteGuard, step: int, harm: str | None, clip_norm: f
     return norm
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def states(optimizer: torch.optim.Optimizer) -> dict:
+    """All tensors of the state, by parameter and name."""
+    by_parameter = optimizer.state_dict()["state"]
+    return {(p, k): v for p, state in by_parameter.items() for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_a_skipped_step_changes_nothing(name, clip_norm):
     harms = ["nan", None, None, "inf", "gradient", None, "nan", "nan", None]  # the very first one too
@@ -59,9 +69,50 @@ def test_a_skipped_step_changes_nothing(name, clip_norm):
         for key, value in want.state_dict().items():
             if "num_batches" not in key:
                 assert torch.equal(model.state_dict()[key], value), (step, key)
-    moments, want_moments = optimizer.state_dict()["state"], want_optimizer.state_dict()["state"]
-    for parameter, key in itertools.product(moments, moments[0]):
-        assert torch.equal(moments[parameter][key], want_moments[parameter][key]), key
+    moments, want_moments = states(optimizer), states(want_optimizer)
+    assert moments.keys() == want_moments.keys() and len(moments) >= 6
+    for key, moment in moments.items():
+        assert torch.equal(moment, want_moments[key]), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_first_step_leaves_a_state_at_its_beginning(name):
+    """Counters too; and weights that had no gradient are not touched."""
+    model, optimizer, steps = build(name)
+    model[1].bias.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    take(model, steps, 0, "nan", 1.0)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if "num_batches" not in k)
+    assert states(optimizer) and not any(moment.any() for moment in states(optimizer).values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scaled_loss_is_skipped_and_its_scale_halved(name):
+    model, _, steps = build(name, scale=8.0)
+    want, want_optimizer, _ = build(name)
+    before = copy.deepcopy(model.state_dict())
+    for step, harm in ((0, "nan"), (1, None)):
+        steps.before_forward()
+        x, y = batch(step, harm)
+        steps._scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        steps.step(0.0)
+        model.zero_grad()
+        assert steps._scaler.get_scale() == 4.0
+        same = all(torch.equal(before[k], v) for k, v in model.state_dict().items() if "num_batches" not in k)
+        assert same == (harm is not None)
+    nn.functional.cross_entropy(want(batch(1, None)[0]), batch(1, None)[1]).backward()
+    want_optimizer.step()
+    torch.testing.assert_close(model[0].weight, want[0].weight)
+
+
+def test_fused_optimizers_copy_nothing(monkeypatch):
+    """They look at the gradient themselves: the guard of the others costs them nothing."""
+    for name, copies in (("adamw", False), ("sgd", False), ("lion", True), ("muon", True)):
+        model, _, steps = build(name)
+        called = []
+        monkeypatch.setattr(steps, "_step_or_restore", called.append)
+        take(model, steps, 0, None, 1.0)
+        assert bool(called) == copies, name
 
 
 def test_many_skipped_steps_in_a_row_are_diverged():
@@ -80,7 +131,7 @@ def test_many_skipped_steps_in_a_row_are_diverged():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_gpu_is_not_waited_for(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).cuda()

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 
 from dfer.batch import Batch, empty_batch
 from dfer.evaluation import Evaluation, evaluate
-from dfer.losses import classification_loss
 from dfer.metrics import ConfusionMatrix, Throughput
 from dfer.model import Prediction
-from dfer.optim import Schedule, build_ema, build_optimizer, param_groups
+from dfer.optim.average import build_ema
 from dfer.plan.sampling import shard
 from dfer.precision import Precision
 from dfer.run import distributed
@@ -112,45 +111,6 @@ def test_every_clip_counts_once_for_any_number_of_clips_ranks_and_batch(world, m
                 assert np.array_equal(np.argmax(found.probabilities, axis=1), guesses), (n, size)
 
 
-def test_loss_ignores_padding_even_if_it_is_nan():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(6, 7, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 5])
-    marginals = F.log_softmax(torch.randn(6, 7), 1)
-    valid = torch.tensor([True, True, False, True, False, True])
-    with torch.no_grad():
-        logits[2] = torch.nan
-    loss = classification_loss(logits, marginals, labels, valid, label_smoothing=0.1, aux_weight=0.3)
-    want = sum(
-        F.cross_entropy(logits[i], labels[i], label_smoothing=0.1) - 0.3 * marginals[i, labels[i]] for i in (0, 1, 3, 5)
-    )
-    torch.testing.assert_close(loss, want / 6)
-    loss.backward()
-    assert logits.grad[[0, 1, 3, 5]].isfinite().all() and not logits.grad[4].any()
-    # On two ranks, one of which has nothing but good clips, each clip weighs what it weighs here.
-    parts = [
-        classification_loss(logits[s], marginals[s], labels[s], valid[s], label_smoothing=0.1, aux_weight=0.3)
-        for s in (slice(0, 2), slice(2, 4), slice(4, 6))
-    ]
-    torch.testing.assert_close(sum(parts) / 3, loss)
-    nothing = classification_loss(logits, None, labels, torch.zeros(6, dtype=torch.bool), 0.0, 0.3)
-    assert nothing == 0
-
-
-def test_loss_of_distributions_equals_the_sum_over_classes():
-    torch.manual_seed(0)
-    logits, marginals = torch.randn(3, 7), F.log_softmax(torch.randn(3, 7), 1)
-    valid, labels = torch.tensor([True, False, True]), torch.tensor([2, 0, 5])
-    votes = torch.rand(3, 7).softmax(1)
-    want = sum(
-        -votes[i, c] * (F.log_softmax(logits[i], 0)[c] + 0.3 * marginals[i, c]) for i in (0, 2) for c in range(7)
-    )
-    torch.testing.assert_close(classification_loss(logits, marginals, votes, valid, 0.0, 0.3), want / 3)
-    hard = classification_loss(logits, marginals, labels, valid, 0.1, 0.3)
-    torch.testing.assert_close(
-        classification_loss(logits, marginals, F.one_hot(labels, 7).float(), valid, 0.1, 0.3), hard
-    )
-
-
 def test_throughput_separates_waiting_from_computing():
     throughput = Throughput(world_size=2)
 
@@ -168,49 +128,6 @@ def test_throughput_separates_waiting_from_computing():
     assert rates["compute_clips_per_s"] > rates["total_clips_per_s"] > 0
     assert 0.5 < rates["data_wait_share"] <= 1
     assert throughput.read(since=throughput.snapshot())["total_clips_per_s"] == 0  # the clock stands still outside
-
-
-def test_learning_rate_warms_up_and_ends_at_zero():
-    schedule = Schedule(0.5, 10, 100, 25)
-    rates = [schedule.lr_at(step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.05) and rates[9] == rates[10] == 0.5 == max(rates)
-    assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and 0 < rates[-1] < 0.001
-    assert schedule.lr_at(100) == pytest.approx(0) and Schedule(0.5, 0, 10, 10).lr_at(0) == 0.5
-
-
-class WithExemption(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(2, 2))
-
-    def no_weight_decay(self) -> set[str]:
-        return {"scale"}
-
-
-def test_weight_decay_spares_biases_norms_and_what_modules_name():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), WithExemption())
-    decayed, spared = param_groups(model, 0.1)
-    assert decayed["weight_decay"] == 0.1 and [p is model[0].weight for p in decayed["params"]] == [True]
-    assert spared["weight_decay"] == 0 and len(spared["params"]) == 4
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_optimizers_descend_and_ema_follows(name):
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 1)
-    optimizer, ema = build_optimizer(model, name, lr=0.05, weight_decay=0.0), build_ema(model, 0.5, warmup=False)
-    x, y = torch.randn(64, 4), torch.randn(64, 1)
-    losses = []
-    for _ in range(60):
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update_parameters(model)
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0] and build_ema(model, 0.0, warmup=True) is None
-    assert not torch.equal(ema.module.weight, model.weight)
-    torch.testing.assert_close(ema.module.weight, model.weight, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("warmup", [False, True])

@@ -37,7 +37,7 @@ import torch
 import train, dfer.files
 from dfer.cli import one_line_errors
 from dfer.config import parse_config
-from dfer.optim import NonFiniteGuard
+from dfer.optim.guard import NonFiniteGuard
 
 torch.set_num_threads(1)
 SENT = {"t": signal.SIGTERM, "i": signal.SIGINT, "u": signal.SIGUSR1}
@@ -180,6 +180,14 @@ def assert_ends_as(run_dir, unbroken):
     assert_same(state, unbroken[1])
 
 
+# What draws or remembers anything of its own.
+OTHERWISE = (
+    "--optim.schedule", "multistep", "--optim.decay-epochs", "1", "--optim.min-lr", "1e-5", "--data.balance", "full",
+    "--optim.layer-decay", "0.7", "--loss.kind", "logit-adjusted", "--data.augmentation.mixup", "0.8",
+    "--data.augmentation.cutmix", "1",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def unbroken(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
@@ -200,6 +208,19 @@ def test_killed_runs_end_as_the_unbroken_one(unbroken, clips, tmp_path, words):
     codes, printed = play(words, clips, tmp_path, "--run.name", "x")
     assert codes == [-9] * (len(codes) - 1) + [0], printed
     assert_ends_as(tmp_path / "logs" / "x", unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "lion"])
+def test_killed_runs_with_other_options_end_as_the_unbroken_one(clips, tmp_path, optimizer):
+    extra = ("--run.name", "x", *OTHERWISE, "--optim.optimizer", optimizer)
+    for folder in ("whole", "pieced"):
+        (tmp_path / folder).mkdir()
+    play("-", clips, tmp_path / "whole", *extra)
+    codes, printed = play("4,3,2,-", clips, tmp_path / "pieced", *extra)
+    assert codes == [-9, -9, -9, 0], printed
+    assert printed.count("balance full: clips that an epoch takes, of so many videos: ") >= 3
+    assert_ends_as(tmp_path / "pieced" / "logs" / "x", what_was_computed(tmp_path / "whole" / "logs" / "x"))
 
 
 def test_stopped_runs_lose_no_step_and_end_as_the_unbroken_one(unbroken, clips, tmp_path):
@@ -255,10 +276,20 @@ def test_processes_killed_and_started_again_end_as_unbroken_ones(clips, tmp_path
     assert_ends_as(pieced, what_was_computed(whole))
 
 
-@pytest.mark.parametrize("worlds", [(2, 1), pytest.param((4, 2, 1, 4), marks=pytest.mark.slow)])
-def test_another_number_of_processes_takes_the_same_clips(clips, tmp_path, worlds):
+BALANCED = ("--data.balance", "full", "--data.augmentation.cutmix", "1")
+
+
+@pytest.mark.parametrize(
+    ("worlds", "more"),
+    [
+        ((2, 1), ()),
+        pytest.param((4, 2, 1, 4), (), marks=pytest.mark.slow),
+        pytest.param((1, 2, 1), BALANCED, marks=pytest.mark.slow),
+    ],
+)
+def test_another_number_of_processes_takes_the_same_clips(clips, tmp_path, worlds, more):
     """Each but the last is stopped; that a signal of step 2 is known to all ranks at step 3 is no matter here."""
-    extra = ("--run.name", "x", "--optim.accumulate", "1", "--data.batch-size", str(4 // worlds[0]))
+    extra = ("--run.name", "x", "--optim.accumulate", "1", "--data.batch-size", str(4 // worlds[0]), *more)
     found = []
     for part, processes in enumerate(worlds):
         word, ids = "-" if part == len(worlds) - 1 else "2t", str(tmp_path / f"ids {part}")
@@ -276,10 +307,11 @@ def test_another_number_of_processes_takes_the_same_clips(clips, tmp_path, world
         found += [list(itertools.chain(*step)) for step in zip(*ranks, strict=True)]
         assert len(found) < 10 or word == "-"
 
-    config = parse_config(SMALL).data
-    sampler = ClipSampler(0, config.num_segments, config.frames_per_segment, "train", config.augmentation)
-    frames = load_index(clips / "train.txt").num_frames
-    orders = [sampler.plan(epoch, frames).order.astype(str).tolist() for epoch in (0, 1)]
+    config, index = parse_config([*SMALL, *more]).data, load_index(clips / "train.txt")
+    shape = config.num_segments, config.frames_per_segment
+    sampler = ClipSampler(0, *shape, "train", config.augmentation, balance=config.balance)
+    plans = [sampler.plan(epoch, index.num_frames, index.labels) for epoch in (0, 1)]
+    orders = [plan.video[plan.order].astype(str).tolist() for plan in plans]
     assert found == [order[i : i + 4] for order in orders for i in range(0, 20, 4)]
 
 

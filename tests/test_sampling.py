@@ -10,6 +10,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from dfer.plan.augmentation import Augmentation
+from dfer.plan.balance import balanced_videos, describe_draws
 from dfer.plan.sampling import ClipSampler, EpochPlan, epoch_plan, segment_frames, shard
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD, colour_matrices
 from tests import oracle
@@ -57,7 +58,8 @@ def test_a_plan_is_a_function_of_seed_epoch_and_video():
         return epoch_plan(seed, epoch, lengths, 16, augmentation=EVERYTHING)
 
     a, b = plan(), plan()
-    assert {f.name for f in dataclasses.fields(a)} == set(FIELDS)
+    assert {f.name for f in dataclasses.fields(a)} == {*FIELDS, "video", "mix"}
+    assert np.array_equal(a.video, np.arange(len(LENGTHS))) and a.mix is None
     for field in FIELDS:
         assert np.array_equal(getattr(a, field), getattr(b, field))
         if field != "order":  # what happens to a video does not depend on how many follow it
@@ -93,6 +95,75 @@ def test_plans_with_everything_on_never_move():
     plan = epoch_plan(1, 2, LENGTHS, 16, augmentation=EVERYTHING)
     rounded = [getattr(plan, field).astype(np.float64).round(6) + 0.0 for field in FIELDS]
     assert digest(rounded) == "31553371f45ce9d7"
+
+
+COUNTS = [120, 60, 40, 20, 10, 4, 47]
+LABELS = np.random.default_rng(3).permutation(np.repeat(np.arange(7), COUNTS))  # of LENGTHS
+
+
+def balanced(balance, epoch=2, seed=1, labels=LABELS) -> EpochPlan:
+    return ClipSampler(seed, 16, augmentation=EVERYTHING, balance=balance).plan(epoch, LENGTHS[: len(labels)], labels)
+
+
+@pytest.mark.parametrize(("balance", "power"), [("sqrt", -0.5), ("full", -1.0)])
+def test_small_classes_come_more_often(balance, power):
+    weights = [COUNTS[label] ** power for label in LABELS]
+    expected = [weight * len(LABELS) / sum(weights) for weight in weights]
+    for epoch in range(3):
+        plan = balanced(balance, epoch)
+        assert sorted(plan.order) == list(range(len(LABELS)))  # as many steps as ever
+        times = np.bincount(plan.video, minlength=len(LABELS))
+        assert all(math.floor(e) <= t <= math.ceil(e) for e, t in zip(expected, times, strict=True))
+        for label, count in enumerate(COUNTS):
+            share = expected[list(LABELS).index(label)] * count
+            assert times[label == LABELS].sum() == pytest.approx(share, abs=7)
+    rng = np.random.default_rng(0)
+    many = [balanced_videos(np.array(expected), rng.permutation(len(LABELS)), rng.random()) for _ in range(300)]
+    mean = np.bincount(np.concatenate(many), minlength=len(LABELS)) / 300
+    assert np.abs(mean - expected).max() < 0.2
+
+
+def test_a_balanced_plan_is_that_of_before_with_other_clips_for_videos_that_do_not_come():
+    """A video that comes keeps its clip; one that comes again gets frames and augmentation of its own."""
+    plan = balanced("full")
+    plain = ClipSampler(1, 16, augmentation=EVERYTHING).plan(2, LENGTHS)
+    own = plan.video == np.arange(len(LABELS))
+    assert 0.2 < own.mean() < 0.9 and np.array_equal(plan.order, plain.order)
+    for field in FIELDS[1:]:
+        assert np.array_equal(getattr(plan, field)[own], getattr(plain, field)[own])
+    assert (plan.frames < LENGTHS[plan.video][:, None]).all()
+    clips = {(v, *f, *b) for v, f, b in zip(plan.video, map(tuple, plan.frames), map(tuple, plan.box), strict=True)}
+    assert len(clips) == len(LABELS)
+    assert set(plan.video[own]) == set(plan.video)
+
+
+def test_balance_is_a_function_of_seed_and_epoch_and_none_is_todays():
+    a, b = balanced("sqrt"), balanced("sqrt")
+    assert np.array_equal(a.video, b.video) and np.array_equal(a.frames, b.frames)
+    assert not np.array_equal(a.video, balanced("sqrt", epoch=3).video)
+    assert not np.array_equal(a.video, balanced("sqrt", seed=2).video)
+    plain = ClipSampler(1, 16, augmentation=EVERYTHING).plan(2, LENGTHS)
+    assert all(np.array_equal(getattr(balanced("none"), f), getattr(plain, f)) for f in (*FIELDS, "video"))
+    equal = balanced("full", labels=np.arange(294) % 7)
+    assert np.array_equal(equal.video, np.arange(294))  # classes of one size: each video once
+    held_out = ClipSampler(0, mode="eval", balance="full").plan(0, LENGTHS, LABELS)
+    assert np.array_equal(held_out.video, np.arange(len(LABELS)))
+    assert digest([a.order, a.video]) == "7a82742138fc58b9"  # as it was when there was balance for the first time
+
+
+@pytest.mark.parametrize("labels", [[3], [0, 0], [0, 1], [6] * 5 + [2]])
+def test_any_list_can_be_balanced(labels):
+    labels = np.array(labels)
+    for epoch in range(5):
+        plan = balanced("full", epoch, labels=labels)
+        assert set(labels[plan.video]) == set(labels) and len(plan.video) == len(labels)
+
+
+def test_what_is_drawn_is_said():
+    labels = np.array([0] * 90 + [5] * 10)
+    names = ["a", "b", "c", "d", "e", "f", "g"]
+    assert describe_draws(labels, "full", names).endswith("takes, of so many videos: a 50 of 90, f 50 of 10")
+    assert describe_draws(labels, "sqrt", names).endswith("takes, of so many videos: a 75 of 90, f 25 of 10")
 
 
 def test_train_draws_cover_their_ranges_and_stay_inside():

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from dfer.lists.annotations import EMOTIONS
+from dfer.report.records import read_run
 from tests.conftest import run_python
 
 TINY = [
@@ -140,7 +141,10 @@ def test_evaluate_repeats_the_last_epoch(finished, clips, tmp_path):
 
 def test_options_run(clips, tmp_path):
     options = ("--optim.ema", "0.5", "--optim.accumulate", "2", "--optim.optimizer", "sgd", "--run.amp", "bf16")
-    tiny_run(clips, tmp_path, "options", *options, "--data.frames-per-segment", "2", "--run.no-channels-last")
+    options += ("--recipe", "lstpnet", "--data.balance", "full")
+    done = tiny_run(clips, tmp_path, "options", *options, "--data.frames-per-segment", "2", "--run.no-channels-last")
+    said = [line for line in done.stdout.splitlines() if line.startswith(("recipe lstpnet: ", "balance full: "))]
+    assert len(said) > 2 and read_run(tmp_path / "options").notes == said  # for the report
     names = [line.rsplit(maxsplit=2)[0] for line in (clips / "train.txt").read_text().splitlines()]
     votes = "".join(f"{name},1,2,3,0,0,4,0\n" for name in names)
     (tmp_path / "votes.csv").write_text(f"clip,{','.join(EMOTIONS)}\n{votes}")

@@ -21,7 +21,8 @@ from dfer.crf.layers import CRFOutput
 from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import build_objective
 from dfer.model.build import build_model
-from dfer.optim import NonFiniteGuard, build_optimizer
+from dfer.optim.guard import NonFiniteGuard
+from dfer.optim.optimizers import build_optimizer
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
 from dfer.plan.transforms import IMAGENET_STD
@@ -174,7 +175,8 @@ def training_step(
 ) -> Step:
     """A step under some options.
 
-    `default` takes the default model instead of the first version's. `nudge` moves each weight by up to that share of itself: what rounding does, to compare other differences with.
+    `default` takes the default model instead of the first version's. `nudge` moves each weight by up to that share of
+    itself: what rounding does, to compare other differences with.
     """
     config = config_of(setting, crf_backend, default)
     model = model_of(setting, config, crf)

@@ -60,6 +60,10 @@ class Augmentation:
     randaugment: Annotated[int, Range(0, MAX_RANDAUGMENT)] = 0
     # strength of these operations, 0 to 10
     magnitude: Annotated[float, Range(0.0, 10.0)] = 7.0
+    # neighbours are blended with weights of Beta(a, a), their labels too; 0 = off
+    mixup: Annotated[float, Range(0.0, 100.0)] = 0.0
+    # neighbours exchange a box of 1 - Beta(a, a) of the area, and that share of their labels; 0 = off
+    cutmix: Annotated[float, Range(0.0, 100.0)] = 0.0
 
 
 def rand_augment(u: Float64[np.ndarray, "N _"], augmentation: Augmentation) -> list[dict[str, np.ndarray]]:

@@ -4,6 +4,7 @@ A plan is a pure function of (seed, epoch, video). Neither ranks nor batches nor
 augmentation are the same on 1 GPU and on 8, and resuming needs a step number, not a saved state.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,12 +21,17 @@ from dfer.plan.augmentation import (
     rand_augment,
     warps,
 )
+from dfer.plan.balance import Balance, balanced_videos, expected_times
+from dfer.plan.mixing import draw_mixes
 from dfer.plan.transforms import colour_matrices
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One epoch as a struct of arrays; row v of every array but `order` belongs to video v of the list.
+    """One epoch as a struct of arrays; row r of every array but `order` belongs to a clip of video `video[r]`.
+
+    Row v is that of video v, but where classes are balanced: then the rows of videos that do not come belong to further
+    clips of others.
 
     A frame is treated in this order: the box is cut out, resized to S x S (linear, antialiased, not rounded to whole
     numbers) and mirrored; then warp, blur, colour, erase.
@@ -44,7 +50,8 @@ class EpochPlan:
     `blur * S` and the edges of `erase` are calculated in float32, and np.round goes to the even number in a tie.
     """
 
-    order: Int64[np.ndarray, " N"]
+    order: Int64[np.ndarray, " N"]  # of the rows
+    video: Int64[np.ndarray, " N"]  # of the list
     frames: Int64[np.ndarray, "N T"]  # frame indices, each below the video's frame count; rising, falling if reversed
     box: Float64[np.ndarray, "N 4"]  # top, left, height, width of the crop as shares of the frame, inside [0, 1]
     mirror: Bool[np.ndarray, " N"]
@@ -52,6 +59,9 @@ class EpochPlan:
     blur: Float32[np.ndarray, " N"]  # sigma in shares of the clip's side, exactly 0 for none
     colour: Float32[np.ndarray, "N 3 4"]  # RGB in 0..255 -> normalised output: out = colour[:, :3] @ rgb + colour[:, 3]
     erase: Float32[np.ndarray, "N 4"]  # top, left, height, width in shares of the output; all exactly 0 for none
+    # Of training with mixup or cutmix: the weight of a clip's own pixels against those of its neighbour, `order[i ^ 1]`
+    # for `order[i]`, and the box (as of `erase`) that is the neighbour's; (1, 0, 0, 0, 0) for none.
+    mix: Float32[np.ndarray, "N 5"] | None = None
 
 
 def segment_frames(
@@ -90,6 +100,7 @@ def epoch_plan(
         share = np.full((num_videos, num_segments), (epoch % views + 0.5) / views)
         return EpochPlan(
             order=np.arange(num_videos),
+            video=np.arange(num_videos),
             frames=segment_frames(num_frames, num_segments, frames_per_segment, share),
             box=np.tile([0.0, 0.0, 1.0, 1.0], (num_videos, 1)),
             mirror=np.full(num_videos, epoch // views % 2 == 1),
@@ -106,8 +117,10 @@ def epoch_plan(
     # What was added later has a block of its own, so that the draws above stay what they were; seeds are below 2^63.
     later = _generator(seed + 2**63, epoch).random((num_videos, 14 + 2 * MAX_RANDAUGMENT))
     steps = rand_augment(later[:, 14:], augmentation)
+    mixes = bool(augmentation.mixup or augmentation.cutmix)
     return EpochPlan(
         order=order,
+        video=np.arange(num_videos),
         frames=_train_frames(num_frames, num_segments, frames_per_segment, u[:, 8:], later[:, :3], augmentation),
         box=crop_boxes(u[:, :4], augmentation),
         mirror=u[:, 4] < augmentation.flip,
@@ -115,6 +128,7 @@ def epoch_plan(
         blur=blurs(later[:, 4:6], steps, augmentation),
         colour=colours(u[:, 5:8], later[:, 6:9], steps, augmentation),
         erase=erase_boxes(later[:, 9:14], augmentation),
+        mix=draw_mixes(_generator(seed + 2**63, 2**61 + epoch), order, augmentation) if mixes else None,
     )
 
 
@@ -165,6 +179,7 @@ class ClipSampler:
     augmentation: Augmentation = field(default_factory=Augmentation)
     views: int = 1  # mode "eval": clips of a video, at different times
     mirror_views: bool = False  # and the mirror image of each
+    balance: Balance = "none"  # mode "train": how often the videos of small classes come
 
     @property
     def clip_length(self) -> int:
@@ -176,10 +191,24 @@ class ClipSampler:
         """Return the number of views in mode "eval", which are `plan(0)` to `plan(num_views - 1)`."""
         return self.views * (1 + self.mirror_views)
 
-    def plan(self, epoch: int, num_frames: Int64[np.ndarray, " N"]) -> EpochPlan:
-        """Return the plan of an epoch, or of a view, over videos of these numbers of frames."""
+    def plan(
+        self, epoch: int, num_frames: Int64[np.ndarray, " N"], labels: Int64[np.ndarray, " N"] | None = None
+    ) -> EpochPlan:
+        """Return the plan of an epoch, or of a view, over videos of these numbers of frames.
+
+        `labels` are needed where classes are balanced.
+        """
         if self.mode == "eval":
             epoch %= self.num_views
+        elif self.balance != "none":
+            assert labels is not None, "classes are balanced by the labels"
+            generator = _generator(self.seed + 2**63, 2**62 + epoch)
+            times = expected_times(labels, self.balance)
+            video = balanced_videos(times, generator.permutation(len(labels)), generator.random())
+            return dataclasses.replace(self._plan(epoch, num_frames[video]), video=video)
+        return self._plan(epoch, num_frames)
+
+    def _plan(self, epoch: int, num_frames: Int64[np.ndarray, " N"]) -> EpochPlan:
         return epoch_plan(
             self.seed,
             epoch,

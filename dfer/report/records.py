@@ -49,7 +49,7 @@ def read_run(path: Path) -> Run:
         predictions = read_predictions(path / "predictions.csv")
     except UserError as error:
         notes.append(f"no confusion matrix, recall or gallery: {error}")
-    return Run(path, config, rows, predictions, notes)
+    return Run(path, config, rows, predictions, notes + _said(path / "log.txt"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -63,6 +63,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a run's configuration (no settings in it)")
     return config
+
+
+def _said(path: Path) -> list[str]:
+    """Return what the log says of the recipe and of the balance of classes, each line once; nothing without a log."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    said = (line.partition(" ")[2] for line in lines)  # behind the time
+    return list(dict.fromkeys(line for line in said if line.startswith(("recipe ", "balance "))))
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -13,8 +13,11 @@ from rich.table import Table
 
 from dfer.cli import UserError
 from dfer.config import Config, begun_config, differences
+from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
 from dfer.metrics import peak_memory
+from dfer.plan.balance import describe_draws
+from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.checkpoint import KEPT, decode_state, find_manifests, newest_checkpoint
 from dfer.run.folder import continued_config
@@ -146,6 +149,10 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
         table.add_row("starts from", job.state.started)
     for row in result.rows().items():
         table.add_row(*row)
+    for line in deviations(config.recipe, config, job.world.size) if config.recipe != "none" else ():
+        table.add_row("recipe", line.removeprefix(f"recipe {config.recipe}: "))
+    if config.data.balance != "none":
+        table.add_row("balance", describe_draws(train_index.labels, config.data.balance, EMOTIONS))
     if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:
         differing = "; ".join(differences(begun, config))
         outcome = f"is another configuration: {differing}" if differing else _continued(job, val_index)

@@ -20,6 +20,8 @@ from dfer.evaluation import Evaluation
 from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix, peak_memory
+from dfer.plan.balance import describe_draws
+from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.predictions import read_predictions
 from dfer.run.wandb_log import WandbLog
@@ -135,6 +137,11 @@ class Logger:
         )
         if job.state.started:
             self.say(f"starts from {job.state.started}")
+        if changes is None and config.recipe != "none":
+            for line in deviations(config.recipe, config, world.size):
+                self.say(line)
+        if data.balance != "none":
+            self.say(describe_draws(train_index.labels, data.balance, EMOTIONS))
         for name, index in (("train", train_index), ("validation", val_index)):
             if index.num_miscounted():
                 self.say(f"{index.num_miscounted()} {name} clips hold another number of frames than listed; disk used")

@@ -1,0 +1,1 @@
+"""How weights change: optimizers and their groups, the learning rate, the average of weights, the guard of steps."""

@@ -15,8 +15,8 @@ from dfer.lists.annotations import read_annotations
 from dfer.lists.hashes import hashes_path
 from dfer.lists.index import load_index
 from dfer.lists.packed import read_pack
-from dfer.model.backbone import FrameBackbone
 from dfer.run.checkpoint import load_checkpoint
+from tests.test_model import started
 
 
 class Payload:
@@ -79,7 +79,7 @@ def test_weights_execute_nothing(tmp_path, name):
     else:
         torch.save({"state_dict": {"conv1.weight": payload}}, tmp_path / name)
     with pytest.raises(ValueError, match=r"holds pickled Python objects|an archive of NumPy arrays"):
-        FrameBackbone("resnet18", str(tmp_path / name))
+        started(str(tmp_path / name))
     assert not payload.mark.exists()
 
 

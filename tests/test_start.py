@@ -23,6 +23,8 @@ from dfer.run.folder import started_config
 from dfer.run.folds import with_one_start
 from dfer.state import TrainState, build_state, load_trained
 from scripts.export import hub_config
+from tests.conftest import TORCHRUN, run_python
+from tests.test_train import TINY
 
 NAME = "test_resnet"
 CPU = Precision(torch.device("cpu"), None, False)
@@ -374,7 +376,18 @@ def test_the_saved_run_of_the_first_version_starts_another(tmp_path):
     state = load_checkpoint(run)
     config = config_from_json(state["config"], run)
     after = from_(f"backbone:{run}", config)
-    assert (
-        after.started.startswith("80 of 80 tensors of test_efficientnet from ")
-        and "ema.module.backbone" in after.started
-    )
+    assert after.started.startswith("80 of 80 tensors of test_efficientnet from ")
+    assert after.started.endswith(", as ema.module.backbone.net.*; all else is fresh")
+
+
+@pytest.mark.slow
+def test_two_processes_train_beside_a_frozen_backbone(clips, tmp_path):
+    run_of(tmp_path / "source", configured(ModelConfig("mean-pool", NAME)))
+    lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
+    more = ("--model.backbone", NAME, "--model.freeze", "backbone", "--model.init", str(tmp_path / "source"))
+    words = ("train.py", *TINY, *lists, *more, "--run.log-dir", str(tmp_path), "--run.name", "two")
+    done = run_python(*TORCHRUN, "--standalone", "--nproc_per_node=2", *words)
+    assert done.returncode == 0, done.stderr
+    before, after = (load_checkpoint(tmp_path / name)["model"] for name in ("source", "two"))
+    frozen = [name for name in after if name.startswith("backbone.")]
+    assert len(frozen) == 90 and all(torch.equal(before[name], after[name]) for name in frozen)

@@ -123,12 +123,12 @@ def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: F
     if found.misshapen:  # what depends on what is known by building models that differ in it alone
         classes = _shapes_that_change(model, config, num_frames, len(EMOTIONS) + 1)
         frames = _shapes_that_change(model, config, num_frames + 1, len(EMOTIONS))
-        fresh = [name for name in found.misshapen if name in classes]
-        shapes = {name: model.state_dict()[name].shape for name in found.misshapen}
+        shapes = {name: ours.shape for name, ours in model.state_dict().items() if name in found.misshapen}
+        fresh = [name for name in shapes if name in classes]
         resampled = {
-            name: _resampled(tensor, frames[name], shapes[name][frames[name]])
-            for name, tensor in found.misshapen.items()
-            if name in frames and _differ_at(shapes[name], tensor.shape, frames[name])
+            name: _resampled(found.misshapen[name], frames[name], shape[frames[name]])
+            for name, shape in shapes.items()
+            if name in frames and _differ_at(shape, found.misshapen[name].shape, frames[name])
         }
         misshapen = {name: tensor for name, tensor in found.misshapen.items() if name not in resampled}
         found = found._replace(tensors=found.tensors | resampled, misshapen=misshapen)

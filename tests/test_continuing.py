@@ -69,9 +69,7 @@ def test_an_evaluation_that_was_not_saved_is_not_the_end(leave, tmp_path):
 
 
 def test_where_there_is_none_the_nearest_is_named(leave, tmp_path):
-    with pytest.raises(
-        UserError, match="has no unfinished run of this configuration; say which"
-    ):
+    with pytest.raises(UserError, match="has no unfinished run of this configuration; say which"):
         resumed(tmp_path, "debug")
     leave("a", "debug", "--seed", "3")
     with pytest.raises(UserError, match="; a is another: --seed was 3, is 0; say which with"):
@@ -109,11 +107,11 @@ def test_a_run_without_a_name_is_stopped_and_goes_on(clips, tmp_path, again):
     lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
     words = [sys.executable, str(ROOT / "train.py"), *TINY, *lists, "--optim.epochs", "3"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "  step 1/" in line:
-            process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 75 and "it goes on by: " in line
+    with subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "  step 1/" in line:
+                process.send_signal(signal.SIGHUP)
+    assert process.returncode == 75 and "it goes on by: " in line
     command = shlex.split(line.split("it goes on by: ")[1]) if again != "--resume" else [*words, "--resume"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     (run,) = (tmp_path / "logs").iterdir()

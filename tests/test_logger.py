@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dfer.config import Config, DataConfig, RunConfig
+from dfer.config import Config, DataConfig, OptimConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix
-from dfer.run.logger import Logger, print_result
+from dfer.run.logger import Logger, endless_warm_up, print_result
 from dfer.run.predictions import Predictions
 from dfer.run.wandb_log import _tables
 
@@ -194,3 +194,12 @@ def test_the_result_is_whole_on_any_terminal(capsys, monkeypatch, columns, term)
     assert "\N{HORIZONTAL ELLIPSIS}" not in told
     if int(columns) >= 60:
         assert all(len(line) <= int(columns) for line in told.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warm_up", "said"), [(2, 5.0, True), (3, 3.0, True), (1, 1.5, True), (2, 1.0, False), (1, 0.0, False)]
+)
+def test_a_warm_up_that_does_not_end_is_named(epochs, warm_up, said):
+    note = endless_warm_up(Config(optim=OptimConfig(epochs=epochs, warmup_epochs=warm_up)))
+    assert (note is not None) == said
+    assert not said or note.startswith(f"--optim.warmup-epochs {warm_up:g}: as long as the run of {epochs} epochs")

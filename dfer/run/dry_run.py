@@ -17,6 +17,7 @@ from dfer.metrics import peak_memory
 from dfer.run import distributed
 from dfer.run.checkpoint import KEPT, decode_state, find_manifests, newest_checkpoint
 from dfer.run.folder import continued_config
+from dfer.run.logger import endless_warm_up
 from dfer.run.memory import free_memory
 from dfer.state import Job
 
@@ -143,6 +144,8 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
     table.add_row("clips", f"{len(train_index):,} to train, {len(val_index):,} to evaluate ({train_index.source})")
     if loaded := getattr(job.state.model.get_submodule("backbone"), "loaded", None):
         table.add_row("backbone", loaded)
+    if note := endless_warm_up(config):
+        table.add_row("warm-up", note)
     for row in result.rows().items():
         table.add_row(*row)
     if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:

@@ -144,6 +144,8 @@ class Logger:
         for name, index in (("train", train_index), ("validation", val_index)):
             if index.num_miscounted():
                 self.say(f"{index.num_miscounted()} {name} clips hold another number of frames than listed; disk used")
+        if note := endless_warm_up(config):
+            self.say(note)
         for line in damage:
             self.say(f"{line}; an older checkpoint is used")
         if self._anew:
@@ -284,6 +286,17 @@ class Logger:
         for file in (self._text, self._rows):
             with contextlib.suppress(OSError):  # what could not be written was said when it was
                 file.close()
+
+
+def endless_warm_up(config: Config) -> str | None:
+    """Return what is to be said of a warm-up that the run does not outlast; None of any other."""
+    optim = config.optim
+    if optim.warmup_epochs < optim.epochs:
+        return None
+    return (
+        f"--optim.warmup-epochs {optim.warmup_epochs:g}: as long as the run of {optim.epochs} epochs: the learning "
+        "rate does nothing but rise; lower it"
+    )
 
 
 def print_result(title: str, confusion: ConfusionMatrix) -> None:

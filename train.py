@@ -3,8 +3,7 @@
 The same command with the same --run.name continues the run from its last checkpoint, as if it had never stopped; with
 --resume and without a name the newest unfinished run of its configuration.
 Exit codes: 0 done; 2 something is to be changed, which one line says; 75 stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP
-with everything saved; 70 stopped by one of them without, since a step did not end in time; 69 another process died or
-hangs.
+with everything saved; 70 stopped by one of them without, as a step did not end; 69 another process died or hangs.
 """
 
 import sys
@@ -46,6 +45,7 @@ from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
 from dfer.run.profiler import TRACE, WARM_UP, Profiler
+from dfer.run.provenance import note_start
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.state import Job, build_state, load_trained
 
@@ -85,9 +85,7 @@ def main(config: Config) -> int:
         if config.validate_only:
             with memory_advice(config):
                 return try_out(config, data, world)
-        run, saved, damage = None, None, []
-        if world.is_main:
-            run = open_run(config, world)
+        run, saved, damage = open_run(config, world) if world.is_main else None, None, []
         with contextlib.closing(run) if run else contextlib.nullcontext():
             if run:
                 saved, damage = newest_checkpoint(run.checkpoints)
@@ -141,6 +139,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
     config, world, state = job.config, job.world, job.state
     if run:
         run.begin(config, state.num_bytes())
+        note_start(run.path, state.step, world)
     about, changes = about_run(job, checkpoint)
     start_evaluated = state.evaluated * job.schedule.steps_per_epoch == state.step
     wandb_id = checkpoint["wandb_id"] if checkpoint else None

@@ -11,6 +11,7 @@ from jaxtyping import Float64
 
 from dfer.cli import UserError, printable
 from dfer.run.predictions import Predictions, read_predictions
+from dfer.run.provenance import describe_starts, read_starts
 
 
 class Run(NamedTuple):
@@ -21,6 +22,7 @@ class Run(NamedTuple):
     rows: list[dict[str, Any]]  # of metrics.jsonl
     predictions: Predictions | None
     notes: list[str]  # what is missing, and why
+    made_by: str = ""  # code and machines, if they were noted
 
     @property
     def name(self) -> str:
@@ -49,7 +51,7 @@ def read_run(path: Path) -> Run:
         predictions = read_predictions(path / "predictions.csv")
     except UserError as error:
         notes.append(f"no confusion matrix, recall or gallery: {error}")
-    return Run(path, config, rows, predictions, notes)
+    return Run(path, config, rows, predictions, notes, printable(describe_starts(read_starts(path))))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("evaluate", "torch, DALI and timm")
-from dali_pipes.build import build_loader
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, RunConfig, config_from_json
 from dfer.evaluation import evaluate
@@ -38,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     config = evaluated_config(config_from_json(state["config"], source=args.checkpoint), args)
     data = config.data
     index = load_index(data.val_list, data.root, data.source)
+    from dali_pipes.build import build_loader  # DALI and numba, which a wrong command need not wait for
+
     world = distributed.setup(config.run.device)
     loader = build_loader(config, index, "eval", world)
     model = load_trained(state, config).to(world.device)

@@ -6,16 +6,29 @@ import sys
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import huggingface_hub
-import timm
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfer.cli import UserError
 from dfer.files import reason
 from dfer.model.pretrained import Rename, load_pretrained
+
+
+def _load_timm() -> ModuleType:
+    """Import timm, which takes seconds, where a network is built: a wrong command need not wait for it."""
+    alone = "wandb" not in sys.modules
+    if alone:  # timm would load it for scripts of its own
+        sys.modules["wandb"] = None  # type: ignore[assignment] (as if it were not installed)
+    try:
+        import timm
+    finally:
+        if alone:
+            del sys.modules["wandb"]
+    return timm
 
 
 class FrameBackbone(nn.Module):
@@ -32,6 +45,7 @@ class FrameBackbone(nn.Module):
 
     def __init__(self, name: str, weights: str | None = None):
         super().__init__()
+        timm = _load_timm()
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
             raise UserError(f"--model.backbone {name}: timm has no such model" + (f" (has {close})" if close else ""))
@@ -60,19 +74,19 @@ class FrameBackbone(nn.Module):
 
 def _rename(name: str) -> Rename | None:
     """Return what renames the tensors of a network's own authors as timm calls them, if timm has it."""
-    convert = getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
+    convert = getattr(sys.modules[_load_timm().model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return None
 
     def rename(tensors: dict[str, Any]) -> dict[str, Any]:
-        return convert(tensors, timm.create_model(name))
+        return convert(tensors, _load_timm().create_model(name))
 
     return rename
 
 
 def _check_weights_can_be_had(name: str) -> None:
     """Raise a UserError at once if the machine is offline: the hub's client would retry for half a minute first."""
-    config = timm.get_pretrained_cfg(name)
+    config = _load_timm().get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
         return
     files = ("model.safetensors", "pytorch_model.bin")

@@ -161,7 +161,8 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
         while state.evaluated < config.optim.epochs:
             result = None
             if train_epoch(job, throughput, profiler, logger, stop, run, save):
-                result = evaluate(state.evaluated_model(), job.val_loader, world, job.precision, stop)
+                model = state.evaluated_model()
+                result = evaluate(model, job.val_loader, world, job.precision, stop, logger.evaluating)
             if result is None:
                 save()
                 stop.saved = True

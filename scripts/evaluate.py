@@ -5,6 +5,7 @@ Works under torchrun too; every clip counts exactly once whatever the number of 
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("evaluate", "torch, DALI and timm")
-from dfer.cli import Parser, UserError, in_range, one_line_errors
+from dfer.cli import Parser, UserError, in_range, one_line_errors, progress
 from dfer.config import Config, RunConfig, config_from_json
-from dfer.evaluation import evaluate
+from dfer.evaluation import Watch, evaluate
 from dfer.files import check_output
 from dfer.lists.index import load_index
 from dfer.precision import build_precision
@@ -42,7 +43,9 @@ def run(args: argparse.Namespace) -> None:
     world = distributed.setup(config.run.device)
     loader = build_loader(config, index, "eval", world)
     model = load_trained(state, config).to(world.device)
-    result = evaluate(model, loader, world, build_precision(config.run, world.device))
+    watch: Watch = functools.partial(progress, what="batches", to_stderr=True, quiet_s=5)
+    told = {"watch": watch} if world.is_main else {}
+    result = evaluate(model, loader, world, build_precision(config.run, world.device), **told)
     assert result is not None, "nothing can stop it"
     if not world.is_main:
         return

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from dfer.batch import Batch
 from dfer.cli import UserError, show_table
 from dfer.config import Config
 from dfer.evaluation import Evaluation
@@ -83,11 +85,11 @@ class Logger:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
+            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, unit="steps")
             self._progress.start()
 
     @property
@@ -235,6 +237,19 @@ class Logger:
         """Move the terminal's progress bar."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
+
+    def evaluating(self, batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+        """Pass the batches of an evaluation on, under a progress bar of their own on a terminal."""
+        if self._progress is None:
+            yield from batches
+            return
+        task = self._progress.add_task("evaluating", total=total, unit="batches")
+        try:
+            for batch in batches:
+                yield batch
+                self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
 
     def evaluated(self, line: str, best: dict[str, list[int | float]]) -> None:
         """Say what an evaluation found, and send the best values to W&B. Call it once a checkpoint has them.

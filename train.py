@@ -45,6 +45,7 @@ from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
 from dfer.run.profiler import TRACE, WARM_UP, Profiler
+from dfer.run.provenance import note_start
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.state import Job, build_state, load_trained
 
@@ -85,9 +86,7 @@ def main(config: Config) -> int:
         if config.validate_only:
             with memory_advice(config):
                 return try_out(config, data, world)
-        run, saved, damage = None, None, []
-        if world.is_main:
-            run = open_run(config, world)
+        run, saved, damage = open_run(config, world) if world.is_main else None, None, []
         with contextlib.closing(run) if run else contextlib.nullcontext():
             if run:
                 saved, damage = newest_checkpoint(run.checkpoints)
@@ -139,6 +138,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
     config, world, state = job.config, job.world, job.state
     if run:
         run.begin(config, state.num_bytes())
+        note_start(run.path, state.step, world)
     about, changes = about_run(job, checkpoint)
     start_evaluated = state.evaluated * job.schedule.steps_per_epoch == state.step
     wandb_id = checkpoint["wandb_id"] if checkpoint else None
@@ -162,7 +162,8 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
         while state.evaluated < config.optim.epochs:
             result = None
             if train_epoch(job, throughput, profiler, logger, stop, run, save):
-                result = evaluate(state.evaluated_model(), job.val_loader, world, job.precision, stop)
+                model = state.evaluated_model()
+                result = evaluate(model, job.val_loader, world, job.precision, stop, logger.evaluating)
             if result is None:
                 save()
                 stop.saved = True

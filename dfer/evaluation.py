@@ -1,20 +1,23 @@
 """Evaluation: every clip of a list exactly once, whatever the number of processes and the size of a batch."""
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from dfer.batch import Loader
+from dfer.batch import Batch, Loader
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix, Throughput
 from dfer.precision import Precision
 from dfer.run import distributed
 from dfer.run.distributed import World
 from dfer.run.signals import StopSignals
+
+Watch: TypeAlias = Callable[[Iterable[Batch], int], Iterable[Batch]]  # batches and their number -> the batches
 
 
 class Evaluation(NamedTuple):
@@ -36,16 +39,22 @@ class _OfRank(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Loader, world: World, precision: Precision, stop: StopSignals | None = None
+    model: nn.Module,
+    loader: Loader,
+    world: World,
+    precision: Precision,
+    stop: StopSignals | None = None,
+    watch: Watch = lambda batches, _: batches,
 ) -> Evaluation | None:
     """Evaluate every clip of the loader's list exactly once. Return None if a signal ended it.
 
-    Of a clip of several views the probabilities are averaged, and their largest is the prediction.
+    Of a clip of several views the probabilities are averaged, and their largest is the prediction. `watch` passes the
+    batches on and shows how many of them are done.
     """
     model.eval()
     distributed.broadcast_buffers(model)
     throughput = Throughput(world.size)
-    found = _predict(model, loader, precision, throughput, stop)
+    found = _predict(model, loader, precision, throughput, stop, watch)
     if found is None:
         return None
     confusion = ConfusionMatrix(len(EMOTIONS), world.device)
@@ -63,13 +72,18 @@ def evaluate(
 
 
 def _predict(
-    model: nn.Module, loader: Loader, precision: Precision, throughput: Throughput, stop: StopSignals | None
+    model: nn.Module,
+    loader: Loader,
+    precision: Precision,
+    throughput: Throughput,
+    stop: StopSignals | None,
+    watch: Watch,
 ) -> _OfRank | None:
     """Return what this rank predicts, or None if a signal ended it."""
     num_views = loader.sampler.num_views
     ids, valid, labels, probabilities = [], [], [], []
     batches = itertools.chain.from_iterable(loader(epoch=view) for view in range(num_views))
-    for i, batch in enumerate(throughput.timed(batches)):
+    for i, batch in enumerate(watch(throughput.timed(batches), num_views * len(loader))):
         if stop is not None and stop.requested():
             return None
         batch_probabilities = F.softmax(precision.forward(model, batch.clips).logits.float(), 1)

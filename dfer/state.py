@@ -141,6 +141,7 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
         if device.type != "cuda":
             raise UserError("--run.sync-bn: torch synchronises batch norm between GPUs only")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    _check_values_per_channel(model, config)
     model.to(device)
     if precision.channels_last:
         for weight in model.parameters():
@@ -154,6 +155,22 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     if config.run.compile:
         state.compile()
     return state
+
+
+def _check_values_per_channel(model: nn.Module, config: Config) -> None:
+    """Check that batch norm has more than one value of each channel to normalise by, on the last level.
+
+    Raises:
+        UserError: if it has not.
+    """
+    data, stride = config.data, max(model.get_submodule("backbone").strides)  # type: ignore[arg-type]
+    frames, side = data.num_segments * data.frames_per_segment, -(-data.size // stride)
+    normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if normalises and data.batch_size * frames * side * side == 1:
+        raise UserError(
+            f"--data.batch-size 1 with T = 1 and --data.size {data.size}: batch norm sees one value per channel, from "
+            "which nothing can be learnt; raise one of the three"
+        )
 
 
 def load_trained(state: dict[str, Any], config: Config) -> nn.Module:

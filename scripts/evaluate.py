@@ -5,6 +5,7 @@ Works under torchrun too; every clip counts exactly once whatever the number of 
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -14,10 +15,9 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("evaluate", "torch, DALI and timm")
-from dali_pipes.build import build_loader
-from dfer.cli import Parser, UserError, in_range, one_line_errors
+from dfer.cli import Parser, UserError, in_range, one_line_errors, progress
 from dfer.config import Config, RunConfig, config_from_json
-from dfer.evaluation import evaluate
+from dfer.evaluation import Watch, evaluate
 from dfer.files import check_output
 from dfer.lists.index import load_index
 from dfer.precision import build_precision
@@ -38,13 +38,17 @@ def run(args: argparse.Namespace) -> None:
     config = evaluated_config(config_from_json(state["config"], source=args.checkpoint), args)
     data = config.data
     index = load_index(data.val_list, data.root, data.source)
+    from dali_pipes.build import build_loader  # DALI and numba, which a wrong command need not wait for
+
     world = distributed.setup(config.run.device)
     model = load_trained(state, config).to(world.device)
+    watch: Watch = functools.partial(progress, what="batches", to_stderr=True, quiet_s=5)
+    told = {"watch": watch} if world.is_main else {}
     for segments in args.segments or [data.num_segments]:
         # The clips are cut otherwise, and the model stays that of training: it takes any number of frames.
         cut = dataclasses.replace(config, data=dataclasses.replace(data, num_segments=segments))
         loader = build_loader(cut, index, "eval", world)
-        result = evaluate(model, loader, world, build_precision(config.run, world.device))
+        result = evaluate(model, loader, world, build_precision(config.run, world.device), **told)
         assert result is not None, "nothing can stop it"
         if not world.is_main:
             continue

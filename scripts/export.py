@@ -43,6 +43,7 @@ from dfer.report.statistics import wilson
 from dfer.run.checkpoint import load_checkpoint
 from dfer.run.hub import local
 from dfer.run.predictions import Predictions
+from dfer.run.provenance import describe_starts, read_starts
 from dfer.state import load_trained
 
 FORMATS = ("hub", "pt2", "onnx")
@@ -223,7 +224,8 @@ def export_hub(args: argparse.Namespace, folder: Path, config: Config, model: nn
     else:
         whole_run = path == args.checkpoint and (path / "metrics.jsonl").exists()
         predictions = read_run(path).predictions if whole_run else None
-        card = model_card(config, hub, printable(path.resolve().name), predictions)
+        name, made_by = printable(path.resolve().name), printable(describe_starts(read_starts(path)))
+        card = model_card(config, hub, f"{name}`: `{made_by}" if made_by else name, predictions)
     (folder / "README.md").write_text(card, encoding="utf-8")
     model.save_pretrained(folder, config=hub)
     (folder / "model.safetensors").chmod(0o644)

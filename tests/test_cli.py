@@ -229,3 +229,24 @@ def test_torch_takes_no_more_threads_than_there_are_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     one_line_errors("x", lambda: 0)
     assert taken == [3, 2]
+
+
+# What takes seconds to load, and a command that is wrong need not wait for.
+COMPILERS = ("numba", "llvmlite", "torch._dynamo", "torch._inductor", "triton", "wandb", "timm", "nvidia.dali")
+NEEDLESS = {"predict": COMPILERS, "evaluate": COMPILERS, "export": COMPILERS, "check_list": ("torch", *COMPILERS)}
+
+
+@pytest.mark.parametrize("command", NEEDLESS)
+def test_no_compiler_is_loaded_at_the_start(command):
+    code = f"import sys, scripts.{command}; print(sorted(sys.modules.keys() & set({NEEDLESS[command]!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("environment", "words"), [({}, 1), ({"RANK": "1"}, 0)])
+def test_what_is_loading_is_said_before_it_is_loaded(environment, words):
+    """By one process, and on stdout: what is wrong is on stderr."""
+    code = "import sys; from dfer.cli import begin; begin('predict', 'torch'); print('torch' in sys.modules)"
+    env = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "predict: loading torch\n" * words + "False\n" and not done.stderr

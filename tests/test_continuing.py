@@ -107,11 +107,11 @@ def test_a_run_without_a_name_is_stopped_and_goes_on(clips, tmp_path, again):
     lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
     words = [sys.executable, str(ROOT / "train.py"), *TINY, *lists, "--optim.epochs", "3"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "  step 1/" in line:
-            process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 75 and "it goes on by: " in line
+    with subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "  step 1/" in line:
+                process.send_signal(signal.SIGHUP)
+    assert process.returncode == 75 and "it goes on by: " in line
     command = shlex.split(line.split("it goes on by: ")[1]) if again != "--resume" else [*words, "--resume"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     (run,) = (tmp_path / "logs").iterdir()

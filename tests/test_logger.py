@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from dfer.config import Config, DataConfig, RunConfig
+from dfer.batch import empty_batch
+from dfer.config import Config, DataConfig, OptimConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix
-from dfer.run.logger import Logger, print_result
+from dfer.run.logger import Logger, _Pending, endless_warm_up, print_result
 from dfer.run.predictions import Predictions
 from dfer.run.wandb_log import _tables
 
@@ -194,3 +196,29 @@ def test_the_result_is_whole_on_any_terminal(capsys, monkeypatch, columns, term)
     assert "\N{HORIZONTAL ELLIPSIS}" not in told
     if int(columns) >= 60:
         assert all(len(line) <= int(columns) for line in told.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warm_up", "said"), [(2, 5.0, True), (3, 3.0, True), (1, 1.5, True), (2, 1.0, False), (1, 0.0, False)]
+)
+def test_a_warm_up_that_does_not_end_is_named(epochs, warm_up, said):
+    note = endless_warm_up(Config(optim=OptimConfig(epochs=epochs, warmup_epochs=warm_up)))
+    assert (note is not None) == said
+    assert not said or note.startswith(f"--optim.warmup-epochs {warm_up:g}: as long as the run of {epochs} epochs")
+
+
+def test_the_bar_of_an_evaluation_moves_and_the_steps_are_counted_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Console, "is_terminal", True)
+    logger = Logger(tmp_path, Config(run=RunConfig(wandb="off")), 9)
+    batches, seen = [empty_batch(1, 1, 32, torch.device("cpu"))] * 3, []
+    for batch in logger.evaluating(batches, 3):
+        seen.append((batch, [(t.description, t.completed, t.total) for t in logger._progress.tasks]))
+    assert seen == [(batches[0], [("training", 0, 9), ("evaluating", i, 3)]) for i in range(3)]
+    assert [task.description for task in logger._progress.tasks] == ["training"]
+    logger._pending = _Pending(4, {"epoch": 1, "throughput/total_clips_per_s": 5.0, "throughput/data_wait_share": 0.5},
+                               ["train/loss"], torch.tensor([1.5]), None)  # fmt: skip
+    logger.flush()
+    assert logger._progress.tasks[0].description == "epoch 1  loss 1.500  5.0 clips/s  data wait 50 %"
+    logger.close()
+    assert "step 4/9" in (tmp_path / "log.txt").read_text()
+    assert list(Logger(None, Config(), 9).evaluating(batches, 3)) == batches

@@ -196,6 +196,7 @@ def test_a_clip_that_cannot_be_read_is_left_out_named_and_counted(clips, tmp_pat
         ("T 0", ("--data.num-segments", "0"), "--data.num-segments 0"),
         ("lr nan", ("--optim.lr", "nan"), "--optim.lr nan"),
         ("unknown key", ("--optim.learning-rate", "1"), "--optim.learning-rate"),
+        ("nothing to normalise by", ("--data.batch-size", "1", "--data.num-segments", "1"), "one value per channel"),
         ("no write permission", ("--run.log-dir", "/proc/logs"), "--run.log-dir"),
         ("no GPU", ("--run.amp", "fp16"), "--run.amp fp16"),
         ("no GPU, or not raw", ("--data.cache", "gpu"), "--data.cache gpu"),

@@ -1,17 +1,29 @@
 """A timm network as a feature extractor."""
 
 import sys
+from types import ModuleType
 from typing import Any
 
-import timm
 from jaxtyping import Float
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from dfer.cli import UserError
 from dfer.files import reason
 from dfer.model.pretrained import Rename
 from dfer.run.hub import cached, out_of_reach
+
+
+def _load_timm() -> ModuleType:
+    """Import timm, which takes seconds, where a network is built: a wrong command need not wait for it."""
+    alone = "wandb" not in sys.modules
+    if alone:  # timm would load it for scripts of its own
+        sys.modules["wandb"] = None  # type: ignore[assignment] (as if it were not installed)
+    try:
+        import timm
+    finally:
+        if alone:
+            del sys.modules["wandb"]
+    return timm
 
 
 class FrameBackbone(nn.Module):
@@ -28,6 +40,7 @@ class FrameBackbone(nn.Module):
 
     def __init__(self, name: str, drop_path: float = 0.0):
         super().__init__()
+        timm = _load_timm()
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
             raise UserError(f"--model.backbone {name}: timm has no such model" + (f" (has {close})" if close else ""))
@@ -41,7 +54,7 @@ class FrameBackbone(nn.Module):
         except Exception as error:  # of timm, whose networks raise different classes
             unknown = drop_path and isinstance(error, TypeError)
             raise no_depth if unknown else UserError(f"--model.backbone {name} ({reason(error)})") from None
-        if drop_path and not any(isinstance(module, DropPath) for module in self.net.modules()):
+        if drop_path and not any(isinstance(module, timm.layers.DropPath) for module in self.net.modules()):
             raise no_depth
         levels: Any = self.net.feature_info  # timm's FeatureInfo, of which the types of nn.Module know nothing
         self.channels: list[int] = levels.channels()
@@ -77,11 +90,12 @@ class FrameBackbone(nn.Module):
         except Exception as error:  # hub, safetensors and torch raise different classes
             raise UserError(f"timm: cannot be loaded into {self.name} ({reason(error)})") from None
         self.net.load_state_dict(net.state_dict())
-        config = timm.get_pretrained_cfg(self.name)
+        config = _load_timm().get_pretrained_cfg(self.name)
         return f"timm's weights of {self.name} ({config.hf_hub_id or config.url})"  # type: ignore[union-attr]
 
     def rename(self) -> Rename | None:
         """Return what renames the tensors of the network's own authors as timm calls them, if timm has it."""
+        timm = _load_timm()
         convert = getattr(sys.modules[timm.model_entrypoint(self.name).__module__], "checkpoint_filter_fn", None)
         if convert is None:
             return None
@@ -93,12 +107,12 @@ class FrameBackbone(nn.Module):
 
 
 def _extractor(name: str, **options: Any) -> nn.Module:
-    return timm.create_model(name, features_only=True, out_indices=(-2, -1), **options)
+    return _load_timm().create_model(name, features_only=True, out_indices=(-2, -1), **options)
 
 
 def timm_out_of_reach(name: str) -> str | None:
     """Return why timm's weights of a network cannot be had; None if they are in the cache, or can be downloaded."""
-    config = timm.get_pretrained_cfg(name)
+    config = _load_timm().get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         return f"it has no weights of {name}"
     if config.hf_hub_id and cached(config.hf_hub_id) is not None:

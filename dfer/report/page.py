@@ -108,7 +108,8 @@ def page(run: Run, others: Sequence[Run], inspection: Inspection) -> tuple[str, 
     optim = run.config.get("optim")
     planned = optim.get("epochs", "?") if isinstance(optim, dict) else "?"
     lead = f"{run.config.get('preset', 'run')}, {len(run.series('val/WAR')[0])} of {planned} epochs evaluated"
-    text = document(run.name, f"{lead}, seed {run.config.get('seed', '?')}", body, "scripts/report.py")
+    made_by = f"; {run.made_by}" if run.made_by else ""
+    text = document(run.name, f"{lead}, seed {run.config.get('seed', '?')}{made_by}", body, "scripts/report.py")
     return text, [*predicted, *training, *crf]
 
 

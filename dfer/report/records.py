@@ -12,6 +12,7 @@ from jaxtyping import Float64
 from dfer.cli import UserError, printable
 from dfer.files import check_visible
 from dfer.run.predictions import Predictions, read_predictions
+from dfer.run.provenance import describe_starts, read_starts
 
 
 class Run(NamedTuple):
@@ -22,6 +23,7 @@ class Run(NamedTuple):
     rows: list[dict[str, Any]]  # of metrics.jsonl
     predictions: Predictions | None
     notes: list[str]  # what is missing, and why
+    made_by: str = ""  # code and machines, if they were noted
 
     @property
     def name(self) -> str:
@@ -51,7 +53,8 @@ def read_run(path: Path) -> Run:
         predictions = read_predictions(path / "predictions.csv")
     except UserError as error:
         notes.append(f"no confusion matrix, recall or gallery: {error}")
-    return Run(path, config, rows, predictions, notes + _said(path / "log.txt"))
+    notes += _said(path / "log.txt")
+    return Run(path, config, rows, predictions, notes, printable(describe_starts(read_starts(path))))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

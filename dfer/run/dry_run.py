@@ -20,6 +20,7 @@ from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.checkpoint import KEPT, decode_state, find_manifests, newest_checkpoint
 from dfer.run.folder import continued_config
+from dfer.run.logger import endless_warm_up
 from dfer.run.memory import free_memory
 from dfer.state import Job
 
@@ -148,6 +149,8 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
     table.add_row("clips", f"{len(train_index):,} to train, {len(val_index):,} to evaluate ({train_index.source})")
     if job.state.started:
         table.add_row("starts from", job.state.started)
+    if note := endless_warm_up(config):
+        table.add_row("warm-up", note)
     for row in result.rows().items():
         table.add_row(*row)
     for line in deviations(config.recipe, config, job.world.size) if config.recipe != "none" else ():

@@ -1,6 +1,6 @@
 """A run's folder: held by one process, and everything in it of one run.
 
-`logs/<run>/` holds config.json, metrics.jsonl, log.txt, predictions.csv, weights, and checkpoints/.
+`logs/<run>/` holds config.json, started.jsonl, metrics.jsonl, log.txt, predictions.csv, weights, and checkpoints/.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from dfer.batch import Batch
 from dfer.cli import UserError, show_table
 from dfer.config import Config
 from dfer.evaluation import Evaluation
@@ -85,11 +87,11 @@ class Logger:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
+            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, unit="steps")
             self._progress.start()
 
     @property
@@ -151,6 +153,8 @@ class Logger:
         for name, index in (("train", train_index), ("validation", val_index)):
             if index.num_miscounted():
                 self.say(f"{index.num_miscounted()} {name} clips hold another number of frames than listed; disk used")
+        if note := endless_warm_up(config):
+            self.say(note)
         for line in damage:
             self.say(f"{line}; an older checkpoint is used")
         if self._anew:
@@ -241,6 +245,19 @@ class Logger:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
+    def evaluating(self, batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+        """Pass the batches of an evaluation on, under a progress bar of their own on a terminal."""
+        if self._progress is None:
+            yield from batches
+            return
+        task = self._progress.add_task("evaluating", total=total, unit="batches")
+        try:
+            for batch in batches:
+                yield batch
+                self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
+
     def evaluated(self, line: str, best: dict[str, list[int | float]]) -> None:
         """Say what an evaluation found, and send the best values to W&B. Call it once a checkpoint has them.
 
@@ -291,6 +308,17 @@ class Logger:
         for file in (self._text, self._rows):
             with contextlib.suppress(OSError):  # what could not be written was said when it was
                 file.close()
+
+
+def endless_warm_up(config: Config) -> str | None:
+    """Return what is to be said of a warm-up that the run does not outlast; None of any other."""
+    optim = config.optim
+    if optim.warmup_epochs < optim.epochs:
+        return None
+    return (
+        f"--optim.warmup-epochs {optim.warmup_epochs:g}: as long as the run of {optim.epochs} epochs: the learning "
+        "rate does nothing but rise; lower it"
+    )
 
 
 def print_result(title: str, confusion: ConfusionMatrix) -> None:

@@ -17,6 +17,7 @@ from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix
 from dfer.run.predictions import Predictions
+from dfer.run.provenance import describe_starts, read_starts
 
 if TYPE_CHECKING:
     import wandb
@@ -101,7 +102,7 @@ class WandbLog:
 
     def _options(self) -> dict:
         """Return the arguments of wandb.init: project, group, tags, name and configuration."""
-        about = _grouping(self._config)
+        about = _grouping(self._config) | {"made_by": describe_starts(read_starts(self._run_dir))}
         fold = [f"fold{about['fold']}"] if about["fold"] else []
         return {
             "project": project_of(self._config),
@@ -111,7 +112,9 @@ class WandbLog:
             "name": self._run_dir.name,
             "id": self.id,
             "dir": self._run_dir,
-            "config": json.loads(self._config.to_json()) | about,
+            "config": json.loads(self._config.to_json())
+            | about
+            | {"made_by": describe_starts(read_starts(self._run_dir))},
             "resume": "allow",
         }
 

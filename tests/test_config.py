@@ -37,7 +37,7 @@ def test_every_number_of_an_augmentation_has_a_range():
 
 
 def test_the_number_of_flags_stays_small():
-    """80, and four on which nothing that is trained depends: --validate-only, --profile, --run.grace and .wandb-project."""
+    """80, and four of which nothing depends that is trained: validate_only, profile, run.grace, run.wandb_project."""
     assert num_fields(Config) <= 84
 
 

@@ -8,7 +8,8 @@ import tarfile
 import pytest
 
 from dfer.cli import UserError
-from dfer.config import PRESETS, Config, begun_config, config_from_json, differences, parse_config
+from dfer.config import PRESETS, Config, begun_config, config_from_json, parse_config
+from dfer.run.continuing import differences
 from tests.begun_run import how_it_ended, start
 from tests.conftest import ROOT, make_clips
 

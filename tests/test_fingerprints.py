@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dfer.cli import UserError
-from dfer.config import Config, DataConfig, LossConfig, ModelConfig, RunConfig, differences
+from dfer.config import Config, DataConfig, LossConfig, ModelConfig, RunConfig
 from dfer.lists.hashes import write_hashes
 from dfer.lists.index import load_index
 from dfer.losses import build_objective
 from dfer.precision import Precision
+from dfer.run.continuing import differences
 from dfer.run.fingerprints import changes, check_data, data_fingerprints, fingerprint, relocated
 from dfer.state import build_state
 from tests.conftest import smooth_image

@@ -10,8 +10,9 @@ import torch
 from torch.profiler import record_function
 
 import train
-from dfer.config import Config, differences, parse_config
+from dfer.config import Config, parse_config
 from dfer.run.checkpoint import load_checkpoint
+from dfer.run.continuing import differences
 from dfer.run.profiler import RANGES, TRACE, WARM_UP, Profiler, table
 from tests.conftest import run_python
 from tests.test_resume import SMALL

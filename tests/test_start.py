@@ -13,12 +13,13 @@ import torch
 
 from dfer import cli
 from dfer.cli import UserError
-from dfer.config import Config, DataConfig, ModelConfig, OptimConfig, config_from_json, differences, parse_config
+from dfer.config import Config, DataConfig, ModelConfig, OptimConfig, config_from_json, parse_config
 from dfer.lists.annotations import EMOTIONS
 from dfer.model.build import build_model
 from dfer.model.start import resolved
 from dfer.precision import Precision
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
+from dfer.run.continuing import differences
 from dfer.run.folder import started_config
 from dfer.run.folds import with_one_start
 from dfer.state import TrainState, build_state, load_trained

@@ -8,7 +8,8 @@ import pytest
 
 import wandb
 from dfer.cli import UserError
-from dfer.config import config_from_json, differences, parse_config
+from dfer.config import config_from_json, parse_config
+from dfer.run.continuing import differences
 from dfer.run.wandb_log import has_wandb_key, mode_of_machine, project_of
 
 KEY = "0123456789" * 4

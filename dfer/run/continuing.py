@@ -1,4 +1,4 @@
-"""Which run a command goes on with that names none, and which command goes on with a run."""
+"""What a command may say differently that continues a run, which run it means if it names none, and how it reads."""
 
 import contextlib
 import json
@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dfer.cli import UserError
-from dfer.config import Config, begun_config, differences, parse_config
+from dfer.config import Config, begun_config, parse_config
 from dfer.run.checkpoint import find_manifests
+
+# What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
+# another JPEG decoder. `dfer.run.folder.same_global_batch`, which knows the number of processes, checks the batch size.
+_FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
+_FREE |= {"run.wandb_project", "run.grace", "run.timeout", "data.batch_size", "data.jpeg_engine"}
+# Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
+_FREE |= {"data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels"}
 
 
 def parse_command(words: Sequence[str]) -> Config:
@@ -100,3 +107,29 @@ def continuing_command(run: Path) -> str:
         command = ["dfer", "train"]
     where = [] if run.parent == Path("logs") else ["--run.log-dir", str(run.parent)]
     return shlex.join([*command, "--run.name", run.name, *where])
+
+
+def differences(saved: Config, now: Config) -> list[str]:
+    """Return what keeps a command from continuing a run: `--flag was this, is that`."""
+    was, is_ = json.loads(saved.to_json()), json.loads(now.to_json())
+    for config in (was, is_):
+        if not saved.optim.ema:  # no average, whichever
+            del config["optim"]["ema_warmup"]
+        # The checkpoint has the weights: which file they came from is of no matter.
+        if config["model"]["init"] not in ("random", "timm", "auto"):
+            config["model"]["init"] = "a file"
+    if "auto" in (was["model"]["init"], is_["model"]["init"]):  # what the run began with, whichever that was
+        is_["model"]["init"] = was["model"]["init"]
+    return _differences(was, is_, "")
+
+
+def _differences(saved: dict, now: dict, prefix: str) -> list[str]:
+    lines = []
+    for key in sorted(saved.keys() | now.keys()):
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and prefix + key not in _FREE:
+            flag = "preset" if prefix + key == "preset" else f"--{prefix}{key}".replace("_", "-")
+            lines.append(f"{flag} was {old}, is {new}")
+    return lines

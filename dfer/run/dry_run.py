@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from dfer.cli import UserError, show_table
-from dfer.config import Config, begun_config, differences
+from dfer.config import Config, begun_config
 from dfer.files import free_bytes
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
@@ -19,6 +19,7 @@ from dfer.plan.balance import describe_draws
 from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.checkpoint import KEPT, decode_state, find_manifests, newest_checkpoint
+from dfer.run.continuing import differences
 from dfer.run.folder import continued_config
 from dfer.run.logger import endless_warm_up
 from dfer.run.memory import free_memory

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from dfer.batch import Batch
 from dfer.cli import UserError
-from dfer.config import Config, begun_config, config_from_json, differences
+from dfer.config import Config, begun_config, config_from_json
 from dfer.files import free_bytes, read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import ClipIndex
 from dfer.model.start import resolved
 from dfer.run import distributed
 from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
+from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
 from dfer.run.weight_files import save_weights

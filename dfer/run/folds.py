@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from dfer.cli import EXIT_USAGE, UserError, usable_cores
-from dfer.config import Config, begun_config, config_from_json, differences, parse_config
+from dfer.config import Config, begun_config, config_from_json, parse_config
 from dfer.lists.index import load_index
 from dfer.losses import build_objective
 from dfer.run.checkpoint import decode_state, newest_checkpoint
+from dfer.run.continuing import differences
 from dfer.run.fingerprints import check_data, data_fingerprints
 from dfer.run.folder import same_global_batch, started_config
 from dfer.run.launchers import own_environment

@@ -52,7 +52,7 @@ def begin(program: str, loads: str = "") -> None:
     faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
     if loads and sys.flags.optimize > 1:
         say_error(
-            f"{program}: DALI cannot be loaded without docstrings: leave out -OO (or PYTHONOPTIMIZE=2); -O is fine"
+            f"{program}: DALI cannot be loaded without docstrings: leave out -OO or PYTHONOPTIMIZE=2 (-O is fine)"
         )
         sys.exit(EXIT_USAGE)
     if loads:

@@ -75,6 +75,11 @@ def begin(program: str, loads: str = "") -> None:
     sys.stdout = _heedless(sys.stdout, "standard output")
     sys.stderr = _heedless(sys.stderr, "standard error")
     faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
+    if loads and sys.flags.optimize > 1:
+        say_error(
+            f"{program}: DALI cannot be loaded without docstrings: leave out -OO or PYTHONOPTIMIZE=2 (-O is fine)"
+        )
+        sys.exit(EXIT_USAGE)
     if loads:
         gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
     if loads and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":

@@ -250,3 +250,10 @@ def test_what_is_loading_is_said_before_it_is_loaded(environment, words):
     env = {**os.environ, **environment}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "predict: loading torch\n" * words + "False\n" and not done.stderr
+
+
+@pytest.mark.parametrize("command", ["train.py", "scripts/evaluate.py", "scripts/predict.py"])
+def test_without_docstrings_and_a_safe_path_is_one_line(command):
+    """-P leaves out the folder of the file, so that this line shows that the project is found all the same."""
+    done = subprocess.run([sys.executable, "-P", "-OO", str(ROOT / command)], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 2 and "leave out -OO" in done.stderr and done.stderr.count("\n") == 1

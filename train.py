@@ -71,7 +71,6 @@ class Diverged(Exception):
     """Many optimizer steps in a row were skipped, as their loss or gradient is non-finite. Holds the last batch."""
 
     def __init__(self, batch: Batch):
-        super().__init__()
         self.batch = batch
 
 

@@ -188,7 +188,7 @@ def cost(config: Config) -> tuple[int, int]:
     num_frames = data.num_segments * data.frames_per_segment
     with COUNTING, warnings.catch_warnings():  # the counter and the switch are the process's
         warnings.simplefilter("ignore")  # of torch about Intel's GPUs
-        model = build_model(dataclasses.replace(config.model, weights=None), num_frames).eval()
+        model = build_model(dataclasses.replace(config.model, init="random"), num_frames).eval()
         if hasattr(model, "crf") and hasattr(model.crf, "backend"):
             model.crf.backend = "sdpa"  # operators that the counter knows
         counter = FlopCounterMode(display=False)

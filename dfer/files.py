@@ -215,7 +215,7 @@ def closed(path: str | Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL is a ValueError
         return None
     except OSError as error:
-        return reason(error)
+        return None if error.errno == errno.ENAMETOOLONG else reason(error)  # nothing has such a name
     return None
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import Parser, UserError, one_line_errors, printable
+from dfer.cli import Parser, UserError, begin, one_line_errors, printable
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
 from dfer.lists.orders import parse_order
@@ -55,4 +55,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin("prepare_stills")
     sys.exit(main())

@@ -96,7 +96,8 @@ def test_the_command_that_goes_on(monkeypatch, argv, env, log_dir, command):
     monkeypatch.setattr(sys, "argv", [argv])
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert continuing_command(Path(log_dir) / "a b") == command.format(python=sys.executable)
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    assert continuing_command(Path(log_dir) / "a b") == command.format(python="/usr/bin/python3")
     monkeypatch.setattr(sys, "executable", f"{os.getcwd()}/.venv/bin/python")
     assert continuing_command(Path(log_dir) / "a b") == command.format(python=".venv/bin/python")
 

@@ -360,9 +360,9 @@ def test_a_home_that_is_not_known_is_no_folder_called_so(monkeypatch, nobody, tm
 
 def test_all_parsers_know_the_tilde(monkeypatch):
     monkeypatch.setenv("HOME", HOME)
-    config = parse_config(["debug", "--run.log-dir=~/logs", "--data.root=~/d", "--model.weights=~/w", "--run.name=a"])
+    config = parse_config(["debug", "--run.log-dir=~/logs", "--data.root=~/d", "--model.init=~/w", "--run.name=a"])
     assert (str(config.run.log_dir), str(config.data.root)) == (f"{HOME}/logs", f"{HOME}/d")
-    assert config.model.weights == f"{HOME}/w"
+    assert config.model.init == f"{HOME}/w"
     parser = cli.Parser("x", "")
     parser.add_argument("--out")
     parser.add_argument("list")

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models.video import r3d_18
 
 from dfer.cli import UserError
 from dfer.model.backbone import FrameBackbone
@@ -77,6 +76,8 @@ class R3DNet(nn.Module, PyTorchModelHubMixin):
 
     def __init__(self, num_classes: int = 7, *, dropout: float = 0.2):
         super().__init__()
+        from torchvision.models.video import r3d_18  # with torch's compiler, which others need not wait for
+
         self.backbone = r3d_18(weights=None)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.backbone.fc.in_features, num_classes))
         self.backbone.add_module("fc", nn.Identity())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def _said(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    said = (line.partition(" ")[2] for line in lines)  # behind the time
+    said = (re.sub(r"^(\d{4}-\d\d-\d\d )?\S+ ", "", line) for line in lines)  # date (of late) and time
     return list(dict.fromkeys(line for line in said if line.startswith(("recipe ", "balance "))))
 
 

@@ -14,8 +14,21 @@ MODELS: dict[str, Words] = {
 }
 
 ABLATIONS: dict[str, dict[str, Words]] = {
+    "branches": {  # what is seen, and what reads it; the last row is the first version's model
+        "both": (),
+        "static": ("--model.branches", "static"),
+        "dynamic": ("--model.branches", "dynamic"),
+        "difference": ("--model.dynamic", "difference"),
+        "first": ("--model.dynamic", "first"),
+        "original": ("--model.dynamic", "original"),
+        "both-attention": ("--model.time", "attention"),
+        "static-attention": ("--model.branches", "static", "--model.time", "attention"),
+    },
     "crf": {  # what the CRF writes back, how often it iterates, and two other layers in its place
         "both-t3": (),
+        "no-crf": ("--model.crf", "none"),
+        "on-static": ("--model.crf-branch", "static"),
+        "no-aux": ("--loss.aux-weight", "0"),
         "none-t3": ("--model.readout", "none"),
         "labels-t3": ("--model.readout", "labels"),
         "value-t3": ("--model.readout", "value"),
@@ -24,6 +37,15 @@ ABLATIONS: dict[str, dict[str, Words]] = {
         "both-t5": ("--model.iterations", "5"),
         "messages": ("--model.crf", "messages"),
         "gaussian": ("--model.crf", "gaussian"),
+    },
+    "imbalance": {  # for the rarest class
+        "as-it-is": (),
+        "sqrt": ("--data.balance", "sqrt"),
+        "full": ("--data.balance", "full"),
+        "logit-adjusted": ("--loss.kind", "logit-adjusted"),
+        "class-balanced": ("--loss.kind", "class-balanced"),
+        "focal": ("--loss.kind", "focal"),
+        "sqrt-mixup": ("--data.balance", "sqrt", "--data.augmentation.mixup", "0.2"),
     },
 }
 

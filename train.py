@@ -262,7 +262,7 @@ def try_out(config: Config, data: Data, world: World) -> int:
     head = data._replace(val_index=data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size))
     with StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND) as stop:
         stop.saved = True  # there is nothing to save
-        job = prepare(shared_config(dry_run.without_first_weights(config), world), head, world, None)
+        job = prepare(dry_run.without_first_weights(shared_config(config, world), world), head, world, None)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
         num_steps = min(dry_run.STEPS, job.schedule.steps_per_epoch)

@@ -226,22 +226,22 @@ def parse_config(args: list[str]) -> Config:
     for section, values in RECIPES[recipe].settings.items() if recipe in RECIPES else ():  # others are named by tyro
         changed = dataclasses.replace(getattr(default, section), **values)
         default = dataclasses.replace(default, **{section: changed})
-    config = _parse(flags, default)
+    config = _parse(flags, default)  # what is typed may be valid with what the run was begun with alone
     begun = begun_config(config.run.log_dir / config.run.name) if config.run.name else None
     if begun is None and flags != old_word:
         raise UserError("--data.recipe: is --recipe now, and sets optimizer, schedule, batch, epochs and loss too")
     if begun is None:
+        validate(config)
         return config
     config = _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
     if config.model.init == "auto":  # typed again: what it was found to mean
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=begun.model.init))
     validate(config)
     return config
-    return _parse(flags, _continued(begun, config, preset_typed=len(flags) < len(args)))
 
 
 def _parse(words: list[str], default: Config) -> Config:
-    """Return `default` with the flags among the words set, and its values checked."""
+    """Return `default` with the flags among the words set. What types do not express is not checked."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -260,7 +260,6 @@ def _parse(words: list[str], default: Config) -> Config:
     optim = config.optim
     if optim.schedule in ("cosine", "constant") and optim.decay_epochs == default.optim.decay_epochs:
         config = dataclasses.replace(config, optim=dataclasses.replace(optim, decay_epochs=()))  # a recipe's
-    validate(config)
     return config
 
 

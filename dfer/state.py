@@ -11,6 +11,7 @@ from dfer.batch import Loader
 from dfer.cli import UserError
 from dfer.config import Config
 from dfer.losses import Objective
+from dfer.model.backbone import FrameBackbone
 from dfer.model.build import build_model
 from dfer.model.start import start
 from dfer.optim.average import build_ema
@@ -163,7 +164,10 @@ def _check_values_per_channel(model: nn.Module, config: Config) -> None:
     Raises:
         UserError: if it has not.
     """
-    data, stride = config.data, max(model.get_submodule("backbone").strides)  # type: ignore[arg-type]
+    backbone = next((module for module in model.modules() if isinstance(module, FrameBackbone)), None)
+    if backbone is None:  # r3d-18 has several on each clip that it takes
+        return
+    data, stride = config.data, max(backbone.strides)
     frames, side = data.num_segments * data.frames_per_segment, -(-data.size // stride)
     normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if normalises and data.batch_size * frames * side * side == 1:

@@ -51,6 +51,25 @@ def test_a_changed_default_does_not_reach_a_run_that_has_begun(begun, tmp_path, 
     assert again(tmp_path, *words) == config  # the same command, or none of it but the name
 
 
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (("--optim.schedule", "step", "--optim.decay-epochs", "1"), ("--optim.schedule", "step")),
+        (("--model.init", "timm", "--model.freeze", "backbone"), ("--model.freeze", "backbone")),
+        (
+            ("--optim.min-lr", "0", "--optim.lr", "1e-6", "--recipe", "m3dfel"),
+            ("--optim.lr", "1e-6", "--recipe", "m3dfel"),
+        ),
+    ],
+)
+def test_what_is_typed_is_checked_with_what_the_run_has(begun, tmp_path, words, typed):
+    """Alone, or with the preset's values, these words are refused."""
+    config = begun("debug", *words)
+    with pytest.raises(UserError):
+        parse_config(["debug", *typed])
+    assert again(tmp_path, "debug", *typed) == config
+
+
 def test_what_is_typed_is_compared(begun, tmp_path):
     config = begun("debug", "--optim.lr", "0.02")
     assert differences(config, again(tmp_path, "debug", "--optim.lr", "0.03")) == ["--optim.lr was 0.02, is 0.03"]

@@ -22,11 +22,21 @@ from dfer.metrics import Throughput, peak_memory
 from dfer.optim.schedule import Schedule
 from dfer.plan.sampling import ClipSampler
 from dfer.run.checkpoint import save_checkpoint
-from dfer.run.dry_run import DryRun, duration, free_disk, padded
+from dfer.run.distributed import World
+from dfer.run.dry_run import DryRun, duration, free_disk, padded, without_first_weights
 from dfer.run.fingerprints import data_fingerprints
 from dfer.run.memory import free_memory
 from tests.conftest import ROOT, make_clips, nursery
 from tests.test_train import TINY
+
+
+def test_rank_0_sees_for_all_whether_a_run_has_begun(tmp_path, monkeypatch):
+    """And what it may begin with is not checked for a run that begins no more."""
+    words = ["--model.init", "timm", "--model.freeze", "backbone", "--run.log-dir", str(tmp_path), "--run.name", "a"]
+    config, other = parse_config(["debug", *words]), World(1, 2, 1, 2, torch.device("cpu"))
+    for begun, init in ((b"begun", "random"), (None, "timm")):
+        monkeypatch.setattr("dfer.run.distributed.share", lambda content, world, begun=begun: begun)
+        assert without_first_weights(config, other).model.init == init
 
 
 def tree(folder: Path) -> dict[str, tuple[int, str]]:

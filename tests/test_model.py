@@ -85,6 +85,7 @@ def test_frames_of_training_keep_their_positions():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        ({"name": "r3d-18", "drop_path": 0.5}, "--model.drop-path 0.5: r3d-18 has no stochastic depth"),
         ({"name": "r3d-18", "init": "timm"}, "--model.init timm: r3d-18 has no backbone of timm"),
         (
             {"name": "st-former", "backbone": "test_convnext"},
@@ -282,3 +283,15 @@ def test_exports_without_branches_are_what_they_were(tmp_path):
     again, clips = DFERNet.from_pretrained(tmp_path).eval(), torch.randn(1, 4, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(again(clips).logits, old(clips).logits)
+
+
+def test_a_model_of_stills_keeps_its_measure_of_motion():
+    """At T = 1 nothing moves, and a variance of nothing would make any motion of later clips enormous."""
+    torch.manual_seed(0)
+    model = DFERNet(1, backbone="resnet10t", dim=16, dropout=0.0).train()
+    for _ in range(30):
+        model(torch.randn(4, 1, 3, 32, 32))
+    model.eval()
+    with torch.inference_mode():
+        shown = model._branches(torch.randn(2, 1, 3, 32, 32) + 0.1 * torch.randn(2, 4, 3, 32, 32))
+    assert max(level.abs().max() for level in shown["dynamic"]) < max(level.abs().max() for level in shown["static"])

@@ -98,6 +98,20 @@ def test_intervals_and_paired_differences():
     assert page.difference(first, {9: other[7]}, "WAR") == "-"
 
 
+def test_what_the_words_mean_today_has_the_plain_name(monkeypatch):
+    """Whichever was run last: a default may be left and come back, and its runs are not done again."""
+    runs = [result("dfernet", seed, 80.0) for seed in (0, 1)]
+    others = [result("dfernet", seed, 50.0, commit="0ce724e" + "0" * 33) for seed in (0, 1)]
+    for other in others:
+        other["config"]["model"]["iterations"] = 1
+    names = {"dfernet": ()}
+    monkeypatch.setattr(page, "parse_config", lambda words: Config())
+    assert list(page.rows_of([*runs, *others], names)) == ["dfernet, as of 0ce724e", "dfernet"][::-1]
+    assert page.rows_of([*runs, *others], names)["dfernet"][0]["WAR"] == 80.0
+    monkeypatch.setattr(page, "parse_config", lambda words: Config(seed=7, model=ModelConfig(dim=8)))  # never run
+    assert page.rows_of([*others, *runs[:1], *others[:1], *runs[1:]], names)["dfernet"][1]["WAR"] == 80.0
+
+
 def test_the_page_keeps_runs_of_other_defaults_and_of_other_settings_apart():
     old = result("dfernet", 0, 50.0, commit="0ce724e" + "0" * 33)
     old["config"]["model"]["iterations"] = 1  # its default then

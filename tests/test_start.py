@@ -22,6 +22,7 @@ from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from dfer.run.continuing import differences
 from dfer.run.folder import started_config
 from dfer.run.folds import with_one_start
+from dfer.run.hub import local
 from dfer.state import TrainState, build_state, load_trained
 from scripts.export import hub_config
 from tests.conftest import TORCHRUN, run_python
@@ -233,7 +234,7 @@ def test_what_cannot_be_downloaded_is_one_line(hub, monkeypatch):
 
     monkeypatch.setattr("dfer.run.hub.out_of_reach", lambda: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    with pytest.raises(UserError, match=r"--model\.init hf:a/b: model\.safetensors cannot be downloaded \(the line"):
+    with pytest.raises(UserError, match=r"--model\.init hf:a/b: config\.json cannot be downloaded \(the line"):
         from_("hf:a/b", configured(SMALL))
 
 
@@ -392,3 +393,30 @@ def test_two_processes_train_beside_a_frozen_backbone(clips, tmp_path):
     before, after = (load_checkpoint(tmp_path / name)["model"] for name in ("source", "two"))
     frozen = [name for name in after if name.startswith("backbone.")]
     assert len(frozen) == 90 and all(torch.equal(before[name], after[name]) for name in frozen)
+
+
+def test_a_model_with_other_options_has_no_other_classes(tmp_path):
+    """What another readout makes wider is not taken for what other classes make wider, and lost."""
+    run_of(tmp_path, configured(dataclasses.replace(SMALL, readout="labels")))
+    with pytest.raises(UserError, match=r"of another shape: crf\.project.*: it is another model"):
+        from_(tmp_path, configured(SMALL))
+
+
+def test_a_baseline_has_no_options_of_the_full_model(tmp_path):
+    config = configured(dataclasses.replace(SMALL, name="mean-pool"))
+    run_of(tmp_path, dataclasses.replace(config, model=dataclasses.replace(config.model, branches="static")))
+    assert "its options were others" not in from_(tmp_path, config).started
+
+
+def test_what_describes_a_model_is_downloaded_before_its_weights(monkeypatch):
+    """A model whose weights are in the cache is taken to be whole."""
+    monkeypatch.setattr("dfer.run.hub.cached", lambda name: None)
+    monkeypatch.setattr("dfer.run.hub.out_of_reach", lambda: None)
+    asked = []
+
+    def download(name, file):
+        asked.append(file)
+        return Path("there", file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert local(Path("hf:a/b")) == Path("there") and asked == ["config.json", "README.md", "model.safetensors"]

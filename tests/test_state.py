@@ -1,6 +1,7 @@
 """What the state of a training is built from."""
 
 import dataclasses
+import typing
 
 import pytest
 import torch
@@ -46,3 +47,10 @@ def test_one_value_per_channel_is_refused_before_the_first_step(data, model, ref
         *2 * [config.data.size],
     )
     assert net(torch.zeros(clips)).logits.shape == (config.data.batch_size, 7)
+
+
+@pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(ModelConfig)["name"]))
+def test_every_model_can_be_trained(name):
+    data = dataclasses.replace(SMALL.data, num_segments=4, batch_size=2)
+    config = dataclasses.replace(SMALL, data=data, model=dataclasses.replace(SMALL.model, name=name))
+    assert build_state(config, FLOAT32, None).step == 0

@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.comparison.record import Result, recorded_config
-from benchmarks.comparison.tables import SEGMENTS, tables
-from dfer.config import Config
+from benchmarks.comparison.record import Result, portable, recorded_config
+from benchmarks.comparison.tables import BUDGETS, SEGMENTS, tables
+from dfer.config import Config, parse_config
 
 # 97.5th percentiles of Student's t, by degrees of freedom.
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -57,18 +57,29 @@ def difference(first: dict[int, Result], other: dict[int, Result], key: str) -> 
     return f"{mean:+.1f} (s.e. {found[0]:.1f}, {mean - found[1]:+.1f} to {mean + found[1]:+.1f})"
 
 
-def rows_of(results: Iterable[Result], names: dict[str, tuple[str, ...]]) -> dict[str, dict[int, Result]]:
+def rows_of(
+    results: Iterable[Result], names: dict[str, tuple[str, ...]], shared: Sequence[str] = ()
+) -> dict[str, dict[int, Result]]:
     """Return row -> seed -> run, in the order of a table.
 
     Runs of the same words that other defaults made another model of are a row of their own, with the commit that made
-    them; the latest has the plain name.
+    them. What the words mean today has the plain name; if that was never run, what was run last.
+
+    Args:
+        results: the runs of one setting.
+        names: row -> words for train.py.
+        shared: the words that all rows share: the preset and the budget.
     """
     rows: dict[str, dict[int, Result]] = {}
     results = list(results)
     for name, words in names.items():
         variants: dict[Any, dict[int, Result]] = {}
         for result in (r for r in results if tuple(r["words"]) == words):
-            variants.setdefault(_variant(recorded_config(result), result), {})[result["seed"]] = result
+            variant = _variant(recorded_config(result), result)
+            variants[variant] = variants.pop(variant, {}) | {result["seed"]: result}  # the last one moves to the end
+        today = _settings(portable(parse_config([*shared, *words])))
+        if today in variants:
+            variants[today] = variants.pop(today)
         for number, runs in enumerate(reversed(variants.values())):
             commit = next(iter(runs.values()))["commit"]
             rows[name if number == 0 else f"{name}, as of {commit[:7]}"] = runs
@@ -77,8 +88,11 @@ def rows_of(results: Iterable[Result], names: dict[str, tuple[str, ...]]) -> dic
 
 def _variant(config: Config | None, result: Result) -> str:
     """Return what tells runs of other defaults apart: the configuration without its seed."""
-    settings = json.loads(config.to_json()) if config else dict(result["config"])
-    return json.dumps(settings | {"seed": None}, sort_keys=True)
+    return _settings(config) if config else json.dumps(dict(result["config"]) | {"seed": None}, sort_keys=True)
+
+
+def _settings(config: Config) -> str:
+    return json.dumps(json.loads(config.to_json()) | {"seed": None}, sort_keys=True)
 
 
 def cells(name: str, runs: dict[int, Result], first: dict[int, Result]) -> list[str]:
@@ -100,7 +114,7 @@ def all_tables(results: list[Result]) -> list[tuple[str, list[list[str]], list[R
     for setting in sorted({setting_of(result) for result in results}):
         mine = [result for result in results if setting_of(result) == setting]
         for table, names in tables().items():
-            rows = rows_of(mine, names)
+            rows = rows_of(mine, names, ("faces", *BUDGETS[setting.budget], *setting.extra))
             if len({name.split(",")[0] for name in rows}) < 2:
                 continue
             first = next(iter(rows.values()))

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from dfer.cli import UserError
 from dfer.config import ModelConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet
@@ -27,6 +28,8 @@ def build_model(config: ModelConfig, num_frames: int, num_classes: int = len(EMO
 
 def _network(config: ModelConfig, num_frames: int, num_classes: int) -> nn.Module:
     if config.name == "r3d-18":
+        if config.drop_path:
+            raise UserError(f"--model.drop-path {config.drop_path}: r3d-18 has no stochastic depth; leave it out")
         return R3DNet(num_classes, dropout=config.dropout)
     backbone = {"backbone": config.backbone, "drop_path": config.drop_path, "dropout": config.dropout}
     if config.name in _OF_FRAMES:

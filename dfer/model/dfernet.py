@@ -94,6 +94,8 @@ class DFERNet(nn.Module, PyTorchModelHubMixin):
             self.fusion = TopDownFusion(dim)
         if branches != "static":
             self.dynamic_pyramid, self.dynamic_fusion = FeaturePyramid(channels, dim), TopDownFusion(dim)
+            if num_frames == 1:  # nothing moves: statistics of it would say that any motion is enormous
+                _keep_statistics(self.dynamic_pyramid, self.dynamic_fusion)
         num_levels = 4 if branches == "both" else 2
         width = 2 * dim if time == "gru" else num_levels * dim
         if time == "gru":
@@ -166,6 +168,12 @@ def motion(x: Float[Tensor, "B T C h w"], kind: Motion) -> Float[Tensor, "B T C 
             return x - x[:, :1]
         case "original":
             return x.roll(-1, 1) - x
+
+
+def _keep_statistics(*modules: nn.Module) -> None:
+    """Let batch norm learn no running statistics: they stay a mean of 0 and a variance of 1."""
+    for module in (m for branch in modules for m in branch.modules() if isinstance(m, nn.BatchNorm2d)):
+        module.momentum = 0.0
 
 
 def _levels(pyramid: nn.Module, features: list[Float[Tensor, "B T _ _ _"]]) -> list[Float[Tensor, "B T D _ _"]]:

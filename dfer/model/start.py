@@ -121,10 +121,9 @@ def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: F
     """Load all that fits of a model of ours, and say how many tensors, and which are fresh or resampled."""
     notes, fresh = "", []
     if found.misshapen:  # what depends on what is known by building models that differ in it alone
-        classes = _shapes_that_change(model, config, num_frames, len(EMOTIONS) + 1)
         frames = _shapes_that_change(model, config, num_frames + 1, len(EMOTIONS))
         shapes = {name: ours.shape for name, ours in model.state_dict().items() if name in found.misshapen}
-        fresh = [name for name in shapes if name in classes]
+        fresh = _of_other_classes(model, config, num_frames, found)
         resampled = {
             name: _resampled(found.misshapen[name], frames[name], shape[frames[name]])
             for name, shape in shapes.items()
@@ -143,6 +142,16 @@ def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: F
     return said + notes
 
 
+def _of_other_classes(model: nn.Module, config: ModelConfig, num_frames: int, found: Found) -> list[str]:
+    """Return the tensors that have another shape because, and only because, they were trained on other classes."""
+    head = next(reversed(model.state_dict()))  # its bias, a number for each class
+    if head not in found.misshapen:
+        return []
+    with torch.device("meta"):
+        theirs = build_model(config, num_frames, len(found.misshapen[head])).state_dict()
+    return [name for name, tensor in found.misshapen.items() if theirs[name].shape == tensor.shape]
+
+
 def _retimed(model: nn.Module, num_frames: int, begun: Config) -> str:
     """Fit what a model has learnt in frames to clips of another number of them, and say what that was."""
     before = begun.data.num_segments * begun.data.frames_per_segment
@@ -158,7 +167,8 @@ def _retimed(model: nn.Module, num_frames: int, begun: Config) -> str:
 def _other_options(config: ModelConfig, begun: ModelConfig) -> str:
     """Return which options change what the same weights do, where they are not those that the weights come from."""
     was, now = dataclasses.asdict(begun), dataclasses.asdict(config)
-    differing = [name for name in now if name not in _OF_TRAINING and was[name] != now[name]]
+    of_network = now if config.name == "dfernet" else ("name", "backbone")  # baselines have no other options
+    differing = [name for name in of_network if name not in _OF_TRAINING and was[name] != now[name]]
     lines = [f"--model.{name.replace('_', '-')} was {was[name]}, is {now[name]}" for name in differing]
     return f"; its options were others: {', '.join(lines)}" * bool(lines)
 

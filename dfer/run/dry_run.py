@@ -20,6 +20,7 @@ from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.checkpoint import KEPT, decode_state, find_manifests, newest_checkpoint
 from dfer.run.continuing import differences
+from dfer.run.distributed import World
 from dfer.run.folder import continued_config
 from dfer.run.logger import endless_warm_up
 from dfer.run.memory import free_memory
@@ -72,9 +73,14 @@ class DryRun(NamedTuple):
         }
 
 
-def without_first_weights(config: Config) -> Config:
-    """Return the configuration of a dry run: the checkpoint of a run that has begun has what else a file would give."""
-    begun = config.run.name and find_manifests(config.run.log_dir / config.run.name / "checkpoints")
+def without_first_weights(config: Config, world: World) -> Config:
+    """Return the configuration of a dry run: the checkpoint of a run that has begun has what else a file would give.
+
+    Whether it has begun rank 0 sees, for all.
+    """
+    name = config.run.name
+    begun = world.is_main and name and find_manifests(config.run.log_dir / name / "checkpoints")
+    begun = distributed.share(b"begun" if begun else None, world)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, init="random")) if begun else config
 
 

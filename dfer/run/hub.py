@@ -37,11 +37,11 @@ def local(path: Path) -> Path:
         return folder
     if (why := out_of_reach()) is not None:
         raise UserError(f"hf:{name}: is not in the cache, and {why}; give a file or a folder instead")
+    for file in _ABOUT:  # first: a model whose weights are there is taken to be whole
+        _download(name, file)
     found = next(filter(None, (_download(name, file) for file in WEIGHTS)), None)
     if found is None:
         raise UserError(f"hf:{name}: holds neither {' nor '.join(WEIGHTS)}")
-    for file in _ABOUT:
-        _download(name, file)
     return found.parent
 
 

@@ -45,6 +45,11 @@ def _at_terminal() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ and (os.isatty(0) or os.isatty(2))
 
 
+def _end(number: int, frame: object) -> None:
+    """End a process whose run is done: what is left of it only tells."""
+    raise SystemExit(EXIT_STOPPED)
+
+
 class StopSignals:
     """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask a run to stop, and all ranks learn of it at the same step.
 
@@ -95,6 +100,8 @@ class StopSignals:
         if self._before and self._ends:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._write)
+            for number in self._before.keys() - {signal.SIGINT}:  # which is a KeyboardInterrupt again
+                signal.signal(number, _end)
 
     def _note(self, number: int, frame: object) -> None:
         self._received = True

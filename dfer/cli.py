@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import faulthandler
 import functools
@@ -16,20 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import UnionType
 from typing import (
     TYPE_CHECKING,
-    Annotated,
     Any,
-    Literal,
     NamedTuple,
     NoReturn,
     TextIO,
     TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +49,9 @@ class UserError(ValueError):
     said_by_all = False  # processes of a run; else the first one speaks for those that have not joined yet
 
 
+_GONE = "the folder that this was started in is gone: cd to another"
+
+
 def begin(program: str, loads: str = "") -> None:
     """Make a process ready to be a command: to be called before it loads its libraries, and by nobody else.
 
@@ -82,7 +77,12 @@ def begin(program: str, loads: str = "") -> None:
         sys.exit(EXIT_USAGE)
     if loads:
         gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
-    if loads and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # in which Intel's library would end the process with words of its own
+            say_error(f"{program}: {_GONE}")
+            sys.exit(EXIT_USAGE)
+    if loads and "torch" not in sys.modules and _is_first():
         print(f"{program}: loading {loads}", flush=True)  # not on stderr, which is for what is wrong
 
 
@@ -180,7 +180,7 @@ def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
         if line is None:
             raise
         # What is wrong before the ranks have joined is wrong on all of them: one says it.
-        if getattr(error, "said_by_all", False) or _joined() or os.environ.get("RANK", "0") == "0":
+        if getattr(error, "said_by_all", False) or _joined() or _is_first():
             say_error(f"{program}: {printable(line)}")
         return EXIT_USAGE
     finally:
@@ -196,7 +196,7 @@ def _of_the_system(error: Exception) -> str | None:
         try:
             os.getcwd()
         except FileNotFoundError:
-            return "the folder that this was started in is gone: cd to another"
+            return _GONE
     # safetensors, HDF5 and ONNX have classes of their own, whose text has the system's.
     text = " ".join(str(error).split())
     return text if any(os.strerror(number) in text for number in _SYSTEM) else None
@@ -235,8 +235,13 @@ def show_table(*tables: "Table") -> None:
 @functools.cache
 def say_once(line: str) -> None:
     """Write a line to stderr that is no error, once in a process, and of several ranks by the first alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         say_error(f"note: {printable(line)}")
+
+
+def _is_first() -> bool:
+    """Return whether this process speaks for those of its run. A rank alone, as a shell may inherit it, is no run."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("", "1")
 
 
 def _joined() -> bool:
@@ -255,53 +260,6 @@ class Range(NamedTuple):
 
     low: int | float
     high: int | float
-
-
-def check_ranges(section: Any, prefix: str) -> None:
-    """Check the numbers of a configuration against the ranges that stand at its fields; `prefix` begins its flags.
-
-    Raises:
-        UserError: names the flag, its value and what is allowed.
-    """
-    for name, hint in get_type_hints(type(section), include_extras=True).items():
-        flag = f"{prefix}{name.replace('_', '-')}"
-        value: Any = getattr(section, name)
-        if dataclasses.is_dataclass(type(value)):
-            check_ranges(value, f"{flag}.")
-            continue
-        for limits in (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)):
-            for number in value if isinstance(value, tuple) else (value,):
-                if not math.isfinite(number) or not limits.low <= number <= limits.high:
-                    raise UserError(f"{flag} {number}: must be between {limits.low} and {limits.high}")
-
-
-def restored(kind: Any, saved: Any, flag: str) -> Any:
-    """Return a value of a field's type from what JSON has of it.
-
-    Raises:
-        TypeError, ValueError: if it is of another type, or none of the choices.
-    """
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind, include_extras=True)
-        start = flag if flag == "--" else f"{flag}."
-        known = {k: restored(hints[k], v, start + k.replace("_", "-")) for k, v in saved.items() if k in hints}
-        return cast(type, kind)(**(dict(saved) | known))  # an unknown key is a TypeError
-    if get_origin(kind) is tuple and isinstance(saved, list):
-        return tuple(restored(get_args(kind)[0], value, flag) for value in saved)
-    if get_origin(kind) is Literal:
-        fits = saved in get_args(kind)
-    elif get_origin(kind) is UnionType:  # a type, or None
-        return None if saved is None else restored(get_args(kind)[0], saved, flag)
-    elif kind is Path:
-        fits = isinstance(saved, str) and "\0" not in saved
-        saved = Path(saved) if fits else saved
-    else:
-        fits = isinstance(saved, int | float if kind is float else kind) and isinstance(saved, bool) == (kind is bool)
-    if not fits:
-        raise ValueError(f"{flag} is {saved!r}")
-    return saved
 
 
 def expand_home(words: Iterable[str]) -> list[str]:
@@ -339,13 +297,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)}\n")
-
-
-def first_sentence(panel: str) -> str:
-    """Return in one line what is wrong, and what may be meant, from the panel that tyro draws."""
-    words = re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel)
-    words = re.split(r"For full helptext|Argument helptext", words)[0]
-    return re.sub(r"\s+", " ", words.replace("Perhaps you meant:", "- perhaps you meant")).strip()
 
 
 def in_range(kind: type[int] | type[float], low: int | float, high: int | float) -> Callable[[str], int | float]:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dfer.cli import Range, UserError, check_ranges, expand_home, first_sentence, restored
+from dfer.cli import Range, UserError, expand_home
 from dfer.files import read_file
 from dfer.optim.options import OptimConfig, check_schedule
 from dfer.plan.augmentation import Augmentation
@@ -22,6 +22,7 @@ from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
 from dfer.run.launchers import own_words
+from dfer.run.values import check_ranges, first_sentence, restored
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
 LossKind = Literal["cross-entropy", "focal", "class-balanced", "logit-adjusted"]

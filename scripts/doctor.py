@@ -25,7 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfer.cli import EXIT_USAGE, Parser, UserError, begin
+from dfer.cli import EXIT_USAGE, Parser, UserError, begin, usable_cores
 from dfer.files import cannot_sync, free_bytes, reason
 from dfer.run.launchers import find_place
 
@@ -218,12 +218,13 @@ def examine(folder: Path) -> list[Finding]:
 
 
 def run() -> int:
+    print("doctor: looking at this machine", flush=True)
     try:
         findings = examine(Path.cwd())
     except FileNotFoundError:
         print("doctor: the folder that this was started in is gone: cd to another", file=sys.stderr)
         return EXIT_USAGE
-    table = Table(title=f"{platform.platform()}, {os.cpu_count()} cores")
+    table = Table(title=f"{platform.platform()}, {usable_cores()} cores")
     for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
     marks = {"ok": "[green]ok", "slower": "[yellow]!", "missing": "[red]missing"}

@@ -372,6 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
             args.contact_sheet.write_bytes(cv2.imencode(".png", contact_sheet(args.seed, level=level))[1])
             print(f"wrote {args.contact_sheet}")
             return 0
+        print(f"make_faces: drawing on {args.workers} cores", flush=True)
         for path in make_data_set(args.out, args.size, args.seed, args.video, args.workers, level):
             print(f"wrote {path}")
     except OSError as error:

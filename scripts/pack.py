@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--verify takes the one list that it names, and writes nothing")
     if args.verify is None and not (args.lists and args.out is not None):
         parser.error("give the lists to pack and --out DIR, or --verify DIR/LIST.txt")
+    print(f"pack: reading {', '.join(map(printable, args.lists or [args.verify]))}", flush=True)
     command = shlex.join(["python", "scripts/pack.py", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow's, on odd files: what matters is raised

@@ -16,6 +16,7 @@ Exit code 0: all were read; 1: what was not is named, one per line, the others a
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ def warn(line: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the models, record what is to be recorded, and predict. Returns the exit code."""
+    if os.path.lexists(args.out) and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is no folder: give one, or a new name")
     predictor, clips = build_predictor(args, resize), list(args.clips)
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from dfer import files
 from dfer.config import Config, OptimConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.run import checkpoint
-from dfer.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from dfer.run.checkpoint import find_manifests, load_checkpoint, newest_checkpoint, save_checkpoint
 from dfer.run.distributed import World
 from dfer.run.folder import RunFolder, open_run
 from dfer.run.weight_files import save_weights
@@ -399,3 +399,8 @@ def test_processes_that_are_started_again_keep_the_folder_that_was_found(tmp_pat
     again.begin(config(tmp_path), 1000)
     assert again.path == run.path == tmp_path / "faces-at-2"
     again.close()
+
+
+def test_a_file_in_the_place_of_runs_holds_no_checkpoints(tmp_path):
+    (tmp_path / "logs").touch()
+    assert find_manifests(tmp_path / "logs" / "run" / "checkpoints") == []

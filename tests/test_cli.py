@@ -48,6 +48,7 @@ def test_exit_codes(raising, code):
 
 
 def test_before_the_ranks_have_joined_one_of_them_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
     for rank, lines in (("0", 1), ("3", 0)):
         monkeypatch.setenv("RANK", rank)
         assert one_line_errors("train.py", users_error) == 2
@@ -243,7 +244,7 @@ def test_no_compiler_is_loaded_at_the_start(command):
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("environment", "words"), [({}, 1), ({"RANK": "1"}, 0)])
+@pytest.mark.parametrize(("environment", "words"), [({}, 1), ({"RANK": "1", "WORLD_SIZE": "2"}, 0)])
 def test_what_is_loading_is_said_before_it_is_loaded(environment, words):
     """By one process, and on stdout: what is wrong is on stderr."""
     code = "import sys; from dfer.cli import begin; begin('predict', 'torch'); print('torch' in sys.modules)"
@@ -257,3 +258,17 @@ def test_without_docstrings_and_a_safe_path_is_one_line(command):
     """-P leaves out the folder of the file, so that this line shows that the project is found all the same."""
     done = subprocess.run([sys.executable, "-P", "-OO", str(ROOT / command)], cwd="/", capture_output=True, text=True)
     assert done.returncode == 2 and "leave out -OO" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", ["1", "", "3"])
+def test_a_rank_alone_silences_nothing(monkeypatch, capsys, rank):
+    """A shell within a job may have inherited it; rank 1 of two is silent, as rank 0 says it."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def work():
+        raise UserError("it is wrong")
+
+    assert one_line_errors("x", work) == 2 and capsys.readouterr().err == "x: it is wrong\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert one_line_errors("x", work) == 2 and capsys.readouterr().err == ""

@@ -567,7 +567,7 @@ def test_nothing_is_left_half_written(
         (("{v}/one.mp4", "--window", "xs"), "argument --window: 'x' is not a number from 0.01 to 100,000.0"),
         (("{v}/one.mp4", "--detector", "{v}/one.mp4"), "one.mp4: not a YuNet model"),
         (("{v}/one.mp4", "--out", "{v}"), "--out {v}: one.mp4 lies there and would be overwritten"),
-        (("{v}/one.mp4", "--out", "{v}/one.mp4"), "{v}/one.mp4: File exists"),
+        (("{v}/one.mp4", "--out", "{v}/one.mp4"), "--out {v}/one.mp4: is no folder"),
         (("{f}", "--out", "{f}"), "--out {f}: the results would lie among the frames"),
         (("{f}/a.gif", "--out", "{f}"), "--out {f}: a.gif lies there and would be overwritten"),
         (("{v}/one.mp4", "--fps", "0"), "argument --fps: '0' is not a number from 0.1 to 1,000"),

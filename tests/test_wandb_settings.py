@@ -115,3 +115,11 @@ def test_a_run_stays_in_the_project_that_it_began_in(tmp_path, monkeypatch):
     assert project_of(config) == "dfer" and config.run.grace == 0
     moved = dataclasses.replace(config, run=dataclasses.replace(config.run, wandb_project="mine", grace=8.0))
     assert differences(config, moved) == []
+
+
+def test_a_netrc_in_another_encoding_costs_no_run(monkeypatch, tmp_path, capsys):
+    (tmp_path / "netrc").write_bytes(b"machine example.org login me password gr\xfc\xdf\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert has_wandb_key() is False
+    assert "W&B's key cannot be read" in capsys.readouterr().err

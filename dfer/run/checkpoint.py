@@ -109,7 +109,7 @@ def find_manifests(folder: Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, newest first, whether they verify or not."""
     try:
         names = os.listdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # who is to write there finds what is in the way
         return []
     return sorted((int(m[1]) for m in map(_MANIFEST.fullmatch, names) if m), reverse=True)
 

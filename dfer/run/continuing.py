@@ -98,7 +98,9 @@ def _real(path: Path | None) -> str | None:
 def continuing_command(run: Path) -> str:
     """Return the command that goes on with a run, whose saved configuration says all but where it lies."""
     program = Path(sys.argv[0])
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    python = sys.executable
+    with contextlib.suppress(OSError):  # the folder that it was started in may be gone
+        python = os.path.relpath(python) if Path(python).is_relative_to(Path.cwd()) else python
     if "TORCHELASTIC_RUN_ID" in os.environ:
         command = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}", str(program)]
     elif program.name == "train.py":

@@ -269,6 +269,7 @@ class Logger:
 
     def stopped(self, step: int) -> None:
         """Say that a signal has ended the run, which is saved, and by which command it goes on."""
+        self.close_progress()
         if self.run_dir is not None:
             self.say(f"stopped by a signal after step {step}; it goes on by: {continuing_command(self.run_dir)}")
 

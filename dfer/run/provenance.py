@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -84,7 +85,10 @@ def code(root: Path = ROOT) -> dict[str, Any]:
 
 def _git(root: Path, *words: str) -> str:
     command = ["git", "--no-optional-locks", "-C", str(root), *words]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # hooks set another's
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, env=env
+    )
     return done.stdout
 
 

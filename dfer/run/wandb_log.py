@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dfer.cli import UserError
+from dfer.cli import UserError, say_once
 from dfer.config import Config
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS
@@ -220,6 +220,9 @@ def has_wandb_key() -> bool:
         return wbauth.authenticate_session(host=host, source="", prompt=False, update_session=False) is not None
     except AuthenticationError:  # there is one, and the server's refusal of it will be told
         return True
+    except (OSError, ValueError) as error:  # a .netrc in another encoding, which costs the dashboard and not the run
+        say_once(f"W&B's key cannot be read ({reason(error)}): its records stay here")
+        return False
 
 
 def _settings() -> "wandb.Settings":

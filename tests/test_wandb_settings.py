@@ -5,8 +5,8 @@ import json
 import os
 
 import pytest
-
 import wandb
+
 from dfer.cli import UserError
 from dfer.config import config_from_json, parse_config
 from dfer.run.continuing import differences

@@ -154,6 +154,8 @@ def is_trained(run: FoldRun, data: Callable[[FoldRun], dict[str, Any]]) -> bool:
     """
     path, config = run.path, run.config
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # a file in the place of a folder above it is an error
         content, _ = newest_checkpoint(path / "checkpoints")
     except OSError as error:
         raise UserError(f"--log-dir: cannot use {path} ({error})") from None

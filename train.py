@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out if PYTHONSAFEPATH is set
-from dfer.cli import UserError, begin, one_line_errors
+from dfer.cli import begin, one_line_errors
 
 if __name__ == "__main__":
     begin("train.py", "torch, DALI and timm")
@@ -44,7 +44,7 @@ from dfer.run.folder import RunFolder, about_run, continued_config, diverged, op
 from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
-from dfer.run.profiler import TRACE, WARM_UP, Profiler
+from dfer.run.profiler import TRACE, WARM_UP, Profiler, check_steps
 from dfer.run.provenance import note_start
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.state import Job, build_state, load_trained
@@ -71,6 +71,7 @@ class Diverged(Exception):
     """Many optimizer steps in a row were skipped, as their loss or gradient is non-finite. Holds the last batch."""
 
     def __init__(self, batch: Batch):
+        super().__init__()
         self.batch = batch
 
 
@@ -85,7 +86,8 @@ def main(config: Config) -> int:
         if config.validate_only:
             with memory_advice(config):
                 return try_out(config, data, world)
-        run, saved, damage = open_run(config, world) if world.is_main else None, None, []
+        run = open_run(config, world) if world.is_main else None
+        saved, damage = None, []
         with contextlib.closing(run) if run else contextlib.nullcontext():
             if run:
                 saved, damage = newest_checkpoint(run.checkpoints)
@@ -114,9 +116,7 @@ def prepare(config: Config, data: Data, world: World, checkpoint: dict[str, Any]
     train_loader = build_loader(config, data.train_index, "train", world)
     val_loader = build_loader(config, data.val_index, "eval", world)
     schedule = build_schedule(config, train_loader, world.size)
-    if config.profile and WARM_UP + config.profile > schedule.steps_per_epoch:
-        steps = f"{schedule.steps_per_epoch} steps, of which the first {WARM_UP} warm up"
-        raise UserError(f"--profile {config.profile}: an epoch has {steps}")
+    check_steps(config.profile, schedule.steps_per_epoch)
     precision = build_precision(config.run, world.device)
     state = build_state(config, precision, checkpoint)
     model = state.model

@@ -15,14 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    NamedTuple,
-    NoReturn,
-    TextIO,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +26,7 @@ EXIT_PROBLEMS = 1  # the work is done, and what is wrong with its input was name
 EXIT_USAGE = 2  # something is to be changed, which one line says; what was saved before stays
 EXIT_PEER = 69  # EX_UNAVAILABLE: another process of a run died or hangs
 EXIT_GAVE_UP = 70  # stopped by a signal, but the step did not end in time: the last checkpoint counts
+EXIT_INTERRUPTED = 130  # by Ctrl-C, where nothing is to be saved; as shells say it
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, everything is saved, the same command continues
 
 
@@ -163,11 +157,11 @@ def _quotas(tree: Path, path: str, *names: str) -> Iterator[float]:
                 yield float(quota) / float(period)
 
 
-def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
-    """Do the work and return its exit code; a UserError becomes one line on stderr and exit code 2.
+def one_line_errors(program: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Do the work and return its exit code; a UserError becomes one line on stderr and exit code 2, Ctrl-C one and 130.
 
     So does an error of the machine that nobody expected there: a folder that may not be looked into, a full disk. Any
-    other error is a defect of ours and keeps its traceback.
+    other error is a defect of ours and keeps its traceback. `interrupted` is the line for Ctrl-C: what is kept then.
     """
     if not gc.isenabled():  # since `begin`
         gc.enable()
@@ -175,6 +169,9 @@ def one_line_errors(program: str, work: Callable[[], int | None]) -> int:
     try:
         _use_no_more_cores()
         return work() or 0
+    except KeyboardInterrupt:
+        say_error(f"{program}: {interrupted}")
+        return EXIT_INTERRUPTED
     except Exception as error:
         line = error if isinstance(error, UserError) else _of_the_system(error)
         if line is None:

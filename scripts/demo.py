@@ -10,6 +10,7 @@ An upload is deleted as soon as it was looked at, the results an hour later or w
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -353,10 +354,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="whose requests are answered: 0.0.0.0 for all (127.0.0.1)")
     parser.add_argument("--port", type=in_range(int, 1, 65535), default=7860, help="(7860)")
     args = parser.parse_args(arguments)
-    try:
-        return one_line_errors("demo", lambda: run(args))
-    except KeyboardInterrupt:
-        return 0
+
+    def serve() -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            run(args)
+
+    return one_line_errors("demo", serve)
 
 
 if __name__ == "__main__":

@@ -82,14 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give the lists to pack and --out DIR, or --verify DIR/LIST.txt")
     print(f"pack: reading {', '.join(map(printable, args.lists or [args.verify]))}", flush=True)
     command = shlex.join(["python", "scripts/pack.py", *(sys.argv[1:] if arguments is None else arguments)])
-    try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, on odd files: what matters is raised
-            if args.verify is not None:
-                return one_line_errors("pack", lambda: run_verify(args))
-            return one_line_errors("pack", lambda: run_pack(args, command))
-    except KeyboardInterrupt:
-        print("pack: interrupted; what is finished stays finished: run the same again", file=sys.stderr)
-        return 130
+    kept = "interrupted; what is finished stays finished: run the same again"
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, on odd files: what matters is raised
+        if args.verify is not None:
+            return one_line_errors("pack", lambda: run_verify(args), kept)
+        return one_line_errors("pack", lambda: run_pack(args, command), kept)
 
 
 if __name__ == "__main__":

@@ -111,10 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not (args.clips or args.camera):
         parser.error("no CLIP: name a video, a folder of videos or frames, or a --camera")
-    try:
-        return one_line_errors("predict", lambda: run(args))
-    except KeyboardInterrupt:
-        parser.exit(130, "predict: interrupted; what is written is whole\n")
+    return one_line_errors("predict", lambda: run(args), "interrupted; what is written is whole")
 
 
 if __name__ == "__main__":

@@ -148,10 +148,8 @@ def make_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    try:
-        return one_line_errors("prepare_videos", lambda: run(args))
-    except KeyboardInterrupt:
-        parser.exit(130, "prepare_videos: interrupted; what is finished stays finished: run the same again\n")
+    kept = "interrupted; what is finished stays finished: run the same again"
+    return one_line_errors("prepare_videos", lambda: run(args), kept)
 
 
 if __name__ == "__main__":

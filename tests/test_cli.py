@@ -272,3 +272,11 @@ def test_a_rank_alone_silences_nothing(monkeypatch, capsys, rank):
     assert one_line_errors("x", work) == 2 and capsys.readouterr().err == "x: it is wrong\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert one_line_errors("x", work) == 2 and capsys.readouterr().err == ""
+
+
+def test_an_interrupted_command_is_one_line(capsys):
+    def work():
+        raise KeyboardInterrupt
+
+    assert one_line_errors("pack", work, "interrupted; what is finished stays") == 130
+    assert capsys.readouterr().err == "pack: interrupted; what is finished stays\n"

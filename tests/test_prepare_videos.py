@@ -676,9 +676,7 @@ def test_interrupted_is_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(preparation, "prepare_video", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        prepare(ten, "--out", tmp_path, "--label", 0)
-    assert stop.value.code == 130
+    assert prepare(ten, "--out", tmp_path, "--label", 0) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

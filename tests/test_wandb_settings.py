@@ -11,6 +11,7 @@ from dfer.cli import UserError
 from dfer.config import config_from_json, parse_config
 from dfer.run.continuing import differences
 from dfer.run.wandb_log import has_wandb_key, mode_of_machine, project_of
+from tests.conftest import run_python
 
 KEY = "0123456789" * 4
 
@@ -123,3 +124,21 @@ def test_a_netrc_in_another_encoding_costs_no_run(monkeypatch, tmp_path, capsys)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert has_wandb_key() is False
     assert "W&B's key cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("--validate-only",)])
+@pytest.mark.parametrize(
+    ("environment", "flags", "said"),
+    [
+        ({"WANDB_MODE": "nonsense"}, ("--run.wandb", "auto"), "W&B's settings cannot be used"),
+        ({"WANDB_BASE_URL": "nonsense"}, ("--run.wandb", "auto"), "W&B's settings cannot be used"),
+        ({"WANDB_PROJECT": "a:b"}, ("--run.wandb", "offline"), "W&B's settings cannot be used"),
+        ({}, ("--run.wandb", "offline", "--run.wandb-project", "a/b"), "--run.wandb-project 'a/b'"),
+    ],
+)
+def test_wrong_settings_are_found_before_a_run_begins(tmp_path, environment, flags, said, words):
+    """Not with the folder of a run left behind; --validate-only finds them too."""
+    command = ("debug", *flags, *words, "--run.log-dir", str(tmp_path / "logs"))
+    done = run_python("train.py", *command, fresh=False, **environment)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "logs").exists()

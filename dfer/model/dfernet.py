@@ -76,9 +76,10 @@ class DFERNet(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.backbone = FrameBackbone(backbone, drop_path)
         self.dynamic: Motion = dynamic
-        self.pyramid = self.fusion = self.dynamic_pyramid = self.dynamic_fusion = self.crf = None
+        self.pyramid = self.fusion = self.dynamic_pyramid = self.dynamic_fusion = self.crf = self.recurrent = None
         channels, (fine, coarse) = self.backbone.channels, self.backbone.strides
         strides = fine, coarse
+        # In the order of the first version, so that a seed gives its branch the same weights as then.
         if branches != "dynamic":
             self.pyramid = FeaturePyramid(channels, dim)
         if crf == "messages":
@@ -132,7 +133,7 @@ class DFERNet(nn.Module, PyTorchModelHubMixin):
 
     def _read(self, pooled: list[Float[Tensor, "B T D"]]) -> Float[Tensor, "B E"]:
         """Return the features of clips from those of their frames, at each level of each branch."""
-        if hasattr(self, "recurrent"):
+        if self.recurrent is not None:
             return self.recurrent(torch.cat(pooled, -1))
         return torch.cat([temporal(x).mean(1) for temporal, x in zip(self.temporal, pooled, strict=True)], 1)
 

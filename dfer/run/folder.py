@@ -30,6 +30,7 @@ from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
+from dfer.run.wandb_log import check_settings
 from dfer.run.weight_files import save_weights
 from dfer.state import Job, TrainState
 
@@ -174,7 +175,14 @@ class RunFolder:
 
 
 def started_config(config: Config) -> Config:
-    """Return the configuration that a run is begun with: what it starts from is saved as what was found."""
+    """Return the configuration that a run is begun with, once this machine has what it takes.
+
+    What it starts from is saved as what was found.
+
+    Raises:
+        UserError: if random weights would be frozen, or W&B's settings here cannot be used.
+    """
+    check_settings(config)
     return dataclasses.replace(config, model=resolved(config.model))
 
 

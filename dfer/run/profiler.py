@@ -92,6 +92,18 @@ class Profiler:
             yield batch
 
 
+def check_steps(num_steps: int, steps_per_epoch: int) -> None:
+    """Check that an epoch has as many steps as are to be recorded, and those before them.
+
+    Raises:
+        UserError: if it has not.
+    """
+    if num_steps and WARM_UP + num_steps > steps_per_epoch:
+        raise UserError(
+            f"--profile {num_steps}: an epoch has {steps_per_epoch} steps, of which the first {WARM_UP} warm up"
+        )
+
+
 def _written(profile: torch.profiler.profile, path: Path) -> list[str]:
     """Write the trace and return its table."""
     try:

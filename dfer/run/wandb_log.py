@@ -146,6 +146,18 @@ class WandbLog:
             self._say(f"W&B failed ({reason(error)}); nothing more goes there, metrics.jsonl has everything")
 
 
+def check_settings(config: Config) -> None:
+    """Look at what a run will be recorded by, before it begins.
+
+    Raises:
+        UserError: if W&B cannot use the settings of this machine, or takes no project of the name that is given.
+    """
+    if config.run.wandb == "auto":
+        mode_of_machine()
+    if config.run.wandb != "off":
+        project_of(config)
+
+
 def project_of(config: Config) -> str:
     """Return the project that a run is recorded in: --run.wandb-project, else W&B's own setting, else dfer.
 
@@ -215,8 +227,8 @@ def has_wandb_key() -> bool:
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib import wbauth
 
+    host = _settings().base_url
     try:
-        host = _settings().base_url
         return wbauth.authenticate_session(host=host, source="", prompt=False, update_session=False) is not None
     except AuthenticationError:  # there is one, and the server's refusal of it will be told
         return True
@@ -227,11 +239,12 @@ def has_wandb_key() -> bool:
 
 def _settings() -> "wandb.Settings":
     """Return W&B's settings by its files and the environment."""
+    from wandb.errors import UsageError
     from wandb.sdk import wandb_setup
 
     try:
         return wandb_setup.singleton().settings
-    except ValueError as error:  # pydantic's, over several lines
+    except (ValueError, UsageError) as error:  # pydantic's is of several lines
         raise UserError(
             f"W&B's settings cannot be used: {reason(error)}; WANDB_* in the environment sets them"
         ) from None

@@ -44,7 +44,7 @@ from dfer.run.folder import RunFolder, about_run, continued_config, diverged, op
 from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
-from dfer.run.profiler import TRACE, WARM_UP, Profiler, check_steps
+from dfer.run.profiler import TRACE, Profiler, check_steps
 from dfer.run.provenance import note_start
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.state import Job, build_state, load_trained
@@ -122,7 +122,8 @@ def prepare(config: Config, data: Data, world: World, checkpoint: dict[str, Any]
     model = state.model
     if world.size > 1:
         model = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
-    job = Job(config, world, train_loader, val_loader, state, model, data.objective, schedule, precision)
+    objective = data.objective.on(world.device)
+    job = Job(config, world, train_loader, val_loader, state, model, objective, schedule, precision)
     if isinstance(model, DistributedDataParallel):
         empty = empty_batch(config.data.batch_size, train_loader.sampler.clip_length, config.data.size, world.device)
         distributed.settle_buckets(model, empty, lambda batch: training_loss(job, batch)[0])
@@ -176,8 +177,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
                 write_predictions(run.path / "predictions.csv", job.val_loader.index, result.ids, result.probabilities)
             save()
             logger.evaluated(line, state.best)
-        if profiler.num_steps:
-            logger.say(f"no trace: no epoch had --profile {config.profile} and {WARM_UP} more steps left")
+        profiler.finish()
         assert result is not None
         logger.result(result.confusion, throughput.read(), state.best)
     return 0

@@ -44,7 +44,6 @@ def class_balanced(
     logits: Float[Tensor, "B K"], labels: Labels, smoothing: float, weights: Float[Tensor, " K"]
 ) -> Float[Tensor, " B"]:
     """Return the cross-entropy of each clip (Cui et al. 2019, eq. 12) with the classes' weights, float32."""
-    weights = weights.to(logits.device, non_blocking=True)
     return F.cross_entropy(logits.float(), labels, weights, label_smoothing=smoothing, reduction="none")
 
 
@@ -61,7 +60,6 @@ def logit_adjusted(
 
     Evaluation takes the logits as they are: those of classes of equal size. float32.
     """
-    log_prior = log_prior.to(logits.device, non_blocking=True)
     return F.cross_entropy(logits.float() + log_prior, labels, label_smoothing=smoothing, reduction="none")
 
 
@@ -72,6 +70,13 @@ class Objective(NamedTuple):
     aux_weight: float  # of the loss on the CRF's marginals
     votes: Float[Tensor, "N K"] | None = None  # label distributions of all videos, if training uses them
     of_clips: LossOfClips = cross_entropy
+
+    def on(self, device: torch.device) -> "Objective":
+        """Return the same with what it knows of the classes on a device, where every step would copy it otherwise."""
+        if not isinstance(self.of_clips, partial):
+            return self
+        known = {name: tensor.to(device) for name, tensor in self.of_clips.keywords.items()}
+        return self._replace(of_clips=partial(self.of_clips.func, **known))
 
     def __call__(self, prediction: Prediction, batch: Batch) -> Float[Tensor, ""]:
         """Return the loss of a batch, in float32."""

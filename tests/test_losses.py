@@ -139,3 +139,14 @@ def test_labels_are_mixed_as_the_pixels_were(votes):
         mixed = share[i] * target[i] + (1 - share[i]) * target[partner[i]]
         want += -((0.9 * mixed + 0.1 / 7) * F.log_softmax(logits[i], 0)).sum() / 4
     torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("kind", ["cross-entropy", "focal", "class-balanced", "logit-adjusted"])
+def test_what_is_known_of_the_classes_moves_to_a_device_once(kind):
+    """A step that copied it would do so from memory that is not pinned."""
+    objective = build_objective(LossConfig(kind=kind), records())
+    moved = objective.on(torch.device("meta"))
+    known = getattr(moved.of_clips, "keywords", {})
+    assert len(known) == (kind in ("class-balanced", "logit-adjusted"))
+    assert all(tensor.device.type == "meta" for tensor in known.values())
+    assert moved._replace(of_clips=objective.of_clips) == objective

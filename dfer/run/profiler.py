@@ -64,6 +64,11 @@ class Profiler:
         enough = self.num_steps and num_steps >= WARM_UP + self.num_steps
         return self._watched(batches) if enough else batches
 
+    def finish(self) -> None:
+        """Say so if what was to be recorded was not."""
+        if self.num_steps:
+            self._say(f"no trace: no epoch had --profile {self.num_steps} and {WARM_UP} more steps left")
+
     def _watched(self, batches: Iterable[Item]) -> Iterator[Item]:
         assert self._path is not None, "another process records"
         batches, last = self._loading(batches), (WARM_UP + self.num_steps) * self._accumulate

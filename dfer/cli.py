@@ -182,7 +182,15 @@ def one_line_errors(program: str, work: Callable[[], int | None], interrupted: s
         return EXIT_USAGE
     finally:
         if _joined():
-            sys.modules["torch.distributed"].destroy_process_group()
+            leave()
+
+
+def leave() -> None:
+    """Leave the processes that this one has joined, as the last thing before it ends."""
+    sys.modules["torch.distributed"].destroy_process_group()
+    # gloo's threads outlive the group, which a DistributedDataParallel of torch 2.10 never lets go. One that frees the
+    # last exchange's tensors needs the interpreter, and would abort the process if that were ending: it gets it now.
+    time.sleep(0.2)
 
 
 def _of_the_system(error: Exception) -> str | None:

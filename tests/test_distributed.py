@@ -15,6 +15,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from dfer.cli import leave
 from dfer.run import distributed
 from tests.test_distributed import clips_and_labels, frozen_model
 
@@ -26,7 +27,7 @@ prediction = model(clips)
 assert distributed.count_distinct([1, 3 + world.rank], 9, world) == 3 and distributed.count_distinct([], 9, world) == 0
 if world.is_main:
     torch.save({name: p.grad for name, p in model.module.named_parameters()}, sys.argv[1])
-torch.distributed.destroy_process_group()
+leave()
 """
 
 

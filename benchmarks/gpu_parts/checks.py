@@ -18,6 +18,7 @@ from benchmarks.gpu_parts.project import (
     Step,
     clip_loader,
     gradients,
+    leave,
     replace_clips,
     synthetic,
     training_step,
@@ -187,4 +188,4 @@ def one_of_two(setting: Setting, rank: int, port: int, path: str) -> None:
     found = gradients(setting, half, DistributedDataParallel)
     if rank == 0:
         torch.save(found, path)
-    dist.destroy_process_group()
+    leave()

@@ -16,6 +16,7 @@ from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dali_pipes.sources import source_of
 from dfer.batch import Batch
+from dfer.cli import leave
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
 from dfer.crf.layers import CRFOutput
 from dfer.lists.index import ClipIndex, load_index
@@ -28,7 +29,7 @@ from dfer.plan.sampling import ClipSampler
 from dfer.plan.transforms import IMAGENET_STD
 from dfer.precision import Precision
 
-__all__ = ["IMAGENET_STD", "Batch", "source_of"]  # for the other parts, which import the project from here alone
+__all__ = ["IMAGENET_STD", "Batch", "leave", "source_of"]  # the other parts import the project from here alone
 
 Listed = Literal["long", "short", "held"]  # as long as DFEW's; each clip once; of raw128, each eight times
 LISTS = {  # by source: where its list lies in the data folder

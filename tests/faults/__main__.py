@@ -100,6 +100,8 @@ for line in sys.stdin:
         try:
             code = one_line_errors("train.py", lambda: train.main(parse_config(order["words"])))
             sys.stdout.flush()
+        except SystemExit as end:
+            code = end.code
         except BaseException:
             import traceback
             with open(order["log"], "a") as file:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -63,6 +64,8 @@ def begin(program: str, loads: str = "") -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one
     sys.stdout = _heedless(sys.stdout, "standard output")
     sys.stderr = _heedless(sys.stderr, "standard error")
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, functools.partial(_interrupted_at_the_start, program))
     faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
     if loads and sys.flags.optimize > 1:
         say_error(
@@ -78,6 +81,13 @@ def begin(program: str, loads: str = "") -> None:
             sys.exit(EXIT_USAGE)
     if loads and "torch" not in sys.modules and _is_first():
         print(f"{program}: loading {loads}", flush=True)  # not on stderr, which is for what is wrong
+
+
+def _interrupted_at_the_start(program: str, *_: object) -> NoReturn:
+    """End the process by Ctrl-C while libraries are loaded, whose code may take an exception for one of theirs."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{program}: interrupted\n".encode())
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _heedless(stream: TextIO | None, name: str) -> TextIO:
@@ -163,6 +173,8 @@ def one_line_errors(program: str, work: Callable[[], int | None], interrupted: s
     So does an error of the machine that nobody expected there: a folder that may not be looked into, a full disk. Any
     other error is a defect of ours and keeps its traceback. `interrupted` is the line for Ctrl-C: what is kept then.
     """
+    if getattr(signal.getsignal(signal.SIGINT), "func", None) is _interrupted_at_the_start:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not gc.isenabled():  # since `begin`
         gc.enable()
         gc.freeze()  # what the imports have made is not scanned again
@@ -173,7 +185,7 @@ def one_line_errors(program: str, work: Callable[[], int | None], interrupted: s
         say_error(f"{program}: {interrupted}")
         return EXIT_INTERRUPTED
     except Exception as error:
-        line = error if isinstance(error, UserError) else _of_the_system(error)
+        line = error if isinstance(error, UserError) else system_error(error)
         if line is None:
             raise
         # What is wrong before the ranks have joined is wrong on all of them: one says it.
@@ -193,7 +205,7 @@ def leave() -> None:
     time.sleep(0.2)
 
 
-def _of_the_system(error: Exception) -> str | None:
+def system_error(error: Exception) -> str | None:
     """Return the line for an error of the machine, whichever library has wrapped it; None for any other."""
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         return (f"{error.filename}: " if error.filename is not None else "") + os.strerror(error.errno)
@@ -277,10 +289,10 @@ def expand_home(words: Iterable[str]) -> list[str]:
 
 
 def _expanded(word: str) -> str:
-    found = re.fullmatch(r"(--[\w.-]+=)?((~[^/]*)(/.*)?)", word, re.DOTALL)
+    found = re.fullmatch(r"((?:--[\w.-]+=)?(?:backbone:)?)((~[^/]*)(/.*)?)", word, re.DOTALL)  # of --model.init
     if found is None:
         return word
-    flag, path, home = found[1] or "", found[2], found[3]
+    flag, path, home = found[1], found[2], found[3]
     whole = os.path.expanduser(path)
     if whole == path and (home == "~" or (path != home and not os.path.lexists(home))):
         whose = f"of a user {home[1:]}" if home[1:] else "of this user"

@@ -51,7 +51,7 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object],
     Raises:
         OSError: if it cannot be written; what was there stays, and nothing else is left.
     """
-    with partial(path, durable) as name, contextlib.ExitStack() as ends:
+    with _naming(path), partial(path, durable) as name, contextlib.ExitStack() as ends:
         if streamed := name == path:
             ends.enter_context(contextlib.suppress(BrokenPipeError))  # its reader has seen enough
         file = ends.enter_context(open(_opened(path) if streamed else name, "wb"))
@@ -59,6 +59,16 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object],
             content(file)
         else:
             file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have errors of the system say which file they are about: a full disk and a lost one do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = os.fspath(path) if error.filename is None else error.filename
+        raise
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from dfer.cli import Parser, UserError, one_line_errors, printable
+from dfer.cli import Parser, UserError, one_line_errors, printable, system_error
 from dfer.config import Config, ModelConfig, config_from_json
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
@@ -199,7 +199,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: if there is something of that name or it cannot be made.
     """
-    if os.path.exists(path):  # unlike Path.exists, it raises nothing, whatever a user calls it
+    if os.path.lexists(path):  # a link to nothing too, which no folder can take the place of
         raise UserError(f"--out {path}: exists already: give a new folder")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         partial.rename(path)
-    except OSError as error:
+    except Exception as error:
+        if system_error(error) is None:  # safetensors and ONNX have their own classes for a full disk
+            raise
         raise UserError(f"--out {path}: cannot be written ({reason(error)})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

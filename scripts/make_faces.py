@@ -4,6 +4,7 @@ Each clip is a pure function of the seed and its index. Numbers come from Philox
 exact (dfer/video/drawn.py), so every machine writes the same bytes.
 """
 
+import argparse
 import contextlib
 import functools
 import multiprocessing
@@ -17,7 +18,8 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import Parser, begin, in_range, progress, usable_cores
+from dfer.cli import Parser, begin, in_range, one_line_errors, progress, usable_cores
+from dfer.files import disk_errors, write_whole
 from dfer.lists.annotations import EMOTIONS, write_annotations
 from dfer.video.drawn import AUS, COLUMN, HELD, PLAIN, SIZE, ClipScript, Identity, frames, philox, render_clip
 
@@ -366,18 +368,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=in_range(int, 1, 512), default=usable_cores())
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="write only a picture to look at")
     args = parser.parse_args(arguments)
+    return one_line_errors("make_faces", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the data set, or only a picture of it."""
     level = DIFFICULTIES[args.difficulty]
-    try:
-        if args.contact_sheet:
-            args.contact_sheet.write_bytes(cv2.imencode(".png", contact_sheet(args.seed, level=level))[1])
-            print(f"wrote {args.contact_sheet}")
-            return 0
-        print(f"make_faces: drawing on {args.workers} cores", flush=True)
-        for path in make_data_set(args.out, args.size, args.seed, args.video, args.workers, level):
-            print(f"wrote {path}")
-    except OSError as error:
-        parser.error(f"cannot write: {error}")
-    return 0
+    if args.contact_sheet:
+        with disk_errors("cannot write"):
+            write_whole(args.contact_sheet, cv2.imencode(".png", contact_sheet(args.seed, level=level))[1].tobytes())
+        print(f"wrote {args.contact_sheet}")
+        return
+    print(f"make_faces: drawing on {args.workers} cores", flush=True)
+    with disk_errors(f"{args.out}: cannot be written"):
+        lists = make_data_set(args.out, args.size, args.seed, args.video, args.workers, level)
+    for path in lists:
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -320,6 +320,13 @@ def test_a_run_folder_is_begun_late_cleaned_and_kept_from_others(tmp_path, monke
         RunFolder(config(tmp_path), "photos")
     RunFolder(config(tmp_path), "a").close()  # a refusal does not keep the lock
 
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    with pytest.raises(ValueError, match=f"cannot write {tmp_path}/a/lock .No space left on device"):
+        RunFolder(config(tmp_path), "a")
+
 
 REAL = """
 import os, signal, sys

@@ -280,3 +280,30 @@ def test_an_interrupted_command_is_one_line(capsys):
 
     assert one_line_errors("pack", work, "interrupted; what is finished stays") == 130
     assert capsys.readouterr().err == "pack: interrupted; what is finished stays\n"
+
+
+# Ctrl-C while libraries are loaded (one of them takes every error for a missing feature), and from then on.
+INTERRUPTED = """
+import os, signal, sys
+from dfer.cli import begin, one_line_errors
+begin("x")
+try:
+    if sys.argv[1] == "loading":
+        os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    pass
+sys.exit(one_line_errors("x", lambda: os.kill(os.getpid(), signal.SIGINT), "interrupted at work"))
+"""
+
+
+@pytest.mark.parametrize(("when", "said"), [("loading", "x: interrupted\n"), ("at work", "x: interrupted at work\n")])
+def test_an_interrupt_is_one_line_from_the_start(when, said):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, when], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, said)
+
+
+def test_a_shell_that_ignores_the_interrupt_has_it_ignored():
+    """`command &` in a script."""
+    done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", INTERRUPTED, "loading"],
+                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

@@ -218,6 +218,9 @@ def test_room_on_the_disk(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--run\.log-dir: cannot write"):
         free_disk(tmp_path / "file" / "logs", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"--run\.log-dir: cannot write .*link"):
+        free_disk(tmp_path / "link", 1)
     monkeypatch.setattr(os, "access", lambda path, how: False)
     with pytest.raises(ValueError, match=f"--run.log-dir: cannot write {tmp_path}"):
         free_disk(tmp_path, 1)

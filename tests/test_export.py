@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dfer.config import Config, DataConfig, ModelConfig, config_from_json
@@ -147,7 +148,7 @@ def test_a_program_with_a_recurrent_network_takes_any_number_of_frames(tmp_path,
             assert batch == 1 or (want[0] - want[1]).abs().max() > 1e-2
 
 
-def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
+def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert "halves the frames" in export.no_program(ModelConfig(name="r3d-18"))
     a_run(tmp_path / "run", crf="gaussian")
     run, out = str(tmp_path / "run"), tmp_path / "out"
@@ -159,6 +160,14 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
     (out / "mine.txt").write_text("mine")
     assert run_export(run, "--out", str(out), "--formats", "hub") == 2
     assert "exists already" in capsys.readouterr().err and (out / "mine.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert run_export(run, "--out", str(tmp_path / "link"), "--formats", "hub") == 2
+    assert "exists already" in capsys.readouterr().err
+    disk = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as full:
+        full.setattr(DFERNet, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(disk))
+        assert run_export(run, "--out", str(tmp_path / "new"), "--formats", "hub") == 2
+    assert capsys.readouterr().err == f"export: --out {tmp_path}/new: cannot be written ({disk})\n"
     (tmp_path / "file").write_text("")
     assert run_export(run, "--out", str(tmp_path / "file" / "out"), "--formats", "hub") == 2
     assert "cannot be made" in capsys.readouterr().err

@@ -36,6 +36,16 @@ def test_what_fails_leaves_what_was_there(tmp_path):
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("size", [10, 10**6])  # found by the close, and by the write
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch, size):
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, mode: real("/dev/full", mode))
+    with pytest.raises(OSError) as error:
+        files.write_whole(tmp_path / "file", bytes(size))
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "file")
+    assert os.listdir(tmp_path) == []
+
+
 def test_several_writers_of_one_file_do_not_meet(tmp_path):
     path = tmp_path / "file"
     with files.partial(path) as one, files.partial(path) as other:

@@ -1,7 +1,9 @@
 """The synthetic data set: the same bytes everywhere, lists that tell the truth, and order that decides the label."""
 
 import dataclasses
+import errno
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -188,10 +190,21 @@ def test_videos_hold_the_same_frames(codec: str, tmp_path: Path, monkeypatch: py
 )
 def test_bad_arguments_exit_with_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "FILE").write_text("not a folder")
-    with pytest.raises(SystemExit) as stop:
-        mf.main([argument.replace("FILE", str(tmp_path / "FILE")) for argument in arguments])
-    assert stop.value.code == 2
+    try:
+        code = mf.main([argument.replace("FILE", str(tmp_path / "FILE")) for argument in arguments])
+    except SystemExit as stop:  # of argparse
+        code = stop.code
+    assert code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mf, "_write_frames", full)
+    assert mf.main(["--out", str(tmp_path), "--size", "0.001", "--workers", "1"]) == 2
+    assert capsys.readouterr().err == f"make_faces: {tmp_path}: cannot be written: No space left on device\n"
 
 
 def test_half_done_run_leaves_no_list(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,8 @@ HOME = "/home/of a user"
         ("--out=~/x", f"--out={HOME}/x"), ("--run.log-dir=~", f"--run.log-dir={HOME}"), ("~/a=~/b", f"{HOME}/a=~/b"),
         ("--out=~root/x", f"--out={pwd.getpwnam('root').pw_dir}/x"), ("--out=./~/x", "--out=./~/x"),
         ("--title=~3 clips", "--title=~3 clips"), ("--out=a~/b", "--out=a~/b"), ("--crf", "--crf"), ("", ""),
-        ("--model.weights=~/w.pt", f"--model.weights={HOME}/w.pt"),
+        ("--model.weights=~/w.pt", f"--model.weights={HOME}/w.pt"), ("backbone:~/r", f"backbone:{HOME}/r"),
+        ("--model.init=backbone:~/r", f"--model.init=backbone:{HOME}/r"), ("hf:~/r", "hf:~/r"),
     ],
 )  # fmt: skip
 def test_the_tilde_is_the_home_folder(word, means, monkeypatch):

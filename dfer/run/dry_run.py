@@ -97,7 +97,7 @@ def free_disk(log_dir: Path, checkpoint: int) -> int | None:
     Raises:
         UserError: if it could not be written, or a run would find no room for two.
     """
-    there = next(path for path in (log_dir, *log_dir.absolute().parents) if path.exists())
+    there = next(path for path in (log_dir, *log_dir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--run.log-dir: cannot write {there}")
     free = free_bytes(there)

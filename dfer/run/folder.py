@@ -89,9 +89,12 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: its file system cannot lock files ({error}); choose another --run.log-dir"
             ) from None
-        os.ftruncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = lock
+        try:
+            os.ftruncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            raise UserError(f"--run.log-dir: cannot write {self.path / 'lock'} ({reason(error)})") from None
 
     def _claim(self) -> None:
         """Make a folder that nobody else has, as two commands may begin in one second."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfer.batch import Batch, empty_batch
 from dfer.evaluation import Evaluation, evaluate
@@ -128,6 +129,28 @@ def test_throughput_separates_waiting_from_computing():
     assert rates["compute_clips_per_s"] > rates["total_clips_per_s"] > 0
     assert 0.5 < rates["data_wait_share"] <= 1
     assert throughput.read(since=throughput.snapshot())["total_clips_per_s"] == 0  # the clock stands still outside
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_is_torchs_to_the_bit(warmup):
+    """Torch's, whose shares are numbers on the host: runs that it began go on as they were."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 20, 3), torch.nn.BatchNorm2d(20))
+
+    def update(averaged, current, _):
+        n = int(want.n_averaged)
+        get_ema_multi_avg_fn(min(0.99, (1 + n) / (10 + n)) if warmup else 0.99)(averaged, current, n)
+
+    ema, want = build_ema(model, 0.99, warmup), AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    for _ in range(20):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(2, 3, 8, 8))
+        for average in (ema, want):
+            average.update_parameters(model)
+        assert ema.state_dict().keys() == want.state_dict().keys()
+        assert all(torch.equal(value, want.state_dict()[key]) for key, value in ema.state_dict().items())
 
 
 @pytest.mark.parametrize("warmup", [False, True])

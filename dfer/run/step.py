@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -113,10 +114,16 @@ class TrainingStep:
         self._step = Step(grad_norm, self._diagnostics)
 
     def _recover(self) -> None:
-        """Forget what a capture that broke off has noted of a step."""
-        self._job.state.scaler._per_optimizer_states.clear()  # in which order it was called
+        """Forget what a capture that broke off has left on the host."""
+        torch.manual_seed(torch.initial_seed())  # dropout may have drawn
+        scaler = self._job.state.scaler
+        if scaler.is_enabled():
+            scaler._per_optimizer_states.clear()  # which of its calls are done
 
 
 def with_step(job: Job, loss_of: LossOfBatch) -> Job:
     """Return a job with what takes its steps."""
-    return job._replace(step=TrainingStep(job, loss_of, build_graphs(job.config.run, job.world)))
+    graphs, optim = build_graphs(job.config.run, job.world), job.config.optim
+    if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
+        graphs.note = f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside"
+    return job._replace(step=TrainingStep(job, loss_of, graphs))

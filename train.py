@@ -259,11 +259,11 @@ def try_out(config: Config, data: Data, world: World) -> int:
             for _ in itertools.islice(train_steps(job, batches), num_steps):
                 if world.device.type == "cuda":
                     torch.cuda.synchronize(world.device)  # a step ends when the GPU is done, not when it is queued
-                if job.state.step == 1 < num_steps:
+                if job.state.step == dry_run.warm_up(job) < num_steps:
                     warm = throughput.snapshot()
                 if stop.requested():
                     return EXIT_STOPPED
-        for _ in range(2):  # the first one compiles
+        for _ in range(dry_run.evaluations(job)):
             model, predict = job.state.evaluated_model(), job.step.predict
             result = evaluate(model, job.val_loader, world, job.precision, stop, predict=predict)
             if result is None:

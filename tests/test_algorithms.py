@@ -7,25 +7,23 @@ import torch
 
 from dfer.cli import UserError
 from dfer.config import RunConfig
-from dfer.run.algorithms import chosen_algorithms
+from dfer.run.algorithms import _settings, chosen_algorithms
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    yield
-    with chosen_algorithms(RunConfig()):
-        pass
-    torch.backends.cudnn.benchmark = False
+def no_workspace(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
 
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_one_option_fixes_all_algorithms(fixed):
+    before = _settings()
     with chosen_algorithms(RunConfig(deterministic=fixed)):
         found = torch.backends.cudnn.deterministic, not torch.backends.cudnn.benchmark
         assert (*found, torch.are_deterministic_algorithms_enabled()) == (fixed,) * 3
         assert torch.backends.cuda.mem_efficient_sdp_enabled() != fixed
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if fixed else None)
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if fixed else "")
+    assert _settings() == before
 
 
 def test_a_workspace_that_will_do_is_left(monkeypatch):

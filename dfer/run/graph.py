@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from dfer.cli import UserError
 from dfer.config import RunConfig
@@ -95,7 +96,8 @@ class Graphs:
         if self._backend is None:
             function()
         elif name in self._replays:
-            self._replays[name]()
+            with record_function("graph"):
+                self._replays[name]()
         elif not warm:
             self._backend.warm_up(function)
         else:

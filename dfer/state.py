@@ -112,6 +112,7 @@ class StepTaker(Protocol):
     """What training knows of `dfer.run.step.TrainingStep`."""
 
     graphs: Graphs
+    flops_a_clip: float | None
 
     def __call__(self, batch: Batch, first: bool, last: bool) -> Step | None:
         """Take a batch, the first one or the last one of a step or both; return what the last one leaves."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfer.batch import Batch, Mix
 from dfer.cli import UserError
@@ -153,10 +154,31 @@ def test_what_a_graph_reads_and_writes_stays_where_it_is(accumulate):
     assert len(places) == NUM_STEPS - WARM_UP and all(place == places[0] for place in places)
 
 
-def test_an_eager_step_keeps_its_state_where_it_is():
+def test_an_eager_step_keeps_its_state_where_it_is_and_averages_its_weights():
     job = job_of(configured(), None)
-    places = [[t.data_ptr() for t in everything(job)] for _ in train_steps(job, batches(3))]
+    places, weights = [], []
+    for _ in train_steps(job, batches(3)):
+        places.append([t.data_ptr() for t in everything(job)])
+        weights.append(next(job.state.model.parameters()).detach().clone())
     assert places[1] == places[2]
+    mean = weights[0]
+    for n, weight in enumerate(weights[1:], start=1):
+        keep = (1 + n) / (10 + n)
+        mean = keep * mean + (1 - keep) * weight
+    torch.testing.assert_close(next(job.state.evaluated_model().parameters()).detach(), mean)
+
+
+def test_flop_are_counted_once_and_change_nothing():
+    """As on a GPU: in the first batch of a process."""
+    job, want = job_of(configured(), None), job_of(configured(), None)
+    job.step._counts = True
+    told(want, batches(2))
+    told(job, batches(2))
+    assert_same(job, want)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = training_loss(want, next(batches(1)))
+        loss.backward()
+    assert job.step.flops_a_clip == counter.get_total_flops() / 2 > 1e6 and want.step.flops_a_clip is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfer.batch import Batch, empty_batch
 from dfer.evaluation import Evaluation, evaluate
-from dfer.metrics import ConfusionMatrix, Throughput
+from dfer.metrics import ConfusionMatrix, Throughput, flop_share
 from dfer.model import Prediction
 from dfer.optim.average import build_ema
 from dfer.plan.sampling import shard
@@ -173,3 +173,11 @@ def test_the_average_is_that_of_a_loop_and_follows_a_short_run(decay, warmup):
         assert ema.module[0].weight.detach() == pytest.approx(mean, rel=1e-5, abs=1e-6)
         assert ema.module[1].running_mean == pytest.approx(2 * mean, rel=1e-5, abs=1e-6)
     assert (mean > 25) == (warmup or decay == 0.5)  # else the weights of the first steps
+
+
+def test_the_share_of_a_peak_is_told_of_known_cards_alone(monkeypatch):
+    card = torch.device("cuda", 0)
+    for name, want in (("NVIDIA H200", 0.25), ("NVIDIA GeForce RTX 4090", 0.25 * 989 / 165.2), ("NVIDIA T4", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert flop_share(50e9, 0.25 * 989e12 / 50e9, card) == (want if want is None else pytest.approx(want))
+    assert flop_share(None, 1.0, card) is None and flop_share(50e9, 1.0, torch.device("cpu")) is None

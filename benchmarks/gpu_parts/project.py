@@ -21,6 +21,7 @@ from dfer.config import Config, DataConfig, ModelConfig, RunConfig
 from dfer.crf.layers import CRFOutput
 from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import build_objective
+from dfer.metrics import PEAK_FLOPS, peak_flops
 from dfer.model.build import build_model
 from dfer.optim.optimizers import build_optimizer
 from dfer.optim.schedule import Schedule
@@ -34,7 +35,14 @@ from dfer.run.graph import CudaGraphs, Graphs
 from dfer.run.step import TrainingStep
 from dfer.state import Job, TrainState
 
-__all__ = ["IMAGENET_STD", "Batch", "leave", "source_of"]  # the other parts import the project from here alone
+__all__ = [
+    "IMAGENET_STD",
+    "PEAK_FLOPS",
+    "Batch",
+    "leave",
+    "peak_flops",
+    "source_of",
+]  # the other parts import the project from here alone
 
 Listed = Literal["long", "short", "held"]  # as long as DFEW's; each clip once; of raw128, each eight times
 LISTS = {  # by source: where its list lies in the data folder

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfer.batch import Batch, Mix
 from dfer.evaluation import probabilities
@@ -30,9 +31,11 @@ class TrainingStep:
     def __init__(self, job: Job, loss_of: LossOfBatch, graphs: Graphs):
         """Take the steps of a job. Clips that are copied are rounded to what the model rounds them to in any case."""
         self.graphs = graphs
+        self.flops_a_clip: float | None = None  # of convolutions and products, forwards and backwards, on a GPU
         self._job, self._loss_of = job, loss_of
         state, device = job.state, job.state.losses.device
         gpu = device.type == "cuda"
+        self._counts = gpu and not job.config.run.compile  # a compiled model is not looked into
         self._dtype = job.precision.dtype if gpu else None
         self._capturable = bool(state.optimizer.capturable)  # type: ignore[attr-defined]
         # On a GPU without graphs too, so that both round alike. A CPU has them where a test has it play a GPU.
@@ -60,7 +63,11 @@ class TrainingStep:
         # Of a step of several batches the first one makes the gradients, and the others add to them.
         name = f"a training step{', its first batch' * first}{', its last batch' * last}"
         warm = self._num_steps >= WARM_UP
-        self.graphs.run(name, partial(self._do, first, last), warm, self._recover)
+        uncounted = self._counts and self.flops_a_clip is None
+        with FlopCounterMode(display=False) if uncounted else contextlib.nullcontext() as counter:
+            self.graphs.run(name, partial(self._do, first, last), warm, self._recover)
+        if counter is not None:
+            self.flops_a_clip = counter.get_total_flops() / len(batch.labels)
         self._num_steps += last
         if last and not self._capturable:
             self._update()

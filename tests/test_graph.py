@@ -18,8 +18,9 @@ from dfer.optim.options import OptimConfig
 from dfer.optim.schedule import Schedule
 from dfer.precision import Precision
 from dfer.run import graph
+from dfer.run.algorithms import chosen_algorithms
 from dfer.run.distributed import World
-from dfer.run.graph import WARM_UP, CapturedCall, Graphs, build_graphs, resolved_graph
+from dfer.run.graph import WARM_UP, CapturedCall, CudaGraphs, Graphs, build_graphs, resolved_graph
 from dfer.run.step import TrainingStep
 from dfer.state import Job, build_state
 from tests.recorded import Recorder, Refusing
@@ -38,10 +39,10 @@ def configured(**optim) -> Config:
 
 def job_of(
     config: Config, backend: object, objective: Objective | None = None, checkpoint: dict | None = None,
-    scaled: bool = False,
+    scaled: bool = False, precision: Precision = CPU,
 ) -> Job:  # fmt: skip
     """A job on two clips, whose steps a backend captures; without one they are eager."""
-    state = build_state(config, CPU, checkpoint)
+    state = build_state(config, precision, checkpoint)
     if scaled:
         state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
         state.__post_init__()
@@ -49,7 +50,8 @@ def job_of(
             state.load_state_dict(checkpoint)
     schedule = Schedule(config.optim.lr, 3, 100, 100)
     objective = objective or build_objective(config.loss, [])
-    job = Job(config, WORLD, None, None, state, state.model, objective, schedule, CPU)
+    world = dataclasses.replace(WORLD, device=precision.device)
+    job = Job(config, world, None, None, state, state.model, objective, schedule, precision)
     return job._replace(step=TrainingStep(job, training_loss, Graphs(backend)))
 
 
@@ -262,3 +264,68 @@ def test_why_there_is_no_graph_is_said():
     assert "there is no GPU here" in build_graphs(RunConfig(graph="on"), WORLD).take_note()
     two = dataclasses.replace(WORLD, size=2, device=torch.device("cuda", 0))
     assert "2 processes train together" in build_graphs(RunConfig(graph="on"), two).take_note()
+
+
+# ---- On a card
+
+
+def on_card(given: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in given:
+        mix = Mix(*(t.cuda() for t in batch.mix)) if batch.mix else None
+        yield Batch(batch.clips.cuda(), batch.labels.cuda(), batch.valid.cuda(), batch.ids, mix)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "three batches a step"])
+def test_on_a_gpu_graphs_are_eager_steps_over_200_steps_and_a_kill(name, dtype):
+    """Eager steps are eager ones too, with fixed algorithms; a step is skipped, and dropout drawn in each."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    config, precision = configured(**CASES[name]), Precision(device, dtype, True)
+    accumulate = config.optim.accumulate
+    given = list(on_card(batches(200, harmed=(60,)))) * accumulate
+    half = 100 * accumulate
+    with chosen_algorithms(RunConfig(deterministic=True)):
+        jobs = []
+        for backend in (None, None, CudaGraphs(device)):
+            jobs.append(job_of(config, backend, precision=precision))
+            told(jobs[-1], iter(given))
+        first = job_of(config, CudaGraphs(device), precision=precision)
+        told(first, iter(given[:half]))
+        saved = copy.deepcopy(first.state.state_dict())
+        jobs.append(job_of(config, CudaGraphs(device), checkpoint=saved, precision=precision))
+        told(jobs[-1], iter(given[half:]))
+    assert jobs[2].step.graphs.active and jobs[2].step.graphs.take_note() is None
+    for job in jobs[1:]:
+        assert_same(job, jobs[0])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_dropout_is_that_of_the_seed():
+    device = torch.device("cuda", torch.cuda.current_device())
+    call = CapturedCall(Graphs(CudaGraphs(device)), "x", torch.nn.Dropout(0.5), None)
+    x, found, want = torch.ones(1000, device=device), [], []
+    for seed in range(WARM_UP + 3):
+        torch.manual_seed(seed)
+        found.append(call(x).clone())
+        torch.manual_seed(seed)
+        want.append(torch.nn.functional.dropout(x, 0.5))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert not torch.equal(found[-1], found[-2])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_capture_that_fails_leaves_nothing():
+    """A value is read: eager steps draw, allocate and are captured in other graphs as if nothing had been."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    graphs = Graphs(CudaGraphs(device))
+    reads = CapturedCall(graphs, "it", lambda x: torch.nn.functional.dropout(x, 0.5) * float(x.sum()), None)
+    x = torch.ones(100, device=device)
+    for seed in range(WARM_UP + 2):
+        torch.manual_seed(seed)
+        found = reads(x).clone()
+        torch.manual_seed(seed)
+        assert torch.equal(found, torch.nn.functional.dropout(x, 0.5) * 100)
+    assert graphs.take_note().startswith("--run.graph: it cannot be captured (") and not graphs.active
+    again = CapturedCall(Graphs(CudaGraphs(device)), "x", lambda x: x + 1, None)
+    assert all(torch.equal(again(x), x + 1) for _ in range(WARM_UP + 2)) and again._graphs.active

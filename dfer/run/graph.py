@@ -4,6 +4,7 @@ A graph is of a function of *static* tensors, which lie at the same addresses wh
 on the host. The same function is called without a graph too, so that both cannot drift apart.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -46,7 +47,8 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device):
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Function) -> None:
         """Call a function on the stream of capture, between what was queued before and what will be after."""
@@ -65,9 +67,20 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads, DALI's among them, may allocate and wait meanwhile: that is no error of this one.
         capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(torch.cuda.current_stream()), capturing:  # the first undoes what a failure leaves
-            function()
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), capturing:  # the first goes back, whatever happens
+                function()
+        except RuntimeError:
+            self._end_capture()
+            raise
         return graph.replay
+
+    def _end_capture(self) -> None:
+        """Undo what torch leaves of a capture that broke off: its generator and allocator still wait for the end."""
+        fresh = torch.Generator(self._device).manual_seed(torch.initial_seed())
+        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
+        with contextlib.suppress(RuntimeError):  # it did come to its end
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
 
 
 class Graphs:

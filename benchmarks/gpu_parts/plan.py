@@ -12,15 +12,15 @@ SOURCES = ("frames", "shards144", "raw128", "video")
 TRITON, BF16, CUDNN = {"crf_backend": "triton"}, {"bf16_input": True}, {"cudnn_benchmark": True}
 GRAPH, FIXED = {"graph": True}, {"deterministic": True}
 QUICK_TO_START = {
+    "graph + cudnn.benchmark": GRAPH | CUDNN,
+    "graph": GRAPH,
+    "graph + fixed algorithms": GRAPH | FIXED,
+    "fixed algorithms": FIXED,
+    "graph + Triton CRF + cudnn.benchmark": GRAPH | TRITON | CUDNN,
     "Triton CRF": TRITON,
     "bf16 input": BF16,
     "cudnn.benchmark": CUDNN,
     "Triton CRF + bf16 input + cudnn.benchmark": TRITON | BF16 | CUDNN,
-    "graph": GRAPH,
-    "graph + cudnn.benchmark": GRAPH | CUDNN,
-    "graph + Triton CRF + cudnn.benchmark": GRAPH | TRITON | CUDNN,
-    "fixed algorithms": FIXED,
-    "graph + fixed algorithms": GRAPH | FIXED,
 }
 DEFAULT_MODEL = {
     "both branches": {"default": True},

@@ -122,6 +122,10 @@ class StepTaker(Protocol):
         """Return the probabilities of clips by what is evaluated."""
         ...
 
+    def take_note(self) -> str | None:
+        """Return what is to be said of its graphs, once."""
+        ...
+
 
 class Job(NamedTuple):
     """Everything that training works with, built before its first step."""

@@ -208,7 +208,9 @@ def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(accumulate, number
     graphs._backend = Refusing(harmed, operator, number)
     told(job, iter(given[at:]))
     note = graphs.take_note()
-    assert note.startswith("--run.graph: a training step, its ") and f"stream is capturing: {operator}" in note
+    what = {(1, 1): "a training step", (2, 1): "the first batch of a training step"}
+    name = what.get((accumulate, number), "the last batch of a training step")
+    assert note.startswith(f"--run.graph: {name} cannot be captured (") and f"stream is capturing: {operator}" in note
     assert "\n" not in note and graphs.take_note() is None and not graphs.active
     assert_same(job, want)
 
@@ -222,6 +224,18 @@ def test_evaluation_is_captured_too():
             want = job.state.evaluated_model()(batch.clips).logits.softmax(1)
             assert torch.equal(found, want)
     assert (recorder.warmed, recorder.captured, recorder.replayed) == (WARM_UP, 1, 3)
+
+
+def test_an_evaluation_that_cannot_be_captured_leaves_steps_their_graph():
+    job = job_of(configured(ema=0.0), Recorder())
+    told(job, batches(WARM_UP + 1))
+    job.step._evaluation._backend = Refusing(list, "_softmax", 1)
+    job.state.model.eval()
+    with torch.inference_mode():
+        for batch in batches(WARM_UP + 2):
+            assert torch.equal(job.step.predict(batch.clips), job.state.model(batch.clips).logits.softmax(1))
+    assert job.step.take_note().startswith("--run.graph: an evaluated batch cannot be captured (")
+    assert job.step.graphs.active and job.step.take_note() is None
 
 
 def test_a_shape_that_was_not_captured_is_no_broadcast():

@@ -186,7 +186,7 @@ class Step:
         with chosen_algorithms(self._algorithms):
             torch.backends.cudnn.benchmark = self._options.cudnn_benchmark
             self._take(batch, True, True)
-        if note := self._take.graphs.take_note():
+        if note := self._take.take_note():
             raise RuntimeError(note)  # figures of an eager step would be taken for those of a graph
         if self.state.guard.diverged():
             raise FloatingPointError("the loss or the gradient is not finite, step after step")

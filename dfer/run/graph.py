@@ -84,13 +84,17 @@ class CudaGraphs:
 
 
 class Graphs:
-    """The captured functions of a process. Once one of them cannot be captured, none is replayed any more."""
+    """Captured functions that belong together: once one of them cannot be captured, none is replayed any more."""
 
     def __init__(self, backend: Backend | None):
         """Have functions captured by a backend; without one they are called."""
         self._backend = backend
         self._replays: dict[str, Function] = {}
         self.note: str | None = None  # what is to be said, once
+
+    def beside(self) -> "Graphs":
+        """Return others of the same backend, which do not end with these."""
+        return Graphs(self._backend)
 
     @property
     def active(self) -> bool:

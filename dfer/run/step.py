@@ -20,6 +20,14 @@ from dfer.state import Job, Step
 LossOfBatch = Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]  # its loss, and the model's diagnostics
 
 
+_NAMES = {  # of what is captured, by whether a batch is the first one and the last one of a step
+    (True, True): "a training step",
+    (True, False): "the first batch of a training step",
+    (False, False): "a batch of a training step",
+    (False, True): "the last batch of a training step",
+}
+
+
 class TrainingStep:
     """Take batches, of which the last one of a step has the weights changed; and predict by the weights that there are.
 
@@ -47,7 +55,8 @@ class TrainingStep:
         self._diagnostics: dict[str, Tensor] = {}
         self._step: Step | None = None
         predict = partial(probabilities, state.evaluated_model(), job.precision)
-        self._predict = CapturedCall(graphs, "an evaluated batch", predict, self._dtype)
+        self._evaluation = graphs.beside()
+        self._predict = CapturedCall(self._evaluation, "an evaluated batch", predict, self._dtype)
 
     def __call__(self, batch: Batch, first: bool, last: bool) -> Step | None:
         """Take a batch, the first one or the last one of a step or both; return what the last one leaves.
@@ -61,7 +70,7 @@ class TrainingStep:
         if last and self._job.state.ema is not None:
             self._job.state.ema.advance()
         # Of a step of several batches the first one makes the gradients, and the others add to them.
-        name = f"a training step{', its first batch' * first}{', its last batch' * last}"
+        name = _NAMES[first, last]
         warm = self._num_steps >= WARM_UP
         uncounted = self._counts and self.flops_a_clip is None
         with FlopCounterMode(display=False) if uncounted else contextlib.nullcontext() as counter:
@@ -77,6 +86,10 @@ class TrainingStep:
     def predict(self, clips: Float[Tensor, "B T 3 H W"]) -> Float[Tensor, "B K"]:
         """Return the probabilities of clips by what is evaluated. The next call may overwrite them."""
         return self._predict(clips)
+
+    def take_note(self) -> str | None:
+        """Return what is to be said of the graphs, once."""
+        return self.graphs.take_note() or self._evaluation.take_note()
 
     def _do(self, first: bool, last: bool) -> None:
         """Do all that is captured."""

@@ -229,7 +229,7 @@ def test_evaluation_is_captured_too():
 def test_an_evaluation_that_cannot_be_captured_leaves_steps_their_graph():
     job = job_of(configured(ema=0.0), Recorder())
     told(job, batches(WARM_UP + 1))
-    job.step._evaluation._backend = Refusing(list, "_softmax", 1)
+    job.step._evaluation._backend = Refusing(list, "softmax", 1)
     job.state.model.eval()
     with torch.inference_mode():
         for batch in batches(WARM_UP + 2):

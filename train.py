@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
 from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
@@ -37,6 +36,7 @@ from dfer.metrics import BEGINNING, Throughput
 from dfer.optim.schedule import build_schedule
 from dfer.precision import build_precision
 from dfer.run import distributed, dry_run
+from dfer.run.algorithms import chosen_algorithms
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.continuing import parse_command
 from dfer.run.distributed import World
@@ -47,7 +47,8 @@ from dfer.run.predictions import write_predictions
 from dfer.run.profiler import TRACE, Profiler, check_steps
 from dfer.run.provenance import note_start
 from dfer.run.signals import EXIT_STOPPED, StopSignals
-from dfer.state import Job, build_state, load_trained
+from dfer.run.step import with_step
+from dfer.state import Job, Step, build_state, load_trained
 
 COMMAND = __name__ == "__main__"  # else another program calls main(): a notebook, which is not ours to end
 
@@ -58,13 +59,6 @@ class Data(NamedTuple):
     train_index: ClipIndex
     val_index: ClipIndex
     objective: Objective
-
-
-class Step(NamedTuple):
-    """What an optimizer step leaves to be logged, on the device."""
-
-    grad_norm: Tensor
-    diagnostics: dict[str, Tensor]
 
 
 class Diverged(Exception):
@@ -84,7 +78,7 @@ def main(config: Config) -> int:
         if (shared := shared_config(config, world)) != config:
             config, data = shared, read_data(shared)
         if config.validate_only:
-            with memory_advice(config):
+            with chosen_algorithms(config.run), memory_advice(config):
                 return try_out(config, data, world)
         run = open_run(config, world) if world.is_main else None
         saved, damage = None, []
@@ -95,7 +89,7 @@ def main(config: Config) -> int:
             state = decode_state(content, config.run.log_dir) if content else None
             if state:
                 config = continued_config(state, config, data, world.size)
-            with memory_advice(config):
+            with chosen_algorithms(config.run), memory_advice(config):
                 job = prepare(config, data, world, state)
                 code = train(job, run, state, damage)
     if run and code == 0:
@@ -127,7 +121,7 @@ def prepare(config: Config, data: Data, world: World, checkpoint: dict[str, Any]
     if isinstance(model, DistributedDataParallel):
         empty = empty_batch(config.data.batch_size, train_loader.sampler.clip_length, config.data.size, world.device)
         distributed.settle_buckets(model, empty, lambda batch: training_loss(job, batch)[0])
-    return job
+    return with_step(job, training_loss)
 
 
 def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, damage: list[str]) -> int:
@@ -162,8 +156,8 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
         while state.evaluated < config.optim.epochs:
             result = None
             if train_epoch(job, throughput, profiler, logger, stop, run, save):
-                model = state.evaluated_model()
-                result = evaluate(model, job.val_loader, world, job.precision, stop, logger.evaluating)
+                model, predict = state.evaluated_model(), job.step.predict
+                result = evaluate(model, job.val_loader, world, job.precision, stop, logger.evaluating, predict)
             if result is None:
                 save()
                 stop.saved = True
@@ -199,6 +193,8 @@ def train_epoch(
     try:
         for step in train_steps(job, batches):
             logger.step_done(state.step)
+            if note := job.step.take_note():
+                logger.say(note)
             stop.unsaved += 1
             done = job.steps_done
             if done % config.run.log_every == 0 or done == steps_per_epoch:
@@ -227,28 +223,21 @@ def train_steps(job: Job, batches: Iterable[Batch]) -> Iterator[Step]:
     Raises:
         Diverged: if too many steps in a row were skipped.
     """
-    state, optim = job.state, job.config.optim
+    state, accumulate = job.state, job.config.optim.accumulate
+    assert job.step is not None
     job.model.train()
-    for micro, batch in enumerate(batches, start=job.steps_done * optim.accumulate):
-        last_micro = (micro + 1) % optim.accumulate == 0
+    for micro, batch in enumerate(batches, start=job.steps_done * accumulate):
+        first, last = micro % accumulate == 0, (micro + 1) % accumulate == 0
         # Dropout too is a function of (seed, step, rank): a resumed run draws what the unbroken one would have drawn.
         torch.manual_seed(zlib.crc32(f"{job.config.seed}/{state.evaluated}/{micro}/{job.world.rank}".encode()))
-        if micro % optim.accumulate == 0:
-            state.guard.before_forward()
+        if first:
             job.schedule.set_lr(state.optimizer, state.step)
-        waits_for_more = isinstance(job.model, DistributedDataParallel) and not last_micro
-        with job.model.no_sync() if waits_for_more else contextlib.nullcontext():
-            with record_function("forward"):
-                loss, diagnostics = training_loss(job, batch)
-            with record_function("backward"):
-                state.backward(loss, optim.accumulate)
-        if last_micro:
-            with record_function("optimizer"):
-                grad_norm = state.guard.step(optim.clip_norm)
+        step = job.step(batch, first, last)
+        if step is not None:
             if state.guard.diverged():
                 raise Diverged(batch)
-            state.finish_step()
-            yield Step(grad_norm, diagnostics)
+            state.step += 1
+            yield step
 
 
 def training_loss(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -270,16 +259,19 @@ def try_out(config: Config, data: Data, world: World) -> int:
             for _ in itertools.islice(train_steps(job, batches), num_steps):
                 if world.device.type == "cuda":
                     torch.cuda.synchronize(world.device)  # a step ends when the GPU is done, not when it is queued
-                if job.state.step == 1 < num_steps:
+                if job.state.step == dry_run.warm_up(job) < num_steps:
                     warm = throughput.snapshot()
                 if stop.requested():
                     return EXIT_STOPPED
-        for _ in range(2):  # the first one compiles
-            result = evaluate(job.state.evaluated_model(), job.val_loader, world, job.precision, stop)
+        for _ in range(dry_run.evaluations(job)):
+            model, predict = job.state.evaluated_model(), job.step.predict
+            result = evaluate(model, job.val_loader, world, job.precision, stop, predict=predict)
             if result is None:
                 return EXIT_STOPPED
     measured = dry_run.measured(job, len(data.val_index), throughput.read(since=warm), result.throughput, disk)
     if world.is_main:
+        if note := job.step.take_note():
+            print(note)
         dry_run.print_table(job._replace(config=config), data.val_index, measured)
     return 0
 

@@ -195,9 +195,9 @@ def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     config = Config(data=data, run=RunConfig(compile=args.compile, wandb="off"))
     precision = build_precision(config.run, world.device)
     state, loader = build_state(config, precision, None), our_loader(task, args.design)
-    schedule = Schedule(config.optim.lr, 0, 10**6, 10**6)
-    objective = build_objective(config.loss, task.index.records)
+    objective, schedule = build_objective(config.loss, task.index.records), Schedule(config.optim.lr, 0, 10**6, 10**6)
     job = Job(config, world, loader, loader, state, state.model, objective, schedule, precision)
+    job = train.with_step(job, train.training_loss)
     loaded = (batch for epoch in itertools.count() for batch in loader(epoch))
     synthetic = itertools.repeat(next(loaded))
 

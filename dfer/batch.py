@@ -25,7 +25,7 @@ class Mix(NamedTuple):
 
 class Batch(NamedTuple):
     clips: Float[Tensor, "B T 3 H W"]  # normalised; channels-last in memory
-    labels: Int64[Tensor, " B"]
+    labels: Int64[Tensor, " B"] | Float[Tensor, "B K"]  # the loader's are ids of classes
     valid: Bool[Tensor, " B"]  # False: padding that fills up the last batch; counts nowhere
     ids: Int64[Tensor, " B"]  # row of the clip in its ClipIndex
     mix: Mix | None = None  # of mixup and cutmix

@@ -120,6 +120,10 @@ class RunConfig:
     """Mixed precision; auto = bf16 where the hardware computes it: GPUs and some CPUs (others are slower with it)."""
     compile: bool = False
     """torch.compile the model."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Launch a whole step on a GPU at once, as a CUDA graph; auto = where one process trains on one."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time; else a GPU takes those that are the fastest when it starts."""
     channels_last: bool = True
     sync_bn: bool = False
     """Batch statistics over all GPUs."""
@@ -315,6 +319,7 @@ _BEFORE = {
     "model.branches": "static",  # there was one branch,
     "model.time": "attention",  # and attention read it
     "run.wandb_project": "dfer",
+    "run.graph": "off",
     "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 

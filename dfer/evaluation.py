@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from dfer.run import distributed
 from dfer.run.distributed import World
 from dfer.run.signals import StopSignals
 
+Predict: TypeAlias = Callable[[Float[Tensor, "B T 3 H W"]], Float[Tensor, "B K"]]  # clips -> probabilities
 Watch: TypeAlias = Callable[[Iterable[Batch], int], Iterable[Batch]]  # batches and their number -> the batches
 
 
@@ -45,54 +47,60 @@ def evaluate(
     precision: Precision,
     stop: StopSignals | None = None,
     watch: Watch = lambda batches, _: batches,
+    predict: Predict | None = None,
 ) -> Evaluation | None:
     """Evaluate every clip of the loader's list exactly once. Return None if a signal ended it.
 
     Of a clip of several views the probabilities are averaged, and their largest is the prediction. `watch` passes the
-    batches on and shows how many of them are done.
+    batches on and shows how many of them are done. `predict` does what `probabilities` does with the model, in another
+    way; its next call may overwrite what it returned.
     """
     model.eval()
     distributed.broadcast_buffers(model)
     throughput = Throughput(world.size)
-    found = _predict(model, loader, precision, throughput, stop, watch)
+    found = _predict(predict or partial(probabilities, model, precision), loader, throughput, stop, watch)
     if found is None:
         return None
     confusion = ConfusionMatrix(len(EMOTIONS), world.device)
     confusion.update(found.probabilities.argmax(1), found.labels, found.valid)
     confusion.all_reduce()
     parts = (found.ids.to(world.device), found.valid, found.probabilities)
-    ids, valid, probabilities = (distributed.gather(part, world).cpu() for part in parts)
-    ids, probabilities = ids[valid], probabilities[valid]
+    ids, valid, predicted = (distributed.gather(part, world).cpu() for part in parts)
+    ids, predicted = ids[valid], predicted[valid]
     order = ids.argsort()
-    ids, probabilities = ids[order], probabilities[order]
+    ids, predicted = ids[order], predicted[order]
     assert confusion.total() == len(loader.index) == len(ids.unique()), "a clip was lost or counted twice"
     labels = torch.from_numpy(loader.index.labels)[ids]
-    loss = float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels))
-    return Evaluation(confusion, loss, ids.tolist(), probabilities.tolist(), throughput.read())
+    loss = float(F.nll_loss(predicted.clamp_min(1e-12).log(), labels))
+    return Evaluation(confusion, loss, ids.tolist(), predicted.tolist(), throughput.read())
+
+
+def probabilities(model: nn.Module, precision: Precision, clips: Float[Tensor, "B T 3 H W"]) -> Float[Tensor, "B K"]:
+    """Return the probabilities of the classes for clips, float32."""
+    return F.softmax(precision.forward(model, clips).logits.float(), 1)
 
 
 def _predict(
-    model: nn.Module,
+    predict: Predict,
     loader: Loader,
-    precision: Precision,
     throughput: Throughput,
     stop: StopSignals | None,
     watch: Watch,
 ) -> _OfRank | None:
     """Return what this rank predicts, or None if a signal ended it."""
     num_views = loader.sampler.num_views
-    ids, valid, labels, probabilities = [], [], [], []
+    ids, valid, labels, found = [], [], [], []
     batches = itertools.chain.from_iterable(loader(epoch=view) for view in range(num_views))
     for i, batch in enumerate(watch(throughput.timed(batches), num_views * len(loader))):
         if stop is not None and stop.requested():
             return None
-        batch_probabilities = F.softmax(precision.forward(model, batch.clips).logits.float(), 1)
+        of_batch = predict(batch.clips)
         if i < len(loader):  # the first view
             ids.append(batch.ids)
             valid.append(batch.valid)
             labels.append(batch.labels)
-            probabilities.append(batch_probabilities)
+            found.append(of_batch.clone())
         else:  # another view of the same clips, batch by batch
             assert torch.equal(batch.ids, ids[i % len(loader)]), "the views of a clip were taken apart"
-            probabilities[i % len(loader)] += batch_probabilities
-    return _OfRank(torch.cat(ids), torch.cat(valid), torch.cat(labels), torch.cat(probabilities) / num_views)
+            found[i % len(loader)] += of_batch
+    return _OfRank(torch.cat(ids), torch.cat(valid), torch.cat(labels), torch.cat(found) / num_views)

@@ -78,11 +78,18 @@ class Objective(NamedTuple):
         known = {name: tensor.to(device) for name, tensor in self.of_clips.keywords.items()}
         return self._replace(of_clips=partial(self.of_clips.func, **known))
 
+    def labelled(self, batch: Batch) -> Batch:
+        """Return the batch with the labels of training: the annotators' votes if it uses them, looked up on the host.
+
+        A batch that has them already stays as it is.
+        """
+        if self.votes is None or batch.labels.is_floating_point():
+            return batch
+        return batch._replace(labels=self.votes[batch.ids].to(batch.labels.device, non_blocking=True))
+
     def __call__(self, prediction: Prediction, batch: Batch) -> Float[Tensor, ""]:
         """Return the loss of a batch, in float32."""
-        labels, mix = batch.labels, batch.mix
-        if self.votes is not None:
-            labels = self.votes[batch.ids].to(labels.device, non_blocking=True)
+        labels, mix = self.labelled(batch).labels, batch.mix
         if mix is not None:
             labels = labels if self.votes is not None else F.one_hot(labels, len(EMOTIONS)).float()
             labels = mix.share[:, None] * labels + (1 - mix.share[:, None]) * labels[mix.partner]

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +108,29 @@ class Throughput:
             "compute_clips_per_s": num_clips / max(total_s - wait_s, 1e-9),
             "data_wait_share": wait_s / total_s,
         }
+
+
+# Dense bf16 FLOP/s of the datasheets, by what a driver calls the card; the first that fits counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+}
+
+
+def peak_flops(name: str, known: Mapping[str, float] = PEAK_FLOPS) -> float | None:
+    """Return the dense bf16 FLOP/s of a card; None where no datasheet was looked up."""
+    return next((flops for part, flops in known.items() if part in name), None)
+
+
+def flop_share(flops_a_clip: float | None, clips_per_s: float, device: torch.device) -> float | None:
+    """Return the share of a GPU's peak that a model computes at; None where its FLOP or its peak are not known."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if flops_a_clip is None or peak is None else flops_a_clip * clips_per_s / peak
 
 
 def peak_memory(device: torch.device) -> int:

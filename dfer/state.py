@@ -1,25 +1,25 @@
 """All that training changes, saved and restored; all that it works with; the trained model in a checkpoint."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from dfer.batch import Loader
+from dfer.batch import Batch, Loader
 from dfer.cli import UserError
 from dfer.config import Config
 from dfer.losses import Objective
 from dfer.model.backbone import FrameBackbone
 from dfer.model.build import build_model
 from dfer.model.start import start
-from dfer.optim.average import build_ema
+from dfer.optim.average import MovingAverage, build_ema
 from dfer.optim.guard import NonFiniteGuard
 from dfer.optim.optimizers import build_optimizer
 from dfer.optim.schedule import Schedule
 from dfer.precision import Precision
 from dfer.run.distributed import World
+from dfer.run.graph import Graphs
 
 
 @dataclass
@@ -32,7 +32,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: MovingAverage | None
     step: int = 0  # optimizer steps taken or skipped
     evaluated: int = 0  # epochs that are trained and evaluated
     best: dict[str, list[float]] = field(default_factory=lambda: {"WAR": [-1.0, 0], "UAR": [-1.0, 0]})  # value, step
@@ -48,13 +48,6 @@ class TrainState:
         # Other ranks learn of a non-finite loss from the gradient alone, so the gradient must be non-finite too.
         self.scaler.scale(loss * torch.where(finite, 1 / accumulate, torch.nan)).backward()
         self.losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite.float()])
-
-    def finish_step(self) -> None:
-        """Clear the gradients, average the weights and count the step."""
-        self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        self.step += 1
 
     def improve(self, values: dict[str, float]) -> list[str]:
         """Remember the values that are the best so far, with this step, and return their names."""
@@ -107,6 +100,33 @@ class TrainState:
         return weights * (3 + (self.ema is not None))
 
 
+class Step(NamedTuple):
+    """What an optimizer step leaves to be logged, on the device: the next one may write over it."""
+
+    grad_norm: Tensor
+    diagnostics: dict[str, Tensor]
+
+
+@runtime_checkable
+class StepTaker(Protocol):
+    """What training knows of `dfer.run.step.TrainingStep`."""
+
+    graphs: Graphs
+    flops_a_clip: float | None
+
+    def __call__(self, batch: Batch, first: bool, last: bool) -> Step | None:
+        """Take a batch, the first one or the last one of a step or both; return what the last one leaves."""
+        ...
+
+    def predict(self, clips: Tensor) -> Tensor:
+        """Return the probabilities of clips by what is evaluated."""
+        ...
+
+    def take_note(self) -> str | None:
+        """Return what is to be said of its graphs, once."""
+        ...
+
+
 class Job(NamedTuple):
     """Everything that training works with, built before its first step."""
 
@@ -119,6 +139,7 @@ class Job(NamedTuple):
     objective: Objective
     schedule: Schedule
     precision: Precision
+    step: StepTaker | None = None  # of training; `dfer.run.step.with_step` adds it
 
     @property
     def steps_done(self) -> int:

@@ -27,7 +27,7 @@ def test_the_plan_names_what_there_is():
     on_card = [case.proven for case in cases if case.gpu]
     assert on_card == sorted(on_card, reverse=True)  # the proven figures come first
     suspects = ("engine 0.65", "engine 1", "Triton", "compiled", "bf16", "cudnn", "engines", "NVDEC, all", "two proc")
-    suspects += ("control", "NVDEC's")
+    suspects += ("control", "NVDEC's", "graph", "fixed algorithms")
     for case in cases:
         assert not (case.proven and any(word in case.name for word in suspects)), case.name
     names = [case.name for case in cases]
@@ -87,7 +87,7 @@ QUICK = {
     "copies and product", "SMs, engine and cores together", "nvJPEG on SMs, crops", "NVDEC, one session",
     "FFmpeg on all cores", "loader frames", "loader raw128 held", "eager 0", "training from video", "clips of frames",
     "clips of raw128 held", "mixing, engine 1", "feeding", "NVDEC's limits", "traces",
-    "mixing, control in the graph", "mixing, control torchvision",
+    "mixing, control in the graph", "mixing, control torchvision", "floors", "step, graph", "bits of fixed algorithms",
 }  # fmt: skip
 
 
@@ -266,6 +266,17 @@ def test_bits_that_differ_are_counted(toy, monkeypatch):
     monkeypatch.setattr(checks, "training_step", nudged)
     (row,) = checks.eager_for_long(dataclasses.replace(toy, long_train_steps=1))
     assert (row["value"], row["weights_the_same_bits"]) == (0, False) and "eager, 1 steps" in row["what"]
+
+
+def test_a_graph_of_other_bits_is_seen(toy, monkeypatch):
+    real = checks.training_step
+
+    def nudged(setting, graph, deterministic):
+        return real(setting, graph=graph, deterministic=deterministic, nudge=1e-6 * graph)
+
+    monkeypatch.setattr(checks, "training_step", nudged)
+    found = [row["right"] for row in checks.bits_of_fixed_algorithms(dataclasses.replace(toy, long_train_steps=2))]
+    assert found == [True, False, False]
 
 
 def test_a_variant_has_its_process_to_itself(toy, tmp_path, monkeypatch):

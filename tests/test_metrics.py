@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfer.batch import Batch, empty_batch
 from dfer.evaluation import Evaluation, evaluate
-from dfer.metrics import ConfusionMatrix, Throughput
+from dfer.metrics import ConfusionMatrix, Throughput, flop_share
 from dfer.model import Prediction
 from dfer.optim.average import build_ema
 from dfer.plan.sampling import shard
@@ -131,6 +132,28 @@ def test_throughput_separates_waiting_from_computing():
 
 
 @pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_is_torchs_to_the_bit(warmup):
+    """Torch's, whose shares are numbers on the host: runs that it began go on as they were."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 20, 3), torch.nn.BatchNorm2d(20))
+
+    def update(averaged, current, _):
+        n = int(want.n_averaged)
+        get_ema_multi_avg_fn(min(0.99, (1 + n) / (10 + n)) if warmup else 0.99)(averaged, current, n)
+
+    ema, want = build_ema(model, 0.99, warmup), AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    for _ in range(20):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(2, 3, 8, 8))
+        for average in (ema, want):
+            average.update_parameters(model)
+        assert ema.state_dict().keys() == want.state_dict().keys()
+        assert all(torch.equal(value, want.state_dict()[key]) for key, value in ema.state_dict().items())
+
+
+@pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("decay", [0.5, 0.9999])
 def test_the_average_is_that_of_a_loop_and_follows_a_short_run(decay, warmup):
     """Across a restart too: how many updates there were lies in its state."""
@@ -150,3 +173,11 @@ def test_the_average_is_that_of_a_loop_and_follows_a_short_run(decay, warmup):
         assert ema.module[0].weight.detach() == pytest.approx(mean, rel=1e-5, abs=1e-6)
         assert ema.module[1].running_mean == pytest.approx(2 * mean, rel=1e-5, abs=1e-6)
     assert (mean > 25) == (warmup or decay == 0.5)  # else the weights of the first steps
+
+
+def test_the_share_of_a_peak_is_told_of_known_cards_alone(monkeypatch):
+    card = torch.device("cuda", 0)
+    for name, want in (("NVIDIA H200", 0.25), ("NVIDIA GeForce RTX 4090", 0.25 * 989 / 165.2), ("NVIDIA T4", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert flop_share(50e9, 0.25 * 989e12 / 50e9, card) == (want if want is None else pytest.approx(want))
+    assert flop_share(None, 1.0, card) is None and flop_share(50e9, 1.0, torch.device("cpu")) is None

@@ -6,10 +6,11 @@ import torch
 
 from dfer.config import ModelConfig
 from dfer.model import DFERNet, MeanPoolNet
+from dfer.model import resize as resizing
 from dfer.model.backbone import FrameBackbone
 from dfer.model.build import build_model
 from dfer.model.dfernet import motion
-from dfer.model.pyramid import upsample_aligned
+from dfer.model.resize import multiply, resize, resize_time, upsample_aligned, weights
 from dfer.model.start import start
 from dfer.model.temporal import RecurrentBlock
 
@@ -142,6 +143,58 @@ def test_upsampling_keeps_the_phase(source, target):
     assert fine.shape == (target, target)
     positions = torch.arange(target).div(2).clamp(max=source - 1)  # fine cell i lies at i/2; beyond: the edge
     torch.testing.assert_close(fine, 10 * positions[:, None] + positions)
+
+
+SIZES = [(1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6), (4, 7), (5, 9), (6, 12), (7, 14)]  # of 32 to 224 px
+
+
+@pytest.mark.parametrize(("source", "target"), SIZES)
+def test_upsampling_by_products_is_that_by_interpolation(monkeypatch, source, target):
+    """A GPU's way on the CPU: values and gradients, for maps whose sides differ too."""
+    torch.manual_seed(source)
+    for rows, columns in ((target, target), (target, 2 * source - 1)):
+        coarse = torch.randn(3, 5, source, source, dtype=torch.float64, requires_grad=True)
+        to = torch.randn(3, 5, rows, columns, dtype=torch.float64)
+        found = []
+        for by_products in (False, True):
+            monkeypatch.setattr(resizing, "by_products", lambda x, answer=by_products: answer)
+            fine = upsample_aligned(coarse, (rows, columns))
+            found.append((fine, *torch.autograd.grad((fine * to).sum(), coarse)))
+        for want, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, want)
+        halves = coarse.detach().to(torch.bfloat16)  # one rounding, as torch has it: weights are exact in bf16
+        want = upsample_aligned(halves.double(), (rows, columns)).to(torch.bfloat16)
+        assert torch.equal(upsample_aligned(halves, (rows, columns)), want)
+
+
+@pytest.mark.parametrize(("source", "target"), [*SIZES, (7, 4), (7, 1), (16, 30)])
+def test_resizing_by_products_is_that_by_interpolation(monkeypatch, source, target):
+    torch.manual_seed(source)
+    maps, frames = torch.randn(2, 3, source, source + 2), torch.randn(2, 3, source)
+    want = resize(maps, (target, target + 1)), resize_time(frames, target)
+    monkeypatch.setattr(resizing, "by_products", lambda x: True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which does not round what is float32
+        found = resize(maps, (target, target + 1)), resize_time(frames, target)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_product_keeps_maps_channels_last():
+    maps = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    axis = weights(4, 7, 0.5, maps.device)
+    assert multiply(maps, axis, axis).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["dfernet", "st-former"])
+def test_a_model_that_resizes_by_products_is_the_same(monkeypatch, name):
+    torch.manual_seed(0)
+    model, clips = build_model(ModelConfig(name=name, dim=16), 2).eval(), torch.randn(1, 2, 3, 64, 64)
+    found = []
+    for by_products in (False, True):
+        monkeypatch.setattr(resizing, "by_products", lambda x, answer=by_products: answer)
+        found.append((model(clips).logits, list(model.state_dict())))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
 
 
 def test_other_backbones():

@@ -300,7 +300,10 @@ def a_step(state: TrainState, seed: int) -> None:
     state.guard.before_forward()
     state.backward(state.model(clips).logits.square().mean(), 1)
     state.guard.step(1.0)
-    state.finish_step()
+    state.optimizer.zero_grad()
+    if state.ema is not None:
+        state.ema.update_parameters(state.model)
+    state.step += 1
 
 
 @pytest.mark.parametrize("name", ["dfernet", "mean-pool"])

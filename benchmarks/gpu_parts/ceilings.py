@@ -6,21 +6,13 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.gpu_parts.card import cuda
+from benchmarks.gpu_parts.project import PEAK_FLOPS, peak_flops
 from benchmarks.gpu_parts.rows import Row, figure, read
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import repeated
 
 COPY = "copy on the device, read + written"
-# Dense bf16 FLOP/s of the datasheets, by what nvidia-smi calls the card; the first that fits counts.
-DATASHEET = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "stub": 1e12,
-}
+DATASHEET = {**PEAK_FLOPS, "stub": 1e12}
 
 
 def copies_and_product(setting: Setting) -> Iterator[Row]:
@@ -62,4 +54,4 @@ def moved(target: torch.Tensor, source: torch.Tensor) -> int:
 
 def datasheet_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of a card; None where no datasheet was looked up."""
-    return next((flops for known, flops in DATASHEET.items() if known in name), None)
+    return peak_flops(name, DATASHEET)

@@ -1,5 +1,6 @@
 """Right or wrong on the card: clips against the CPU's, losses of a variant against eager, two processes against one."""
 
+import copy
 import itertools
 import json
 import multiprocessing
@@ -53,14 +54,14 @@ def clips_against_cpu(setting: Setting, source: str, held: bool = False, engine:
     )  # fmt: skip
 
 
-def losses(setting: Setting, step: Step, count: int, bf16_input: bool = False) -> list[float]:
-    """The losses of so many training steps on eight batches in turn."""
+def losses(setting: Setting, step: Step, count: int, bf16_input: bool = False, first: int = 0) -> list[float]:
+    """The losses of the training steps from `first` to before `count`, on eight batches in turn."""
     size = min(16, setting.batch)
     given = [synthetic(setting, size, seed=seed) for seed in range(8)]
     if bf16_input:
         given = [replace_clips(batch, batch.clips.to(torch.bfloat16)) for batch in given]
-    made = [step(given[number % 8]).clone() for number in range(count)]
-    return torch.stack(made).float().tolist()
+    made = [step(given[number % 8]).clone() for number in range(first, count)]
+    return torch.stack(made).float().tolist() if made else []
 
 
 def distance(a: Sequence[float], b: Sequence[float]) -> float:
@@ -117,6 +118,34 @@ def same_bits(setting: Setting, count: int, first: list[float], again: list[floa
     equal = all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
     what = f"eager against eager, {count} steps: losses of the same bits"
     yield figure(what, same, "steps", weights_the_same_bits=equal, last_loss=_end(first), last_loss_again=_end(again))
+
+
+def bits_of_fixed_algorithms(setting: Setting) -> Iterator[Row]:
+    """The same training in the mode of fixed algorithms: eagerly twice, as a graph, and as a graph that is continued.
+
+    All have to end with the same bits. `dropout` is drawn in each of their steps: its masks are the same too.
+    """
+    count = setting.long_train_steps
+    first, want = _course(setting, count)
+    for name, graph, cut in (("eager again", False, 0), ("a graph", True, 0), ("a graph, continued", True, count // 2)):
+        course, weights = _course(setting, count, graph, cut)
+        same = sum(a == b for a, b in zip(first, course, strict=True))
+        equal = all(torch.equal(weights[key], value) for key, value in want.items())
+        what = f"fixed algorithms, {count} steps of {name} against eager: losses of the same bits"
+        yield figure(what, same, "steps", right=equal and same == count, weights_the_same_bits=equal)
+
+
+def _course(
+    setting: Setting, count: int, graph: bool = False, cut: int = 0
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of a training with fixed algorithms and its weights, begun anew from its state after `cut` steps."""
+    step = training_step(setting, deterministic=True, graph=graph)
+    course = losses(setting, step, cut)
+    if cut:
+        saved = copy.deepcopy(step.state.state_dict())
+        step = training_step(setting, deterministic=True, graph=graph)
+        step.restore(saved, cut)
+    return course + losses(setting, step, count, first=cut), step.model.state_dict()
 
 
 def variant_against_eager(setting: Setting, name: str, options: dict[str, Any]) -> Iterator[Row]:

@@ -10,13 +10,22 @@ HERE = "benchmarks.gpu_parts"
 PARTS = ("data", "ceilings", "loaders", "step", "training", "checks", "peers")
 SOURCES = ("frames", "shards144", "raw128", "video")
 TRITON, BF16, CUDNN = {"crf_backend": "triton"}, {"bf16_input": True}, {"cudnn_benchmark": True}
+GRAPH, FIXED = {"graph": True}, {"deterministic": True}
 QUICK_TO_START = {
+    "graph + cudnn.benchmark": GRAPH | CUDNN,
+    "graph": GRAPH,
+    "graph + fixed algorithms": GRAPH | FIXED,
+    "fixed algorithms": FIXED,
+    "graph + Triton CRF + cudnn.benchmark": GRAPH | TRITON | CUDNN,
     "Triton CRF": TRITON,
     "bf16 input": BF16,
     "cudnn.benchmark": CUDNN,
     "Triton CRF + bf16 input + cudnn.benchmark": TRITON | BF16 | CUDNN,
 }
-DEFAULT_MODEL = {"both branches": {"default": True}}  # beside the first version's, which all else is measured on
+DEFAULT_MODEL = {
+    "both branches": {"default": True},
+    "both branches, graph": {"default": True} | GRAPH,
+}  # beside the first version's, which all else is measured on
 COMPILED = {  # a minute for each batch size
     "compiled": {"compiled": True},
     "compiled + Triton CRF + bf16 input": {"compiled": True} | TRITON | BF16,
@@ -67,6 +76,7 @@ def proven() -> list[Case]:
     for place in range(4):  # of the setting's batch sizes
         options = {"place": place}
         cases.append(Case("step", f"eager {place}", f"{HERE}.steps", "eager", options, limit_s=60, proven=True))
+    cases.append(Case("step", "floors", f"{HERE}.steps", "floors", limit_s=60, proven=True))
     for options in sources:
         cases.append(_training(f"training from {options['source']}", options))
     cases.append(_training("training from raw128 held", held))
@@ -105,6 +115,7 @@ def alone() -> list[Case]:
         cases.append(_variant(name, options, TELLING))
         cases.append(_against_eager(name, options))
     cases += [_variant(name, options, TELLING) for name, options in DEFAULT_MODEL.items()]
+    cases.append(check("bits of fixed algorithms", "bits_of_fixed_algorithms", {}, limit_s=120))
     cases.append(check("two processes", "two_processes", {}))
     for backend in ("dense", "triton"):
         options = {"backend": backend}

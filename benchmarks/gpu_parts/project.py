@@ -4,7 +4,7 @@ import gc
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,15 +21,28 @@ from dfer.config import Config, DataConfig, ModelConfig, RunConfig
 from dfer.crf.layers import CRFOutput
 from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import build_objective
+from dfer.metrics import PEAK_FLOPS, peak_flops
 from dfer.model.build import build_model
-from dfer.optim.guard import NonFiniteGuard
 from dfer.optim.optimizers import build_optimizer
+from dfer.optim.schedule import Schedule
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
 from dfer.plan.transforms import IMAGENET_STD
 from dfer.precision import Precision
+from dfer.run.algorithms import chosen_algorithms
+from dfer.run.distributed import World
+from dfer.run.graph import CudaGraphs, Graphs
+from dfer.run.step import TrainingStep
+from dfer.state import Job, TrainState
 
-__all__ = ["IMAGENET_STD", "Batch", "leave", "source_of"]  # the other parts import the project from here alone
+__all__ = [
+    "IMAGENET_STD",
+    "PEAK_FLOPS",
+    "Batch",
+    "leave",
+    "peak_flops",
+    "source_of",
+]  # the other parts import the project from here alone
 
 Listed = Literal["long", "short", "held"]  # as long as DFEW's; each clip once; of raw128, each eight times
 LISTS = {  # by source: where its list lies in the data folder
@@ -134,47 +147,77 @@ def loss_of(setting: Setting, config: Config, model: nn.Module, batch: Batch, dt
     return build_objective(config.loss, [])(precision.forward(model, batch.clips), batch)
 
 
-class Step:
-    """One optimizer step as the trainer takes it, in bf16: takes a batch, returns its loss."""
+class Called:
+    """Plays graphs for a test's stub, which has none: what is captured is called."""
 
-    def __init__(self, setting: Setting, config: Config, model: nn.Module, cudnn_benchmark: bool, bf16_input: bool):
-        self.model = model
-        self._setting, self._config = setting, config
-        self._cudnn_benchmark, self._bf16_input = cudnn_benchmark, bf16_input
-        self._optimizer = optimizer_of(model)
-        scaler = torch.amp.GradScaler(setting.device, enabled=False)
-        self._guard = NonFiniteGuard(model, self._optimizer, scaler)
-        self._number = 0
+    def warm_up(self, function: Callable[[], None]) -> None:
+        function()
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        return function
+
+
+class Step:
+    """The trainer's own optimizer step, in bf16: takes a batch, returns its loss, which the next one may overwrite."""
+
+    def __init__(self, setting: Setting, config: Config, model: nn.Module, options: "StepOptions"):
+        self.model, self._options, self._number = model, options, 0
+        device = torch.device(setting.device)
+        precision = Precision(device, torch.bfloat16, config.run.channels_last)
+        self.state = TrainState(model, optimizer_of(model), precision.scaler(), None)
+        world, schedule = World(0, 1, 0, 1, device), Schedule(1e-3, 0, 10**6, 10**6)
+        objective, nothing = build_objective(config.loss, []), cast(Any, None)  # it takes its batches from elsewhere
+        job = Job(config, world, nothing, nothing, self.state, model, objective, schedule, precision)
+        backend = CudaGraphs(device) if setting.device == "cuda" else Called()
+        self._take = TrainingStep(job, self._loss_of, Graphs(backend if options.graph else None))
+        self._algorithms = RunConfig(deterministic=options.deterministic)
+
+    def _loss_of(self, job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        prediction = job.precision.forward(job.model, batch.clips)
+        loss = job.objective(prediction, batch)
+        self._loss = loss.detach()
+        return loss, prediction.diagnostics
 
     def __call__(self, batch: Batch) -> Tensor:
-        torch.backends.cudnn.benchmark = self._cudnn_benchmark
         torch.manual_seed(zlib.crc32(f"0/{self._number}".encode()))
         self._number += 1
-        if self._bf16_input and batch.clips.dtype != torch.bfloat16:
+        if self._options.bf16_input and batch.clips.dtype != torch.bfloat16:
             batch = replace_clips(batch, batch.clips.to(torch.bfloat16))
-        self._guard.before_forward()
-        loss = loss_of(self._setting, self._config, self.model, batch, torch.bfloat16)
-        finite = loss.detach().isfinite()
-        (loss * torch.where(finite, 1.0, torch.nan)).backward()
-        self._guard.step(1.0)
-        if self._guard.diverged():
+        with chosen_algorithms(self._algorithms):
+            torch.backends.cudnn.benchmark = self._options.cudnn_benchmark
+            self._take(batch, True, True)
+        if note := self._take.take_note():
+            raise RuntimeError(note)  # figures of an eager step would be taken for those of a graph
+        if self.state.guard.diverged():
             raise FloatingPointError("the loss or the gradient is not finite, step after step")
-        self._optimizer.zero_grad()
-        return loss.detach()
+        return self._loss
+
+    def restore(self, saved: dict[str, Any], number: int) -> None:
+        """Go on from a state, as the step of this number."""
+        self.state.load_state_dict(saved)
+        self._number = number
+
+
+class StepOptions(NamedTuple):
+    """How a step is taken."""
+
+    cudnn_benchmark: bool = False
+    bf16_input: bool = False
+    graph: bool = False
+    deterministic: bool = False
 
 
 def training_step(
     setting: Setting,
     *,
     crf_backend: str = "dense",
-    bf16_input: bool = False,
-    cudnn_benchmark: bool = False,
     compiled: bool = False,
     crf: bool = True,
     default: bool = False,
     nudge: float = 0.0,
+    **how: bool,
 ) -> Step:
-    """A step under some options.
+    """A step under some options, those of `StepOptions` among them.
 
     `default` takes the default model instead of the first version's. `nudge` moves each weight by up to that share of
     itself: what rounding does, to compare other differences with.
@@ -185,7 +228,7 @@ def training_step(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + nudge * (2 * torch.rand_like(parameter) - 1))
-    step = Step(setting, config, model, cudnn_benchmark, bf16_input)
+    step = Step(setting, config, model, StepOptions(**how))
     if compiled:
         model.compile()
     return step

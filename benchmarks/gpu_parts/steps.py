@@ -11,7 +11,7 @@ from benchmarks.gpu_parts.card import cuda
 from benchmarks.gpu_parts.ceilings import copy_rate, datasheet_flops
 from benchmarks.gpu_parts.project import Batch, Step, free_card, replace_clips, synthetic, training_step
 from benchmarks.gpu_parts.rows import Row, figure, read
-from benchmarks.gpu_parts.setting import Setting
+from benchmarks.gpu_parts.setting import NotHere, Setting
 from benchmarks.gpu_parts.timing import in_turns, ratios, repeated
 from benchmarks.gpu_parts.trace import traced
 
@@ -117,6 +117,22 @@ def shares_of_floor(
     rate = copy_rate(setting)
     moved = {"share_of_floor": counts.needed(batch), "share_of_eager_floor": counts.eager(batch)}
     return {name: floor_seconds(num, counts.flops(batch), rate, flops) / step_s for name, num in moved.items()}
+
+
+def floors(setting: Setting) -> Iterator[Row]:
+    """The most that the card could do by its own copies and its datasheet, whatever computes the step.
+
+    Raises:
+        NotHere: if no datasheet of the card was looked up.
+    """
+    counts, flops = read_counts(setting), datasheet_flops(cuda.get_device_name())
+    if flops is None:
+        raise NotHere(f"no datasheet of {cuda.get_device_name()} was looked up")
+    rate = copy_rate(setting)
+    for batch in setting.batches:
+        for name, num in (("needed", counts.needed(batch)), ("eager operators'", counts.eager(batch))):
+            seconds = floor_seconds(num, counts.flops(batch), rate, flops)
+            yield figure(f"floor of the {name} bytes, B={batch}", batch / seconds, "clips/s")
 
 
 def share_of_crf(setting: Setting, backend: str) -> Iterator[Row]:

@@ -11,7 +11,6 @@ All but R3DNet take a backbone of timm as DFERNet does:
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from dfer.cli import UserError
 from dfer.model.backbone import FrameBackbone
 from dfer.model.dfernet import Prediction
+from dfer.model.resize import resize, resize_time
 from dfer.model.temporal import RecurrentBlock
 
 
@@ -128,13 +128,13 @@ class STFormer(nn.Module, PyTorchModelHubMixin):
         for name, stage in self.backbone.net.named_children():
             x = stage(self._relate_cells(x) if name == "layer4" else x)
         x = x.mean((2, 3)).unflatten(0, (batch, -1))  # (B, T, C)
-        x = x + F.interpolate(self.frames, size=num_frames, mode="linear", align_corners=True).transpose(1, 2)
+        x = x + resize_time(self.frames, num_frames).transpose(1, 2)
         x = self.temporal(torch.cat([self.token.expand(batch, -1, -1), x], 1))
         return Prediction(self.head(x[:, 0]), None, {})
 
     def _relate_cells(self, c4: Float[Tensor, "F C h w"]) -> Float[Tensor, "F C h w"]:
         size = c4.shape[-2:]
-        x = c4 + F.interpolate(self.cells, size=size, mode="bilinear", align_corners=True)
+        x = c4 + resize(self.cells, size)
         return self.spatial(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, size)
 
 

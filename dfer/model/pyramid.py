@@ -1,9 +1,10 @@
 """The two-level feature pyramid: laterals to one width, and top-down fusion."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dfer.model.resize import upsample_aligned
 
 
 class FeaturePyramid(nn.Module):
@@ -38,17 +39,3 @@ class TopDownFusion(nn.Module):
 
     def forward(self, fine: Float[Tensor, "F D h w"], coarse: Float[Tensor, "F D h2 w2"]) -> Float[Tensor, "F D h w"]:
         return F.gelu(self.norm(self.conv(fine + upsample_aligned(coarse, fine.shape[-2:]))))
-
-
-def upsample_aligned(
-    coarse: Float[Tensor, "F D h2 w2"], size: tuple[int, int] | torch.Size
-) -> Float[Tensor, "F D h w"]:
-    """Return `coarse` at twice the resolution, without a shift: coarse cell k lies on fine cell 2k exactly.
-
-    Strided convolutions with padding k//2 put cell k of stride s on pixel s*k, so 4 -> 7 is bilinear with
-    align_corners (0, .5, 1, ...). An even fine size has one more cell beyond the last coarse one: it repeats the edge.
-    """
-    height, width = 2 * coarse.shape[-2] - 1, 2 * coarse.shape[-1] - 1
-    fine = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
-    pad_bottom, pad_right = size[0] - height, size[1] - width
-    return F.pad(fine, (0, pad_right, 0, pad_bottom), mode="replicate") if pad_bottom or pad_right else fine

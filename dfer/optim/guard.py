@@ -14,6 +14,8 @@ class NonFiniteGuard:
     the optimizer's state and the batch statistics (which the forward pass has already changed) as they were. Torch's
     fused optimizers skip a step by themselves (`found_inf`); for any other, weights and state are copied before its
     step and restored after it.
+
+    `before_forward` and `step` read nothing on the host and change tensors in place: both can be captured in a graph.
     """
 
     LIMIT = 20  # skipped steps in a row that end a run
@@ -28,13 +30,16 @@ class NonFiniteGuard:
         device = self._parameters[0].device
         self.skipped: Float[Tensor, " two"] = torch.zeros(2, device=device)  # steps: in all, in a row
         self._keep = torch.tensor([1.0, 0.0], device=device)  # what a finite step multiplies these with
+        num_statistics = sum(b.numel() for b in self._statistics)
+        dtype = self._statistics[0].dtype if self._statistics else None
+        self._copied = torch.zeros(num_statistics, dtype=dtype, device=device)
         self._arriving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._pinned = [torch.zeros(2, pin_memory=True) for _ in range(self.LAG + 1)] if device.type == "cuda" else []
 
     def before_forward(self) -> None:
         """Copy the batch statistics, which a skipped step restores. Call before the first forward pass of a step."""
         if self._statistics:
-            self._copied = torch.cat([b.flatten() for b in self._statistics])
+            torch.cat([b.flatten() for b in self._statistics], out=self._copied)
 
     def step(self, clip_norm: float) -> Float[Tensor, ""]:
         """Clip the gradient to `clip_norm` (0: do not), take the step or skip it, and return the gradient's norm."""
@@ -55,7 +60,7 @@ class NonFiniteGuard:
             now = torch.cat([b.flatten() for b in self._statistics])
             parts = torch.where(bad, self._copied, now).split([b.numel() for b in self._statistics])
             torch._foreach_copy_(self._statistics, [p.view_as(b) for p, b in zip(parts, self._statistics, strict=True)])
-        self.skipped = torch.where(bad, self.skipped + 1, self.skipped * self._keep)
+        torch.where(bad, self.skipped + 1, self.skipped * self._keep, out=self.skipped)
         return norm
 
     @torch.no_grad()

@@ -8,9 +8,9 @@ from torch import nn
 from dfer.cli import UserError
 from dfer.optim.options import OptimizerName
 
-# Whose step could be captured in a CUDA graph: they can read the learning rate, which changes, from a tensor. Lion's
-# cannot. `optimizer.capturable` says which; nothing is captured so far.
-CAPTURABLE: set[OptimizerName] = {"adamw", "sgd", "muon"}
+# Whose step is captured in a CUDA graph (`optimizer.capturable`): torch's fused ones read the learning rate, which
+# changes, from a tensor. Lion's cannot; Muon's says that it can, which no card has shown yet.
+CAPTURABLE: set[OptimizerName] = {"adamw", "sgd"}
 
 
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:

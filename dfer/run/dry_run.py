@@ -22,13 +22,14 @@ from dfer.run.checkpoint import KEPT, decode_state, find_manifests, newest_check
 from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.folder import continued_config
+from dfer.run.graph import WARM_UP
 from dfer.run.logger import endless_warm_up
 from dfer.run.memory import free_memory
 from dfer.state import Job
 
-STEPS = 5  # of training; the first, which allocates and compiles, is not measured where there are others
+STEPS = 5  # of training; the first ones are not measured where there are others
 KEPT_AT_MOST = KEPT + 3  # checkpoints: those of the best WAR and UAR, and the one being written
-BATCHES = 2  # of evaluation, on each process; twice, and measured the second time
+BATCHES = 2  # of evaluation, on each process; measured the last time of several
 
 
 class DryRun(NamedTuple):
@@ -71,6 +72,16 @@ class DryRun(NamedTuple):
             "disk": f"{KEPT_AT_MOST * self.checkpoint / 1e9:.2f} GB for up to {KEPT_AT_MOST} checkpoints, "
             + ("how much is free is unknown" if self.disk is None else f"{self.disk / 1e9:.1f} GB are free"),
         }
+
+
+def warm_up(job: Job) -> int:
+    """Return after how many steps they take as long as all others: one allocates and compiles, one is captured."""
+    return 1 + WARM_UP if job.step is not None and job.step.graphs.active else 1
+
+
+def evaluations(job: Job) -> int:
+    """Return how often the validation batches are evaluated, so that the last time takes as long as all others."""
+    return 2 + WARM_UP // BATCHES if job.step is not None and job.step.graphs.active else 2
 
 
 def without_first_weights(config: Config, world: World) -> Config:

@@ -30,6 +30,7 @@ from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
+from dfer.run.graph import resolved_graph
 from dfer.run.wandb_log import check_settings
 from dfer.run.weight_files import save_weights
 from dfer.state import Job, TrainState
@@ -180,13 +181,13 @@ class RunFolder:
 def started_config(config: Config) -> Config:
     """Return the configuration that a run is begun with, once this machine has what it takes.
 
-    What it starts from is saved as what was found.
+    What it starts from is saved as what was found, and so is whether its steps are to be graphs.
 
     Raises:
-        UserError: if random weights would be frozen, or W&B's settings here cannot be used.
+        UserError: if random weights would be frozen, W&B's settings here cannot be used, or a graph is to be of a CPU.
     """
     check_settings(config)
-    return dataclasses.replace(config, model=resolved(config.model))
+    return dataclasses.replace(config, model=resolved(config.model), run=resolved_graph(config.run))
 
 
 def open_run(config: Config, world: World) -> RunFolder:

@@ -22,7 +22,7 @@ from dfer.config import Config
 from dfer.evaluation import Evaluation
 from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
-from dfer.metrics import ConfusionMatrix, peak_memory
+from dfer.metrics import ConfusionMatrix, flop_share, peak_memory
 from dfer.plan.balance import describe_draws
 from dfer.recipes import deviations
 from dfer.run import distributed
@@ -178,6 +178,9 @@ class Logger:
             "per_gpu_clips_per_s": rates["total_clips_per_s"] / world.size,
             "step_ms": 1000 * clips_per_step / rates["total_clips_per_s"],
         }
+        flops_a_clip = job.step.flops_a_clip if job.step is not None else None
+        if (share := flop_share(flops_a_clip, rates["per_gpu_clips_per_s"], world.device)) is not None:
+            rates["mfu"] = share
         epoch = (state.step - 1) // steps_per_epoch + 1
         values = {"epoch": epoch, "train/lr": state.optimizer.param_groups[0]["lr"]}
         values |= {f"throughput/{k}": v for k, v in rates.items()}
@@ -231,6 +234,8 @@ class Logger:
             f"loss {values['train/loss']:.3f}  {values['throughput/total_clips_per_s']:.1f} clips/s  "
             f"data wait {100 * values['throughput/data_wait_share']:.0f} %"
         )
+        if "throughput/mfu" in values:
+            rates += f"  {100 * values['throughput/mfu']:.0f} % of the GPU's FLOP/s"
         line = f"epoch {values['epoch']}  step {step}/{self._total_steps}  {rates}"
         if self._progress is not None:  # which counts the steps by itself
             self._progress.update(self._task, description=f"epoch {values['epoch']}  {rates}")

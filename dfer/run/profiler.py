@@ -26,6 +26,7 @@ RANGES = {
     "loading": "loading",
     "reading": "  waiting for files",
     "DALI": "  waiting for DALI",
+    "graph": "all below, as one graph",
     "forward": "forward",
     "dfer::meanfield": "  CRF",
     "dfer::gaussian_field": "  CRF",

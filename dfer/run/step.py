@@ -1,0 +1,149 @@
+"""The training step: what is done with each batch, as functions that a graph can capture."""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfer.batch import Batch, Mix
+from dfer.evaluation import probabilities
+from dfer.optim.rates import DeviceRates
+from dfer.run.graph import WARM_UP, CapturedCall, Graphs, build_graphs, refilled
+from dfer.state import Job, Step
+
+LossOfBatch = Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]  # its loss, and the model's diagnostics
+
+
+_NAMES = {  # of what is captured, by whether a batch is the first one and the last one of a step
+    (True, True): "a training step",
+    (True, False): "the first batch of a training step",
+    (False, False): "a batch of a training step",
+    (False, True): "the last batch of a training step",
+}
+
+
+class TrainingStep:
+    """Take batches, of which the last one of a step has the weights changed; and predict by the weights that there are.
+
+    Where there are graphs, a batch is copied into tensors that stay where they are, and all that follows is launched at
+    once. What a graph would not do again is done before it: seeds, learning rates and the average's shares are set by
+    the host. What it must not do is done after it: whether the run has diverged is read some steps late.
+    """
+
+    def __init__(self, job: Job, loss_of: LossOfBatch, graphs: Graphs):
+        """Take the steps of a job. Clips that are copied are rounded to what the model rounds them to in any case."""
+        self.graphs = graphs
+        self.flops_a_clip: float | None = None  # of convolutions and products, forwards and backwards, on a GPU
+        self._job, self._loss_of = job, loss_of
+        state, device = job.state, job.state.losses.device
+        gpu = device.type == "cuda"
+        self._counts = gpu and not job.config.run.compile  # a compiled model is not looked into
+        self._dtype = job.precision.dtype if gpu else None
+        self._capturable = bool(state.optimizer.capturable)  # type: ignore[attr-defined]
+        # On a GPU without graphs too, so that both round alike. A CPU has them where a test has it play a GPU.
+        on_device = self._capturable and (gpu or graphs.active)
+        self._rates = DeviceRates(state.optimizer, device) if on_device else None
+        self._num_steps = 0  # of this process
+        self._static: Batch | None = None
+        self._batch: Batch | None = None  # that is taken
+        self._diagnostics: dict[str, Tensor] = {}
+        self._step: Step | None = None
+        predict = partial(probabilities, state.evaluated_model(), job.precision)
+        self._evaluation = graphs.beside()
+        self._predict = CapturedCall(self._evaluation, "an evaluated batch", predict, self._dtype)
+
+    def __call__(self, batch: Batch, first: bool, last: bool) -> Step | None:
+        """Take a batch, the first one or the last one of a step or both; return what the last one leaves.
+
+        The learning rate and the seed of dropout have to be set.
+        """
+        batch = self._job.objective.labelled(batch)
+        self._batch = self._placed(batch) if self.graphs.active else batch
+        if last and self._rates is not None:
+            self._rates.fill()
+        if last and self._job.state.ema is not None:
+            self._job.state.ema.advance()
+        # Of a step of several batches the first one makes the gradients, and the others add to them.
+        name = _NAMES[first, last]
+        warm = self._num_steps >= WARM_UP
+        uncounted = self._counts and self.flops_a_clip is None
+        with FlopCounterMode(display=False) if uncounted else contextlib.nullcontext() as counter:
+            self.graphs.run(name, partial(self._do, first, last), warm, self._recover)
+        if counter is not None:
+            self.flops_a_clip = counter.get_total_flops() / len(batch.labels)
+        self._num_steps += last
+        if last and not self._capturable:
+            self._update()
+        self._batch = None
+        return self._step if last else None
+
+    def predict(self, clips: Float[Tensor, "B T 3 H W"]) -> Float[Tensor, "B K"]:
+        """Return the probabilities of clips by what is evaluated. The next call may overwrite them."""
+        return self._predict(clips)
+
+    def take_note(self) -> str | None:
+        """Return what is to be said of the graphs, once."""
+        return self.graphs.take_note() or self._evaluation.take_note()
+
+    def _do(self, first: bool, last: bool) -> None:
+        """Do all that is captured."""
+        self._gradients(first, last)
+        if last and self._capturable:
+            self._update()
+
+    def _placed(self, batch: Batch) -> Batch:
+        """Return the static batch with the content of one; ids stay on the host."""
+        old = self._static or Batch(None, None, None, batch.ids)  # type: ignore[arg-type]
+        mix = batch.mix
+        if mix is not None:
+            mix = Mix(*(refilled(a, b) for a, b in zip(old.mix or (None, None), mix, strict=True)))
+        clips = refilled(old.clips, batch.clips, self._dtype)
+        labels, valid = refilled(old.labels, batch.labels), refilled(old.valid, batch.valid)
+        self._static = Batch(clips, labels, valid, batch.ids, mix)
+        return self._static
+
+    def _gradients(self, first: bool, last: bool) -> None:
+        """Add the gradient of the batch to those of the step."""
+        assert self._batch is not None
+        job, state = self._job, self._job.state
+        if first:
+            state.optimizer.zero_grad()
+            state.guard.before_forward()
+        model = job.model
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
+            with record_function("forward"):
+                loss, diagnostics = self._loss_of(job, self._batch)
+            with record_function("backward"):
+                state.backward(loss, job.config.optim.accumulate)
+        self._diagnostics = diagnostics
+
+    def _update(self) -> None:
+        """Change weights, batch statistics and the average as the gradients say, or nothing if they are not finite."""
+        state = self._job.state
+        with record_function("optimizer"):
+            with self._rates.given() if self._rates is not None else contextlib.nullcontext():
+                grad_norm = state.guard.step(self._job.config.optim.clip_norm)
+            if state.ema is not None:
+                state.ema.update(state.model)
+        self._step = Step(grad_norm, self._diagnostics)
+
+    def _recover(self) -> None:
+        """Forget what a capture that broke off has left on the host."""
+        torch.manual_seed(torch.initial_seed())  # dropout may have drawn
+        scaler = self._job.state.scaler
+        if scaler.is_enabled():
+            scaler._per_optimizer_states.clear()  # which of its calls are done
+
+
+def with_step(job: Job, loss_of: LossOfBatch) -> Job:
+    """Return a job with what takes its steps."""
+    graphs, optim = build_graphs(job.config.run, job.world), job.config.optim
+    if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
+        graphs.note = f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside"
+    return job._replace(step=TrainingStep(job, loss_of, graphs))

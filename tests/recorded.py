@@ -1,0 +1,97 @@
+"""What plays CUDA graphs on a CPU: operators are recorded once and then done again, on the tensors that they were on.
+
+As in a graph, Python does not run again: a number that it would read or change is the recorded one for ever, and what
+is not written into a tensor that was there when the recording was made is lost.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")  # of values, by the host
+
+
+def tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def storages(found: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in found}
+
+
+class Recording(TorchDispatchMode):
+    """Keeps the operators that are called, with all of their tensors."""
+
+    def __init__(self, fails_at: str | None = None):
+        super().__init__()
+        self.calls = []
+        self._fails_at = fails_at
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in READS or name == self._fails_at:
+            raise RuntimeError(f"operation not permitted when stream is capturing:\n{name}")
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        is_view = not func._schema.is_mutable and storages(tensors(out)) <= storages(tensors((args, kwargs)))
+        if not is_view:
+            self.calls.append((func, args, kwargs, tensors(out)))
+        return out
+
+    def replay(self) -> None:
+        with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
+            for func, args, kwargs, outs in self.calls:
+                for old, new in zip(outs, tensors(func(*args, **kwargs)), strict=True):
+                    if old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class Recorder:
+    """A backend of `dfer.run.graph.Graphs`. What it captures is done meanwhile, and not by the first replay."""
+
+    def __init__(self):
+        self.warmed, self.captured, self.replayed = 0, 0, 0
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        self.warmed += 1
+        function()
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        with Recording() as recording:
+            function()
+        self.captured += 1
+        done = False
+
+        def replay() -> None:
+            nonlocal done
+            self.replayed += 1
+            if done:
+                recording.replay()
+            done = True
+
+        return replay
+
+
+class Refusing(Recorder):
+    """Fails at an operator, when it captures for the `number`-th time; what was done till then is undone."""
+
+    def __init__(self, state: Callable[[], list[Tensor]], operator: str, number: int):
+        super().__init__()
+        self._state, self._operator, self._number = state, operator, number
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        if self.captured + 1 < self._number:
+            return super().capture(function)
+        state = self._state()
+        kept = [tensor.detach().clone() for tensor in state]
+        try:
+            with Recording(self._operator):
+                function()
+        finally:
+            with torch.no_grad():
+                for tensor, before in zip(state, kept, strict=True):
+                    tensor.copy_(before)
+        raise AssertionError(f"{self._operator} was never called")

@@ -1,0 +1,345 @@
+"""Captured steps are eager ones to the bit, whatever happens to them: CUDA graphs as a recorder plays them on a CPU."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfer.batch import Batch, Mix
+from dfer.cli import UserError
+from dfer.config import Config, DataConfig, ModelConfig, RunConfig
+from dfer.losses import Objective, build_objective
+from dfer.optim.options import OptimConfig
+from dfer.optim.schedule import Schedule
+from dfer.precision import Precision
+from dfer.run import graph
+from dfer.run.algorithms import chosen_algorithms
+from dfer.run.distributed import World
+from dfer.run.graph import WARM_UP, CapturedCall, CudaGraphs, Graphs, build_graphs, resolved_graph
+from dfer.run.step import TrainingStep
+from dfer.state import Job, build_state
+from tests.recorded import Recorder, Refusing
+from train import train_steps, training_loss
+
+CPU = Precision(torch.device("cpu"), None, True)
+WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+SMALL = ModelConfig(dim=16, backbone="test_resnet", dropout=0.5)
+NUM_STEPS = WARM_UP + 3
+
+
+def configured(**optim) -> Config:
+    options = OptimConfig(**({"lr": 0.01, "ema": 0.9, "clip_norm": 1.0} | optim))
+    return Config(data=DataConfig(size=32, num_segments=2, batch_size=2), model=SMALL, optim=options)
+
+
+def job_of(
+    config: Config, backend: object, objective: Objective | None = None, checkpoint: dict | None = None,
+    scaled: bool = False, precision: Precision = CPU,
+) -> Job:  # fmt: skip
+    """A job on two clips, whose steps a backend captures; without one they are eager."""
+    state = build_state(config, precision, checkpoint)
+    if scaled:
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
+        state.__post_init__()
+        if checkpoint:
+            state.load_state_dict(checkpoint)
+    schedule = Schedule(config.optim.lr, 3, 100, 100)
+    objective = objective or build_objective(config.loss, [])
+    world = dataclasses.replace(WORLD, device=precision.device)
+    job = Job(config, world, None, None, state, state.model, objective, schedule, precision)
+    return job._replace(step=TrainingStep(job, training_loss, Graphs(backend)))
+
+
+def batches(count: int, harmed: tuple[int, ...] = (), mixed: bool = False) -> Iterator[Batch]:
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        clips = torch.randn(2, 2, 32, 32, 3, generator=generator).permute(0, 1, 4, 2, 3)
+        if number in harmed:
+            clips[0, 0, 0, 0, 0] = torch.nan
+        labels, valid = torch.tensor([number % 7, 3]), torch.tensor([True, number % 4 != 1])
+        mix = Mix(torch.tensor([1, 0]), torch.rand(2, generator=generator)) if mixed else None
+        yield Batch(clips, labels, valid, torch.tensor([number % 5, 2]), mix)
+
+
+def told(job: Job, given: Iterator[Batch]) -> list[list[Tensor]]:
+    """What each step leaves to be logged."""
+    return [
+        [step.grad_norm.clone(), *(v.clone() for v in step.diagnostics.values())] for step in train_steps(job, given)
+    ]
+
+
+def everything(job: Job) -> list[Tensor]:
+    """All tensors that training changes, but for gradients and for how a scaler keeps its own."""
+    state = job.state
+    found = [*state.model.state_dict().values(), state.guard.skipped, state.losses]
+    found += [t for kept in state.optimizer.state.values() for t in kept.values() if isinstance(t, Tensor)]
+    return found + (list(state.ema.state_dict().values()) if state.ema is not None else [])
+
+
+def assert_same(job: Job, want: Job) -> None:
+    for a, b in zip(everything(job), everything(want), strict=True):
+        assert torch.equal(a, b)
+    assert job.state.scaler.state_dict() == want.state.scaler.state_dict() and job.state.step == want.state.step
+    for a, b in zip(job.state.model.parameters(), want.state.model.parameters(), strict=True):
+        assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
+
+
+CASES = {
+    "adamw": {},
+    "sgd": {"optimizer": "sgd", "clip_norm": 0.0},
+    "muon": {"optimizer": "muon", "ema": 0.0},
+    "lion": {"optimizer": "lion", "accumulate": 2},
+    "three batches a step": {"accumulate": 3, "ema_warmup": False},
+    "layers": {"layer_decay": 0.7, "lr": 0.02},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "scaled", "mixed"),
+    [
+        ("adamw", False, False),
+        ("three batches a step", True, True),
+        *(pytest.param(name, False, False, marks=pytest.mark.slow) for name in CASES if name != "adamw"),
+        *(pytest.param(name, True, False, marks=pytest.mark.slow) for name in ("adamw", "sgd", "lion")),
+    ],
+)
+def test_captured_steps_are_eager_ones(name, scaled, mixed):
+    """Skipped ones among them, with dropout, an average that begins short and another learning rate each time."""
+    config = configured(**CASES[name])
+    accumulate = config.optim.accumulate
+    harmed = (0, accumulate * (WARM_UP + 1))  # in the first step, and in a replayed one
+    votes = torch.rand(5, 7).softmax(1)
+    objective = Objective(0.1, 0.2, votes) if mixed else None
+    found = []
+    for backend in (None, recorder := Recorder()):
+        job = job_of(config, backend, objective, scaled=scaled)
+        logged = told(job, batches(NUM_STEPS * accumulate, harmed, mixed))
+        found.append((job, logged))
+    (want, want_logged), (job, logged) = found
+    assert job.step.graphs.take_note() is None
+    kinds = min(accumulate, 3)
+    assert (recorder.warmed, recorder.captured) == (WARM_UP * accumulate, kinds)
+    assert recorder.replayed == (NUM_STEPS - WARM_UP) * accumulate
+    assert job.state.guard.skipped.tolist() == [2, 0]
+    for a, b in zip(logged, want_logged, strict=True):
+        assert len(a) > 5 and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+    assert_same(job, want)
+
+
+def test_captured_steps_go_on_where_a_kill_has_left_them():
+    config = configured()
+    given = list(batches(NUM_STEPS + 3))
+    whole, killed = job_of(config, Recorder()), job_of(config, Recorder())
+    told(whole, iter(given))
+    told(killed, iter(given[:-3]))
+    saved = copy.deepcopy(killed.state.state_dict())
+    assert all(isinstance(group["lr"], float) for group in saved["optimizer"]["param_groups"])
+    job = job_of(config, Recorder(), checkpoint=saved)
+    told(job, iter(given[-3:]))
+    assert_same(job, whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_a_graph_reads_and_writes_stays_where_it_is(accumulate):
+    job = job_of(configured(accumulate=accumulate), Recorder())
+    places = []
+    for number, step in enumerate(train_steps(job, batches(NUM_STEPS * accumulate))):
+        if number >= WARM_UP:
+            outputs = [step.grad_norm, *step.diagnostics.values()]
+            gradients = [p.grad for p in job.state.model.parameters()]
+            places.append([t.data_ptr() for t in (*everything(job), *gradients, *outputs)])
+    assert len(places) == NUM_STEPS - WARM_UP and all(place == places[0] for place in places)
+
+
+def test_an_eager_step_keeps_its_state_where_it_is_and_averages_its_weights():
+    job = job_of(configured(), None)
+    places, weights = [], []
+    for _ in train_steps(job, batches(3)):
+        places.append([t.data_ptr() for t in everything(job)])
+        weights.append(next(job.state.model.parameters()).detach().clone())
+    assert places[1] == places[2]
+    mean = weights[0]
+    for n, weight in enumerate(weights[1:], start=1):
+        keep = (1 + n) / (10 + n)
+        mean = keep * mean + (1 - keep) * weight
+    torch.testing.assert_close(next(job.state.evaluated_model().parameters()).detach(), mean)
+
+
+def test_flop_are_counted_once_and_change_nothing():
+    """As on a GPU: in the first batch of a process."""
+    job, want = job_of(configured(), None), job_of(configured(), None)
+    job.step._counts = True
+    told(want, batches(2))
+    told(job, batches(2))
+    assert_same(job, want)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = training_loss(want, next(batches(1)))
+        loss.backward()
+    assert job.step.flops_a_clip == counter.get_total_flops() / 2 > 1e6 and want.step.flops_a_clip is None
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "number", "scaled"),
+    [(1, 1, True), *(pytest.param(2, *rest, marks=pytest.mark.slow) for rest in ((2, True), (1, False)))],
+)
+def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(accumulate, number, scaled):
+    config = configured(accumulate=accumulate)
+    given = list(batches(NUM_STEPS * accumulate))
+    want, job = job_of(config, None, scaled=scaled), job_of(config, None, scaled=scaled)
+    told(want, iter(given))
+    # Its state is made in the first step: only then is there all that a capture might harm.
+    at = accumulate * WARM_UP
+    graphs = job.step.graphs
+    graphs._backend = Recorder()
+    job.step._rates = TrainingStep(job, training_loss, graphs)._rates
+    told(job, iter(given[:at]))
+    operator = (
+        "_fused_adamw_" if number == accumulate else "_foreach_lerp_" if number > accumulate else "native_batch_norm"
+    )
+
+    def harmed() -> list[Tensor]:
+        return everything(job) + [p.grad for p in job.state.model.parameters() if p.grad is not None]
+
+    graphs._backend = Refusing(harmed, operator, number)
+    told(job, iter(given[at:]))
+    note = graphs.take_note()
+    what = {(1, 1): "a training step", (2, 1): "the first batch of a training step"}
+    name = what.get((accumulate, number), "the last batch of a training step")
+    assert note.startswith(f"--run.graph: {name} cannot be captured (") and f"stream is capturing: {operator}" in note
+    assert "\n" not in note and graphs.take_note() is None and not graphs.active
+    assert_same(job, want)
+
+
+def test_evaluation_is_captured_too():
+    job = job_of(configured(), recorder := Recorder())
+    job.state.evaluated_model().eval()
+    with torch.inference_mode():
+        for batch in batches(WARM_UP + 3):
+            found = job.step.predict(batch.clips).clone()
+            want = job.state.evaluated_model()(batch.clips).logits.softmax(1)
+            assert torch.equal(found, want)
+    assert (recorder.warmed, recorder.captured, recorder.replayed) == (WARM_UP, 1, 3)
+
+
+def test_an_evaluation_that_cannot_be_captured_leaves_steps_their_graph():
+    job = job_of(configured(ema=0.0), Recorder())
+    told(job, batches(WARM_UP + 1))
+    job.step._evaluation._backend = Refusing(list, "softmax", 1)
+    job.state.model.eval()
+    with torch.inference_mode():
+        for batch in batches(WARM_UP + 2):
+            assert torch.equal(job.step.predict(batch.clips), job.state.model(batch.clips).logits.softmax(1))
+    assert job.step.take_note().startswith("--run.graph: an evaluated batch cannot be captured (")
+    assert job.step.graphs.active and job.step.take_note() is None
+
+
+def test_a_shape_that_was_not_captured_is_no_broadcast():
+    call = CapturedCall(Graphs(Recorder()), "x", lambda x: x + 1, torch.float64)
+    assert call(torch.ones(2, 1)).dtype == torch.float64
+    with pytest.raises(AssertionError, match=r"for \(2, 1\), not for \(1, 1\)"):
+        call(torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_a_step_reads_no_value(monkeypatch, optimizer):
+    """On tensors without content, which have none that could be read."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # which such tensors do not know
+    config = configured(optimizer=optimizer, accumulate=2, ema=0.0)  # an average is a copy, which they do not know
+    with FakeTensorMode():
+        job = job_of(config, None)
+        job.model.train()
+        step, (batch,) = job.step, batches(1)
+        for first, last in ((True, False), (False, True), (True, True)):
+            step._batch = batch
+            step._do(first, last)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            float(step._step.grad_norm)
+
+
+def test_a_graph_is_chosen_once(monkeypatch):
+    def chosen(gpu: bool, size: int = 1, **run) -> str:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(graph, "find_place", lambda: WORLD if size == 1 else dataclasses.replace(WORLD, size=size))
+        return resolved_graph(RunConfig(**run)).graph
+
+    assert [chosen(True), chosen(False), chosen(True, 2), chosen(True, device="cpu")] == ["on", "off", "off", "off"]
+    assert [chosen(False, graph="on"), chosen(True, 2, graph="on"), chosen(True, graph="off")] == ["on", "on", "off"]
+    with pytest.raises(UserError, match=r"--run.graph on: --run.device cpu has no graphs"):
+        chosen(True, graph="on", device="cpu")
+
+
+def test_why_there_is_no_graph_is_said():
+    assert build_graphs(RunConfig(graph="off"), WORLD).take_note() is None
+    assert "there is no GPU here" in build_graphs(RunConfig(graph="on"), WORLD).take_note()
+    two = dataclasses.replace(WORLD, size=2, device=torch.device("cuda", 0))
+    assert "2 processes train together" in build_graphs(RunConfig(graph="on"), two).take_note()
+
+
+# ---- On a card
+
+
+def on_card(given: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in given:
+        mix = Mix(*(t.cuda() for t in batch.mix)) if batch.mix else None
+        yield Batch(batch.clips.cuda(), batch.labels.cuda(), batch.valid.cuda(), batch.ids, mix)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "three batches a step"])
+def test_on_a_gpu_graphs_are_eager_steps_over_200_steps_and_a_kill(name, dtype):
+    """Eager steps are eager ones too, with fixed algorithms; a step is skipped, and dropout drawn in each."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    config, precision = configured(**CASES[name]), Precision(device, dtype, True)
+    accumulate = config.optim.accumulate
+    given = list(on_card(batches(200, harmed=(60,)))) * accumulate
+    half = 100 * accumulate
+    with chosen_algorithms(RunConfig(deterministic=True)):
+        jobs = []
+        for backend in (None, None, CudaGraphs(device)):
+            jobs.append(job_of(config, backend, precision=precision))
+            told(jobs[-1], iter(given))
+        first = job_of(config, CudaGraphs(device), precision=precision)
+        told(first, iter(given[:half]))
+        saved = copy.deepcopy(first.state.state_dict())
+        jobs.append(job_of(config, CudaGraphs(device), checkpoint=saved, precision=precision))
+        told(jobs[-1], iter(given[half:]))
+    assert jobs[2].step.graphs.active and jobs[2].step.graphs.take_note() is None
+    for job in jobs[1:]:
+        assert_same(job, jobs[0])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_dropout_is_that_of_the_seed():
+    device = torch.device("cuda", torch.cuda.current_device())
+    call = CapturedCall(Graphs(CudaGraphs(device)), "x", torch.nn.Dropout(0.5), None)
+    x, found, want = torch.ones(1000, device=device), [], []
+    for seed in range(WARM_UP + 3):
+        torch.manual_seed(seed)
+        found.append(call(x).clone())
+        torch.manual_seed(seed)
+        want.append(torch.nn.functional.dropout(x, 0.5))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert not torch.equal(found[-1], found[-2])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_capture_that_fails_leaves_nothing():
+    """A value is read: eager steps draw, allocate and are captured in other graphs as if nothing had been."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    graphs = Graphs(CudaGraphs(device))
+    reads = CapturedCall(graphs, "it", lambda x: torch.nn.functional.dropout(x, 0.5) * float(x.sum()), None)
+    x = torch.ones(100, device=device)
+    for seed in range(WARM_UP + 2):
+        torch.manual_seed(seed)
+        found = reads(x).clone()
+        torch.manual_seed(seed)
+        assert torch.equal(found, torch.nn.functional.dropout(x, 0.5) * 100)
+    assert graphs.take_note().startswith("--run.graph: it cannot be captured (") and not graphs.active
+    again = CapturedCall(Graphs(CudaGraphs(device)), "x", lambda x: x + 1, None)
+    assert all(torch.equal(again(x), x + 1) for _ in range(WARM_UP + 2)) and again._graphs.active

@@ -297,6 +297,7 @@ def last_state(block: RecurrentBlock, x: torch.Tensor) -> torch.Tensor:
             j = {g: parts["weight_hh"][g] @ h + parts["bias_hh"][g] for g in gates}
             if gates == "rzn":
                 r, z = (i["r"] + j["r"]).sigmoid(), (i["z"] + j["z"]).sigmoid()
+                z = z ** ((block.num_frames or len(clip)) / len(clip))
                 h = (1 - z) * (i["n"] + r * j["n"]).tanh() + z * h
             else:
                 opened = {g: (i[g] + j[g]).sigmoid() for g in "ifo"}
@@ -313,6 +314,22 @@ def test_the_recurrent_block_against_its_equations(unit, num_frames):
     torch.manual_seed(num_frames)
     block, x = RecurrentBlock(6, 4, unit), torch.randn(3, num_frames, 6)
     torch.testing.assert_close(block(x), last_state(block, x))
+    if unit == "gru":
+        block.num_frames = 4  # of training
+        torch.testing.assert_close(block(x), last_state(block, x))
+
+
+@torch.inference_mode()
+def test_a_frame_that_is_shown_again_and_again_is_read_as_one_that_lasts():
+    """Exactly so where the gates do not hear of the state, which is in between anew."""
+    torch.manual_seed(0)
+    block, x = RecurrentBlock(6, 4, num_frames=4), torch.randn(3, 4, 6)
+    block.cell.weight_hh.zero_()
+    want = block(x)
+    for times in (2, 3, 8):
+        torch.testing.assert_close(block(x.repeat_interleave(times, 1)), want)
+    block.num_frames = None
+    assert (block(x.repeat_interleave(2, 1)) - want).abs().max() > 0.01
 
 
 @torch.inference_mode()

@@ -100,7 +100,7 @@ class DFERNet(nn.Module, PyTorchModelHubMixin):
         num_levels = 4 if branches == "both" else 2
         width = 2 * dim if time == "gru" else num_levels * dim
         if time == "gru":
-            self.recurrent = RecurrentBlock(num_levels * dim, width)
+            self.recurrent = RecurrentBlock(num_levels * dim, width, num_frames=num_frames)
         else:
             self.temporal = nn.ModuleList(TemporalBlock(dim, num_frames) for _ in range(num_levels))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, num_classes))

@@ -1,5 +1,6 @@
 """What reads the frames of a clip in order: a recurrent block, or convolution and attention."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,17 +13,22 @@ from torch._higher_order_ops.scan import scan
 class RecurrentBlock(nn.Module):
     """A recurrent unit over the frames of a clip, whose last state is the clip's.
 
-    It reads order, and any T: no parameter belongs to a frame's index. A cell of torch rather than its `nn.GRU`, where
-    torch.compile breaks its graph and of which torch.export makes a program for one T.
+    It reads order, and any T: no parameter belongs to a frame's index. A clip is as long at any T, so that of n times
+    the frames of training each lasts an n-th as long, and a gated unit keeps of its state the n-th root of what it
+    would have kept. A cell of torch rather than its `nn.GRU`, where torch.compile breaks its graph and of which
+    torch.export makes a program for one T.
 
     Args:
         dim: D, width of the features of a frame.
         width: E, of the state.
         unit: gated (Cho et al. 2014), or long short-term memory (Hochreiter and Schmidhuber 1997).
+        num_frames: of a clip in training; None: each frame counts as one, however many there are.
     """
 
-    def __init__(self, dim: int, width: int, unit: Literal["gru", "lstm"] = "gru"):
+    def __init__(self, dim: int, width: int, unit: Literal["gru", "lstm"] = "gru", num_frames: int | None = None):
         super().__init__()
+        assert unit == "gru" or num_frames is None
+        self.num_frames = num_frames
         self.norm = nn.LayerNorm(dim)
         self.cell = nn.GRUCell(dim, width) if unit == "gru" else nn.LSTMCell(dim, width)
 
@@ -30,20 +36,32 @@ class RecurrentBlock(nn.Module):
         frames = self.norm(x).transpose(0, 1)
         start = frames.new_zeros(x.shape[0], self.cell.hidden_size)
         state = (start, start.clone()) if isinstance(self.cell, nn.LSTMCell) else (start,)
-        if torch.compiler.is_exporting():  # a loop over any T
-            return scan(self._scanned, state, frames)[0][0]
+        if torch.compiler.is_exporting():  # a loop over any T, by which a program must not branch
+            lasts = None if self.num_frames is None else self.num_frames / frames.new_ones(x.shape[1]).sum()
+            return scan(partial(self._scanned, lasts), state, frames)[0][0]
+        share = None if self.num_frames in (None, len(frames)) else self.num_frames / len(frames)
         for frame in frames:
-            state = self._next(state, frame)
+            state = self._next(state, frame, share)
         return state[0]
 
-    def _next(self, state: tuple[Tensor, ...], frame: Tensor) -> tuple[Tensor, ...]:
+    def _scanned(
+        self, lasts: Tensor | None, state: tuple[Tensor, ...], frame: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        state = self._next(state, frame, lasts)
+        return state, state[0].clone()  # a scan wants an output besides, which may not be the same tensor
+
+    def _next(self, state: tuple[Tensor, ...], frame: Tensor, lasts: Tensor | float | None) -> tuple[Tensor, ...]:
+        """Return the state after a frame that is as long as `lasts` frames of training (None: as one)."""
         if isinstance(self.cell, nn.LSTMCell):
             return self.cell(frame, state)
-        return (self.cell(frame, state[0]),)
-
-    def _scanned(self, state: tuple[Tensor, ...], frame: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        state = self._next(state, frame)
-        return state, state[0].clone()  # a scan wants an output besides, which may not be the same tensor
+        if lasts is None:
+            return (self.cell(frame, state[0]),)
+        cell, (before,) = self.cell, state
+        from_frame = F.linear(frame, cell.weight_ih, cell.bias_ih).chunk(3, -1)
+        from_state = F.linear(before, cell.weight_hh, cell.bias_hh).chunk(3, -1)
+        reset, kept = ((a + b).sigmoid() for a, b in zip(from_frame[:2], from_state[:2], strict=True))
+        new = (from_frame[2] + reset * from_state[2]).tanh()
+        return (new + kept**lasts * (before - new),)
 
 
 class TemporalBlock(nn.Module):

@@ -30,7 +30,7 @@ from dfer.cli import begin
 if __name__ == "__main__":
     begin("demo", "torch and timm")
 from dali_pipes.torch_stages import resize
-from dfer.cli import Parser, UserError, in_range, one_line_errors, printable
+from dfer.cli import Parser, UserError, command_of, in_range, one_line_errors, printable
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
 from dfer.predict import Predictor
@@ -304,7 +304,8 @@ def run(args: argparse.Namespace) -> int:
             import gradio as gr
             from starlette.middleware import Middleware
         except ImportError as error:
-            raise UserError(f'{error}: make demo ARGS="--checkpoint ..." installs and starts it') from None
+            how = "pip install gradio" if command_of("demo") == "dfer demo" else 'make demo ARGS="--checkpoint ..."'
+            raise UserError(f"{error}, which the page is made with: {how}") from None
         predictor = build_predictor(args, resize)
         examples = make_examples(args.examples, predictor, Path(folder))
         limits = Limits(args.max_mb, args.max_seconds)

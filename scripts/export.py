@@ -29,11 +29,10 @@ from dfer.cli import begin
 if __name__ == "__main__":
     begin("export", "torch, timm and ONNX")
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from dfer.cli import Parser, UserError, one_line_errors, printable
+from dfer.cli import Parser, UserError, missing_packages, one_line_errors, printable
 from dfer.config import Config, ModelConfig, config_from_json
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
@@ -116,6 +115,8 @@ def runner(path: Path) -> Callable[[Tensor], Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
             return torch.export.load(path).module()
+    import onnxruntime  # an extra, which the other formats do without
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda clips: torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])
 
@@ -273,6 +274,8 @@ def no_program(model: ModelConfig) -> str | None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if "onnx" in args.formats and (missing := missing_packages("onnx", "onnxscript", "onnxruntime")):
+        raise UserError(f"ONNX needs packages that are not installed: pip install {' '.join(missing)}, or leave it out")
     args.checkpoint = local(args.checkpoint)  # beside which a model card may lie
     state = load_checkpoint(args.checkpoint)
     config = config_from_json(state["config"], source=args.checkpoint)

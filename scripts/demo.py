@@ -33,13 +33,12 @@ from dali_pipes.torch_stages import resize
 from dfer.cli import Parser, UserError, command_of, in_range, one_line_errors, printable
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
-from dfer.predict import Predictor
 from dfer.predict.inputs import Frames, InputVideo, find_videos, read_pictures
 from dfer.predict.maps import map_emotions
 from dfer.predict.options import add_arguments, build_predictor
 from dfer.predict.output import describe, write_outputs
 from dfer.predict.overlay import timeline_picture
-from dfer.predict.predictor import VideoPrediction
+from dfer.predict.predictor import Predictor, VideoPrediction
 from dfer.report.figures import ACCENT, SECOND
 from dfer.report.gallery import strip
 from dfer.report.inspection import Clip

@@ -85,12 +85,6 @@ def test_a_flag_that_is_not_there_would_be_noticed(tmp_path):
         test_commands_name_what_exists(page)
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
 def rows_of(path: Path) -> list[list[str]]:
     """The words of a list's rows."""
     return [line.split() for line in path.read_text().splitlines() if not line.startswith("#")]

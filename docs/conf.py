@@ -16,7 +16,6 @@ release = version = dfer.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"dfer {release}"
-exclude_patterns = ["notebooks"]
 
 default_role = "code"  # `name` in a docstring is code, as in Markdown
 autodoc_member_order = "bysource"

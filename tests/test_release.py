@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import dfer
+from dfer.__main__ import commands
 from dfer.cli import command_of, missing_packages
 from tests.conftest import ROOT
 from tests.test_architecture import sources
@@ -174,3 +175,85 @@ def test_no_message_names_a_script_by_itself():
     for path in SHIPPED:
         if str(path.relative_to(ROOT)) not in PAGES | {"dfer/cli.py"}:
             assert not named_scripts(parsed(path)), path
+
+
+# ---- Elsewhere: what runs on GitHub, and what it asks who writes there
+
+GITHUB = ROOT / ".github"
+FORMS = sorted(path for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+JOBS = yaml.safe_load((GITHUB / "workflows" / "ci.yml").read_text())["jobs"]
+
+
+def what_is_wrong(command: str) -> str | None:
+    """Why a command cannot be run in a checkout; None if it can, as far as its program, target or file tell."""
+    program, *words = command.split()
+    if program == "make":
+        known = re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return None if known else f"no target {words[0]}"
+    if program.endswith("python"):
+        if words[0] == "-m":
+            return None if words[1] in ("pip", "venv", "build", "twine") else f"no module {words[1]}"
+        return None if (ROOT / words[0]).exists() else f"no file {words[0]}"
+    if Path(program).name == "dfer":
+        return None if words[0] in {*commands(), "--version"} else f"no command {words[0]}"
+    return None if program in ("git", "grep", "mkdir", "cd") else f"no program {program}"
+
+
+def test_a_command_that_is_not_there_is_noticed():
+    for command in (
+        "make tset",
+        "python scripts/docter.py",
+        "../clean/bin/dfer trian",
+        "pip install x",
+        "python -m pop",
+    ):
+        assert what_is_wrong(command), command
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_jobs_run_what_exists(name):
+    steps, job = JOBS[name]["steps"], JOBS[name]
+    assert re.fullmatch(r"ubuntu-\d\d\.\d\d", job["runs-on"]) and job["timeout-minutes"] <= 60
+    for step in steps:
+        assert ("uses" in step) != ("run" in step), step
+        assert re.fullmatch(r"actions/[\w-]+@v\d+", step.get("uses", "actions/x@v1"))
+        for command in step.get("run", "").splitlines():
+            assert what_is_wrong(command) is None, command
+    versions = [c.split(" :: ")[-1] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert name != "test" or job["strategy"]["matrix"]["python"] == versions
+
+
+def test_the_jobs_are_these():
+    text = (GITHUB / "workflows" / "ci.yml").read_text()
+    assert set(JOBS) == {"test", "lint", "docs", "wheel"} and "secrets." not in text
+    assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
+    runs = [step.get("run", "") for job in JOBS.values() for step in job["steps"]]
+    assert {"make test", "make lint", "make docs"} <= set(runs) and any("twine check" in run for run in runs)
+    # The script that other machines run says the same.
+    assert [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make")] == [
+        "make lint", "make test"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_forms_are_valid_and_name_commands_that_exist(path):
+    """By GitHub's rules for forms: https://docs.github.com/communities, syntax for issue forms."""
+    form = yaml.safe_load(path.read_text())
+    assert {"name", "description", "body"} <= form.keys() <= {"name", "description", "body", "labels", "title"}
+    ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+    assert len(set(ids)) == len(ids) > 0
+    for part in form["body"]:
+        if part["type"] == "markdown":
+            assert part["attributes"].keys() == {"value"}
+            continue
+        assert part["type"] in ("textarea", "input", "dropdown", "checkboxes")
+        assert part["attributes"]["label"] and isinstance(part["validations"]["required"], bool)
+        options = part["attributes"].get("options", ["x"])
+        assert all(isinstance(option, str) for option in options) and len(set(options)) == len(options)
+    for command in re.findall(r"`([^`]+)`", path.read_text()):
+        assert what_is_wrong(command) is None, command
+
+
+def test_there_are_forms():
+    assert {path.stem for path in FORMS} == {"bug", "wish"}
+    assert yaml.safe_load((GITHUB / "ISSUE_TEMPLATE" / "config.yml").read_text()) == {"blank_issues_enabled": False}

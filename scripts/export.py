@@ -275,7 +275,8 @@ def no_program(model: ModelConfig) -> str | None:
 
 def run(args: argparse.Namespace) -> None:
     if "onnx" in args.formats and (missing := missing_packages("onnx", "onnxscript", "onnxruntime")):
-        raise UserError(f"ONNX needs packages that are not installed: pip install {' '.join(missing)}, or leave it out")
+        others = " ".join(kind for kind in FORMATS if kind != "onnx")
+        raise UserError(f"--formats onnx: not installed: pip install {' '.join(missing)}; or --formats {others}")
     args.checkpoint = local(args.checkpoint)  # beside which a model card may lie
     state = load_checkpoint(args.checkpoint)
     config = config_from_json(state["config"], source=args.checkpoint)

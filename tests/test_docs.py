@@ -67,9 +67,9 @@ def test_commands_name_what_exists(page):
                 parse_config(rest)
             continue
         source = (ROOT / script.replace("slurm/crossval.sbatch", "crossval.py")).read_text()
-        # Some flags of a script are those of a room that several scripts share.
-        for room, name in re.findall(r"from (dfer[.\w]*) import (\w+)", source):
-            files = [ROOT / f"{path.replace('.', '/')}.py" for path in (room, f"{room}.{name}")]
+        # Some flags of a script are those of a module that several scripts share.
+        for module, name in re.findall(r"from (dfer[.\w]*) import (\w+)", source):
+            files = [ROOT / f"{path.replace('.', '/')}.py" for path in (module, f"{module}.{name}")]
             source += "".join(file.read_text() for file in files if file.exists())
         own = rest[: rest.index("--")] if "--" in rest else rest
         for flag in (word for word in own if word.startswith("--")):

@@ -384,3 +384,18 @@ def test_names_that_no_disk_holds_are_named(tmp_path):
     for path in (tmp_path / ("x" * 300), tmp_path / "a\0b"):
         with pytest.raises(UserError, match="cannot be read as an annotation list"):
             read_annotations(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lists/dfew/set_1_train.txt", "python scripts/prepare_dfew.py --root DIR --out {folder}"),
+        ("lists/ferv39k/train_All.txt", "python scripts/prepare_ferv39k.py --root DIR --out {folder}"),
+        ("data/faces/train.txt", "python scripts/make_faces.py"),
+        ("lists/mine/train.txt", "check --data.train-list and --data.val-list"),
+    ],
+)
+def test_a_list_of_a_preset_that_is_not_there_names_the_command_that_writes_it(name, advice, tmp_path):
+    with pytest.raises(UserError) as error:
+        read_annotations(tmp_path / name)
+    assert str(error.value).endswith(advice.format(folder=(tmp_path / name).parent))

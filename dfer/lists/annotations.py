@@ -266,5 +266,6 @@ def _hint(list_path: Path) -> str:
     if list_path.parts[-3:-1] == ("data", "faces"):
         return f"; make the embedded data set with: {command_of('make_faces')}"
     if list_path.parts[-3:-1] in (("lists", "dfew"), ("lists", "ferv39k")):  # where the presets look
-        return f"; prepare the release with: {command_of(f'prepare_{list_path.parts[-2]}')} --root DIR"
+        command = command_of(f"prepare_{list_path.parts[-2]}")
+        return f"; prepare the release with: {command} --root DIR --out {printable(list_path.parent)}"
     return "; check --data.train-list and --data.val-list"

@@ -1,7 +1,6 @@
 """Predict in Python: `Predictor("logs/NAME").video("clip.mp4")` is what `predict` does, without files."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -53,7 +52,7 @@ class Predictor:
             raise UserError(f"{(error.argument_name or '').removeprefix('--')}: {error.message}") from None
         if not checkpoints:
             raise UserError("no checkpoint: name a run's folder, an export or hf:ORG/NAME")
-        args.checkpoint = [Path(word) for word in expand_home(map(os.fspath, checkpoints))]
+        args.checkpoint = [Path(word) for word in expand_home(map(str, checkpoints))]
         self._predictor = build_predictor(args, resize)
 
     def video(self, path: str | Path) -> VideoPrediction:
@@ -64,7 +63,7 @@ class Predictor:
         Raises:
             UserError: if it is not there, or cannot be read.
         """
-        path = Path(*expand_home([os.fspath(path)]))
+        path = Path(*expand_home([str(path)]))
         try:
             if not path.exists():
                 raise UserError(f"{path}: no such video or folder")

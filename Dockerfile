@@ -21,7 +21,7 @@ RUN grep -E '^torch(vision)?==' requirements.txt > torch.txt \
     && pip install --no-cache-dir --index-url "$TORCH" -r torch.txt \
     && pip install --no-cache-dir -r requirements.txt
 
-COPY pyproject.toml LICENSE train.py ./
+COPY pyproject.toml README.md LICENSE train.py ./
 COPY dfer dfer
 COPY dali_pipes dali_pipes
 COPY scripts scripts

@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO := .venv-demo
+DOCS := .venv-docs
 RUN := $(VENV)/bin/python
 ARGS ?=
 
 # Compiled once, not in each of the processes that tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test quick test-slow test-gpu faults bench bench-gpu demo lint
+.PHONY: train test quick test-slow test-gpu faults bench bench-gpu demo lint docs
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed data/faces/test.txt
@@ -53,13 +54,18 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
+# These pages and the API's, as a site in build/docs/. A warning, such as a link that leads nowhere, is an error.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
+
 # The stamp is written last: an installation that was cut off is done again.
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ..." if not (3, 11) <= v <= (3, 13) else 0)'
 	@$(PYTHON) -c 'import shutil, sys; u = shutil.disk_usage("."); free = u.free / 1e9; sys.exit(f"installing takes 13 GB of disk for a while, {free:.1f} GB are free here: make room" if u.total and free < 13 else 0)'
-	@echo "installing requirements.txt into $(VENV)/ (9 GB, a few minutes, once)"
+	@echo "installing requirements.txt into $(VENV)/ (9 GB, a few minutes, once); pip names each package as it comes"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 # The peers come on top and may not move what requirements.txt pins.
@@ -77,6 +83,14 @@ $(DEMO)/.installed: requirements-demo.txt $(VENV)/.installed
 	@$(RUN) $(PURELIB) > "$$($(DEMO)/bin/python $(PURELIB))/dfer.pth"
 	@grep -v '^pillow==' requirements.txt > $(DEMO)/constraints.txt
 	$(DEMO)/bin/pip install --quiet --disable-pip-version-check -c $(DEMO)/constraints.txt -r requirements-demo.txt
+	@touch $@
+
+# Sphinx lies apart: a trainer needs none of it. It imports the project, whose libraries it finds in the first one.
+$(DOCS)/.installed: requirements-docs.txt $(VENV)/.installed
+	@echo "installing requirements-docs.txt into $(DOCS)/ (120 MB of disk, once)"
+	$(RUN) -m venv $(DOCS)
+	@$(RUN) $(PURELIB) > "$$($(DOCS)/bin/python $(PURELIB))/dfer.pth"
+	$(DOCS)/bin/pip install --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
 # The test list is the last thing that make_faces.py writes.

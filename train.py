@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out if PYTHONSAFEPATH is set
-from dfer.cli import begin, one_line_errors
+from dfer.cli import begin, command_of, one_line_errors
 
 if __name__ == "__main__":
     begin("train.py", "torch, DALI and timm")
@@ -285,7 +285,7 @@ def print_report(path: Path) -> None:
         print(f"report: {write_report(read_run(path), build_loader, load_trained)}")
     except (Exception, KeyboardInterrupt) as error:
         file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        print(f"no report ({file}{reason(error)}); python scripts/report.py {path} tries again", file=sys.stderr)
+        print(f"no report ({file}{reason(error)}); {command_of('report')} {path} tries again", file=sys.stderr)
 
 
 if __name__ == "__main__":

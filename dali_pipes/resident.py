@@ -6,7 +6,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from dali_pipes import torch_stages
-from dfer.cli import UserError
+from dfer.cli import UserError, command_of
 from dfer.lists.index import ClipIndex, Packed
 
 
@@ -20,7 +20,9 @@ class ResidentClips:
     def __init__(self, index: ClipIndex, device: torch.device):
         store = index.store
         if index.source != "raw" or not isinstance(store, Packed):
-            raise UserError(f"--data.cache gpu holds raw clips, these are {index.source}: scripts/pack.py --format raw")
+            raise UserError(
+                f"--data.cache gpu holds raw clips, these are {index.source}: {command_of('pack')} --format raw"
+            )
         self.pictures = _load(store, device)
         self._first = torch.from_numpy(store.first[:-1]).to(device)
 
@@ -35,7 +37,7 @@ def _load(store: Packed, device: torch.device) -> UInt8[Tensor, "F H W 3"]:
     """Return all pictures of a pack on a device, video after video."""
     sizes = np.unique(np.stack([store.height, store.width], axis=1), axis=0)
     if len(sizes) > 1:
-        raise UserError("--data.cache gpu: the clips differ in size; scripts/pack.py --format raw --size PX")
+        raise UserError(f"--data.cache gpu: the clips differ in size; {command_of('pack')} --format raw --size PX")
     height, width = sizes[0].tolist()
     needed = int(store.first[-1]) * height * width * 3
     if device.type == "cuda":

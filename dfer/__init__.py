@@ -7,6 +7,8 @@ import getpass
 import os
 import tempfile
 
+__version__ = "0.1.0"
+
 
 def _fit_for_torch() -> None:
     """Give the process what torch asks for while it is imported, where the machine does not have it.

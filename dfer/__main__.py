@@ -1,7 +1,7 @@
 """Run any command under one name, which `pip install` puts on the path: `dfer train dfew` is `python train.py dfew`.
 
 `dfer evaluate ...` is `python scripts/evaluate.py ...`, and so on, with hyphens for underscores. Several processes:
-`torchrun --nproc_per_node=4 -m dfer train dfew`.
+`torchrun --nproc_per_node=4 -m dfer train dfew`. `dfer --version` says which version this is.
 """
 
 import ast
@@ -10,11 +10,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from dfer.cli import EXIT_USAGE, begin
-
-_INSTALLED = Path(__file__).resolve().with_name("_app")
-# Where train.py and scripts/ lie: inside an installed package, beside it in the repository.
-APP = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1]
+from dfer import __version__
+from dfer.cli import APP, EXIT_USAGE, begin
 
 
 def commands() -> dict[str, Path]:
@@ -34,13 +31,16 @@ def main() -> int:
         sys.path.insert(0, str(APP))
         runpy.run_path(str(known[name]), run_name="__main__")
         return 0
+    if name == "--version":
+        print(f"dfer {__version__}")
+        return 0
     if name not in ("-h", "--help"):
         print(f"dfer: unknown command {name!r}: choose from {', '.join(known)}", file=sys.stderr)
         return EXIT_USAGE
     for command, file in known.items():
         summary = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         print(f"dfer {command:16}{re.split(': `|[.;:]$', summary.splitlines()[0])[0]}")
-    print("dfer COMMAND --help: all its options")
+    print("dfer COMMAND --help: all its options; dfer --version")
     return 0
 
 

@@ -6,6 +6,7 @@ import errno
 import faulthandler
 import functools
 import gc
+import importlib.metadata
 import io
 import math
 import os
@@ -38,10 +39,40 @@ _SYSTEM = {
 }
 
 
+# Where train.py and scripts/ lie: inside an installed package, beside it in the repository.
+_INSTALLED = Path(__file__).resolve().with_name("_app")
+APP = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1]
+
+
 class UserError(ValueError):
     """What a user can cause and put right. Its message is one line: what is wrong, in which file, what to do."""
 
     said_by_all = False  # processes of a run; else the first one speaks for those that have not joined yet
+
+
+def command_of(name: str) -> str:
+    """Return how the user of this process starts a command of ours, as `python scripts/make_faces.py`.
+
+    It is `dfer make-faces` where the project is installed or that command has started the process.
+
+    Args:
+        name: of the command's file, without the suffix: train, make_faces.
+    """
+    own = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]  # without the words of the command itself
+    if _INSTALLED.is_dir() or "dfer" in {Path(word).name for word in own}:
+        return f"dfer {name.replace('_', '-')}"
+    return "python train.py" if name == "train" else f"python scripts/{name}.py"
+
+
+def missing_packages(*packages: str) -> list[str]:
+    """Return those of some packages, by their names in pyproject.toml, that are not installed."""
+    missing = []
+    for package in packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    return missing
 
 
 _GONE = "the folder that this was started in is gone: cd to another"
@@ -300,11 +331,18 @@ def _expanded(word: str) -> str:
     return flag + whole
 
 
+def _as_installed(text: str) -> str:
+    """Return a text in which commands of ours are called as the user of this process starts them."""
+    return re.sub(r"python (?:scripts/)?(\w+)\.py", lambda found: command_of(found[1]), text)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage, and whose ~ is the home folder."""
 
     def __init__(self, program: str, description: str | None):
-        super().__init__(program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            program, description=_as_installed(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # parse_args calls it
         try:

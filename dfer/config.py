@@ -164,7 +164,7 @@ class Config:
 
 
 def _faces(gpu: bool) -> Config:
-    """The embedded data set: `python train.py`. On a CPU smaller input and T, so that 2 cores take about 8 minutes."""
+    """The embedded data set, the default. On a CPU smaller input and T, so that 2 cores take about 8 minutes."""
     if gpu:
         return Config("faces", optim=OptimConfig(epochs=30, warmup_epochs=2.0))
     return Config(

@@ -26,7 +26,7 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("crossval", "torch and timm")
-from dfer.cli import Parser, UserError, in_range, one_line_errors, show_table
+from dfer.cli import Parser, UserError, command_of, in_range, one_line_errors, show_table
 from dfer.config import PRESETS, Config, begun_config, parse_config
 from dfer.files import reason, write_whole
 from dfer.lists.folds import check_folds, find_folds, write_folds
@@ -131,7 +131,8 @@ def write_results(runs: list[FoldRun], folder: Path, notes: list[str]) -> None:
         notes = [*notes, f"the runs do not start alike, but from {' and '.join(starts)}"]
     with locked(folder):
         finished = [read_finished(run) for run in runs]
-        results = {"command": shlex.join(["python", *sys.argv]), "name": folder.name} | collect(finished, notes)
+        command = f"{command_of('crossval')} {shlex.join(sys.argv[1:])}"
+        results = {"command": command, "name": folder.name} | collect(finished, notes)
         try:
             write_whole(path, json.dumps(results, indent=1))
         except OSError as error:

@@ -16,7 +16,7 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("dashboard", "torch")
-from dfer.cli import Parser, UserError, one_line_errors
+from dfer.cli import Parser, UserError, missing_packages, one_line_errors
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.run.wandb_log import has_wandb_key
@@ -127,6 +127,8 @@ def fold_panels(name: str) -> "list[Panel]":
 
 
 def run(args: argparse.Namespace) -> None:
+    if missing := missing_packages("wandb", "wandb-workspaces"):
+        raise UserError(f"a dashboard needs packages that are not installed: pip install {' '.join(missing)}")
     if args.json or not has_wandb_key():
         path = args.json or NO_KEY
         spec = workspace(args.entity or "", args.project)._to_model().spec  # what save() sends

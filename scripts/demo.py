@@ -30,16 +30,15 @@ from dfer.cli import begin
 if __name__ == "__main__":
     begin("demo", "torch and timm")
 from dali_pipes.torch_stages import resize
-from dfer.cli import Parser, UserError, in_range, one_line_errors, printable
+from dfer.cli import Parser, UserError, command_of, in_range, one_line_errors, printable
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
-from dfer.predict import Predictor
 from dfer.predict.inputs import Frames, InputVideo, find_videos, read_pictures
 from dfer.predict.maps import map_emotions
 from dfer.predict.options import add_arguments, build_predictor
 from dfer.predict.output import describe, write_outputs
 from dfer.predict.overlay import timeline_picture
-from dfer.predict.predictor import VideoPrediction
+from dfer.predict.predictor import Predictor, VideoPrediction
 from dfer.report.figures import ACCENT, SECOND
 from dfer.report.gallery import strip
 from dfer.report.inspection import Clip
@@ -304,7 +303,8 @@ def run(args: argparse.Namespace) -> int:
             import gradio as gr
             from starlette.middleware import Middleware
         except ImportError as error:
-            raise UserError(f'{error}: make demo ARGS="--checkpoint ..." installs and starts it') from None
+            how = "pip install gradio" if command_of("demo") == "dfer demo" else 'make demo ARGS="--checkpoint ..."'
+            raise UserError(f"{error}, which the page is made with: {how}") from None
         predictor = build_predictor(args, resize)
         examples = make_examples(args.examples, predictor, Path(folder))
         limits = Limits(args.max_mb, args.max_seconds)

@@ -11,6 +11,7 @@ import os
 import platform
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from dfer.run.launchers import find_place
 
 APP = Path(__file__).resolve().parents[1]
 REQUIREMENTS = APP / "requirements.txt"
+DEVELOPERS = ("bench", "dev")  # extras of pyproject.toml
 MIN_FREE_GB = {"memory": 4.0, "disk": 2.0}  # the faces preset takes 1.3 GB; a run keeps up to 5 checkpoints of 160 MB
 CODECS = {"h264": "most videos", "hevc": "phones", "vp9": "web", "av1": "web", "mpeg4": "older files"}
 # By what they are called when a program looks for them; the first is the driver's.
@@ -50,22 +52,36 @@ class Finding(NamedTuple):
 
 
 def requirements() -> str:
-    """Return the pinned packages: requirements.txt, or what pip knows of them where it has installed this."""
+    """Return the packages: requirements.txt's pins, or pip's ranges of them where it has installed this."""
     if REQUIREMENTS.exists():
         return REQUIREMENTS.read_text(encoding="utf-8")
     return "\n".join(importlib.metadata.requires("dfer") or [])
 
 
 def packages(requirements: str) -> Iterator[Finding]:
-    """Compare every package of requirements.txt with what is installed."""
-    for name, wanted in re.findall(r"^([\w.-]+)==([\w.]+)", requirements, re.MULTILINE):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "not installed", "missing", f"pip install {name}=={wanted}")
+    """Compare the packages of some lines, in the form of requirements.txt, with what is installed.
+
+    Those of extras are a feature each; extras that only developers need are left out.
+    """
+    from packaging.requirements import Requirement  # loaded here: its lack is one of the findings
+
+    for line in requirements.splitlines():
+        if not (line := line.split("#")[0].strip()):
             continue
-        same = version.split("+")[0] == wanted
-        yield Finding(name, version, "ok" if same else "slower", "" if same else f"tested with {wanted}")
+        wanted = Requirement(line)
+        extra = re.search(r'extra == "(\w+)"', str(wanted.marker))
+        if extra and extra[1] in DEVELOPERS:
+            continue
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            install = f"pip install {shlex.quote(f'{wanted.name}{wanted.specifier}')}"
+            yield Finding(wanted.name, "not installed", "slower" if extra else "missing", install)
+            continue
+        same = wanted.specifier.contains(version, prereleases=True)
+        yield Finding(
+            wanted.name, version, "ok" if same else "slower", "" if same else f"tested with {wanted.specifier}"
+        )
 
 
 def imports(*modules: str) -> Iterator[Finding]:

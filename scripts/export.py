@@ -29,11 +29,10 @@ from dfer.cli import begin
 if __name__ == "__main__":
     begin("export", "torch, timm and ONNX")
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from dfer.cli import Parser, UserError, one_line_errors, printable, system_error
+from dfer.cli import Parser, UserError, missing_packages, one_line_errors, printable, system_error
 from dfer.config import Config, ModelConfig, config_from_json
 from dfer.files import reason
 from dfer.lists.annotations import EMOTIONS
@@ -116,6 +115,8 @@ def runner(path: Path) -> Callable[[Tensor], Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
             return torch.export.load(path).module()
+    import onnxruntime  # an extra, which the other formats do without
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda clips: torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])
 
@@ -275,6 +276,9 @@ def no_program(model: ModelConfig) -> str | None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if "onnx" in args.formats and (missing := missing_packages("onnx", "onnxscript", "onnxruntime")):
+        others = " ".join(kind for kind in FORMATS if kind != "onnx")
+        raise UserError(f"--formats onnx: not installed: pip install {' '.join(missing)}; or --formats {others}")
     args.checkpoint = local(args.checkpoint)  # beside which a model card may lie
     state = load_checkpoint(args.checkpoint)
     config = config_from_json(state["config"], source=args.checkpoint)

@@ -25,7 +25,7 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, begin, in_range, one_line_errors, printable, usable_cores
+from dfer.cli import EXIT_PROBLEMS, Parser, begin, command_of, in_range, one_line_errors, printable, usable_cores
 from dfer.lists.annotations import packed_index
 from dfer.lists.packed import SUFFIX, read_pack
 from dfer.lists.packing import pack
@@ -42,7 +42,7 @@ def run_pack(args: argparse.Namespace, command: str) -> int:
     print(read_pack(index_path).summary())
     for target in targets:
         path = printable(shlex.quote(str(target)))
-        print(f"train on it: python train.py --data.train-list {path} --data.val-list VAL_LIST")
+        print(f"train on it: {command_of('train')} --data.train-list {path} --data.val-list VAL_LIST")
     return 0
 
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.verify is None and not (args.lists and args.out is not None):
         parser.error("give the lists to pack and --out DIR, or --verify DIR/LIST.txt")
     print(f"pack: reading {', '.join(map(printable, args.lists or [args.verify]))}", flush=True)
-    command = shlex.join(["python", "scripts/pack.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = f"{command_of('pack')} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     kept = "interrupted; what is finished stays finished: run the same again"
     with warnings.catch_warnings(action="ignore"):  # Pillow's, on odd files: what matters is raised
         if args.verify is not None:

@@ -30,10 +30,10 @@ if __name__ == "__main__":
 from dali_pipes.torch_stages import resize
 from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import reason
-from dfer.predict import Predictor
 from dfer.predict.inputs import find_videos
 from dfer.predict.options import add_arguments, build_predictor
 from dfer.predict.output import Annotate, describe, write_outputs
+from dfer.predict.predictor import Predictor
 from dfer.predict.progress import VideoProgress
 from dfer.video.decode import VIDEO_ERRORS
 from dfer.video.write import record

@@ -17,7 +17,7 @@ from pathlib import Path
 import openpyxl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import UserError, begin, one_line_errors, printable
+from dfer.cli import UserError, begin, command_of, one_line_errors, printable
 from dfer.files import check_visible, reason
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
@@ -265,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
     others = {"votes.csv": format_votes(votes, usable) if votes is not None else None}
     releases.write_lists(args.out, parts.clips, lists, scans, others)
     first = [printable(shlex.quote(str(args.out / f"set_1_{split}.txt"))) for split in ("train", "test")]
-    print(f"train on it: python train.py dfew --data.train-list {first[0]} --data.val-list {first[1]}")
+    print(f"train on it: {command_of('train')} dfew --data.train-list {first[0]} --data.val-list {first[1]}")
     print(f"{len(usable):,} of {len(names):,} clips in 10 lists: {printable(args.out)}")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import UserError, begin, one_line_errors, printable
+from dfer.cli import UserError, begin, command_of, one_line_errors, printable
 from dfer.files import check_visible, is_data
 from dfer.lists import releases
 from dfer.lists.annotations import EMOTIONS
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
                 lists[f"scenes/{scene}_{split}"] = rows
     releases.write_lists(args.out, parts.clips, lists, scans)
     both = [printable(shlex.quote(str(args.out / f"{split}_All.txt"))) for split in ("train", "test")]
-    print(f"train on it: python train.py ferv39k --data.train-list {both[0]} --data.val-list {both[1]}")
+    print(f"train on it: {command_of('train')} ferv39k --data.train-list {both[0]} --data.val-list {both[1]}")
     usable = sum(not scan.problem for scan in scans.values())
     print(f"{usable:,} of {len(clips):,} clips, {len(scenes_of(parts.sets))} scenes: {printable(args.out)}")
 

@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfer.cli import EXIT_PROBLEMS, Parser, UserError, begin, in_range, one_line_errors, printable, usable_cores
+from dfer.cli import (
+    EXIT_PROBLEMS,
+    Parser,
+    UserError,
+    begin,
+    command_of,
+    in_range,
+    one_line_errors,
+    printable,
+    usable_cores,
+)
 from dfer.files import hash_file, reason
 from dfer.video.clips import ClipOptions, ClipResult
 from dfer.video.faces import make_detector
@@ -86,7 +96,8 @@ def summarize(videos: Sequence[LabelledVideo], results: Sequence[ClipResult], ou
         print("a clip a line, without labels: for prediction, not for training")
     else:
         list_path = out / "list.txt"
-        print(f"train on it: python train.py --data.train-list {shlex.quote(str(list_path))} --data.val-list VAL_LIST")
+        path = shlex.quote(str(list_path))
+        print(f"train on it: {command_of('train')} --data.train-list {path} --data.val-list VAL_LIST")
     good = len(videos) - len(bad)
     print(f"{good:,} of {len(videos):,} videos, {len(counts):,} clips, {sum(counts):,} frames: {list_path}")
     return EXIT_PROBLEMS if bad else 0

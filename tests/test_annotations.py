@@ -231,9 +231,14 @@ def test_a_row_that_begins_with_a_hash_is_a_clip_if_there_is_one(tmp_path, capsy
         ("v.mp4", "v", None, r"v\.mp4 is there: with \.mp4"),
         ("v", "v.mp4", None, "v is there: without the suffix"),
         ("train\\1\\1.jpg", "train/1", None, "files with backslashes in their names.* unpack them again"),
-        ("train/1", "train\\1", None, "with slashes for the backslashes it is there: scripts/check_list.py"),
-        ("1", "/home/someone/1", "root", "a root has no effect: scripts/check_list.py LIST --root DIR --write OUT"),
-        ("1", "D:\\data\\1", None, "a root has no effect: scripts/check_list.py LIST --root DIR --write OUT"),
+        ("train/1", "train\\1", None, "with slashes for the backslashes it is there: python scripts/check_list.py"),
+        (
+            "1",
+            "/home/someone/1",
+            "root",
+            "a root has no effect: python scripts/check_list.py LIST --root DIR --write OUT",
+        ),
+        ("1", "D:\\data\\1", None, "a root has no effect: python scripts/check_list.py LIST --root DIR --write OUT"),
         ("1", "gone/2", None, "is --data.root right"),
         ("1", "x\u200b", None, r"its name holds \\u200b"),
         ("@eaDir", "@eadir", None, r"@eadir$"),
@@ -379,3 +384,18 @@ def test_names_that_no_disk_holds_are_named(tmp_path):
     for path in (tmp_path / ("x" * 300), tmp_path / "a\0b"):
         with pytest.raises(UserError, match="cannot be read as an annotation list"):
             read_annotations(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lists/dfew/set_1_train.txt", "python scripts/prepare_dfew.py --root DIR --out {folder}"),
+        ("lists/ferv39k/train_All.txt", "python scripts/prepare_ferv39k.py --root DIR --out {folder}"),
+        ("data/faces/train.txt", "python scripts/make_faces.py"),
+        ("lists/mine/train.txt", "check --data.train-list and --data.val-list"),
+    ],
+)
+def test_a_list_of_a_preset_that_is_not_there_names_the_command_that_writes_it(name, advice, tmp_path):
+    with pytest.raises(UserError) as error:
+        read_annotations(tmp_path / name)
+    assert str(error.value).endswith(advice.format(folder=(tmp_path / name).parent))

@@ -26,9 +26,9 @@ from PIL import Image
 from dali_pipes import torch_stages
 from dfer.cli import Parser
 from dfer.lists.annotations import EMOTIONS
-from dfer.predict import Predictor
 from dfer.predict.maps import surest_window
 from dfer.predict.options import add_arguments, build_predictor
+from dfer.predict.predictor import Predictor
 from dfer.predict.timeline import place_windows
 from dfer.video.decode import decode
 from dfer.video.faces import crop_face

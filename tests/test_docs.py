@@ -67,9 +67,9 @@ def test_commands_name_what_exists(page):
                 parse_config(rest)
             continue
         source = (ROOT / script.replace("slurm/crossval.sbatch", "crossval.py")).read_text()
-        # Some flags of a script are those of a room that several scripts share.
-        for room, name in re.findall(r"from (dfer[.\w]*) import (\w+)", source):
-            files = [ROOT / f"{path.replace('.', '/')}.py" for path in (room, f"{room}.{name}")]
+        # Some flags of a script are those of a module that several scripts share.
+        for module, name in re.findall(r"from (dfer[.\w]*) import (\w+)", source):
+            files = [ROOT / f"{path.replace('.', '/')}.py" for path in (module, f"{module}.{name}")]
             source += "".join(file.read_text() for file in files if file.exists())
         own = rest[: rest.index("--")] if "--" in rest else rest
         for flag in (word for word in own if word.startswith("--")):
@@ -83,12 +83,6 @@ def test_a_flag_that_is_not_there_would_be_noticed(tmp_path):
     assert commands(page) == ["python scripts/predict.py a.mp4 --chekpoint logs/a"]
     with pytest.raises(AssertionError, match="no --chekpoint"):
         test_commands_name_what_exists(page)
-
-
-def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def rows_of(path: Path) -> list[list[str]]:

@@ -66,6 +66,15 @@ def random_clips(batch: int, num_frames: int) -> Tensor:
     return torch.randn(batch, num_frames, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch + num_frames))
 
 
+def test_onnx_without_its_packages_is_one_line_and_the_rest_goes_without(tmp_path, monkeypatch, capsys):
+    a_run(tmp_path / "run", iterations=1)
+    monkeypatch.setattr(export, "missing_packages", lambda *names: list(names))
+    assert run_export(str(tmp_path / "run"), "--out", str(tmp_path / "out")) == 2
+    line = "export: --formats onnx: not installed: pip install onnx onnxscript onnxruntime; or --formats hub pt2\n"
+    assert capsys.readouterr().err == line and not (tmp_path / "out").exists()
+    assert run_export(str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--formats", "hub") == 0
+
+
 def test_the_folder_is_the_model(tmp_path, capsys):
     net = a_run(tmp_path / "run", iterations=1)
     out = tmp_path / "made" / "out"

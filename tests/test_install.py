@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dfer import __version__
 from dfer.__main__ import commands
 from tests.conftest import ROOT, run_python
 from tests.test_train import TINY
@@ -64,11 +65,6 @@ def test_all_of_the_project_is_packaged():
     assert {"dfer/py.typed", "dali_pipes/py.typed"} <= packaged and not (ROOT / "dfer" / "_app").exists()
 
 
-def test_there_is_one_list_of_dependencies():
-    assert PROJECT["project"]["dynamic"] == ["dependencies"]
-    assert SETUPTOOLS["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
-
-
 def test_the_command_without_being_installed(tmp_path):
     def dfer(*words):
         command = [sys.executable, "-m", "dfer", *words]
@@ -80,6 +76,7 @@ def test_the_command_without_being_installed(tmp_path):
         assert told.returncode == 0 and not told.stderr
         names = [line.split()[1] for line in told.stdout.splitlines()]
         assert names == [*commands(), "COMMAND"]
+    assert dfer("--version").stdout == f"dfer {__version__}\n"
     wrong = dfer("evaluat", "--help")
     assert wrong.returncode == 2 and not wrong.stdout
     assert (
@@ -110,7 +107,7 @@ def installed(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("installed")
     (folder / "source").mkdir()
-    for name in ("pyproject.toml", "requirements.txt", "LICENSE", "train.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "train.py"):
         shutil.copy(ROOT / name, folder / "source")
     for package in FOLDERS:
         shutil.copytree(ROOT / package, folder / "source" / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -154,6 +151,7 @@ def test_each_command_starts_where_it_is_installed(installed, name):
         done = dfer(installed, name, "--help", launcher=launcher)
         assert done.returncode == 0 and "usage:" in done.stdout and "--help" in done.stdout, done.stderr
         assert str(ROOT) not in done.stderr and not left(installed)
+        assert "python scripts/" not in done.stdout and "python train.py" not in done.stdout.replace("\n", " ")
 
 
 @pytest.mark.slow
@@ -192,11 +190,15 @@ def test_an_installed_project_works_from_faces_to_report(installed):
         folds = ("crossval", "debug", "--name", "cv", "--", *TINY[1:], "--optim.epochs", "1", "--run.wandb", "off")
         done = dfer(installed, *folds, launcher=("-m", "dfer"), timeout=600)  # it starts train.py itself, five times
         assert done.returncode == 0 and (here / "logs" / "cv" / "results.json").exists(), done.stdout + done.stderr
+        assert "train on it: dfer train --data.train-list packed/test.txt" in packed.stdout
+        wrong = dfer(installed, *words, "--data.train-list", "data/faces/gone.txt")
+        assert "make the embedded data set with: dfer make-faces\n" in wrong.stderr
         wrong = dfer(installed, *words, "--data.train-list", "gone.txt")
         assert wrong.returncode == 2 and wrong.stderr.startswith("train.py: gone.txt: no such annotation list")
         assert wrong.stderr.count("\n") == 1
         healthy = dfer(installed, "doctor")
         assert healthy.returncode == 0 and "nvidia-dali-cuda120" in healthy.stdout, healthy.stderr
+        assert "wandb" in healthy.stdout and "hypothesis" not in healthy.stdout
     finally:
         for name in left(installed):
             shutil.rmtree(here / name)
@@ -247,7 +249,7 @@ def test_what_the_image_copies_is_there_and_enough():
         for name in sources:
             assert (ROOT / name).exists() and not ignored(name), name
             copied.add(name)
-    needed = {"pyproject.toml", "requirements.txt", "LICENSE", "train.py", *FOLDERS}
+    needed = {"pyproject.toml", "requirements.txt", "README.md", "LICENSE", "train.py", *FOLDERS}
     assert copied == needed and "ADD" not in dict(instructions())
     assert not any(ignored(name) for package in FOLDERS for name in files_of(package))
     assert all(ignored(p.name) != (p.name in needed) for p in ROOT.iterdir())

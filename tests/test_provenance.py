@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfer import __version__
 from dfer.config import Config
 from dfer.report.records import read_run
 from dfer.run import provenance
@@ -18,10 +19,10 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 @pytest.fixture
 def repository(tmp_path):
-    """A repository with a version and one commit."""
+    """A repository with one commit."""
     root = tmp_path / "app"
     root.mkdir()
-    (root / "pyproject.toml").write_text("[project]\nversion = '7.8'\n")
+    (root / "code.py").touch()
     who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
         subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True)
@@ -31,11 +32,11 @@ def repository(tmp_path):
 def test_the_commit_and_whether_anything_was_changed_since(repository):
     found = code(repository)
     head = subprocess.run(["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    assert found == {"version": "7.8", "commit": head.strip(), "changed": False}
+    assert found == {"version": __version__, "commit": head.strip(), "changed": False}
     (repository / "notes.txt").touch()  # not of the code
     assert not code(repository)["changed"]
-    (repository / "pyproject.toml").write_text("[project]\nversion = '7.9'\n")
-    assert code(repository) == {"version": "7.9", "commit": head.strip(), "changed": True}
+    (repository / "code.py").write_text("x = 1\n")
+    assert code(repository) == {"version": __version__, "commit": head.strip(), "changed": True}
 
 
 def test_where_git_cannot_say_that_is_said(repository, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import wandb
 from dfer.cli import UserError
 from dfer.config import config_from_json, parse_config
 from dfer.run.continuing import differences
-from dfer.run.wandb_log import has_wandb_key, mode_of_machine, project_of
+from dfer.run.wandb_log import check_settings, has_wandb_key, mode_of_machine, project_of
 from tests.conftest import run_python
 
 KEY = "0123456789" * 4
@@ -93,6 +93,16 @@ def test_an_unknown_mode_is_one_line(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(UserError, match=r"^W&B's settings cannot be used: .*mode"):
         mode_of_machine()
+
+
+def test_without_the_package_a_run_does_without_it_unless_it_was_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr("dfer.run.wandb_log.missing_packages", lambda *names: list(names))
+    assert mode_of_machine() == "off"
+    check_settings(parse_config(["debug", "--run.wandb", "auto"]))
+    check_settings(parse_config(["debug", "--run.wandb", "off"]))
+    assert capsys.readouterr().err.count("W&B is not installed") <= 1  # said once in a process
+    with pytest.raises(UserError, match=r"^--run\.wandb offline: W&B is not installed: pip install wandb, or .* off$"):
+        check_settings(parse_config(["debug", "--run.wandb", "offline"]))
 
 
 def test_the_project(monkeypatch):

@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from dfer.cli import UserError, printable, say_once
+from dfer.cli import UserError, command_of, printable, say_once
 from dfer.files import reason, write_whole
 from dfer.lists.orders import EMOTIONS, WORDS, check_paths
 from dfer.lists.text import USUAL, name_hidden, read_head, read_lines, split_rows
 
-_CONVERTS = "; scripts/check_list.py LIST --write OUT converts lists with other columns or labels"
 COLUMNS = "path num_frames label"
 _ROW = re.compile(r"(.*\S)\s+(-?[0-9]{1,9})\s+(-?[0-9]{1,9})")  # int() would also take ٣, +3 and 1_0
 
@@ -79,7 +78,7 @@ def read_annotations(list_path: str | Path, root: str | Path | None = None) -> l
         records,
         "classes" in header,
         lambda flags: (
-            f"if its ids have another order, convert it: python scripts/check_list.py {printable(list_path)} {flags} "
+            f"if its ids have another order, convert it: {command_of('check_list')} {printable(list_path)} {flags} "
             f"--write OUT; if not, let its first line say so: # classes: {' '.join(EMOTIONS)}"
         ),
     )
@@ -97,7 +96,7 @@ def _parse_row(line: str, where: str, base: Path) -> VideoRecord:
         raise UserError(f"{where}: num_frames is {num_frames}, must be at least 1")
     if not 0 <= label < len(EMOTIONS):
         legend = " ".join(f"{i}={e}" for i, e in enumerate(EMOTIONS))
-        other = _CONVERTS if label == len(EMOTIONS) else ""
+        other = _converts() if label == len(EMOTIONS) else ""
         raise UserError(f"{where}: label {label} is not in 0..{len(EMOTIONS) - 1} ({legend}){other}")
     return VideoRecord(name, base / name, num_frames, label, where)
 
@@ -114,7 +113,7 @@ def _what_is_wrong(line: str) -> str:
     elif re.search(r"[\s,;]-?[0-9]+\.0*([\s,;]|$)", line):
         advice = "; pandas and spreadsheets write 6 as 6.0: write whole numbers"
     elif "," in line or ";" in line or re.fullmatch("[0-7]", label) or label.lower() in WORDS:
-        advice = _CONVERTS
+        advice = _converts()
     return f"{what}, got {line!r}{advice}"
 
 
@@ -244,14 +243,18 @@ def _check_header(list_path: Path, header: dict[str, str], lines: Sequence[str])
     if classes != EMOTIONS:
         raise UserError(
             f"{list_path}: its labels mean {' '.join(classes)}, but a model's classes are {' '.join(EMOTIONS)}; "
-            "convert it with scripts/check_list.py --write"
+            f"convert it with {command_of('check_list')} --write"
         )
     rows = [line for line in lines if line and not line.startswith("#")]
     if "sha256" in header and header["sha256"] != hash_rows(rows):
         raise UserError(
             f"{list_path}: its rows are not those that its header's sha256 was made of; if the change is meant, check "
-            "it and write a new header with scripts/check_list.py --write"
+            f"it and write a new header with {command_of('check_list')} --write"
         )
+
+
+def _converts() -> str:
+    return f"; {command_of('check_list')} LIST --write OUT converts lists with other columns or labels"
 
 
 def hash_rows(rows: Sequence[str]) -> str:
@@ -261,5 +264,8 @@ def hash_rows(rows: Sequence[str]) -> str:
 
 def _hint(list_path: Path) -> str:
     if list_path.parts[-3:-1] == ("data", "faces"):
-        return "; make the embedded data set with: python scripts/make_faces.py"
+        return f"; make the embedded data set with: {command_of('make_faces')}"
+    if list_path.parts[-3:-1] in (("lists", "dfew"), ("lists", "ferv39k")):  # where the presets look
+        command = command_of(f"prepare_{list_path.parts[-2]}")
+        return f"; prepare the release with: {command} --root DIR --out {printable(list_path.parent)}"
     return "; check --data.train-list and --data.val-list"

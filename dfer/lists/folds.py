@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfer.cli import UserError
+from dfer.cli import UserError, command_of
 from dfer.files import reason
 from dfer.images import natural_key
 from dfer.lists.annotations import read_annotations, write_annotations
@@ -27,7 +27,7 @@ def find_folds(folder: Path) -> list[tuple[Path, Path]]:
         raise UserError(f"{folder}: cannot be read ({reason(error)})") from None
     found = {int(m[1]) for m in (re.fullmatch(r"set_([1-9]\d*)_(?:train|test)\.txt", name) for name in names) if m}
     if len(found) < 2:
-        hint = "; scripts/prepare_dfew.py writes them" if not found else ""
+        hint = f"; {command_of('prepare_dfew')} writes them" if not found else ""
         raise UserError(f"{folder}: needs set_1_train.txt, set_1_test.txt, set_2_train.txt ... of two folds{hint}")
     folds = []
     for k in range(1, max(found) + 1):

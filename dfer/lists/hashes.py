@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from dfer.cli import UserError
+from dfer.cli import UserError, command_of
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import VideoRecord
 
@@ -97,4 +97,4 @@ def _key(records: Sequence[VideoRecord]) -> str:
 
 
 def _advice(list_path: str | Path) -> str:
-    return f"write it anew with scripts/hash_clips.py {list_path}, or delete it"
+    return f"write it anew with {command_of('hash_clips')} {list_path}, or delete it"

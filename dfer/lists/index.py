@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from dfer.cli import UserError
+from dfer.cli import UserError, command_of
 from dfer.images import frame_file
 from dfer.lists.annotations import VideoRecord, packed_index, read_annotations
 from dfer.lists.hashes import Hashes, read_hashes
@@ -119,7 +119,7 @@ def _load(
             raise UserError(f"{list_path}: its clips are packed as {store.kind}, but the source asked for is {source}")
         return _index(records, store)
     if source in ("shards", "raw"):
-        raise UserError(f"{list_path}: not packed, but the source asked for is {source}: scripts/pack.py packs it")
+        raise UserError(f"{list_path}: not packed, but the source asked for is {source}: {command_of('pack')} packs it")
     # Taken before the scan: what changes during it has another time at the next start.
     records, states = locate(records)
     kind = find_kind(records, states, source)

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dfer.cli import say_once
+from dfer.cli import command_of, say_once
 from dfer.files import closed, is_data
 from dfer.lists.annotations import VideoRecord
 from dfer.lists.text import name_hidden
@@ -84,13 +84,14 @@ def explain(path: str | Path, name: str) -> str:
             )
     if "\\" in name and os.path.lexists("".join(_split(path, name)).replace("\\", "/")):
         return (
-            " (with slashes for the backslashes it is there: scripts/check_list.py LIST --write OUT converts the list)"
+            f" (with slashes for the backslashes it is there: {command_of('check_list')} LIST --write OUT converts the "
+            "list)"
         )
     if hidden := name_hidden(name):
         return f" (its name holds {hidden}, which looks like nothing or a blank)"
     if os.path.isabs(name) or re.match(r"[A-Za-z]:[/\\]", name):
         return (
-            " (the list's paths are absolute, where a root has no effect: scripts/check_list.py LIST --root DIR "
+            f" (the list's paths are absolute, where a root has no effect: {command_of('check_list')} LIST --root DIR "
             "--write OUT makes them start at DIR)"
         )
     if here != os.path.dirname(path):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
-from dfer.cli import UserError
+from dfer.cli import UserError, command_of
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS, VideoRecord
 from dfer.lists.missing import similar
@@ -116,7 +116,7 @@ def read_pack(path: Path) -> Pack:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but the list beside it says that its clips lie there") from None
     except Exception as error:  # a damaged zip file raises errors of many kinds
-        raise UserError(f"{path}: damaged, or not made by scripts/pack.py ({reason(error)})") from None
+        raise UserError(f"{path}: damaged, or not made by {command_of('pack')} ({reason(error)})") from None
     if version != FORMAT:
         raise UserError(f"{path}: a pack of format {version}, this version reads {FORMAT}; pack the list again")
     if pack is None:

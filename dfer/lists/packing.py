@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import PIL
 
+from dfer import __version__
 from dfer.cli import UserError, printable, progress
 from dfer.files import disk_errors, free_bytes, hash_file
 from dfer.lists.annotations import (
@@ -42,7 +43,6 @@ from dfer.lists.shards import (
     read_frames,
     record_path,
     shard_path,
-    version,
 )
 from dfer.lists.threads import in_order
 
@@ -183,7 +183,7 @@ def hash_task(clips: Sequence[Clip], rows: Rows, options: Options) -> str:
     As in the index, an image file that is overwritten under its old name makes no difference; one that is added,
     removed or renamed does, and so does any change of a video.
     """
-    hasher = hashlib.sha256(json.dumps([asdict(options), rows, version(), PIL.__version__]).encode())
+    hasher = hashlib.sha256(json.dumps([asdict(options), rows, __version__, PIL.__version__]).encode())
     for clip in clips:
         found = clip.record.path.stat()
         size = found.st_size if clip.frames is None else 0
@@ -252,7 +252,7 @@ def _provenance(lists: Sequence[Path], options: Options, key: str, command: str)
         "key": key,
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "dfer": version(),
+        "dfer": __version__,
         "pillow": PIL.__version__,
     }
 

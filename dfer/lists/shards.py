@@ -4,15 +4,12 @@ A clip is here, as the data sets call it, a whole video of a list. `dfer/lists/p
 """
 
 import contextlib
-import functools
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
 import re
 import tarfile
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +20,7 @@ from av.error import FFmpegError
 from jaxtyping import Int32, Int64
 from PIL import Image
 
+from dfer import __version__
 from dfer.cli import UserError, printable
 from dfer.files import commit, hash_file, reason, write_whole
 from dfer.images import BadImage, decode_image
@@ -32,7 +30,6 @@ from dfer.video.decode import BadVideo, decode
 QUALITY = 90
 _ALIGN = 64  # bytes, at which a clip starts; a tar's blocks are of 512
 _TAR_END = bytes(1024)
-_ROOT = Path(__file__).resolve().parents[2]
 
 Record = dict[str, np.ndarray]  # the size, hash and frames of a finished shard
 
@@ -72,14 +69,6 @@ class Block:
     height: int
     width: int
     digest: bytes
-
-
-@functools.cache
-def version() -> str:
-    """Return the version of dfer, of which packs keep a record."""
-    if not (_ROOT / "pyproject.toml").exists():
-        return importlib.metadata.version("dfer")  # installed by pip
-    return tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
 # ---- One clip
@@ -174,7 +163,7 @@ def _tar_members(
         **clip.listed,
         "size": options.size,
         "quality": (options.quality or QUALITY) if is_encoded(clip, options) else None,
-        "dfer": version(),
+        "dfer": __version__,
     }
     members = [("json", json.dumps(about, sort_keys=True).encode()), ("cls", str(clip.record.label).encode())]
     members += [(f"{frame:05d}.{suffix}", data) for frame, (data, suffix) in enumerate(frames)]

@@ -1,6 +1,6 @@
 """Draw with matplotlib: the style of all figures, their building blocks, and SVG, PNG and pixels of them.
 
-This is the one room that imports matplotlib. Colours are those of COLOURS only, so that a page can make variables of
+This is the one module that imports matplotlib. Colours are those of COLOURS only, so that a page can make variables of
 them, with a light and a dark value; shades are opacity, which looks right on both.
 """
 

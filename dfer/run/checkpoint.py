@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dfer.cli import UserError
+from dfer.cli import UserError, command_of
 from dfer.files import commit, read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.run.hub import local
@@ -326,7 +326,7 @@ def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:
         emotions = hub["classes"]
     except (ValueError, KeyError, TypeError, ZeroDivisionError):  # JSON's and Unicode's errors are ValueErrors
         raise UserError(
-            f"{path}: not a checkpoint of this project: {source.name} beside it is not of scripts/export.py; as "
+            f"{path}: not a checkpoint of this project: {source.name} beside it is not of {command_of('export')}; as "
             "weights to start from train.py takes it (--model.init)"
         ) from None
     _check_classes(emotions, path)

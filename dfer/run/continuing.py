@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfer.cli import UserError
+from dfer.cli import UserError, command_of
 from dfer.config import Config, begun_config, parse_config
 from dfer.run.checkpoint import find_manifests
 
@@ -97,13 +97,14 @@ def _real(path: Path | None) -> str | None:
 
 def continuing_command(run: Path) -> str:
     """Return the command that goes on with a run, whose saved configuration says all but where it lies."""
-    program = Path(sys.argv[0])
+    program, installed = Path(sys.argv[0]), command_of("train") == "dfer train"
     python = sys.executable
     with contextlib.suppress(OSError):  # the folder that it was started in may be gone
         python = os.path.relpath(python) if Path(python).is_relative_to(Path.cwd()) else python
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        command = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}", str(program)]
-    elif program.name == "train.py":
+        command = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]
+        command += ["-m", "dfer", "train"] if installed else [str(program)]
+    elif program.name == "train.py" and not installed:
         command = [python, str(program)]
     else:
         command = ["dfer", "train"]

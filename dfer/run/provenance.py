@@ -1,19 +1,18 @@
 """Which code and which machine ran a run: a line of started.jsonl in its folder for each start."""
 
-import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-import tomllib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dfer import __version__
 from dfer.files import disk_errors, reason
 from dfer.run.distributed import World
 
@@ -68,7 +67,7 @@ def code(root: Path = ROOT) -> dict[str, Any]:
     Args:
         root: the folder that holds dfer/.
     """
-    about: dict[str, Any] = {"version": _version(root), "commit": None, "changed": None}
+    about: dict[str, Any] = {"version": __version__, "commit": None, "changed": None}
     if shutil.which("git") is None:
         return about | {"no_commit": "git is not installed"}
     try:
@@ -90,17 +89,6 @@ def _git(root: Path, *words: str) -> str:
         command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, env=env
     )
     return done.stdout
-
-
-def _version(root: Path) -> str:
-    """Return the version: of the repository, or of the installed package."""
-    try:
-        return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    except (OSError, ValueError, KeyError):
-        try:
-            return importlib.metadata.version("dfer")
-        except importlib.metadata.PackageNotFoundError:
-            return "unknown"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

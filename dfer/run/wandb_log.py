@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dfer.cli import UserError, say_once
+from dfer.cli import UserError, missing_packages, say_once
 from dfer.config import Config
 from dfer.files import reason, write_whole
 from dfer.lists.annotations import EMOTIONS
@@ -150,12 +150,16 @@ def check_settings(config: Config) -> None:
     """Look at what a run will be recorded by, before it begins.
 
     Raises:
-        UserError: if W&B cannot use the settings of this machine, or takes no project of the name that is given.
+        UserError: if W&B is asked for and not installed, cannot use the settings of this machine, or takes no project
+            of the name that is given.
     """
     if config.run.wandb == "auto":
         mode_of_machine()
-    if config.run.wandb != "off":
-        project_of(config)
+    if config.run.wandb == "off" or (config.run.wandb == "auto" and missing_packages("wandb")):
+        return
+    if missing_packages("wandb"):
+        raise UserError(f"--run.wandb {config.run.wandb}: W&B is not installed: pip install wandb, or --run.wandb off")
+    project_of(config)
 
 
 def project_of(config: Config) -> str:
@@ -214,8 +218,12 @@ def _grouping(config: Config) -> dict[str, str | int | None]:
 def mode_of_machine() -> Literal["online", "offline", "off"]:
     """Return how W&B would record here by itself, but that it never asks for a key: without one it is offline.
 
-    WANDB_MODE and the settings that `wandb offline` and `wandb disabled` leave count.
+    WANDB_MODE and the settings that `wandb offline` and `wandb disabled` leave count. It is off where W&B is not
+    installed.
     """
+    if missing_packages("wandb"):
+        say_once("W&B is not installed: metrics.jsonl has what it would record (pip install wandb)")
+        return "off"
     mode = _settings().mode
     if mode == "disabled":
         return "off"

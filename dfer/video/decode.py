@@ -56,7 +56,7 @@ class BadVideo(Exception):
     """A video that cannot be used. The message says why, without the file's name."""
 
 
-# What the functions of this room raise on a file that cannot be read as a video.
+# What the functions of this package raise on a file that cannot be read as a video.
 VIDEO_ERRORS = (BadVideo, FFmpegError, OSError)
 
 

@@ -39,7 +39,8 @@ from dfer.report.lanes import Lanes
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.distributed import World
 from dfer.video.decode import BadVideo, decode
-from dfer.video.faces import crop_face, find_face, make_detector
+from dfer.video.detectors import make_detector
+from dfer.video.faces import crop_face, find_face
 from dfer.video.write import record, write_gif, write_mp4
 from scripts import predict as pr
 from scripts import prepare_videos as pv

@@ -8,7 +8,7 @@ import torch
 
 from dfer.cli import UserError, in_range
 from dfer.predict.predictor import Duration, Model, Predictor, Resize
-from dfer.video.faces import make_detector
+from dfer.video import detectors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stride", type=parse_duration, metavar="N", help="from a window to the next (default: a quarter of a window)"
     )
     parser.add_argument("--no-crop", action="store_true", help="the videos are faces already: see all of each frame")
-    parser.add_argument(
-        "--detector", type=Path, metavar="FILE", help="YuNet's .onnx file (default: Haar), as of prepare_videos.py"
-    )
+    detectors.add_arguments(parser)
     parser.add_argument("--margin", type=in_range(float, 0, 2), default=0.1, help="as of prepare_videos.py (0.1)")
     parser.add_argument(
         "--fps", type=in_range(float, 0.1, 1000), default=25.0, help="frames a second of a folder of frames (25)"
@@ -66,5 +64,8 @@ def build_predictor(args: argparse.Namespace, resize: Resize) -> Predictor:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     models = [Model(path, device, args.amp, resize) for path in args.checkpoint]
     window = args.window or Duration(float(np.median([n for m in models for n in m.training_lengths()])), False)
-    detect = None if args.no_crop else make_detector(args.detector)
-    return Predictor(models, detect, args.margin, window, args.stride, args.fps)
+    detect = name = None
+    if not args.no_crop:
+        weights = detectors.find_weights(args.detector)
+        detect, name = detectors.make_detector(weights, not args.no_level), "haar" if weights is None else "yunet"
+    return Predictor(models, detect, args.margin, window, args.stride, args.fps, name)

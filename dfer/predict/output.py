@@ -16,7 +16,7 @@ from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.predict.inputs import ANNOTATED, InputVideo, ShowProgress, read_pictures
 from dfer.predict.overlay import Overlay, timeline_picture
-from dfer.predict.predictor import Model, Predictor, VideoPrediction
+from dfer.predict.predictor import Predictor, VideoPrediction
 from dfer.predict.timeline import segments
 from dfer.video.write import write_gif, write_mp4
 
@@ -45,7 +45,7 @@ def to_csv(prediction: VideoPrediction) -> str:
     return text.getvalue()
 
 
-def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[Model]) -> dict[str, Any]:
+def summarize(video: InputVideo, prediction: VideoPrediction, predictor: Predictor) -> dict[str, Any]:
     """Return the content of NAME.json."""
     known, times = prediction.track >= 0, prediction.times
     mean = prediction.probabilities[known].mean(axis=0) if known.any() else None
@@ -61,6 +61,7 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
         "fps": round((len(times) - 1) / times[-1], 4) if len(times) > 1 else None,
         "width": prediction.width,
         "height": prediction.height,
+        "detector": predictor.detector,
         "faces_at_once": prediction.faces_at_once,
         "cuts": prediction.cuts,
         "notes": list(prediction.notes),
@@ -73,7 +74,7 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
                 "frames": m.sampler.clip_length,
                 "size": m.config.data.size,
             }
-            for m in models
+            for m in predictor.models
         ],
         "segments": [
             {
@@ -124,7 +125,7 @@ def write_outputs(
     Raises:
         BadVideo, av.FFmpegError, OSError: if a file cannot be written, or the video can no longer be read.
     """
-    base, summary = out / video.name, summarize(video, prediction, predictor.models)
+    base, summary = out / video.name, summarize(video, prediction, predictor)
     for suffix in (".json", *ANNOTATED, ".png"):  # of an earlier call
         Path(f"{base}{suffix}").unlink(missing_ok=True)
     base.parent.mkdir(parents=True, exist_ok=True)

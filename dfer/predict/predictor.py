@@ -24,7 +24,8 @@ from dfer.predict.timeline import Timeline, place_windows
 from dfer.run.checkpoint import load_checkpoint
 from dfer.state import load_trained
 from dfer.video.decode import BadVideo
-from dfer.video.faces import Detector, crop_face, find_face
+from dfer.video.detectors import Detector
+from dfer.video.faces import crop_face, find_face
 
 CROP_SIZE = 224  # px; of prepare_videos.py, so that a face has the pixels that training's have
 BATCH_PIXELS = 8 * 16 * 112 * 112  # of the clips of a batch: about 0.5 GB; on a GPU eight times as many
@@ -172,6 +173,7 @@ class Predictor:
     window: Duration
     stride: Duration | None  # None: a quarter of a window
     fps: float  # of folders of frames
+    detector: str | None = None  # its name: yunet or haar
 
     def predict(self, path: Path, show_progress: ShowProgress = iter) -> VideoPrediction:
         """Go through a video twice: for its faces (without a detector: its times), then for the emotions.

@@ -34,7 +34,7 @@ from dfer.predict.output import spaced_frames
 from dfer.predict.predictor import Model
 from dfer.predict.progress import VideoProgress
 from dfer.predict.timeline import Timeline, place_windows, segments
-from dfer.report.figures import ACCENT
+from dfer.report.figures import ACCENT, SECOND
 from dfer.report.lanes import Lanes
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.distributed import World
@@ -45,7 +45,9 @@ from dfer.video.write import record, write_gif, write_mp4
 from scripts import predict as pr
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT
+from tests.drawn_scenes import room
 from tests.oracle import resize
+from tests.test_faces import toy_yunet
 from tests.test_prepare_videos import REAL, noise, person, write_video
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
@@ -252,6 +254,66 @@ def test_the_stream_says_what_a_list_of_all_frames_does(
     assert (~np.isnan(want[:, 0])).sum() >= {"one": 31, "sub/two": 40}[name]
     np.testing.assert_allclose(found, want, atol=1e-4)
     assert np.ptp(want[~np.isnan(want[:, 0])], axis=0).max() > 1e-3 or window == 99  # else nothing is shown
+
+
+def by_hand(model: Model, frames: list[np.ndarray], boxes: np.ndarray, window: int, stride: int) -> np.ndarray:
+    """The mean of the windows over one face, which has a box in each of the frames."""
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    said: list[list[np.ndarray]] = [[] for _ in frames]
+    length = min(window, len(frames))
+    for first in sorted({*range(0, len(frames) - length, stride), len(frames) - length}):
+        picked = [first + int((s + 0.5) * length / 4) for s in range(4)]
+        clip = [(resize(crop_face(frames[i], boxes[i], 224, 0.1), 32) / 255 - mean) / std for i in picked]
+        tensor = torch.tensor(np.stack(clip), dtype=torch.float32).permute(0, 3, 1, 2)[None]
+        with torch.inference_mode():
+            p = F.softmax(model._net(tensor).logits, 1)[0].numpy()
+        for i in range(first, first + length):
+            said[i].append(p)
+    return np.array([np.mean(s, axis=0) for s in said])
+
+
+def test_every_face_is_predicted_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One who is there throughout, and one who comes later and goes earlier; to the detector a white cell is a face."""
+    (tmp_path / "toy.onnx").write_bytes(toy_yunet(0.2))
+    pair = [room(3, 96, 128) // 2 + np.uint8(i) for i in range(48)]
+    for i, frame in enumerate(pair):
+        frame[40:48, 64:72] = 255
+        if 12 <= i < 42:
+            frame[72:80, 8:16] = 255
+    video = write_video(tmp_path / "pair.mp4", pair)
+    flags = ("--checkpoint", run, "--window", 14, "--stride", 5, "--detector", tmp_path / "toy.onnx")
+    assert predict(video, *flags, "--out", tmp_path / "all") == 0
+    assert "2 faces at once" in (line := capsys.readouterr().out) and "NAME.csv and NAME.json have each" in line
+    assert predict(video, *flags, "--out", tmp_path / "main", "--faces", "main", "--annotate", "none") == 0
+    assert "NAME" not in capsys.readouterr().out
+    frames = [np.asarray(image) for _, image in decode(video)]
+    found = find_face(
+        ((i / 25, f) for i, f in enumerate(frames)), make_detector(tmp_path / "toy.onnx"), every_track=True
+    )
+    assert len(found.tracks) == found.faces_at_once == 2 and found.tracks[1].first == 12
+    table, about = rows(tmp_path / "all" / "pair.csv"), json.loads((tmp_path / "all" / "pair.json").read_text())
+    assert (about["faces_followed"], len(about["faces"])) == ("all", len(found.tracks))
+    assert [row["frame"] for row in table] == sorted((row["frame"] for row in table), key=int)
+    for number, (track, summary) in enumerate(zip(found.tracks, about["faces"], strict=True), start=1):
+        own = [row for row in table if row["face"] == str(number)]
+        assert [int(row["frame"]) for row in own] == list(range(track.first, track.end))
+        want = by_hand(load_model(run), frames[track.first : track.end], track.boxes, 14, 5)
+        given = np.array([[float(row[f"p_{e}"]) for e in EMOTIONS] for row in own])
+        np.testing.assert_allclose(given, want, atol=1e-4)
+        assert (summary["face"], summary["first_frame"], summary["last_frame"]) == (number, track.first, track.end - 1)
+        np.testing.assert_allclose([summary["mean_probabilities"][e] for e in EMOTIONS], given.mean(0), atol=2e-6)
+        np.testing.assert_allclose([float(row["box_x"]) for row in own], track.boxes[:, 0], atol=0.06)
+    best = rows(tmp_path / "main" / "pair.csv")
+    assert [row["frame"] for row in best] == [str(i) for i in range(48)]
+    assert [row for row in best if row["face"] == "1"] == [row for row in table if row["face"] == "1"]
+    assert {row["face"] for row in best[: found.tracks[0].end]} == {"1"}
+    assert json.loads((tmp_path / "main" / "pair.json").read_text())["faces_followed"] == "main"
+    teal = np.array([int(SECOND[i : i + 2], 16) for i in (1, 3, 5)])
+    drawn = [
+        (np.abs(frame[:200].astype(int) - teal).max(2) < 30).sum()
+        for frame in all_frames(tmp_path / "all" / "pair.mp4")
+    ]
+    assert (np.array(drawn)[[2, 25, 46]] > 150).tolist() == [False, True, False]  # the other one's tag
 
 
 @pytest.mark.parametrize("views", [1, 2])

@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-crop", action="store_true", help="the videos are faces already: see all of each frame")
     detectors.add_arguments(parser)
+    parser.add_argument(
+        "--faces",
+        choices=("all", "main"),
+        default="all",
+        help="predict on every face that is followed, or in each frame on the largest and most central one (all)",
+    )
     parser.add_argument("--margin", type=in_range(float, 0, 2), default=0.1, help="as of prepare_videos.py (0.1)")
     parser.add_argument(
         "--fps", type=in_range(float, 0.1, 1000), default=25.0, help="frames a second of a folder of frames (25)"
@@ -68,4 +74,4 @@ def build_predictor(args: argparse.Namespace, resize: Resize) -> Predictor:
     if not args.no_crop:
         weights = detectors.find_weights(args.detector)
         detect, name = detectors.make_detector(weights, not args.no_level), "haar" if weights is None else "yunet"
-    return Predictor(models, detect, args.margin, window, args.stride, args.fps, name)
+    return Predictor(models, detect, args.margin, window, args.stride, args.fps, name, args.faces)

@@ -584,7 +584,7 @@ def test_the_square_is_where_the_face_is(run: Path, videos: Path, tmp_path: Path
         assert abs(float(near["box_x"]) - (152 + i)) < 20 and abs(float(near["box_y"]) - 128) < 25
         assert float(far["box_side"]) == pytest.approx(2 * float(near["box_side"]), abs=0.2)
     assert np.abs(probabilities(tmp_path / "one.csv") - probabilities(wide / "one.csv")).max() > 1e-3
-    assert json.loads((wide / "one.json").read_text())["window_frames"] == 12  # the median of the training's clips
+    assert json.loads((wide / "one.json").read_text())["window_frames"] == 25  # a second
 
 
 def test_nothing_is_left_half_written(
@@ -656,16 +656,33 @@ def test_what_is_wrong_is_said_in_a_line(
     assert (videos / "one.mp4").read_bytes() == before
 
 
-def test_a_run_whose_list_is_gone_wants_a_window(
-    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_window_is_a_second_at_the_video_s_own_rate(run: Path, videos: Path, tmp_path: Path) -> None:
+    """Whatever the run was trained on: its list may be gone."""
     run = save_run(tmp_path / "run")
     (run / "train.txt").unlink()
-    assert predict(videos / "none.mp4", "--checkpoint", run, "--out", tmp_path / "out") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("say --window FRAMES") and str(run / "train.txt") in line
-    assert predict(videos / "none.mp4", "--checkpoint", run, "--out", tmp_path / "out", "--window", "2.5s") == 0
-    assert json.loads((tmp_path / "out" / "none.json").read_text())["window_frames"] == 62  # at 25 frames a second
+    frames = [np.asarray(image) for _, image in decode(videos / "none.mp4")]
+    for fps, window, stride in ((5, 5, 1), (25, 25, 6), (60, 60, 15)):
+        write_video(tmp_path / f"{fps}.mp4", frames, pts_ms=[round(1000 * i / fps) for i in range(len(frames))])
+        flags = ("--checkpoint", run, "--out", tmp_path / "out", "--annotate", "none")
+        assert predict(tmp_path / f"{fps}.mp4", *flags) == 0
+        about = json.loads((tmp_path / "out" / f"{fps}.json").read_text())
+        assert (about["window_frames"], about["stride_frames"]) == (window, stride)
+        assert about["window_seconds"] == about["latency_seconds"] == pytest.approx(1, abs=0.03)
+        assert about["stride_seconds"] == pytest.approx(0.25, abs=0.06)
+
+
+def test_frames_are_marked_where_no_window_has_them_in_its_middle(run: Path, videos: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint", run, "--out", tmp_path, "--window", "0.4s", "--annotate", "none")
+    assert predict(videos / "sub" / "two.mp4", *flags) == 0
+    table, about = rows(tmp_path / "two.csv"), json.loads((tmp_path / "two.json").read_text())
+    window = about["window_frames"]
+    faces = np.array([int(row["face"] or 0) for row in table])
+    for i, row in enumerate(table):
+        centred = range(i - window // 2, i - window // 2 + window)
+        inside = all(0 <= j < len(table) and faces[j] == faces[i] for j in [*centred, i + window // 2])
+        assert row["at_end"] == ("" if not faces[i] else str(int(not inside)))
+    marked = [sum(row["at_end"] == "1" for row in table if row["face"] == str(f["face"])) for f in about["faces"]]
+    assert [face["frames_at_end"] for face in about["faces"]] == marked and 0 < sum(marked) < (faces > 0).sum()
 
 
 # ---- Pictures

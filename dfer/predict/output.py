@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Bool, Float64, Int64, UInt8
 
 from dfer.cli import printable
 from dfer.files import write_whole
@@ -33,8 +33,8 @@ def to_csv(prediction: VideoPrediction) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     box_columns = ["box_x", "box_y", "box_side", "box_tilt"]
-    writer.writerow(["frame", "time", "face", *box_columns, *(f"p_{e}" for e in EMOTIONS), "emotion"])
-    nothing = [""] * (len(box_columns) + len(EMOTIONS) + 2)
+    writer.writerow(["frame", "time", "face", *box_columns, *(f"p_{e}" for e in EMOTIONS), "emotion", "at_end"])
+    nothing = [""] * (len(box_columns) + len(EMOTIONS) + 3)
     rows: list[list[list[object]]] = [[] for _ in prediction.times]
     for face in followed(prediction):
         for i, (number, p) in enumerate(zip(face.frames.tolist(), face.probabilities, strict=True)):
@@ -42,7 +42,8 @@ def to_csv(prediction: VideoPrediction) -> str:
             if face.boxes is not None:
                 x, y, side, tilt = face.boxes[i]
                 box = [f"{x:.1f}", f"{y:.1f}", f"{side:.1f}", f"{np.degrees(tilt):.1f}"]
-            rows[number].append([face.number, *box, *(f"{x:.6f}" for x in p), EMOTIONS[int(p.argmax())]])
+            emotion = EMOTIONS[int(p.argmax())]
+            rows[number].append([face.number, *box, *(f"{x:.6f}" for x in p), emotion, int(face.at_end[i])])
     for number, time in enumerate(prediction.times):
         writer.writerows([number, f"{time:.4f}", *row] for row in rows[number] or [nothing])
     return text.getvalue()
@@ -55,18 +56,25 @@ class Followed(NamedTuple):
     frames: Int64[np.ndarray, " n"]  # rising
     boxes: Float64[np.ndarray, "n 4"] | None  # None: the whole picture
     probabilities: Float64[np.ndarray, "n K"]
+    at_end: Bool[np.ndarray, " n"]  # no window has the frame in its middle: the face begins or ends too soon
 
 
 def followed(prediction: VideoPrediction) -> list[Followed]:
     """Return every face in all its frames, or, if only the best ones were predicted on, each in those that it won."""
     if prediction.faces:
-        return [Followed(f.number, np.arange(f.first, f.end), f.boxes, f.probabilities) for f in prediction.faces]
-    found = []
+        half = prediction.window // 2
+        place = [np.arange(len(face.boxes)) for face in prediction.faces]
+        ends = [(at < half) | (at >= len(at) - half) for at in place]
+        return [
+            Followed(face.number, face.first + at, face.boxes, face.probabilities, end)
+            for face, at, end in zip(prediction.faces, place, ends, strict=True)
+        ]
+    found, at_end = [], prediction.at_end
     for track in range(int(prediction.track.max(initial=-1)) + 1):
         frames = np.flatnonzero(prediction.track == track)
         if len(frames):
             boxes = None if prediction.boxes is None else prediction.boxes[frames]
-            found.append(Followed(track + 1, frames, boxes, prediction.probabilities[frames]))
+            found.append(Followed(track + 1, frames, boxes, prediction.probabilities[frames], at_end[frames]))
     return found
 
 
@@ -80,6 +88,7 @@ def _summarize_face(face: Followed, edges: Float64[np.ndarray, " E"]) -> dict[st
         "start": round(float(edges[first]), 4),
         "end": round(float(edges[last + 1]), 4),
         "frames": len(face.frames),
+        "frames_at_end": int(face.at_end.sum()),
         "emotion": EMOTIONS[int(mean.argmax())],
         "mean_probabilities": dict(zip(EMOTIONS, mean.round(6).tolist(), strict=True)),
     }
@@ -107,6 +116,9 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
         "notes": list(prediction.notes),
         "window_frames": prediction.window,
         "stride_frames": prediction.stride,
+        "window_seconds": round(prediction.window * prediction.interval, 4),
+        "stride_seconds": round(prediction.stride * prediction.interval, 4),
+        "latency_seconds": round(prediction.window * prediction.interval, 4),
         "models": [
             {
                 "checkpoint": printable(m.path),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfer.cli import UserError
 from dfer.config import Amp, config_from_json
-from dfer.lists.annotations import EMOTIONS, read_annotations
+from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet
 from dfer.plan.sampling import ClipSampler
 from dfer.precision import build_precision
@@ -92,6 +92,14 @@ class VideoPrediction(NamedTuple):
         return float(np.median(np.diff(self.times))) if len(self.times) > 1 else 0.04
 
     @property
+    def at_end(self) -> Bool[np.ndarray, " N"]:
+        """Return in which frames the timeline's face has begun, or will end, less than half a window away."""
+        marked = np.ones(len(self.times), bool)
+        for run in runs_of(self.track, self.boxes):
+            marked[run.first + self.window // 2 : run.end - self.window // 2] = False
+        return marked
+
+    @property
     def edges(self) -> Float64[np.ndarray, " E"]:
         """Return the N + 1 times in seconds at which frames begin and end."""
         return np.append(self.times, self.times[-1] + self.interval)
@@ -112,7 +120,6 @@ class Model:
         config = config_from_json(state["config"], source=path)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, amp=amp or config.run.amp))
         self.path, self.config, self.step = path, config, state.get("step")
-        self._exported = "exported" in state
         self._device, self._net, self._resize = device, load_trained(state, config).to(device), resize
         self._precision = build_precision(config.run, device)
         data = config.data
@@ -137,24 +144,6 @@ class Model:
         """Return how many pixels of a prepared picture lie from a cell of `maps` to the next."""
         assert isinstance(self._net, DFERNet)  # else there are no maps
         return self._net.backbone.strides[0]
-
-    def training_lengths(self) -> list[int]:
-        """Return how many frames the clips that it was trained on have, as listed.
-
-        Raises:
-            UserError: if the list cannot be read, or an exported model does not name it.
-        """
-        data = self.config.data
-        if self._exported:
-            raise UserError(
-                f"{self.path}: an exported model does not say how long its training's clips are: say --window"
-            )
-        try:
-            return [record.num_frames for record in read_annotations(data.train_list, data.root)]
-        except UserError as error:
-            raise UserError(
-                f"{self.path}: how long its training's clips are cannot be told ({error}); say --window FRAMES"
-            ) from None
 
     @torch.inference_mode()
     def prepare(self, picture: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "S S 3"]:

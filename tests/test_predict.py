@@ -307,7 +307,8 @@ def test_every_face_is_predicted_on(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert [row["frame"] for row in best] == [str(i) for i in range(48)]
     assert [row for row in best if row["face"] == "1"] == [row for row in table if row["face"] == "1"]
     assert {row["face"] for row in best[: found.tracks[0].end]} == {"1"}
-    assert json.loads((tmp_path / "main" / "pair.json").read_text())["faces_followed"] == "main"
+    main = json.loads((tmp_path / "main" / "pair.json").read_text())
+    assert main["faces_followed"] == "main" and main["segments"] == about["segments"]  # the timeline is the same
     teal = np.array([int(SECOND[i : i + 2], 16) for i in (1, 3, 5)])
     drawn = [
         (np.abs(frame[:200].astype(int) - teal).max(2) < 30).sum()

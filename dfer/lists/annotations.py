@@ -175,6 +175,8 @@ def write_annotations(
             raise UserError(f"{list_path}: a pack named {packed!r} cannot stand in a list")
     if faces is not None:
         header.append(f"# faces: {faces}")
+        if not fits_header(faces):
+            raise UserError(f"{list_path}: a note on faces, {faces!r}, cannot stand in a list")
     try:
         header.append(f"# sha256: {hash_rows(lines)}")
         data = "".join(f"{line}\n" for line in header + lines).encode()

@@ -868,3 +868,26 @@ def test_real_videos(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert np.isfinite(probabilities(tmp_path / "single_face.csv")).all()
     assert len(all_frames(tmp_path / "single_face.mp4")) == 72
     assert json.loads((tmp_path / "single_face.json").read_text())["window_frames"] == 30
+
+
+def test_a_window_of_a_second_shows_when_a_smile_comes_and_goes() -> None:
+    """With a model that says how much of a smile is in its clip on average: 70 frames at once would hide it."""
+    times = np.arange(100) / 25
+    share = np.clip((times - 1.3) / 0.3 + 0.5, 0, 1) * np.clip((2.7 - times) / 0.3 + 0.5, 0, 1)
+    courses = {}
+    for window in (25, 70):
+        sampler = ClipSampler(0, 8, 1, "eval")
+        windows = place_windows(np.zeros(100, np.int64), window, window // 4)
+
+        def look(clips: list[list[float]], mirrored: bool) -> np.ndarray:
+            return np.array([[np.mean(clip), *[(1 - np.mean(clip)) / 6] * 6] for clip in clips])
+
+        timeline = Timeline(100, windows, sampler, lambda picture: float(picture[0, 0, 0]) / 255, look, 4)
+        for number, smile in enumerate(share):
+            if timeline.wants(number):
+                timeline.add(number, np.full((1, 1, 3), round(255 * smile), np.uint8))
+        courses[window] = timeline.probabilities()[:, 0]
+    course = courses[25]
+    above = times[course > (course.min() + course.max()) / 2]
+    assert above[0] == pytest.approx(1.3, abs=0.5) and above[-1] == pytest.approx(2.7, abs=0.5)
+    assert np.ptp(course) > 0.6 > 2 * np.ptp(courses[70])

@@ -4,12 +4,16 @@ CLIP is a video, animated GIF and WebP among them; a folder of videos, which may
 of JPEG or PNG files, if no video lies in it or in folders within it: the frames of one clip, in natural order (2 before
 10).
 Of each video, DIR gets
-  NAME.csv   a row per frame: frame (from 0), time in seconds, the square that the model saw (centre x, y and side in
-             pixels, tilt in degrees), a probability per emotion, the likeliest; empty where no face is
-  NAME.json  the models, the windows, the share of frames with a face, mean probabilities, runs of one emotion
+  NAME.csv   a row per frame and face: frame (from 0), time in seconds, the face's number (1 is the largest and most
+             central one), the square that the model saw (centre x, y and side in pixels, tilt in degrees), a
+             probability per emotion, the likeliest; at_end: 1 where the face begins or ends less than half a window
+             away, so that no window has the frame in its middle; empty where no face is
+  NAME.json  the models; the windows in frames and seconds, and latency_seconds: how long after a frame all windows that
+             it lies in are over; the share of frames with a face, mean probabilities, runs of one emotion, the faces
   NAME.png   the emotions over time
   NAME.mp4   the video with all of it in the picture; with --annotate gif NAME.gif, smaller and of 15 frames/s at most
-A video without a face has the first two. The face is followed as by prepare_videos.py, but through cuts too. Several
+A video without a face has the first two. Faces are followed as by prepare_videos.py; a cut ends a face, and the same
+person is another face after it. The timeline is, in each frame, of the largest and most central face. Several
 checkpoints (folds, seeds) are averaged.
 
 Exit code 0: all were read; 1: what was not is named, one per line, the others are done; 2: something is to be changed.

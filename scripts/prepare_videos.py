@@ -26,10 +26,10 @@ from dfer.cli import (
     usable_cores,
 )
 from dfer.files import hash_file, reason
+from dfer.video import detectors
 from dfer.video.clips import ClipOptions, ClipResult
-from dfer.video.faces import make_detector
 from dfer.video.labels import LABEL_HELP, LabelledVideo, find_labelled_videos, parse_label
-from dfer.video.preparation import LISTS, REPORT, prepare
+from dfer.video.preparation import LISTS, REPORT, begun_with, prepare
 
 
 def warn(line: str) -> None:
@@ -41,9 +41,11 @@ def run(args: argparse.Namespace) -> int:
     for name in (*LISTS, REPORT):
         if args.input.resolve() == (args.out / name).resolve():
             raise UserError(f"--out {args.out}: the list of videos would be overwritten with the list of frames")
+    weights, content = (None, "haar") if args.no_crop else choose_detector(args.detector, args.out)
     options = ClipOptions(
         crop=not args.no_crop,
-        detector=args.detector,
+        detector=weights,
+        level=not args.no_level,
         margin=args.margin,
         size=args.size,
         fps=args.fps,
@@ -52,23 +54,31 @@ def run(args: argparse.Namespace) -> int:
     )
     label = None if args.label is None else parse_label(args.label)
     videos = find_labelled_videos(args.input, label, args.unlabelled, warn)
-    detector = check_detector(args.detector) if options.crop else "haar"
-    results = prepare(videos, args.out, options, detector, args.workers)
+    results = prepare(videos, args.out, options, content, args.workers)
+    if options.crop and weights is None:
+        print("faces were looked for with OpenCV's Haar cascade, which sees frontal ones only")
     return summarize(videos, results, args.out, args.unlabelled)
 
 
-def check_detector(model: Path | None) -> str:
-    """Return what stands for the content of the detector's file.
+def choose_detector(asked: Path | None, out: Path) -> tuple[Path | None, str]:
+    """Return YuNet's file, None for Haar, and what stands for its content.
 
     Raises:
-        UserError: if it cannot be used; here, in one line, rather than in each worker.
+        UserError: if it cannot be used; here, in one line, rather than in each worker. Also if the folder was begun
+            with YuNet, and Haar would take its place only since YuNet cannot be fetched now.
     """
+    weights = detectors.find_weights(asked)
+    begun = begun_with(out)
+    if weights is None and detectors.named(asked) is None and begun not in (None, "haar"):
+        raise UserError(
+            f"{out}: was begun with YuNet, which is not to be had now; --detector haar makes all of it anew with Haar"
+        )
     try:
-        content = "haar" if model is None else hash_file(model)
+        content = "haar" if weights is None else hash_file(weights)
     except OSError as error:
-        raise UserError(f"{model}: cannot be read ({reason(error)})") from None
-    make_detector(model)
-    return content
+        raise UserError(f"{weights}: cannot be read ({reason(error)})") from None
+    detectors.make_detector(weights)
+    return weights, content
 
 
 def summarize(videos: Sequence[LabelledVideo], results: Sequence[ClipResult], out: Path, unlabelled: bool) -> int:
@@ -109,12 +119,7 @@ def make_parser() -> Parser:
     parser.add_argument("input", type=Path, help="folder of videos, a video, or a .txt/.csv list of 'path label' rows")
     parser.add_argument("--out", type=Path, required=True, help="folder to write frames/, list.txt and report.csv to")
     parser.add_argument("--no-crop", action="store_true", help="keep frames as they are: the clips are faces already")
-    parser.add_argument(
-        "--detector",
-        type=Path,
-        metavar="FILE",
-        help="YuNet's .onnx file: finds turned heads too, and levels the eyes (default: Haar, frontal faces, upright)",
-    )
+    detectors.add_arguments(parser)
     parser.add_argument(
         "--margin",
         type=in_range(float, 0, 2),

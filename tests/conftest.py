@@ -14,6 +14,9 @@ from PIL import Image
 from tests.nursery import Nursery
 
 ROOT = Path(__file__).resolve().parents[1]
+YUNET = ROOT.parent / "shared" / "yunet" / "yunet_n_640.onnx"
+# Tests take nothing from the network, nor from a cache: the detector is the one that OpenCV brings, unless a test says.
+os.environ["DFER_YUNET"] = "haar"
 TORCHRUN = ("-m", "torch.distributed.run")
 
 # Small models and products only wait for a second thread, for ever where other tests run beside.

@@ -15,11 +15,12 @@ ONLY_IN = {
     "wandb": {"dfer/run/wandb_log.py"},
     "wandb_workspaces": {"scripts/dashboard.py"},
     "safetensors": {"dfer/run/weight_files.py"},
+    "scenedetect": {"dfer/video/shots.py"},
     "tyro": {"dfer/config.py"},
     "matplotlib": {"dfer/report/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py", "benchmarks/gpu_parts/decoders.py"},
     "cv2": {
-        *("dfer/video/drawn.py", "dfer/video/faces.py", "dfer/video/shots.py"),
+        *("dfer/video/detectors.py", "dfer/video/drawn.py", "dfer/video/faces.py", "dfer/video/shots.py"),
         *("scripts/make_faces.py", "benchmarks/comparison/faults.py", "benchmarks/peers.py"),
     },
 }

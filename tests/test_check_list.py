@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dfer.cli import UserError
 from dfer.lists import checking
 from dfer.lists.annotations import EMOTIONS, read_annotations, write_annotations
 from dfer.lists.formats import ORDERS
@@ -488,6 +489,16 @@ def test_processes_report_what_one_does(tree, capsys, monkeypatch):
 
 def die(*_: object, **__: object) -> None:
     os._exit(1)
+
+
+def test_what_a_list_says_of_its_faces_is_kept(tree, capsys):
+    said = "yunet 25a606a145a5, eyes level, margin 0.1"
+    write_annotations(tree / "a.txt", [("data/Daily Life/Fear/0006", 9, 6)], faces=said)
+    assert check(capsys, tree / "a.txt", "--write", tree / "b.txt")[0] == 0
+    assert f"# faces: {said}" in (tree / "b.txt").read_text().splitlines()
+    with pytest.raises(UserError, match="cannot stand in a list"):
+        write_annotations(tree / "c.txt", [("a", 3, 6)], faces="two\nlines")
+    assert not (tree / "c.txt").exists()
 
 
 def test_a_process_that_dies_ends_the_check(tree, capsys, monkeypatch):

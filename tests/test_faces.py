@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from dfer.video import detectors
 from dfer.video import faces as fa
-from dfer.video.shots import is_cut, thumbnail
 from scripts import make_faces as mf
 
 FRAME = np.zeros((100, 160, 3), np.uint8)
@@ -106,6 +106,64 @@ def test_two_faces_that_come_and_go_are_two_tracks() -> None:
         np.testing.assert_array_equal(track.boxes, [face(s) for s in track.samples])
 
 
+def close_by_pixels(track: fa.Track, i: int) -> float:
+    """Of detection i of a track and what was there before it: pixels counted at four for each one."""
+    (s, a), (t, b) = ((track.samples[k], track.boxes[k]) for k in (i - 1, i))
+    places = [a[:2]]
+    if i > 1:
+        r, before = track.samples[i - 2], track.boxes[i - 2]
+        places.append(a[:2] + (a[:2] - before[:2]) * ((t - s) / (s - r)))
+    y, x = np.mgrid[-40:180, -40:180] / 2
+    inside = [np.maximum(abs(x - px), abs(y - py)) < side / 2 for (px, py), side in
+              [*((place, a[2]) for place in places), (b[:2], b[2])]]  # fmt: skip
+    best = max((one & inside[-1]).sum() / (one | inside[-1]).sum() for one in inside[:-1])
+    return best * min(a[2] / b[2], b[2] / a[2])
+
+
+def test_faces_that_are_close_overlap_and_are_of_one_size() -> None:
+    rng = np.random.default_rng(5)
+    for length in (1, 2, 3):
+        for _ in range(6):
+            rows = boxes(*[(*rng.uniform(30, 50, 2), rng.uniform(15, 40), 0) for _ in range(length + 1)])
+            samples = np.cumsum(rng.integers(1, 4, length + 1))
+            history = [(int(s), box) for s, box in zip(samples[:-1], rows[:-1], strict=True)]
+            (close,) = fa.closeness(history, int(samples[-1]), rows[-1:])
+            assert close == pytest.approx(close_by_pixels(fa.Track(samples, rows), length), abs=0.03)
+
+
+def test_a_fast_face_is_followed_as_it_moved() -> None:
+    still = [boxes((50, 50, 20, 0))] * 3
+    moving = [boxes((x, 50, 20, 0)) for x in (20, 30, 44, 62, 82)]  # in the end it leaves the place where it was
+    far = [boxes((75, 50, 20, 0))] * 3
+    assert [len(fa.link_tracks(rows, np.zeros(len(rows), np.int64))) for rows in (moving, still + far)] == [1, 2]
+
+
+def test_a_track_ends_where_the_box_jumps_and_the_face_changes() -> None:
+    """Each of the two alone ends none, nor does a gap."""
+    rng = np.random.default_rng(6)
+    one, other = rng.integers(0, 256, (2, 192), dtype=np.uint8)
+    here, there = boxes((50, 50, 20, 0)), boxes((59, 50, 20, 0))  # they overlap by 0.38
+    shots = np.zeros(4, np.int64)
+    for rows, looks, count in (
+        ([here] * 4, [one, one, other, other], 1),
+        ([here, here, there, there], [one] * 4, 1),
+        ([here, here, there, there], [one, one, one // 2 + 60, one], 1),  # another light
+        ([here, here, there, there], [one, one, other, other], 2),
+        ([here, boxes(), here, here], [one, None, one, one], 1),
+        ([here, boxes(), here, here], [one, None, other, other], 2),  # who comes when the other was lost
+    ):
+        assert len(fa.link_tracks(rows, shots, [[] if look is None else [look] for look in looks])) == count
+
+
+def test_the_look_of_a_face_is_its_square_made_small() -> None:
+    frame = np.zeros((100, 160, 3), np.uint8)
+    frame[30:70, 60:80], frame[30:70, 80:100] = 200, 40
+    look = fa.face_look(frame, np.array([80.0, 50, 40, 0.7])).reshape(fa.LOOK, fa.LOOK, 3)
+    assert (look[:, :4] == 200).all() and (look[:, 4:] == 40).all()
+    for outside in ((-50, 50), (500, 50), (80, -90), (80, 400), (0, 0)):  # a box may reach over the edge, or lie beyond
+        assert fa.face_look(frame, np.array([*outside, 40.0, 0])).shape == (3 * fa.LOOK**2,)
+
+
 @pytest.mark.parametrize(("missed", "count"), [(fa.MAX_GAP - 1, 1), (fa.MAX_GAP, 2)])
 def test_a_track_bridges_short_gaps_only(missed: int, count: int) -> None:
     faces = [boxes((50, 50, 20, 0)), *[boxes()] * missed, boxes((51, 50, 20, 0))]
@@ -128,10 +186,11 @@ def test_the_best_overlap_goes_first_and_every_detection_is_in_one_track() -> No
     linked = sorted((int(s), *box) for track in tracks for s, box in zip(track.samples, track.boxes, strict=True))
     assert linked == sorted((s, *box) for s, rows in enumerate(faces) for box in rows)
     for track in tracks:
-        for (s, a), (t, b) in itertools.pairwise(zip(track.samples, track.boxes, strict=True)):
+        for s, t in itertools.pairwise(track.samples):
             assert s < t <= s + fa.MAX_GAP
             assert s // 15 == t // 15
-            assert fa.overlaps(a, b[None])[0] >= fa.MIN_OVERLAP
+        for i in range(1, len(track.samples)):
+            assert close_by_pixels(track, i) >= fa.MIN_CLOSENESS - 0.05
     near, far = (50, 50, 20, 0), (55, 50, 20, 0)
     a, b = fa.link_tracks([boxes((49, 50, 20, 0)), boxes(far, near)], np.zeros(2, np.int64))
     assert (a.boxes[-1][0], b.boxes[0][0]) == (50, 55)
@@ -247,35 +306,13 @@ def test_a_tilted_face_comes_out_level() -> None:
         cv2.circle(frame, eye, 5, (255, 255, 255), -1)
     row = np.zeros((1, 15))
     row[0, :8] = 50, 20, 60, 70, *left, *right
-    (box,) = fa.yunet_boxes(row)
+    (box,) = detectors.yunet_boxes(row)
     np.testing.assert_allclose(box, (80, 55, 70, math.atan2(20, 40)))
     crop = fa.crop_face(frame, box, 70)
     left_eye, right_eye = (np.argwhere(half.max(axis=2) > 128).mean(axis=0) for half in (crop[:, :35], crop[:, 35:]))
     assert abs(left_eye[0] - right_eye[0]) < 1
     assert right_eye[1] + 35 - left_eye[1] == pytest.approx(math.hypot(20, 40), abs=1)
-    assert fa.yunet_boxes(np.zeros((0, 15))).shape == (0, 4)
-
-
-def different_shots(before: np.ndarray, after: np.ndarray) -> bool:
-    return is_cut(thumbnail(before), thumbnail(after))
-
-
-def test_cuts_are_other_pictures_not_other_light() -> None:
-    rng = np.random.default_rng(3)
-    scenes = [
-        cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (160, 100), interpolation=cv2.INTER_CUBIC)
-        for _ in range(12)
-    ]
-    for a, b in itertools.combinations(scenes, 2):
-        assert different_shots(a, b)
-    for scene in scenes:
-        assert not different_shots(scene, scene)
-        assert not different_shots(scene, (scene * 0.6).astype(np.uint8))  # a lamp
-        assert not different_shots(scene, np.roll(scene, 3, axis=1))  # the camera
-        grain = np.clip(scene + rng.normal(0, 20, scene.shape), 0, 255).astype(np.uint8)
-        assert not different_shots(scene, grain)
-    assert not different_shots(FRAME, FRAME)
-    assert different_shots(FRAME, scenes[0])
+    assert detectors.yunet_boxes(np.zeros((0, 15))).shape == (0, 4)
 
 
 def follow(
@@ -327,7 +364,7 @@ def test_only_the_frames_around_the_face_are_kept() -> None:
 def test_a_cut_ends_the_track_and_is_searched() -> None:
     face = boxes((80, 50, 30, 0))
     found, searched = follow([face] * 40 + [face] * 50, [0] * 40 + [1] * 50)
-    assert 40 in searched
+    assert any(40 <= frame < 43 for frame in searched)
     assert kept(found) == list(range(40, 90))
     assert found.cuts == 1
     found, _ = follow([face] * 50 + [boxes()] * 40, [0] * 50 + [1] * 40)
@@ -359,7 +396,7 @@ def test_faces_seen_at_once() -> None:
 
 
 def test_drawn_faces_are_found_and_framed() -> None:
-    detect = fa.make_detector()
+    detect = detectors.make_detector()
     for person, emotion in ((0, 0), (1, 2), (3, 4)):  # not all drawings are found
         image = next(mf.frames(mf.apex_script(0, person, emotion)))[:, :, ::-1].copy()
         (box,) = detect(image)
@@ -374,7 +411,7 @@ def test_drawn_faces_are_found_and_framed() -> None:
 
 def test_yunet_by_its_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "toy.onnx").write_bytes(toy_yunet(0.3))
-    detect = fa.make_detector(tmp_path / "toy.onnx")
+    detect = detectors.make_detector(tmp_path / "toy.onnx")
     for width, height in ((128, 96), (130, 90), (64, 64)):
         frame = np.zeros((height, width, 3), np.uint8)
         assert len(detect(frame)) == 0
@@ -391,5 +428,5 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path: Path, capfd: pytest.Captu
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="not a YuNet model"):
-            fa.make_detector(tmp_path / name)
+            detectors.make_detector(tmp_path / name)
     assert capfd.readouterr() == ("", "")

@@ -34,17 +34,20 @@ from dfer.predict.output import spaced_frames
 from dfer.predict.predictor import Model
 from dfer.predict.progress import VideoProgress
 from dfer.predict.timeline import Timeline, place_windows, segments
-from dfer.report.figures import ACCENT
+from dfer.report.figures import ACCENT, SECOND
 from dfer.report.lanes import Lanes
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.distributed import World
 from dfer.video.decode import BadVideo, decode
-from dfer.video.faces import crop_face, find_face, make_detector
+from dfer.video.detectors import make_detector
+from dfer.video.faces import crop_face, find_face
 from dfer.video.write import record, write_gif, write_mp4
 from scripts import predict as pr
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT
+from tests.drawn_scenes import room
 from tests.oracle import resize
+from tests.test_faces import toy_yunet
 from tests.test_prepare_videos import REAL, noise, person, write_video
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
@@ -251,6 +254,67 @@ def test_the_stream_says_what_a_list_of_all_frames_does(
     assert (~np.isnan(want[:, 0])).sum() >= {"one": 31, "sub/two": 40}[name]
     np.testing.assert_allclose(found, want, atol=1e-4)
     assert np.ptp(want[~np.isnan(want[:, 0])], axis=0).max() > 1e-3 or window == 99  # else nothing is shown
+
+
+def by_hand(model: Model, frames: list[np.ndarray], boxes: np.ndarray, window: int, stride: int) -> np.ndarray:
+    """The mean of the windows over one face, which has a box in each of the frames."""
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    said: list[list[np.ndarray]] = [[] for _ in frames]
+    length = min(window, len(frames))
+    for first in sorted({*range(0, len(frames) - length, stride), len(frames) - length}):
+        picked = [first + int((s + 0.5) * length / 4) for s in range(4)]
+        clip = [(resize(crop_face(frames[i], boxes[i], 224, 0.1), 32) / 255 - mean) / std for i in picked]
+        tensor = torch.tensor(np.stack(clip), dtype=torch.float32).permute(0, 3, 1, 2)[None]
+        with torch.inference_mode():
+            p = F.softmax(model._net(tensor).logits, 1)[0].numpy()
+        for i in range(first, first + length):
+            said[i].append(p)
+    return np.array([np.mean(s, axis=0) for s in said])
+
+
+def test_every_face_is_predicted_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One who is there throughout, and one who comes later and goes earlier; to the detector a white cell is a face."""
+    (tmp_path / "toy.onnx").write_bytes(toy_yunet(0.2))
+    pair = [room(3, 96, 128) // 2 + np.uint8(i) for i in range(48)]
+    for i, frame in enumerate(pair):
+        frame[40:48, 64:72] = 255
+        if 12 <= i < 42:
+            frame[72:80, 8:16] = 255
+    video = write_video(tmp_path / "pair.mp4", pair)
+    flags = ("--checkpoint", run, "--window", 14, "--stride", 5, "--detector", tmp_path / "toy.onnx")
+    assert predict(video, *flags, "--out", tmp_path / "all") == 0
+    assert "2 faces at once" in (line := capsys.readouterr().out) and "NAME.csv and NAME.json have each" in line
+    assert predict(video, *flags, "--out", tmp_path / "main", "--faces", "main", "--annotate", "none") == 0
+    assert "NAME" not in capsys.readouterr().out
+    frames = [np.asarray(image) for _, image in decode(video)]
+    found = find_face(
+        ((i / 25, f) for i, f in enumerate(frames)), make_detector(tmp_path / "toy.onnx"), every_track=True
+    )
+    assert len(found.tracks) == found.faces_at_once == 2 and found.tracks[1].first == 12
+    table, about = rows(tmp_path / "all" / "pair.csv"), json.loads((tmp_path / "all" / "pair.json").read_text())
+    assert (about["faces_followed"], len(about["faces"])) == ("all", len(found.tracks))
+    assert [row["frame"] for row in table] == sorted((row["frame"] for row in table), key=int)
+    for number, (track, summary) in enumerate(zip(found.tracks, about["faces"], strict=True), start=1):
+        own = [row for row in table if row["face"] == str(number)]
+        assert [int(row["frame"]) for row in own] == list(range(track.first, track.end))
+        want = by_hand(load_model(run), frames[track.first : track.end], track.boxes, 14, 5)
+        given = np.array([[float(row[f"p_{e}"]) for e in EMOTIONS] for row in own])
+        np.testing.assert_allclose(given, want, atol=1e-4)
+        assert (summary["face"], summary["first_frame"], summary["last_frame"]) == (number, track.first, track.end - 1)
+        np.testing.assert_allclose([summary["mean_probabilities"][e] for e in EMOTIONS], given.mean(0), atol=2e-6)
+        np.testing.assert_allclose([float(row["box_x"]) for row in own], track.boxes[:, 0], atol=0.06)
+    best = rows(tmp_path / "main" / "pair.csv")
+    assert [row["frame"] for row in best] == [str(i) for i in range(48)]
+    assert [row for row in best if row["face"] == "1"] == [row for row in table if row["face"] == "1"]
+    assert {row["face"] for row in best[: found.tracks[0].end]} == {"1"}
+    main = json.loads((tmp_path / "main" / "pair.json").read_text())
+    assert main["faces_followed"] == "main" and main["segments"] == about["segments"]  # the timeline is the same
+    teal = np.array([int(SECOND[i : i + 2], 16) for i in (1, 3, 5)])
+    drawn = [
+        (np.abs(frame[:200].astype(int) - teal).max(2) < 30).sum()
+        for frame in all_frames(tmp_path / "all" / "pair.mp4")
+    ]
+    assert (np.array(drawn)[[2, 25, 46]] > 150).tolist() == [False, True, False]  # the other one's tag
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -521,7 +585,7 @@ def test_the_square_is_where_the_face_is(run: Path, videos: Path, tmp_path: Path
         assert abs(float(near["box_x"]) - (152 + i)) < 20 and abs(float(near["box_y"]) - 128) < 25
         assert float(far["box_side"]) == pytest.approx(2 * float(near["box_side"]), abs=0.2)
     assert np.abs(probabilities(tmp_path / "one.csv") - probabilities(wide / "one.csv")).max() > 1e-3
-    assert json.loads((wide / "one.json").read_text())["window_frames"] == 12  # the median of the training's clips
+    assert json.loads((wide / "one.json").read_text())["window_frames"] == 25  # a second
 
 
 def test_nothing_is_left_half_written(
@@ -593,16 +657,33 @@ def test_what_is_wrong_is_said_in_a_line(
     assert (videos / "one.mp4").read_bytes() == before
 
 
-def test_a_run_whose_list_is_gone_wants_a_window(
-    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_window_is_a_second_at_the_video_s_own_rate(run: Path, videos: Path, tmp_path: Path) -> None:
+    """Whatever the run was trained on: its list may be gone."""
     run = save_run(tmp_path / "run")
     (run / "train.txt").unlink()
-    assert predict(videos / "none.mp4", "--checkpoint", run, "--out", tmp_path / "out") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("say --window FRAMES") and str(run / "train.txt") in line
-    assert predict(videos / "none.mp4", "--checkpoint", run, "--out", tmp_path / "out", "--window", "2.5s") == 0
-    assert json.loads((tmp_path / "out" / "none.json").read_text())["window_frames"] == 62  # at 25 frames a second
+    frames = [np.asarray(image) for _, image in decode(videos / "none.mp4")]
+    for fps, window, stride in ((5, 5, 1), (25, 25, 6), (60, 60, 15)):
+        write_video(tmp_path / f"{fps}.mp4", frames, pts_ms=[round(1000 * i / fps) for i in range(len(frames))])
+        flags = ("--checkpoint", run, "--out", tmp_path / "out", "--annotate", "none")
+        assert predict(tmp_path / f"{fps}.mp4", *flags) == 0
+        about = json.loads((tmp_path / "out" / f"{fps}.json").read_text())
+        assert (about["window_frames"], about["stride_frames"]) == (window, stride)
+        assert about["window_seconds"] == about["latency_seconds"] == pytest.approx(1, abs=0.03)
+        assert about["stride_seconds"] == pytest.approx(0.25, abs=0.06)
+
+
+def test_frames_are_marked_where_no_window_has_them_in_its_middle(run: Path, videos: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint", run, "--out", tmp_path, "--window", "0.4s", "--annotate", "none")
+    assert predict(videos / "sub" / "two.mp4", *flags) == 0
+    table, about = rows(tmp_path / "two.csv"), json.loads((tmp_path / "two.json").read_text())
+    window = about["window_frames"]
+    faces = np.array([int(row["face"] or 0) for row in table])
+    for i, row in enumerate(table):
+        centred = range(i - window // 2, i - window // 2 + window)
+        inside = all(0 <= j < len(table) and faces[j] == faces[i] for j in [*centred, i + window // 2])
+        assert row["at_end"] == ("" if not faces[i] else str(int(not inside)))
+    marked = [sum(row["at_end"] == "1" for row in table if row["face"] == str(f["face"])) for f in about["faces"]]
+    assert [face["frames_at_end"] for face in about["faces"]] == marked and 0 < sum(marked) < (faces > 0).sum()
 
 
 # ---- Pictures
@@ -787,3 +868,26 @@ def test_real_videos(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert np.isfinite(probabilities(tmp_path / "single_face.csv")).all()
     assert len(all_frames(tmp_path / "single_face.mp4")) == 72
     assert json.loads((tmp_path / "single_face.json").read_text())["window_frames"] == 30
+
+
+def test_a_window_of_a_second_shows_when_a_smile_comes_and_goes() -> None:
+    """With a model that says how much of a smile is in its clip on average: 70 frames at once would hide it."""
+    times = np.arange(100) / 25
+    share = np.clip((times - 1.3) / 0.3 + 0.5, 0, 1) * np.clip((2.7 - times) / 0.3 + 0.5, 0, 1)
+    courses = {}
+    for window in (25, 70):
+        sampler = ClipSampler(0, 8, 1, "eval")
+        windows = place_windows(np.zeros(100, np.int64), window, window // 4)
+
+        def look(clips: list[list[float]], mirrored: bool) -> np.ndarray:
+            return np.array([[np.mean(clip), *[(1 - np.mean(clip)) / 6] * 6] for clip in clips])
+
+        timeline = Timeline(100, windows, sampler, lambda picture: float(picture[0, 0, 0]) / 255, look, 4)
+        for number, smile in enumerate(share):
+            if timeline.wants(number):
+                timeline.add(number, np.full((1, 1, 3), round(255 * smile), np.uint8))
+        courses[window] = timeline.probabilities()[:, 0]
+    course = courses[25]
+    above = times[course > (course.min() + course.max()) / 2]
+    assert above[0] == pytest.approx(1.3, abs=0.5) and above[-1] == pytest.approx(2.7, abs=0.5)
+    assert np.ptp(course) > 0.6 > 2 * np.ptp(courses[70])

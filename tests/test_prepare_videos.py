@@ -5,6 +5,7 @@ And to faces: one steady face per clip, what was kept is told, and a run that wa
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -30,15 +31,17 @@ from dfer.lists.index import build_index
 from dfer.video import clips as vc
 from dfer.video import preparation
 from dfer.video.decode import BadVideo, decode
-from dfer.video.faces import find_face, make_detector
+from dfer.video.detectors import make_detector
+from dfer.video.faces import find_face
 from dfer.video.find import MAX_NAME
 from dfer.video.labels import find_labelled_videos, parse_label
 from scripts import make_faces as mf
 from scripts import prepare_videos as pv
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, YUNET, run_python
 from tests.test_faces import toy_yunet
 
 REAL = ROOT.parent / "shared" / "videos"
+needs_yunet = pytest.mark.skipif(not YUNET.is_file(), reason="YuNet's weights are not beside this checkout")
 FAST = {"preset": "ultrafast", "crf": "10", "bf": "2", "g": "5"}  # with B-frames, which come out of order from the file
 STEP = 8  # grey levels between one frame of a counter and the next
 
@@ -849,26 +852,47 @@ def test_detector_by_its_file(
         vc._detector.cache_clear()  # as in a new process
         assert crop(*arguments, "--detector", model) == 0
         assert rows(tmp_path / "out") == ["frames/v 5 0"]
+        header = f"# faces: yunet {hashlib.sha256(toy_yunet(tilt)).hexdigest()[:12]}, eyes level, margin 0\n"
+        assert header in (tmp_path / "out" / "list.txt").read_text()
         image = np.asarray(Image.open(tmp_path / "out" / "frames" / "v" / "00003.jpg").convert("L"))
         assert image.shape == (64, 64)
         assert image[30:34, 30:34].min() > 200  # of 32 px the middle 8 are white
         assert (image[24, 24] > 100) == (tilt == 0)  # a corner of the upright block, not of the turned one
         assert image[:20].max() < 60
+    assert crop(*arguments, "--detector", model, "--no-level") == 0  # another crop, so made again
+    assert ", upright, margin 0\n" in (tmp_path / "out" / "list.txt").read_text()
+    image = np.asarray(Image.open(tmp_path / "out" / "frames" / "v" / "00003.jpg").convert("L"))
+    assert image[24, 24] > 100
     for bad in (b"nonsense", None):
         model.unlink()
         if bad:
             model.write_bytes(bad)
         line = assert_refused(capsys, *arguments, "--detector", model, run=crop)
         assert f"{model}: " in line
+    (tmp_path / "empty").mkdir()
+    monkeypatch.delenv("DFER_YUNET")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr("dfer.video.detectors.YUNET_URL", "http://127.0.0.1:9/nobody.listens")
+    capsys.readouterr()
+    assert crop(*arguments) == 2  # Haar, which nobody asked for, would make all of it anew
+    note, line = capsys.readouterr().err.splitlines()
+    assert "note: YuNet's weights cannot be fetched" in note
+    assert ": was begun with YuNet, which is not to be had now; --detector haar makes all of it anew with Haar" in line
+    assert rows(tmp_path / "out") == ["frames/v 5 0"]
+    monkeypatch.setenv("DFER_YUNET", "haar")
     monkeypatch.delattr(cv2, "CascadeClassifier")
     assert "has no Haar detector: install" in assert_refused(capsys, *arguments, run=crop)
     assert (tmp_path / "out" / "list.txt").exists()  # untouched
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")
-def test_real_faces(tmp_path: Path) -> None:
-    done = run_python("scripts/prepare_videos.py", str(REAL), "--out", str(tmp_path), "--label", "0", "--workers", "2")
+@pytest.mark.parametrize("detector", ["haar", pytest.param(YUNET, marks=needs_yunet)])
+def test_real_faces(tmp_path: Path, detector: object) -> None:
+    done = run_python(
+        "scripts/prepare_videos.py", str(REAL), "--out", str(tmp_path), "--label", "0", DFER_YUNET=str(detector)
+    )
     assert done.returncode == 1
+    assert ("Haar cascade, which sees frontal ones only" in done.stdout) == (detector == "haar")
     without = ["h264_10bits.mp4", "h265_10bits.mp4", "no_face.mp4"]
     assert done.stderr.splitlines() == [f"prepare_videos: {REAL}/{name}: no face" for name in without]
     assert rows(tmp_path) == ["frames/face_noface 72 0", "frames/single_face 72 0"]  # the cut is at frame 72
@@ -882,7 +906,8 @@ def test_real_faces(tmp_path: Path) -> None:
             assert image.shape == (224, 224, 3)
             cheeks = image[120:150, [*range(75, 95), *range(130, 150)]].mean(axis=(0, 1))
             assert cheeks[0] > cheeks[1] + 20 > cheeks[2] + 20
-            assert make_detector()(np.pad(image.astype(np.uint8), ((50, 50), (50, 50), (0, 0)))).shape == (1, 4)
+            again = make_detector(None if detector == "haar" else YUNET)
+            assert again(np.pad(image.astype(np.uint8), ((50, 50), (50, 50), (0, 0)))).shape == (1, 4)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this checkout")

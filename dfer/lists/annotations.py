@@ -139,6 +139,7 @@ def write_annotations(
     rows: Sequence[tuple[str, int, int]],
     root: str | Path | None = None,
     packed: str | None = None,
+    faces: str | None = None,
 ) -> None:
     """Write the canonical list of (name, num_frames, label) rows, whole or not at all.
 
@@ -147,6 +148,7 @@ def write_annotations(
         rows: (name, num_frames, label) of each video.
         root: folder in which the names start, stored as given. None: the folder of the list.
         packed: name of the .npz file beside the list that says where the clips lie, if they are packed.
+        faces: how the faces were found and cropped, in words; it is read by people.
 
     Raises:
         UserError: if a row cannot be written so that it reads back the same.
@@ -170,6 +172,10 @@ def write_annotations(
         header.append(f"# packed: {packed}")
         if not fits_header(packed):
             raise UserError(f"{list_path}: a pack named {packed!r} cannot stand in a list")
+    if faces is not None:
+        header.append(f"# faces: {faces}")
+        if not fits_header(faces):
+            raise UserError(f"{list_path}: a note on faces, {faces!r}, cannot stand in a list")
     try:
         header.append(f"# sha256: {hash_rows(lines)}")
         data = "".join(f"{line}\n" for line in header + lines).encode()
@@ -231,7 +237,7 @@ def read_header(lines: Sequence[str]) -> dict[str, str]:
         if line and not line.startswith("#"):
             break
         key, colon, value = line.lstrip("# ").partition(":")
-        if colon and key in ("classes", "root", "packed", "sha256"):
+        if colon and key in ("classes", "root", "packed", "faces", "sha256"):
             header[key] = value.strip()
     return header
 

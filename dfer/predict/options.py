@@ -3,12 +3,11 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dfer.cli import UserError, in_range
 from dfer.predict.predictor import Duration, Model, Predictor, Resize
-from dfer.video.faces import make_detector
+from dfer.video import detectors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,15 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window",
         type=parse_duration,
         metavar="N",
-        help="frames (70) or seconds (2.5s) that the model sees at once (default: the median length of the clips that "
-        "it was trained on, in frames: if those had another frame rate than your videos, say seconds)",
+        default=Duration(1.0, True),
+        help="seconds (1s) or frames (25) that the model sees at once: a shorter one shows shorter expressions, and as "
+        "long as it lasts nothing final can be said of a frame (1s, at the video's own rate)",
     )
     parser.add_argument(
-        "--stride", type=parse_duration, metavar="N", help="from a window to the next (default: a quarter of a window)"
+        "--stride", type=parse_duration, metavar="N", help="from a window to the next (a quarter of a window)"
     )
     parser.add_argument("--no-crop", action="store_true", help="the videos are faces already: see all of each frame")
+    detectors.add_arguments(parser)
     parser.add_argument(
-        "--detector", type=Path, metavar="FILE", help="YuNet's .onnx file (default: Haar), as of prepare_videos.py"
+        "--faces",
+        choices=("all", "main"),
+        default="all",
+        help="predict on every face that is followed, or in each frame on the largest and most central one (all)",
     )
     parser.add_argument("--margin", type=in_range(float, 0, 2), default=0.1, help="as of prepare_videos.py (0.1)")
     parser.add_argument(
@@ -65,6 +69,8 @@ def build_predictor(args: argparse.Namespace, resize: Resize) -> Predictor:
         raise UserError("--device cuda: no NVIDIA GPU is visible here")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     models = [Model(path, device, args.amp, resize) for path in args.checkpoint]
-    window = args.window or Duration(float(np.median([n for m in models for n in m.training_lengths()])), False)
-    detect = None if args.no_crop else make_detector(args.detector)
-    return Predictor(models, detect, args.margin, window, args.stride, args.fps)
+    detect = name = None
+    if not args.no_crop:
+        weights = detectors.find_weights(args.detector)
+        detect, name = detectors.make_detector(weights, not args.no_level), "haar" if weights is None else "yunet"
+    return Predictor(models, detect, args.margin, args.window, args.stride, args.fps, name, args.faces)

@@ -6,16 +6,16 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Bool, Float64, Int64, UInt8
 
 from dfer.cli import printable
 from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.predict.inputs import ANNOTATED, InputVideo, ShowProgress, read_pictures
-from dfer.predict.overlay import Overlay, timeline_picture
+from dfer.predict.overlay import OtherFace, Overlay, timeline_picture
 from dfer.predict.predictor import Model, Predictor, VideoPrediction
 from dfer.predict.timeline import segments
 from dfer.video.write import write_gif, write_mp4
@@ -29,20 +29,69 @@ GIF_SAMPLES = 24  # frames that its 256 colours are chosen from
 
 
 def to_csv(prediction: VideoPrediction) -> str:
-    """Return the content of NAME.csv: a row per frame."""
+    """Return the content of NAME.csv: a row per frame and face in it; a row without numbers if no face is in it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     box_columns = ["box_x", "box_y", "box_side", "box_tilt"]
-    writer.writerow(["frame", "time", *box_columns, *(f"p_{e}" for e in EMOTIONS), "emotion"])
-    for number, (time, p) in enumerate(zip(prediction.times, prediction.probabilities, strict=True)):
-        box, row = [""] * 4, [""] * (len(EMOTIONS) + 1)
-        if prediction.track[number] >= 0:
-            row = [*(f"{x:.6f}" for x in p), EMOTIONS[int(p.argmax())]]
-            if prediction.boxes is not None:
-                x, y, side, tilt = prediction.boxes[number]
+    writer.writerow(["frame", "time", "face", *box_columns, *(f"p_{e}" for e in EMOTIONS), "emotion", "at_end"])
+    nothing = [""] * (len(box_columns) + len(EMOTIONS) + 3)
+    rows: list[list[list[object]]] = [[] for _ in prediction.times]
+    for face in followed(prediction):
+        for i, (number, p) in enumerate(zip(face.frames.tolist(), face.probabilities, strict=True)):
+            box = [""] * len(box_columns)
+            if face.boxes is not None:
+                x, y, side, tilt = face.boxes[i]
                 box = [f"{x:.1f}", f"{y:.1f}", f"{side:.1f}", f"{np.degrees(tilt):.1f}"]
-        writer.writerow([number, f"{time:.4f}", *box, *row])
+            emotion = EMOTIONS[int(p.argmax())]
+            rows[number].append([face.number, *box, *(f"{x:.6f}" for x in p), emotion, int(face.at_end[i])])
+    for number, time in enumerate(prediction.times):
+        writer.writerows([number, f"{time:.4f}", *row] for row in rows[number] or [nothing])
     return text.getvalue()
+
+
+class Followed(NamedTuple):
+    """What was predicted of one face."""
+
+    number: int  # from 1
+    frames: Int64[np.ndarray, " n"]  # rising
+    boxes: Float64[np.ndarray, "n 4"] | None  # None: the whole picture
+    probabilities: Float64[np.ndarray, "n K"]
+    at_end: Bool[np.ndarray, " n"]  # no window has the frame in its middle: the face begins or ends too soon
+
+
+def followed(prediction: VideoPrediction) -> list[Followed]:
+    """Return every face in all its frames, or, if only the best ones were predicted on, each in those that it won."""
+    if prediction.faces:
+        half = prediction.window // 2
+        place = [np.arange(len(face.boxes)) for face in prediction.faces]
+        ends = [(at < half) | (at >= len(at) - half) for at in place]
+        return [
+            Followed(face.number, face.first + at, face.boxes, face.probabilities, end)
+            for face, at, end in zip(prediction.faces, place, ends, strict=True)
+        ]
+    found, at_end = [], prediction.at_end
+    for track in range(int(prediction.track.max(initial=-1)) + 1):
+        frames = np.flatnonzero(prediction.track == track)
+        if len(frames):
+            boxes = None if prediction.boxes is None else prediction.boxes[frames]
+            found.append(Followed(track + 1, frames, boxes, prediction.probabilities[frames], at_end[frames]))
+    return found
+
+
+def _summarize_face(face: Followed, edges: Float64[np.ndarray, " E"]) -> dict[str, Any]:
+    mean = face.probabilities.mean(axis=0)
+    first, last = int(face.frames[0]), int(face.frames[-1])
+    return {
+        "face": face.number,
+        "first_frame": first,
+        "last_frame": last,
+        "start": round(float(edges[first]), 4),
+        "end": round(float(edges[last + 1]), 4),
+        "frames": len(face.frames),
+        "frames_at_end": int(face.at_end.sum()),
+        "emotion": EMOTIONS[int(mean.argmax())],
+        "mean_probabilities": dict(zip(EMOTIONS, mean.round(6).tolist(), strict=True)),
+    }
 
 
 def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[Model]) -> dict[str, Any]:
@@ -61,11 +110,15 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
         "fps": round((len(times) - 1) / times[-1], 4) if len(times) > 1 else None,
         "width": prediction.width,
         "height": prediction.height,
+        "detector": prediction.detector,
         "faces_at_once": prediction.faces_at_once,
         "cuts": prediction.cuts,
         "notes": list(prediction.notes),
         "window_frames": prediction.window,
         "stride_frames": prediction.stride,
+        "window_seconds": round(prediction.window * prediction.interval, 4),
+        "stride_seconds": round(prediction.stride * prediction.interval, 4),
+        "latency_seconds": round(prediction.window * prediction.interval, 4),
         "models": [
             {
                 "checkpoint": printable(m.path),
@@ -75,6 +128,8 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
             }
             for m in models
         ],
+        "faces_followed": "all" if prediction.faces else "main",
+        "faces": [_summarize_face(face, prediction.edges) for face in followed(prediction)],
         "segments": [
             {
                 "emotion": EMOTIONS[emotion],
@@ -100,6 +155,7 @@ def describe(summary: dict[str, Any]) -> str:
         line += f", a face in {summary['frames_with_face']} of {summary['frames']} frames"
     if summary["faces_at_once"] and summary["faces_at_once"] > 1:
         line += f", {summary['faces_at_once']} faces at once, of which the largest and most central one counts"
+        line += " here; NAME.csv and NAME.json have each" if summary["faces_followed"] == "all" else ""
     return line + notes
 
 
@@ -149,9 +205,8 @@ def _write_annotated(
     if annotate == "none":
         return
     longest = {"longest": GIF_SIDE} if annotate == "gif" else {}
-    overlay = Overlay(
-        prediction.height, prediction.width, prediction.edges, prediction.boxes, prediction.probabilities, **longest
-    )
+    size, others = (prediction.height, prediction.width), other_faces(prediction)
+    overlay = Overlay(*size, prediction.edges, prediction.boxes, prediction.probabilities, others=others, **longest)
 
     def annotated(numbers: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
         """Yield times and annotated pictures of those frames, whose numbers rise."""
@@ -167,6 +222,16 @@ def _write_annotated(
         numbers = spaced_frames(prediction.times, GIF_INTERVAL)
         samples = (picture for _, picture in annotated(numbers[:: -(-len(numbers) // GIF_SAMPLES)]))
         write_gif(Path(f"{base}.gif"), annotated(numbers), samples)
+
+
+def other_faces(prediction: VideoPrediction) -> dict[int, list[OtherFace]]:
+    """Return the faces of each frame that has others than the one which its timeline is of."""
+    others: dict[int, list[OtherFace]] = {}
+    for face in prediction.faces:
+        for i in range(len(face.boxes)):
+            if prediction.track[face.first + i] != face.number - 1:
+                others.setdefault(face.first + i, []).append((face.number, face.boxes[i], face.probabilities[i]))
+    return others
 
 
 def spaced_frames(times: Float64[np.ndarray, " N"], interval: float) -> list[int]:

@@ -1,15 +1,20 @@
 """Pictures of a prediction: a frame with the box and the emotion in it, above the probabilities and their timeline."""
 
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
 import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from dfer.lists.annotations import EMOTIONS
 from dfer.report import figures
-from dfer.report.figures import ACCENT, GRID, INK, MUTED
+from dfer.report.figures import ACCENT, GRID, INK, MUTED, SECOND
 from dfer.report.lanes import Lanes, lanes_figure
 
 LONG_SIDE = (480, 1280)  # px; the longer side of the picture is brought into this range, so that faces are legible
+# Its number, its box as in dfer/video/faces.py, and its probabilities.
+OtherFace: TypeAlias = tuple[int, Float64[np.ndarray, " 4"], Float64[np.ndarray, " K"]]
 NARROWEST = 480  # px of the whole; names and bars need so much
 
 
@@ -53,6 +58,7 @@ class Overlay:
         boxes: squares (x, y, side, tilt) as in dfer/video/faces.py; None to draw none.
         probabilities: see `edges`.
         longest: of the picture's sides, in pixels.
+        others: the faces of a frame, by its number, that are drawn besides.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Overlay:
         boxes: Float64[np.ndarray, "N 4"] | None,
         probabilities: Float64[np.ndarray, "N K"],
         longest: int = LONG_SIDE[1],
+        others: Mapping[int, Sequence[OtherFace]] | None = None,
     ):
         scale = min(max(max(height, width), LONG_SIDE[0]), longest) / max(height, width)
         self._size = max(round(scale * width / 2) * 2, 2), max(round(scale * height / 2) * 2, 2)
@@ -74,6 +81,7 @@ class Overlay:
             figure = lanes_figure(self._lanes, edges, probabilities, "now")
             self._panel = Image.fromarray(figures.pixels(figure))
         self._edges, self._boxes, self._probabilities = edges, boxes, probabilities
+        self._others = others or {}
         self._font = ImageFont.truetype(str(figures.FONT), self._lanes.px(16))
 
     def draw(self, number: int, frame: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
@@ -81,13 +89,18 @@ class Overlay:
         whole = Image.new("RGB", (self._lanes.width, self._size[1] + self._lanes.height), "black")
         picture = frame.resize(self._size, Image.Resampling.BILINEAR, reducing_gap=1.0)
         p = self._probabilities[number]
+        for face, box, q in self._others.get(number, ()):
+            corners = box_corners(box) * self._scale
+            self._outline(picture, corners, SECOND)
+            left, top = corners.min(0)
+            self._tag(picture, f"{face}  {EMOTIONS[int(q.argmax())]}  {100 * q.max():.0f} %", left, top, SECOND)
         if np.isnan(p[0]):
             self._tag(picture, "no face", 0.0, 0.0, MUTED)
         else:
             left, top = 0.0, 0.0
             if self._boxes is not None:
                 corners = box_corners(self._boxes[number]) * self._scale
-                self._outline(picture, corners)
+                self._outline(picture, corners, ACCENT)
                 left, top = corners.min(0)
             self._tag(picture, f"{EMOTIONS[int(p.argmax())]}  {100 * p.max():.0f} %", left, top, ACCENT)
         whole.paste(picture, (self._left, 0))
@@ -97,11 +110,11 @@ class Overlay:
         whole.paste(panel, (0, self._size[1]))
         return np.asarray(whole)
 
-    def _outline(self, picture: Image.Image, corners: Float64[np.ndarray, "4 2"]) -> None:
+    def _outline(self, picture: Image.Image, corners: Float64[np.ndarray, "4 2"], colour: str) -> None:
         """Draw a square that stands out on dark and on light pictures."""
         draw, ring = ImageDraw.Draw(picture), [tuple(c) for c in (*corners, *corners[:2])]
         draw.line(ring, "white", self._lanes.px(4), joint="curve")
-        draw.line(ring, ACCENT, self._lanes.px(2), joint="curve")
+        draw.line(ring, colour, self._lanes.px(2), joint="curve")
 
     def _tag(self, picture: Image.Image, text: str, left: float, top: float, colour: str) -> None:
         """Draw text on a ground of its own, which ends at `top`, or begins where the picture does."""

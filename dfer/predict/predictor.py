@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfer.cli import UserError
 from dfer.config import Amp, config_from_json
-from dfer.lists.annotations import read_annotations
+from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet
 from dfer.plan.sampling import ClipSampler
 from dfer.precision import build_precision
@@ -24,7 +24,8 @@ from dfer.predict.timeline import Timeline, place_windows
 from dfer.run.checkpoint import load_checkpoint
 from dfer.state import load_trained
 from dfer.video.decode import BadVideo
-from dfer.video.faces import Detector, crop_face, find_face
+from dfer.video.detectors import Detector
+from dfer.video.faces import FaceTrack, crop_face, find_face
 
 CROP_SIZE = 224  # px; of prepare_videos.py, so that a face has the pixels that training's have
 BATCH_PIXELS = 8 * 16 * 112 * 112  # of the clips of a batch: about 0.5 GB; on a GPU eight times as many
@@ -46,6 +47,28 @@ class Duration(NamedTuple):
         return max(round(self.length * fps if self.in_seconds else self.length), 1)
 
 
+class FacePrediction(NamedTuple):
+    """One face in each frame of its time in one shot."""
+
+    number: int  # from 1, the most prominent one first
+    first: int  # frame
+    boxes: Float64[np.ndarray, "n 4"]  # as in dfer/video/faces.py
+    probabilities: Float64[np.ndarray, "n K"]
+
+    @property
+    def end(self) -> int:
+        """Return the frame after the last."""
+        return self.first + len(self.boxes)
+
+
+class Run(NamedTuple):
+    """Consecutive frames of one face."""
+
+    first: int
+    end: int  # frame after the last
+    boxes: Float64[np.ndarray, "n 4"] | None  # None: the whole picture
+
+
 class VideoPrediction(NamedTuple):
     """The probabilities of each frame of a video, and what they were predicted from."""
 
@@ -60,11 +83,21 @@ class VideoPrediction(NamedTuple):
     stride: int
     probabilities: Float64[np.ndarray, "N K"]  # nan where no face is
     notes: tuple[str, ...] = ()  # on its pictures, see `decode`
+    detector: str | None = None  # yunet or haar
+    faces: tuple[FacePrediction, ...] = ()  # all of them, if all were followed; of the best ones is what stands above
 
     @property
     def interval(self) -> float:
         """Return the seconds from a frame to the next, typically."""
         return float(np.median(np.diff(self.times))) if len(self.times) > 1 else 0.04
+
+    @property
+    def at_end(self) -> Bool[np.ndarray, " N"]:
+        """Return in which frames the timeline's face has begun, or will end, less than half a window away."""
+        marked = np.ones(len(self.times), bool)
+        for run in runs_of(self.track, self.boxes):
+            marked[run.first + self.window // 2 : run.end - self.window // 2] = False
+        return marked
 
     @property
     def edges(self) -> Float64[np.ndarray, " E"]:
@@ -87,7 +120,6 @@ class Model:
         config = config_from_json(state["config"], source=path)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, amp=amp or config.run.amp))
         self.path, self.config, self.step = path, config, state.get("step")
-        self._exported = "exported" in state
         self._device, self._net, self._resize = device, load_trained(state, config).to(device), resize
         self._precision = build_precision(config.run, device)
         data = config.data
@@ -112,24 +144,6 @@ class Model:
         """Return how many pixels of a prepared picture lie from a cell of `maps` to the next."""
         assert isinstance(self._net, DFERNet)  # else there are no maps
         return self._net.backbone.strides[0]
-
-    def training_lengths(self) -> list[int]:
-        """Return how many frames the clips that it was trained on have, as listed.
-
-        Raises:
-            UserError: if the list cannot be read, or an exported model does not name it.
-        """
-        data = self.config.data
-        if self._exported:
-            raise UserError(
-                f"{self.path}: an exported model does not say how long its training's clips are: say --window"
-            )
-        try:
-            return [record.num_frames for record in read_annotations(data.train_list, data.root)]
-        except UserError as error:
-            raise UserError(
-                f"{self.path}: how long its training's clips are cannot be told ({error}); say --window FRAMES"
-            ) from None
 
     @torch.inference_mode()
     def prepare(self, picture: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "S S 3"]:
@@ -172,6 +186,8 @@ class Predictor:
     window: Duration
     stride: Duration | None  # None: a quarter of a window
     fps: float  # of folders of frames
+    detector: str | None = None  # its name: yunet or haar
+    faces: Literal["all", "main"] = "main"
 
     def predict(self, path: Path, show_progress: ShowProgress = iter) -> VideoPrediction:
         """Go through a video twice: for its faces (without a detector: its times), then for the emotions.
@@ -191,10 +207,12 @@ class Predictor:
                 yield time, np.asarray(image)
 
         boxes = faces_at_once = cuts = None
+        tracks: list[FaceTrack] = []
         if self.detect is not None:
             faces = find_face(frames(), self.detect, every_track=True)
             times, track, faces_at_once, cuts = faces.times, faces.track, faces.faces_at_once, faces.cuts
             boxes = faces.boxes * (1, 1, 1 + 2 * self.margin, 1)
+            tracks = [FaceTrack(t.first, t.boxes * (1, 1, 1 + 2 * self.margin, 1)) for t in faces.tracks]
         else:
             times = np.array([time for time, _ in frames()])
             track = np.zeros(len(times), np.int64)
@@ -202,11 +220,18 @@ class Predictor:
             raise BadVideo("it changed while it was read")
         times = times - times[0]
         length, stride = self._window_frames(times)
-        windows = place_windows(track, length, stride)
-        probabilities = self._predict_frames(path, boxes, windows, len(times), show_progress)
+        every = bool(tracks) and self.faces == "all"
+        runs = [Run(t.first, t.end, t.boxes) for t in tracks] if every else runs_of(track, boxes)
+        said = self._predict_runs(path, runs, (length, stride), show_progress)
+        probabilities = np.full((len(times), len(EMOTIONS)), np.nan)
+        for number in reversed(range(len(runs))):  # the best one last, so that it is the one that stays
+            probabilities[runs[number].first : runs[number].end] = said[number]
+        found = (FacePrediction(k + 1, r.first, tracks[k].boxes, said[k]) for k, r in enumerate(runs)) if every else ()
         width, height = size
         return VideoPrediction(
-            height, width, times, boxes, track, faces_at_once, cuts, length, stride, probabilities, tuple(notes)
+            *(height, width, times, boxes, track, faces_at_once, cuts, length, stride, probabilities, tuple(notes)),
+            detector=self.detector,
+            faces=tuple(found),
         )
 
     def _window_frames(self, times: Float64[np.ndarray, " N"]) -> tuple[int, int]:
@@ -218,27 +243,53 @@ class Predictor:
             raise UserError(f"--stride: {stride} frames are more than the window's {length}: some would not be seen")
         return length, stride
 
-    def _predict_frames(
-        self,
-        path: Path,
-        boxes: Float64[np.ndarray, "N 4"] | None,
-        windows: Int64[np.ndarray, "W 2"],
-        num_frames: int,
-        show_progress: ShowProgress,
-    ) -> Float64[np.ndarray, "N K"]:
-        """Return the mean of the models' probabilities of each frame."""
-        timelines = [Timeline(num_frames, windows, m.sampler, m.prepare, m.predict, m.batch_size) for m in self.models]
-        end = int(windows[:, 1].max(initial=0))
-        pictures = itertools.islice(read_pictures(path, self.fps), end)
+    def _predict_runs(
+        self, path: Path, runs: Sequence[Run], windows: tuple[int, int], show_progress: ShowProgress
+    ) -> list[Float64[np.ndarray, "n K"]]:
+        """Return the mean of the models' probabilities of each frame of each run.
+
+        Args:
+            path: the video.
+            runs: of one face each; they may be at the same time.
+            windows: their length and stride, in frames.
+            show_progress: as of `predict`.
+        """
+        said: list[np.ndarray] = [np.zeros((0, len(EMOTIONS)))] * len(runs)
+        waiting = sorted(range(len(runs)), key=lambda r: -runs[r].first)  # the next one last
+        live: dict[int, list[Timeline]] = {}
+        pictures = itertools.islice(read_pictures(path, self.fps), max((run.end for run in runs), default=0))
         for number, (_, image) in enumerate(show_progress(pictures)):
-            wanting = [timeline for timeline in timelines if timeline.wants(number)]
-            if wanting:
-                picture = face_picture(image, boxes, number)
-                for timeline in wanting:
-                    timeline.add(number, picture)
-        if not all(timeline.complete for timeline in timelines):
+            while waiting and runs[waiting[-1]].first == number:
+                index = waiting.pop()
+                live[index] = self._timelines(runs[index].end - number, windows)
+            for index, timelines in list(live.items()):
+                run, frame = runs[index], number - runs[index].first
+                wanting = [timeline for timeline in timelines if timeline.wants(frame)]
+                if wanting:
+                    picture = face_picture(image, run.boxes, frame)
+                    for timeline in wanting:
+                        timeline.add(frame, picture)
+                if number + 1 == run.end:
+                    assert all(timeline.complete for timeline in timelines)
+                    said[index] = np.mean([timeline.probabilities() for timeline in live.pop(index)], axis=0)
+        if waiting or live:
             raise BadVideo("it changed while it was read")
-        return np.mean([timeline.probabilities() for timeline in timelines], axis=0)
+        return said
+
+    def _timelines(self, num_frames: int, windows: tuple[int, int]) -> list[Timeline]:
+        """Return the timelines of a run of so many frames, one for each model."""
+        placed = place_windows(np.zeros(num_frames, np.int64), *windows)
+        return [Timeline(num_frames, placed, m.sampler, m.prepare, m.predict, m.batch_size) for m in self.models]
+
+
+def runs_of(track: Int64[np.ndarray, " N"], boxes: Float64[np.ndarray, "N 4"] | None) -> list[Run]:
+    """Return the runs of frames that one face has after the other; without boxes, of whole frames."""
+    edges = [0, *(np.flatnonzero(np.diff(track)) + 1).tolist(), len(track)]
+    return [
+        Run(first, end, None if boxes is None else boxes[first:end])
+        for first, end in itertools.pairwise(edges)
+        if track[first] >= 0
+    ]
 
 
 def face_picture(

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dfer.files import reason
 from dfer.video.decode import BadVideo, decode
-from dfer.video.faces import crop_face, find_face, make_detector
+from dfer.video.detectors import make_detector
+from dfer.video.faces import crop_face, find_face
 from dfer.video.labels import LabelledVideo
 
 MAX_REPEATS = 100  # by a constant frame rate, of a frame on average; beyond, the time stamps are broken
@@ -32,6 +33,7 @@ class ClipOptions:
     fps: float | None = None
     clip_length: int | None = None
     quality: int = 92
+    level: bool = True  # turn the crop so that the eyes are level, where the detector knows them
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _read_pictures(path: Path, options: ClipOptions, found: _Found) -> Iterator[
     boxes = None
     if options.crop:
         frames = ((time, np.asarray(image)) for time, image in decode(path, notes=found.notes))
-        faces = find_face(frames, _detector(options.detector))
+        faces = find_face(frames, _detector(options.detector, options.level))
         times, boxes = faces.times, faces.boxes
         found.faces, found.cuts = faces.faces_at_once, faces.cuts
     else:

@@ -1,34 +1,30 @@
 """Faces in a video: detections -> tracks -> the one track of the clip -> a smooth square box per frame -> crops.
 
-A clip to train on is one face in one shot; in a video to predict on, each frame has the best of the tracks it lies in.
+A clip to train on is one face in one shot; in a video to predict on, each frame has the best of the tracks it lies in,
+and every track is a face of its own.
 
 Frames are (H, W, 3) uint8, RGB. A box is a row (x, y, side, tilt): the centre of an upright square in pixels, where
 (0, 0) is the picture's upper left corner, the square's side in pixels, and the slope of the line between the eyes in
 radians, positive where the eye on the right lies lower; 0 where the detector knows no eyes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
-from dfer.cli import UserError
-from dfer.video.shots import is_cut, thumbnail
+from dfer.video.detectors import Detector
+from dfer.video.shots import ShotDetector
 
-DETECT_LONG_SIDE = 480  # px; in so small a picture a face is found as well, and 2 to 10 times faster
-MIN_FACE = 0.1  # smallest face, of the picture's shorter side
-HAAR_NEIGHBOURS = 8  # OpenCV's usual 3 finds faces in foliage and folds
-YUNET_SCORE = 0.8
 DETECT_S = 0.095  # at most some ten detections a second: a head moves little in between
 MAX_GAP = 5  # samples from one detection to the next of a track: half a second
-MIN_OVERLAP = 0.3  # intersection over union of a face with itself, MAX_GAP samples later at worst
+MIN_CLOSENESS = 0.3  # of a face with itself, MAX_GAP samples later at worst
+JUMP, SAME_FACE = 0.5, 0.85  # below this overlap, or after a gap, a face must look the same, by this correlation
+LOOK = 8  # px of the picture that is kept of a detected face
 MIN_DETECTIONS = 5  # of a track, or half of all samples in a video too short for that
 SMOOTH_S = 0.2  # standard deviation of the kernel that box coordinates are smoothed with
-
-Detector = Callable[[UInt8[np.ndarray, "H W 3"]], Float64[np.ndarray, "K 4"]]
 
 
 @dataclass(frozen=True)
@@ -40,71 +36,28 @@ class Track:
 
 
 @dataclass(frozen=True)
+class FaceTrack:
+    """One face in one shot: its box in each frame from `first` on."""
+
+    first: int  # frame
+    boxes: Float64[np.ndarray, "n 4"]
+
+    @property
+    def end(self) -> int:
+        """Return the frame after the last."""
+        return self.first + len(self.boxes)
+
+
+@dataclass(frozen=True)
 class Faces:
-    """The chosen face in each frame of a video, and what else there is."""
+    """The chosen face in each frame of a video, and all there are."""
 
     times: Float64[np.ndarray, " N"]  # seconds, of all frames
     boxes: Float64[np.ndarray, "N 4"]  # of the chosen face; NaN in frames to leave out: in all if there is no face
     track: Int64[np.ndarray, " N"]  # which track the box is of: 0 is the best one; -1 where there is no box
+    tracks: list[FaceTrack]  # all, the best one first
     faces_at_once: int  # at most
     cuts: int
-
-
-def make_detector(model: Path | None = None) -> Detector:
-    """Return a function from a frame to the boxes of its faces, in an order that does not depend on threads.
-
-    Args:
-        model: an .onnx file of YuNet; None is OpenCV's own Haar cascade for frontal faces, which knows no eyes.
-
-    Raises:
-        UserError: if the model cannot be used, or this OpenCV has no Haar cascade.
-    """
-    cv2.setNumThreads(1)  # the processes are the parallelism
-    if model is None:
-        if not hasattr(cv2, "CascadeClassifier"):
-            raise UserError(f"OpenCV {cv2.__version__} has no Haar detector: install the version in requirements.txt")
-        folder = cv2.data.haarcascades  # pyright: ignore[reportAttributeAccessIssue]
-        cascade = cv2.CascadeClassifier(f"{folder}haarcascade_frontalface_default.xml")
-
-        def find(small: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "K 4"]:
-            grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-            least = max(24, round(MIN_FACE * min(grey.shape)))
-            found = cascade.detectMultiScale(grey, 1.1, HAAR_NEIGHBOURS, 0, (least, least))
-            x, y, width, height = np.array(found, np.float64).reshape(-1, 4).T
-            return np.stack([x + width / 2, y + height / 2, width, 0 * x], axis=1)
-
-    else:
-        # The file may hold anything. OpenCV takes it by its suffix, and logs at length before it raises.
-        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
-            net = cv2.FaceDetectorYN.create(str(model), "", (64, 64), YUNET_SCORE)
-            net.detect(np.zeros((64, 64, 3), np.uint8))
-        except (cv2.error, SystemError):
-            raise UserError(f"{model}: not a YuNet model that OpenCV {cv2.__version__} can use") from None
-        finally:
-            cv2.utils.logging.setLogLevel(level)
-
-        def find(small: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "K 4"]:
-            net.setInputSize(small.shape[1::-1])
-            _, found = net.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-            found = np.zeros((0, 15)) if found is None else np.asarray(found, np.float64)
-            return yunet_boxes(found)
-
-    def detect(frame: UInt8[np.ndarray, "H W 3"]) -> Float64[np.ndarray, "K 4"]:
-        scale = min(1.0, DETECT_LONG_SIDE / max(frame.shape))
-        height, width = (max(1, round(scale * side)) for side in frame.shape[:2])
-        small = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) if scale < 1 else frame
-        boxes = find(small) * (frame.shape[1] / width, frame.shape[0] / height, frame.shape[1] / width, 1)
-        return boxes[np.lexsort(boxes.T)]
-
-    return detect
-
-
-def yunet_boxes(found: Float64[np.ndarray, "K 15"]) -> Float64[np.ndarray, "K 4"]:
-    """Return boxes from YuNet's rows: x, y, width, height, x and y of five landmarks (the eyes first), the score."""
-    x, y, width, height, x_left, y_left, x_right, y_right = found.T[:8]  # left as one sees it
-    tilt = np.arctan2(y_right - y_left, x_right - x_left)
-    return np.stack([x + width / 2, y + height / 2, np.maximum(width, height), tilt], axis=1)
 
 
 def overlaps(box: Float64[np.ndarray, " 4"], boxes: Float64[np.ndarray, "K 4"]) -> Float64[np.ndarray, " K"]:
@@ -115,32 +68,76 @@ def overlaps(box: Float64[np.ndarray, " 4"], boxes: Float64[np.ndarray, "K 4"]) 
     return both / (box[2] ** 2 + boxes[:, 2] ** 2 - both)
 
 
-def link_tracks(faces: Sequence[Float64[np.ndarray, "_ 4"]], shots: Int64[np.ndarray, " S"]) -> list[Track]:
-    """Join detections that overlap, best overlap first, from sample to sample of a shot.
+def closeness(
+    track: Sequence[tuple[int, Float64[np.ndarray, " 4"]]], sample: int, boxes: Float64[np.ndarray, "K 4"]
+) -> Float64[np.ndarray, " K"]:
+    """Return how well boxes in a sample go on with a track of (sample, box): their overlap times their sizes' ratio.
 
-    `faces[s]` are the boxes in sample s, which lies in shot `shots[s]`. A face that is missed for less than `MAX_GAP`
-    samples goes on. Tracks come in the order of their first detection; each detection is in exactly one.
+    Compared are the track's last box and where it would be if it went on as it moved last; the better one counts.
     """
-    tracks: list[list[tuple[int, np.ndarray]]] = []
-    live: list[list[tuple[int, np.ndarray]]] = []
+    last, box = track[-1]
+    expected = box.copy()
+    if len(track) > 1:
+        before, earlier = track[-2]
+        expected[:2] += (box[:2] - earlier[:2]) / (last - before) * (sample - last)
+    ratio = np.minimum(box[2] / boxes[:, 2], boxes[:, 2] / box[2])
+    return np.maximum(overlaps(box, boxes), overlaps(expected, boxes)) * ratio
+
+
+def face_look(frame: UInt8[np.ndarray, "H W 3"], box: Float64[np.ndarray, " 4"]) -> UInt8[np.ndarray, " D"]:
+    """Return the small picture of a face by which it is known again a moment later."""
+    x, y, side, _ = box
+    height, width = frame.shape[:2]
+    left, right = (int(np.clip(edge, 0, width)) for edge in (x - side / 2, x + side / 2))
+    top, bottom = (int(np.clip(edge, 0, height)) for edge in (y - side / 2, y + side / 2))
+    part = frame[min(top, height - 1) : max(bottom, top + 1), min(left, width - 1) : max(right, left + 1)]
+    return cv2.resize(part, (LOOK, LOOK), interpolation=cv2.INTER_AREA).reshape(-1)
+
+
+def looks_alike(a: UInt8[np.ndarray, " D"], b: UInt8[np.ndarray, " D"]) -> bool:
+    """Return whether two small pictures may be of one face, in whatever light."""
+    first, second = a - a.mean(), b - b.mean()
+    return bool(first @ second >= SAME_FACE * np.sqrt((first @ first) * (second @ second)))
+
+
+def link_tracks(
+    faces: Sequence[Float64[np.ndarray, "_ 4"]],
+    shots: Int64[np.ndarray, " S"],
+    looks: Sequence[Sequence[UInt8[np.ndarray, " D"]]] | None = None,
+) -> list[Track]:
+    """Join detections that are close, the closest first, from sample to sample of a shot.
+
+    A face that is missed for less than `MAX_GAP` samples goes on if it looks the same after. A track ends where the
+    box jumps and the face changes, as at a cut that was not noticed. Tracks come in the order of their first
+    detection; each detection is in one.
+
+    Args:
+        faces: the boxes in each sample.
+        shots: the shot that each sample lies in, rising.
+        looks: of each box, from `face_look`.
+    """
+    tracks: list[list[tuple[int, int]]] = []  # (sample, which of its boxes)
+    live: list[list[tuple[int, int]]] = []
     for sample, boxes in enumerate(faces):
         live = [track for track in live if sample - track[-1][0] <= MAX_GAP and shots[track[-1][0]] == shots[sample]]
-        pairs = [
-            (-overlap, t, k)
-            for t, track in enumerate(live)
-            for k, overlap in enumerate(overlaps(track[-1][1], boxes))
-            if overlap >= MIN_OVERLAP
-        ]
+        pairs = []
+        for t, track in enumerate(live):
+            s, j = track[-1]
+            doubtful = (overlaps(faces[s][j], boxes) < JUMP) | (sample - s > 1)
+            for k, close in enumerate(closeness([(i, faces[i][m]) for i, m in track[-2:]], sample, boxes)):
+                changed = looks is not None and doubtful[k] and not looks_alike(looks[s][j], looks[sample][k])
+                if close >= MIN_CLOSENESS and not changed:
+                    pairs.append((-close, t, k))
         continued, taken = set(), set()
         for _, t, k in sorted(pairs):
             if t not in continued and k not in taken:
-                live[t].append((sample, boxes[k]))
+                live[t].append((sample, k))
                 continued.add(t)
                 taken.add(k)
-        new = [[(sample, box)] for k, box in enumerate(boxes) if k not in taken]
+        new = [[(sample, k)] for k in range(len(boxes)) if k not in taken]
         tracks += new
         live += new
-    return [Track(np.array([sample for sample, _ in track]), np.stack([box for _, box in track])) for track in tracks]
+    return [Track(np.array([s for s, _ in track]), np.stack([faces[s][k] for s, k in track])) for track in tracks]
 
 
 def rank_tracks(tracks: Sequence[Track], num_samples: int, height: int, width: int) -> tuple[list[Track], int]:
@@ -185,10 +182,7 @@ def smooth_boxes(boxes: Float64[np.ndarray, "N 4"], times: Float64[np.ndarray, "
 def find_face(
     frames: Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]], detect: Detector, every_track: bool = False
 ) -> Faces:
-    """Return the box of a video's face in each frame.
-
-    It is known from the track's first detection to its last, and on to the frame before the next sample or cut; in
-    between it is interpolated, and smoothed.
+    """Return the box of a video's face in each frame, and the tracks of all its faces.
 
     Args:
         frames: times in seconds, rising, and pictures. One is held at a time.
@@ -197,35 +191,56 @@ def find_face(
             face after a cut, or another one.
     """
     times: list[float] = []
-    samples: list[int] = []  # the frames that were searched, among them the first of each shot
-    shots: list[int] = []
+    samples: list[int] = []  # the frames that were searched
     faces: list[np.ndarray] = []
-    shot, due, before, shape = -1, 0.0, None, None
+    looks: list[list[np.ndarray]] = []
+    shots, due, shape = ShotDetector(), 0.0, None
     for time, frame in frames:
-        now = thumbnail(frame)
-        if before is None or frame.shape != shape or is_cut(before, now):
-            shot, due = shot + 1, time
-        if time >= due:
+        shots.add(time, frame)
+        if time >= due or frame.shape != shape:
             samples.append(len(times))
-            shots.append(shot)
             faces.append(detect(frame))
+            looks.append([face_look(frame, box) for box in faces[-1]])
             due = time + DETECT_S
         times.append(time)
-        before, shape = now, frame.shape
+        shape = frame.shape
     seconds, boxes = np.array(times, np.float64), np.full((len(times), 4), np.nan)
     of_track = np.full(len(times), -1, np.int64)
     if shape is None:
-        return Faces(seconds, boxes, of_track, 0, 0)
-    tracks, at_once = rank_tracks(link_tracks(faces, np.array(shots)), len(samples), *shape[:2])
+        return Faces(seconds, boxes, of_track, [], 0, 0)
+    starts = shots.starts()
+    linked = link_tracks(faces, np.searchsorted(starts, samples, side="right"), looks)
+    ranked, at_once = rank_tracks(linked, len(samples), *shape[:2])
+    tracks = [fill_track(track, np.array(samples), starts, seconds) for track in ranked]
     for number, track in enumerate(tracks if every_track else tracks[:1]):
-        known = np.array(samples)[track.samples]
-        end = [*samples, len(times)][track.samples[-1] + 1]
-        kept = np.arange(known[0], end)
-        filled = [np.interp(seconds[kept], seconds[known], column) for column in track.boxes.T]
-        smooth = smooth_boxes(np.stack(filled, axis=1), seconds[kept])
+        kept = np.arange(track.first, track.end)
         free = of_track[kept] < 0
-        boxes[kept[free]], of_track[kept[free]] = smooth[free], number
-    return Faces(seconds, boxes, of_track, at_once, shot)
+        boxes[kept[free]], of_track[kept[free]] = track.boxes[free], number
+    return Faces(seconds, boxes, of_track, tracks, at_once, len(starts))
+
+
+def fill_track(
+    track: Track, samples: Int64[np.ndarray, " S"], starts: Int64[np.ndarray, " C"], times: Float64[np.ndarray, " N"]
+) -> FaceTrack:
+    """Return a track's box in each frame: interpolated between detections, and smoothed.
+
+    It begins with the first detection, or with the shot if nothing of that was searched before, and goes on to the
+    frame before the next sample or shot.
+
+    Args:
+        track: the detections.
+        samples: the frames that were searched.
+        starts: the first frames of all shots but the first.
+        times: of all frames, in seconds.
+    """
+    known, edges = samples[track.samples], np.array([0, *starts, len(times)])
+    shot = int(np.searchsorted(starts, known[0], side="right"))
+    searched_before = track.samples[0] > 0 and samples[track.samples[0] - 1] >= edges[shot]
+    first = known[0] if searched_before else edges[shot]
+    end = min([*samples, len(times)][track.samples[-1] + 1], edges[shot + 1])
+    kept = np.arange(first, end)
+    filled = [np.interp(times[kept], times[known], column) for column in track.boxes.T]
+    return FaceTrack(int(first), smooth_boxes(np.stack(filled, axis=1), times[kept]))
 
 
 def crop_face(

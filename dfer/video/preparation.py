@@ -26,6 +26,7 @@ from dfer.lists.annotations import write_annotations
 from dfer.video.clips import ClipOptions, ClipResult, remove_clip, write_clips
 from dfer.video.labels import LabelledVideo
 
+TRACKING = 2  # counts the ways in which faces were followed: frames that another one gave are made again
 LISTS = ("list.txt", "unlabelled.txt")
 REPORT = "report.csv"
 
@@ -45,7 +46,7 @@ def prepare(
         videos: what to prepare.
         out: the folder to write to.
         options: what shapes the frames.
-        detector: stands for the content of the detector's file: another one makes other frames.
+        detector: `haar`, or the hash of YuNet's file: another one makes other frames.
         workers: processes.
 
     Returns:
@@ -56,7 +57,7 @@ def prepare(
     """
     try:
         results = _prepare_all(videos, out, options, detector, workers)
-        _write_lists(videos, results, out)
+        _write_lists(videos, results, out, describe_crops(options, detector))
     except OSError as error:
         raise UserError(f"cannot write: {error}") from None
     except BrokenProcessPool:
@@ -135,8 +136,19 @@ def _dependencies(video: LabelledVideo, options: ClipOptions, detector: str) -> 
         file = video.path.stat()
         source = [os.path.abspath(video.path), file.st_size, file.st_mtime_ns]
         found = {"name": video.name, "source": source, **asdict(options), "detector": detector}
-        return found if options.crop else {**found, "detector": None, "margin": None, "size": None}
+        if options.crop:
+            return {**found, "level": options.level and detector != "haar", "tracking": TRACKING}
+        del found["level"]  # older records do not have it, and it shapes nothing
+        return {**found, "detector": None, "margin": None, "size": None}
     return {}
+
+
+def begun_with(out: Path) -> str | None:
+    """Return the detector of what lies in a folder already, as of `prepare`; None if nothing says one."""
+    for path in sorted((out / "records").glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads(path.read_text(encoding="utf-8"))["shaped_by"]["detector"]
+    return None
 
 
 def _read_record(video: LabelledVideo, out: Path, depends_on: dict[str, Any]) -> ClipResult | None:
@@ -165,7 +177,15 @@ def _count_frames(folder: Path) -> int:
     return sum(is_data(path.name) for path in folder.glob("*.jpg"))
 
 
-def _write_lists(videos: Sequence[LabelledVideo], results: Sequence[ClipResult], out: Path) -> None:
+def describe_crops(options: ClipOptions, detector: str) -> str | None:
+    """Return what a list's header says of how its faces were found and cropped; None if they were not."""
+    if not options.crop:
+        return None
+    name, level = ("haar", False) if detector == "haar" else (f"yunet {detector[:12]}", options.level)
+    return f"{name}, {'eyes level' if level else 'upright'}, margin {options.margin:g}"
+
+
+def _write_lists(videos: Sequence[LabelledVideo], results: Sequence[ClipResult], out: Path, crops: str | None) -> None:
     """Write the report, and the list of clips where there are any: without labels it is no list to train on."""
     table, rows, names = io.StringIO(), [], []
     report = csv.writer(table, lineterminator="\n")
@@ -179,6 +199,6 @@ def _write_lists(videos: Sequence[LabelledVideo], results: Sequence[ClipResult],
             rows += [(name, count, video.label) for name, count in result.clips.items()]
     write_whole(out / REPORT, table.getvalue())
     if rows:
-        write_annotations(out / "list.txt", rows)
+        write_annotations(out / "list.txt", rows, faces=crops)
     elif names:
         write_whole(out / "unlabelled.txt", "".join(f"{name}\n" for name in names))

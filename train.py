@@ -136,10 +136,10 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
     `run` is rank 0's. `damage` says why newer checkpoints than this one are not used.
     """
     config, world, state = job.config, job.world, job.state
+    about, changes = about_run(job, checkpoint)
     if run:
         run.begin(config, state.num_bytes())
-        note_start(run.path, state.step, world)
-    about, changes = about_run(job, checkpoint)
+        note_start(run.path, state.step, world, about["faces"])
     start_evaluated = state.evaluated * job.schedule.steps_per_epoch == state.step
     wandb_id = checkpoint["wandb_id"] if checkpoint else None
     logger = Logger(run.path if run else None, config, job.schedule.total_steps, state.step, start_evaluated, wandb_id)

@@ -22,7 +22,7 @@ from dfer.batch import Batch
 from dfer.cli import UserError
 from dfer.config import Config, begun_config, config_from_json
 from dfer.files import free_bytes, read_file, reason, write_whole
-from dfer.lists.annotations import EMOTIONS
+from dfer.lists.annotations import EMOTIONS, listed_faces
 from dfer.lists.index import ClipIndex
 from dfer.model.start import resolved
 from dfer.run import distributed
@@ -164,7 +164,7 @@ class RunFolder:
         """Write the weights that are evaluated as the best of each name (WAR, UAR)."""
         for name in names:
             description = {"step": str(state.step), name: str(state.best[name][0]), "config": about["config"]}
-            description["emotions"] = json.dumps(about["emotions"])
+            description |= {"emotions": json.dumps(about["emotions"]), "faces": about["faces"]}
             save_weights(self.path / f"best_{name}.safetensors", state.evaluated_model().state_dict(), description)
 
     def close(self) -> None:
@@ -256,6 +256,7 @@ def about_run(job: Job, checkpoint: dict[str, Any] | None) -> tuple[dict[str, An
         "emotions": list(EMOTIONS),
         "torch": str(torch.__version__),  # a class of its own, which a checkpoint does not load
         "data": data,
+        "faces": listed_faces(job.config.data.train_list),
         "global_batch": job.config.data.batch_size * job.world.size,
     }
     return about, lines

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dfer.files import disk_errors, reason
+from dfer.lists.annotations import DRAWN
 from dfer.run.distributed import World
 
 STARTED = "started.jsonl"
@@ -22,13 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 10  # of git, on a disk that hangs
 
 
-def note_start(run: Path, step: int, world: World) -> None:
-    """Add the line of a start from `step` on to what earlier starts have left.
+def note_start(run: Path, step: int, world: World, faces: str) -> None:
+    """Add the line of a start from `step` on to what earlier starts have left; `faces`: as of `listed_faces`.
 
     Raises:
         UserError: if it cannot be written.
     """
     about = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "step": step, "processes": world.size}
+    about["faces"] = faces
     with disk_errors("cannot write"), open(run / STARTED, "a", encoding="utf-8") as file:
         file.write(json.dumps(about | code() | machine(world.device)) + "\n")
 
@@ -60,6 +62,19 @@ def describe_starts(starts: list[dict[str, Any]]) -> str:
         driver = f", driver {start['driver']}" if start.get("driver") else ""
         lines.append(f"dfer {start.get('version', '?')} ({code}) on {start.get('processes', '?')} x {device}{driver}")
     return "; then ".join(dict.fromkeys(lines))
+
+
+def trained_on(faces: str | None, train_list: Path | str) -> str:
+    """Return in a line what a model was trained on, as it is said wherever the model speaks of people.
+
+    Args:
+        faces: what the run has recorded, see `listed_faces`; None: nothing, as older versions did.
+        train_list: the list that it was trained on.
+    """
+    if faces == DRAWN:
+        return "trained on drawn faces (make_faces): what it says of people means nothing"
+    where = "clips that only its model card names" if str(train_list) == "unknown" else f"{train_list}"
+    return f"trained on {where}{'; whether on drawn faces was not recorded' if faces is None else ''}"
 
 
 def code(root: Path = ROOT) -> dict[str, Any]:

@@ -30,12 +30,12 @@ from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
 from dfer.config import Config
 from dfer.evaluation import evaluate
-from dfer.files import reason
 from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import Objective, build_objective
 from dfer.metrics import BEGINNING, Throughput
 from dfer.optim.schedule import build_schedule
 from dfer.precision import build_precision
+from dfer.report.live import LivePage, print_report
 from dfer.run import distributed, dry_run
 from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.continuing import parse_command
@@ -99,7 +99,7 @@ def main(config: Config) -> int:
                 job = prepare(config, data, world, state)
                 code = train(job, run, state, damage)
     if run and code == 0:
-        print_report(run.path)
+        print_report(run.path, build_loader, load_trained)
     return code
 
 
@@ -157,7 +157,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
         if state.evaluated == config.optim.epochs:
             logger.say(f"{run.path if run else ''}: all {config.optim.epochs} epochs are done; nothing is left to do")
             return 0
-        throughput, result = Throughput(world.size), None
+        throughput, result, page = Throughput(world.size), None, LivePage(run.path if run else None, logger.say)
         profiler = Profiler(config.profile if run else 0, config.optim.accumulate, run and run.path / TRACE, logger.say)
         while state.evaluated < config.optim.epochs:
             result = None
@@ -177,6 +177,8 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
                 write_predictions(run.path / "predictions.csv", job.val_loader.index, result.ids, result.probabilities)
             save()
             logger.evaluated(line, state.best)
+            if state.evaluated < config.optim.epochs:
+                page.write()
         profiler.finish()
         assert result is not None
         logger.result(result.confusion, throughput.read(), state.best)
@@ -282,18 +284,6 @@ def try_out(config: Config, data: Data, world: World) -> int:
     if world.is_main:
         dry_run.print_table(job._replace(config=config), data.val_index, measured)
     return 0
-
-
-def print_report(path: Path) -> None:
-    """Write the page about a run that is done: whatever goes wrong with it costs one line, not the run."""
-    try:
-        from dfer.report.page import write_report  # with its libraries half a second, which only the end pays
-        from dfer.report.records import read_run
-
-        print(f"report: {write_report(read_run(path), build_loader, load_trained)}")
-    except (Exception, KeyboardInterrupt) as error:
-        file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        print(f"no report ({file}{reason(error)}); python scripts/report.py {path} tries again", file=sys.stderr)
 
 
 if __name__ == "__main__":

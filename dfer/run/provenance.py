@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dfer.cli import usable_cores
 from dfer.files import disk_errors, reason
 from dfer.lists.annotations import DRAWN
 from dfer.run.distributed import World
@@ -121,9 +122,19 @@ def _version(root: Path) -> str:
 def machine(device: torch.device) -> dict[str, Any]:
     """Return the device, its driver and the versions of Python and torch."""
     about = {"device": device.type, "python": platform.python_version(), "torch": str(torch.__version__)}
+    about |= {"cpu": _processor(), "cores": usable_cores()}
     if device.type != "cuda":
         return about
     return about | {"gpu": torch.cuda.get_device_name(device), "driver": driver_version()}
+
+
+def _processor(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the processor, or its architecture where it has none."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", path.read_text(errors="replace"))
+    except OSError:
+        found = None
+    return " ".join(found[1].split()) if found else platform.machine()
 
 
 def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:

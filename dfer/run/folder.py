@@ -30,6 +30,7 @@ from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
+from dfer.run.tensorboard_log import check_tensorboard
 from dfer.run.wandb_log import check_settings
 from dfer.run.weight_files import save_weights
 from dfer.state import Job, TrainState
@@ -180,9 +181,11 @@ def started_config(config: Config) -> Config:
     What it starts from is saved as what was found.
 
     Raises:
-        UserError: if random weights would be frozen, or W&B's settings here cannot be used.
+        UserError: if random weights would be frozen, W&B's settings here cannot be used, or
+            TensorBoard is asked for and not there.
     """
     check_settings(config)
+    check_tensorboard(config.run.tensorboard)
     return dataclasses.replace(config, model=resolved(config.model))
 
 

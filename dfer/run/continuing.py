@@ -41,7 +41,7 @@ def unfinished_run(config: Config) -> Path:
         UserError: if there is none; it names the newest of another configuration.
     """
     others = []
-    for folder in _newest_first(config.run.log_dir):
+    for folder in newest_first(config.run.log_dir):
         with contextlib.suppress(UserError):  # no run that could be continued
             begun = begun_config(folder)
             if begun is None or _is_finished(folder, begun.optim.epochs):
@@ -56,7 +56,7 @@ def unfinished_run(config: Config) -> Path:
     )
 
 
-def _newest_first(log_dir: Path) -> list[Path]:
+def newest_first(log_dir: Path) -> list[Path]:
     """Return the folders in which runs have left a checkpoint, the one that was written to last first."""
     found = []
     with contextlib.suppress(OSError):  # there is none, which whoever asks says

@@ -328,7 +328,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f'{error}: make demo ARGS="--checkpoint ..." installs and starts it') from None
         args.checkpoint = args.checkpoint or [own_checkpoint()]
         predictor = build_predictor(args, resize)
-        examples = make_examples(args.examples or own_examples(Path(folder, "drawn")), predictor, Path(folder))
+        examples = make_examples(
+            args.examples or own_examples(Path(folder, "drawn"), predictor.detect), predictor, Path(folder)
+        )
         limits = Limits(args.max_mb, args.max_seconds)
         page = make_page(gr, predictor, limits, examples)
         fonts = {"font": gr.themes.Font("system-ui"), "font_mono": gr.themes.Font("monospace")}

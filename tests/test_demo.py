@@ -324,9 +324,12 @@ def test_a_model_of_drawn_faces_says_so_above_the_page_and_in_each_result(tmp_pa
     assert "guesses" in demo.about_models(predictor_of(run))
 
 
-def test_examples_of_its_own_are_drawn(tmp_path: Path) -> None:
-    videos = own.own_examples(tmp_path)
+def test_examples_of_its_own_are_drawn_faces_that_the_detector_sees(run: Path, tmp_path: Path) -> None:
+    predictor = predictor_of(run)
+    videos = own.own_examples(tmp_path, predictor.detect)
     assert len(videos) == 3 and all(len(list(decode(video))) >= 24 for video in videos)
+    assert (predictor.predict(videos[0]).track >= 0).mean() > 0.9
+    assert own.own_examples(tmp_path, lambda _: np.zeros((0, 4))) == []
 
 
 def test_without_gradio_a_line_says_how_to_get_it(

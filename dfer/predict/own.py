@@ -1,12 +1,17 @@
 """What the demo shows where it is given nothing: the newest run or one that is trained for it, and drawn examples."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from dfer.__main__ import APP
 from dfer.cli import UserError, printable
 from dfer.run.continuing import newest_first
+from dfer.video.decode import decode
+from dfer.video.faces import Detector, find_face
 
 LOGS = Path("logs")  # where train.py puts runs
 DRAWN_DATA = Path("data/faces-demo")  # and not data/faces, where `make train` expects all of the data set
@@ -30,10 +35,16 @@ def own_checkpoint() -> Path:
     return newest_first(LOGS)[0]
 
 
-def own_examples(folder: Path) -> list[Path]:
-    """Return a few videos of drawn faces, which are made in a folder."""
-    start("scripts/make_faces.py", "--out", str(folder), "--size", "0.003", "--video", "h264", "--seed", "5")
-    return sorted(folder.glob("videos_h264/*.mp4"))[:3]
+def own_examples(folder: Path, detect: Detector | None) -> list[Path]:
+    """Return up to three videos of drawn faces that the detector sees, which are made in a folder."""
+    start("scripts/make_faces.py", "--out", str(folder), "--size", "0.005", "--video", "h264", "--seed", "5")
+    videos = sorted(folder.glob("videos_h264/*.mp4"))
+    return list(itertools.islice((video for video in videos if detect is None or _sees(detect, video)), 3))
+
+
+def _sees(detect: Detector, video: Path) -> bool:
+    frames = ((time, np.asarray(image)) for time, image in decode(video))
+    return bool((find_face(frames, detect, every_track=True).track >= 0).mean() > 0.9)
 
 
 def start(command: str, *words: str) -> None:

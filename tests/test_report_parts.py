@@ -84,7 +84,10 @@ def test_calibration_against_loops(num_bins):
         predictions.probabilities[i, predictions.predicted[i]] = share
     found = calibration(predictions, num_bins)
     assert found.error == pytest.approx(naive_ece(predictions, num_bins), abs=1e-9)
-    assert found.clips.sum() == 300 and found.right.sum() == (predictions.labels == predictions.predicted).sum()
+    sure = [p[k] for p, k in zip(predictions.probabilities, predictions.predicted, strict=True)]
+    bins = [sum(m / num_bins < p <= (m + 1) / num_bins for p in sure) for m in range(num_bins)]
+    assert found.clips.tolist() == bins and found.clips.sum() == 300
+    assert found.right.sum() == (predictions.labels == predictions.predicted).sum()
 
 
 def test_a_model_that_knows_how_sure_it_may_be_has_no_calibration_error():

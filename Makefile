@@ -45,7 +45,7 @@ bench: $(VENV)/.installed-bench data/faces/test.txt
 bench-gpu: $(VENV)/.installed-bench
 	PYTHON=$(RUN) benchmarks/gpu.sh
 
-# make demo ARGS="--checkpoint logs/NAME": a page to try the model on.
+# A page to try a model on: ARGS="--checkpoint logs/NAME", or the newest run, or one that is trained for it.
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python scripts/demo.py $(ARGS)
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out if PYTHONSAFEPATH is set
-from dfer.cli import begin, command_of, one_line_errors
+from dfer.cli import begin, one_line_errors
 
 if __name__ == "__main__":
     begin("train.py", "torch, DALI and timm")
@@ -29,12 +29,12 @@ from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
 from dfer.config import Config
 from dfer.evaluation import evaluate
-from dfer.files import reason
 from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import Objective, build_objective
 from dfer.metrics import BEGINNING, Throughput
 from dfer.optim.schedule import build_schedule
 from dfer.precision import build_precision
+from dfer.report.live import LivePage, print_report
 from dfer.run import distributed, dry_run
 from dfer.run.algorithms import chosen_algorithms
 from dfer.run.checkpoint import decode_state, newest_checkpoint
@@ -93,7 +93,7 @@ def main(config: Config) -> int:
                 job = prepare(config, data, world, state)
                 code = train(job, run, state, damage)
     if run and code == 0:
-        print_report(run.path)
+        print_report(run.path, build_loader, load_trained)
     return code
 
 
@@ -130,10 +130,10 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
     `run` is rank 0's. `damage` says why newer checkpoints than this one are not used.
     """
     config, world, state = job.config, job.world, job.state
+    about, changes = about_run(job, checkpoint)
     if run:
         run.begin(config, state.num_bytes())
-        note_start(run.path, state.step, world)
-    about, changes = about_run(job, checkpoint)
+        note_start(run.path, state.step, world, about["faces"])
     start_evaluated = state.evaluated * job.schedule.steps_per_epoch == state.step
     wandb_id = checkpoint["wandb_id"] if checkpoint else None
     logger = Logger(run.path if run else None, config, job.schedule.total_steps, state.step, start_evaluated, wandb_id)
@@ -151,7 +151,7 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
         if state.evaluated == config.optim.epochs:
             logger.say(f"{run.path if run else ''}: all {config.optim.epochs} epochs are done; nothing is left to do")
             return 0
-        throughput, result = Throughput(world.size), None
+        throughput, result, page = Throughput(world.size), None, LivePage(run.path if run else None, logger.say)
         profiler = Profiler(config.profile if run else 0, config.optim.accumulate, run and run.path / TRACE, logger.say)
         while state.evaluated < config.optim.epochs:
             result = None
@@ -171,6 +171,8 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
                 write_predictions(run.path / "predictions.csv", job.val_loader.index, result.ids, result.probabilities)
             save()
             logger.evaluated(line, state.best)
+            if state.evaluated < config.optim.epochs:
+                page.write()
         profiler.finish()
         assert result is not None
         logger.result(result.confusion, throughput.read(), state.best)
@@ -274,18 +276,6 @@ def try_out(config: Config, data: Data, world: World) -> int:
             print(note)
         dry_run.print_table(job._replace(config=config), data.val_index, measured)
     return 0
-
-
-def print_report(path: Path) -> None:
-    """Write the page about a run that is done: whatever goes wrong with it costs one line, not the run."""
-    try:
-        from dfer.report.page import write_report  # with its libraries half a second, which only the end pays
-        from dfer.report.records import read_run
-
-        print(f"report: {write_report(read_run(path), build_loader, load_trained)}")
-    except (Exception, KeyboardInterrupt) as error:
-        file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        print(f"no report ({file}{reason(error)}); {command_of('report')} {path} tries again", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -99,9 +99,7 @@ def begin(program: str, loads: str = "") -> None:
         signal.signal(signal.SIGINT, functools.partial(_interrupted_at_the_start, program))
     faulthandler.enable(all_threads=False)  # the last word of a process that dies of SIGBUS or SIGSEGV
     if loads and sys.flags.optimize > 1:
-        say_error(
-            f"{program}: DALI cannot be loaded without docstrings: leave out -OO or PYTHONOPTIMIZE=2 (-O is fine)"
-        )
+        say_error(f"{program}: DALI needs docstrings: leave out -OO or PYTHONOPTIMIZE=2 (-O is fine)")
         sys.exit(EXIT_USAGE)
     if loads:
         gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
@@ -151,10 +149,9 @@ class _Heedless(io.FileIO):
             # A reader or a terminal that has gone wants no word. A disk that is full does.
             if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET) and not self._said:
                 self._said = True
+                note = f"note: {self._what} cannot be written ({error.strerror}): what is said is lost\n"
                 with contextlib.suppress(OSError):
-                    os.write(
-                        2, f"note: {self._what} cannot be written ({error.strerror}): what is said is lost\n".encode()
-                    )
+                    os.write(2, note.encode())
             return memoryview(data).nbytes
 
 
@@ -259,10 +256,9 @@ def _use_no_more_cores() -> None:
 
 def say_error(line: str) -> None:
     """Write a line to stderr in one piece: print() writes its end apart, so that the lines of several ranks mix."""
-    if sys.stderr is None:  # closed, in a process that is no command of ours
-        return
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:  # closed, in a process that is no command of ours
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def show_table(*tables: "Table") -> None:

@@ -131,6 +131,8 @@ class RunConfig:
     """Weights & Biases; auto = as WANDB_MODE and `wandb offline` say, else online where there is a key."""
     wandb_project: str | None = None
     """W&B's project; WANDB_PROJECT or dfer if not given."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard, too, into the run's folder."""
     log_every: Annotated[int, Range(1, 10**9)] = 20
     """Optimizer steps between two rows of training metrics."""
     save_minutes: Annotated[float, Range(0.0, 1e6)] = 5.0

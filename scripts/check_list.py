@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import EXIT_PROBLEMS, Parser, UserError, begin, in_range, one_line_errors, printable
 from dfer.files import check_output, disk_errors, write_whole
-from dfer.lists.annotations import EMOTIONS, packed_index, read_header, write_annotations
+from dfer.lists.annotations import EMOTIONS, listed_faces, packed_index, write_annotations
 from dfer.lists.checking import (
     Clip,
     PlacedList,
@@ -29,7 +29,6 @@ from dfer.lists.checking import (
 )
 from dfer.lists.contact_sheet import draw_contact_sheet
 from dfer.lists.stored import Stored
-from dfer.lists.text import read_head
 
 NAMED = 10  # problems of a kind that are printed
 UNWRITABLE = (
@@ -139,8 +138,7 @@ def write_outputs(
         root = placed.base if placed.base != os.path.abspath(args.write.parent) else None
         rows = [(clip.name, length, clip.row.label) for clip, length in zip(clips, lengths, strict=True)]
         packed = None if placed.pack is None else packed_index(placed.path)
-        faces = read_header(read_head(placed.path)).get("faces")
-        write_annotations(args.write, rows, root, packed and packed.name, faces)
+        write_annotations(args.write, rows, root, packed and packed.name, listed_faces(placed.path))
         print(f"written: {printable(args.write)}")
     if args.picture:
         draw_contact_sheet(args.picture, clips, folders)

@@ -1,8 +1,9 @@
 """A page to try a trained model on: `make demo ARGS="--checkpoint RUN"`, or with requirements-demo.txt installed
-`python scripts/demo.py --checkpoint RUN`.
+`python scripts/demo.py --checkpoint RUN`. Without --checkpoint it takes the newest run in logs/, or trains a tiny one.
 
-Upload a video, or choose an example: the page shows how likely each emotion is, on average and over time, where in the
-face they are seen and the annotated video, and gives scripts/predict.py's files. One video is predicted on at a time.
+Upload a video, or choose an example: the page shows how likely each emotion is on average, the video with their course,
+where in the face they are seen and what the model was trained on, and gives scripts/predict.py's files. One video is
+predicted on at a time.
 
 Nothing leaves this machine: the page loads nothing from elsewhere, no usage is reported, and there is no public link.
 An upload is deleted as soon as it was looked at, the results an hour later or when the server ends. Whoever can reach
@@ -37,7 +38,7 @@ from dfer.predict.inputs import Frames, InputVideo, find_videos, read_pictures
 from dfer.predict.maps import map_emotions
 from dfer.predict.options import add_arguments, build_predictor
 from dfer.predict.output import describe, write_outputs
-from dfer.predict.overlay import timeline_picture
+from dfer.predict.own import own_checkpoint, own_examples
 from dfer.predict.predictor import Predictor, VideoPrediction
 from dfer.report.figures import ACCENT, SECOND
 from dfer.report.gallery import strip
@@ -47,7 +48,14 @@ from dfer.video.write import write_mp4
 
 KEPT, CHECKED = 3600, 60  # seconds that results are kept, as someone may look at them; how often they are checked
 WAITING = 20  # visitors; more are asked to come back
-TIMELINE_WIDTH = 440  # px; legible on a telephone, too
+PURPOSE = (
+    "For research on facial expressions, and to see what a model does. The numbers say what somebody might see in a "
+    "face, not what a person feels; they are no ground for a decision about anyone."
+)
+NO_FACE = (
+    "use a video in which one face looks towards the camera, well lit and at least a fifth of the picture's height; if "
+    "your videos are nothing but a face, start the demo with --no-crop"
+)
 PASSES = ("following the face", "predicting", "drawing")  # through a video
 PLAYED = (".mp4", ".webm")  # by browsers
 # Gradio's pages are not all its own: to trim a video, for one, they fetch a program from elsewhere. Browsers obey this.
@@ -60,6 +68,7 @@ h1 {{ font-size: 26px; margin: 8px 0 0; }}
 .strip img {{ display: block; width: 100%; border-radius: 4px; }}
 .caption {{ font-size: 13px; line-height: 1.4; margin: 0 0 8px; }}
 .likeliest {{ color: {ACCENT}; font-weight: 600; }}
+.model {{ border-left: 3px solid {ACCENT}; padding-left: 10px; }}
 .second {{ color: {SECOND}; font-weight: 600; }}
 #message p {{ font-size: 17px; font-weight: 600; }}
 #files .label-clear-button, #upload button[aria-label^="Trim"] {{ display: none; }}
@@ -77,8 +86,8 @@ class Result(NamedTuple):
 
     message: str  # one line
     probabilities: dict[str, float] | None = None
+    about: str = ""  # HTML: the video, the model, its data and what it is for
     maps: str = ""  # HTML
-    timeline: Image.Image | None = None
     video: Path | None = None
     files: Sequence[Path] = ()
 
@@ -127,15 +136,26 @@ def analyse(
         passes = PassProgress(show, check_size(path, limits), limits.seconds)
         prediction = predictor.predict(path, passes.follow)
         if not (prediction.track >= 0).any():
-            return Result(f"No face is seen in any of the {len(prediction.times)} frames.")
+            return Result(f"No face is seen in any of the {len(prediction.times)} frames: {NO_FACE}.")
         video = InputVideo(path, path.stem)
         summary = write_outputs(video, prediction, predictor, folder, "mp4", passes.follow)
         maps = emotion_maps(path, prediction, predictor)
     except VIDEO_ERRORS as error:
         raise UserError(f"The video cannot be read: {printable(reason(error))}.") from None
     files = [folder / f"{video.name}{suffix}" for suffix in (".mp4", ".png", ".csv", ".json")]
-    timeline = timeline_picture(prediction.edges, prediction.probabilities, TIMELINE_WIDTH)
-    return Result(describe(summary), summary["mean_probabilities"], maps, timeline, files[0], files)
+    about = f'<p class="caption"><b>{escape(printable(video.name))}</b>. {about_models(predictor)} {PURPOSE}</p>'
+    return Result(describe(summary), summary["mean_probabilities"], about, maps, files[0], files)
+
+
+def about_models(predictor: Predictor) -> str:
+    """Return as HTML what the models are and what they were trained on."""
+    lines = []
+    for model in predictor.models:
+        step = f", step {model.step}" if model.step else ""
+        few = "; a few steps of the preset debug, to see that all works: its answers are guesses"
+        line = f"{printable(model.path)}{step}: {printable(model.trained_on)}{few * (model.config.preset == 'debug')}."
+        lines.append(f"Model {escape(line)}")
+    return " ".join(lines)
 
 
 def check_size(path: Path, limits: Limits) -> float | None:
@@ -230,7 +250,7 @@ def make_page(gr: Any, predictor: Predictor, limits: Limits, examples: Sequence[
         yield from answer(path, True, progress)
 
     with gr.Blocks(title="dfer", analytics_enabled=False, delete_cache=(CHECKED, KEPT)) as page:
-        video, examples_row, parts = lay_out(gr, limits)
+        video, examples_row, parts = lay_out(gr, limits, predictor)
         once = {"concurrency_id": "predict", "concurrency_limit": 1, "api_visibility": "private"}
         once["show_progress_on"] = video
         video.upload(answer_upload, video, [video, *parts], **once)
@@ -246,20 +266,21 @@ def show_result(gr: Any, result: Result) -> list[Any]:
     visible = result.probabilities is not None
     return [
         result.message,
+        gr.HTML(result.about, visible=visible),
         gr.Label(result.probabilities, visible=visible),
         gr.Video(result.video, visible=visible),
-        gr.Image(result.timeline, visible=visible),
         gr.HTML(result.maps, visible=visible),
         gr.File([str(file) for file in result.files] or None, visible=visible),
     ]
 
 
-def lay_out(gr: Any, limits: Limits) -> tuple[Any, Any, list[Any]]:
+def lay_out(gr: Any, limits: Limits, predictor: Predictor) -> tuple[Any, Any, list[Any]]:
     """Place the page's parts; return where videos are uploaded, the row for examples and the parts of a result."""
     gr.HTML(
         "<h1>Which emotion a face shows, over time</h1>"
         f'<p class="caption">Videos of up to {limits.seconds:g} s and {limits.megabytes:g} MB. An upload is '
         "deleted as soon as it was looked at; nothing leaves the machine that this page comes from.</p>"
+        f'<p class="caption model">{about_models(predictor)} {PURPOSE}</p>'
     )
     with gr.Row():
         with gr.Column():
@@ -267,16 +288,16 @@ def lay_out(gr: Any, limits: Limits) -> tuple[Any, Any, list[Any]]:
             examples_row = gr.Row()
         with gr.Column():
             message = gr.Markdown("Upload a video: it is looked at right away.", elem_id="message")
+            about = gr.HTML(visible=False)
             label = gr.Label(label="The mean over all frames with a face", num_top_classes=7, visible=False)
     bare = {"visible": False, "interactive": False, "show_label": False, "buttons": []}  # a label lies on the picture
     with gr.Row():
         with gr.Column():
             annotated = gr.Video(label="Annotated", autoplay=True, loop=True, **bare)
         with gr.Column():
-            timeline = gr.Image(label="The emotions over time", **bare)
             maps = gr.HTML(visible=False)
     files = gr.File(label="To take away", visible=False, interactive=False, file_count="multiple", elem_id="files")
-    return video, examples_row, [message, label, annotated, timeline, maps, files]
+    return video, examples_row, [message, about, label, annotated, maps, files]
 
 
 class OwnOnly:
@@ -303,10 +324,13 @@ def run(args: argparse.Namespace) -> int:
             import gradio as gr
             from starlette.middleware import Middleware
         except ImportError as error:
-            how = "pip install gradio" if command_of("demo") == "dfer demo" else 'make demo ARGS="--checkpoint ..."'
+            how = "pip install gradio" if command_of("demo") == "dfer demo" else "make demo installs and starts it"
             raise UserError(f"{error}, which the page is made with: {how}") from None
+        args.checkpoint = args.checkpoint or [own_checkpoint()]
         predictor = build_predictor(args, resize)
-        examples = make_examples(args.examples, predictor, Path(folder))
+        examples = make_examples(
+            args.examples or own_examples(Path(folder, "drawn"), predictor.detect), predictor, Path(folder)
+        )
         limits = Limits(args.max_mb, args.max_seconds)
         page = make_page(gr, predictor, limits, examples)
         fonts = {"font": gr.themes.Font("system-ui"), "font_mono": gr.themes.Font("monospace")}
@@ -340,14 +364,14 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("demo", __doc__)
-    add_arguments(parser)
+    add_arguments(parser, required=False)
     parser.add_argument(
         "--examples",
         type=Path,
         nargs="+",
         default=[],
         metavar="CLIP",
-        help="videos, folders of videos or of frames to choose from in the page, as of predict.py",
+        help="videos, folders of videos or of frames to choose from in the page, as of predict.py (three drawn ones)",
     )
     parser.add_argument("--max-mb", type=in_range(float, 0.1, 10000), default=100.0, help="of a video (100)")
     parser.add_argument("--max-seconds", type=in_range(float, 0.1, 3600), default=60.0, help="of a video (60)")

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from dfer.cli import Parser, UserError, missing_packages, one_line_errors, printable, system_error
 from dfer.config import Config, ModelConfig, config_from_json
 from dfer.files import reason
-from dfer.lists.annotations import EMOTIONS
+from dfer.lists.annotations import DRAWN, EMOTIONS
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dfer.report import read_run
 from dfer.report.statistics import wilson
@@ -170,6 +170,7 @@ def results_table(predictions: Predictions) -> str:
 def model_card(config: Config, hub: dict[str, Any], run: str, predictions: Predictions | None) -> str:
     """Return the model card of the run called `run`, as Markdown."""
     name = next((name for name in DATA if name in config.data.train_list.parts), None)
+    name = "faces" if hub.get("faces") == DRAWN else name
     unknown = (
         "unknown",
         f"The lists `{config.data.train_list.name}` and `{config.data.val_list.name}` of the run. **To be filled in by "
@@ -283,7 +284,7 @@ def run(args: argparse.Namespace) -> None:
     state = load_checkpoint(args.checkpoint)
     config = config_from_json(state["config"], source=args.checkpoint)
     model = load_trained(state, config)
-    hub = hub_config(config, model)
+    hub = hub_config(config, model) | ({"faces": state["faces"]} if "faces" in state else {})
     with new_folder(args.out) as folder:
         if "hub" in args.formats:
             export_hub(args, folder, config, model, hub)

@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import Parser, begin, in_range, one_line_errors, progress, usable_cores
 from dfer.files import disk_errors, write_whole
-from dfer.lists.annotations import EMOTIONS, write_annotations
+from dfer.lists.annotations import DRAWN, EMOTIONS, write_annotations
 from dfer.video.drawn import AUS, COLUMN, HELD, PLAIN, SIZE, ClipScript, Identity, frames, philox, render_clip
 
 # ---- The data set's grammar: what makes it easy or hard.
@@ -347,7 +347,7 @@ def make_data_set(
         for split, row in progress(results, len(jobs), "clips"):
             rows[split].append(row)
     for split, path in lists.items():
-        write_annotations(path, rows[split])
+        write_annotations(path, rows[split], faces=DRAWN)
     return list(lists.values())
 
 

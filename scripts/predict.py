@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if os.path.lexists(args.out) and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is no folder: give one, or a new name")
     predictor, clips = build_predictor(args, resize), list(args.clips)
+    for line in dict.fromkeys(model.trained_on for model in predictor.models):
+        print(f"the model is {printable(line)}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.camera:

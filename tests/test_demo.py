@@ -25,11 +25,13 @@ from PIL import Image
 
 from dali_pipes import torch_stages
 from dfer.cli import Parser
-from dfer.lists.annotations import EMOTIONS
+from dfer.lists.annotations import DRAWN, EMOTIONS
+from dfer.predict import own
 from dfer.predict.maps import surest_window
 from dfer.predict.options import add_arguments, build_predictor
 from dfer.predict.predictor import Predictor
 from dfer.predict.timeline import place_windows
+from dfer.run.checkpoint import load_checkpoint, save_checkpoint
 from dfer.video.decode import decode
 from dfer.video.faces import crop_face
 from scripts import demo
@@ -169,7 +171,8 @@ def test_the_page_shows_what_predict_writes(run: Path, videos: Path, tmp_path: P
     np.testing.assert_allclose([result.probabilities[e] for e in EMOTIONS], mean, atol=2e-6)
     best = EMOTIONS[int(mean.argmax())]
     assert result.message == f"{best} {100 * mean.max():.0f} %, a face in 46 of 66 frames"
-    assert result.timeline.size == (2 * demo.TIMELINE_WIDTH, 440)
+    for words in ("<b>two</b>", str(run), "step 7", "was not recorded", "For research"):
+        assert words in result.about, result.about
     shares = [share for share, _ in said]
     assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
     assert {what for _, what in said} <= set(demo.PASSES) and said[0][1] == demo.PASSES[0]
@@ -256,7 +259,7 @@ def test_limits_and_what_cannot_be_read_are_one_line(
 
 def test_without_a_face_there_is_a_message_and_nothing_else(run: Path, videos: Path, tmp_path: Path) -> None:
     result = demo.analyse(videos / "none.mp4", predictor_of(run), LIMITS, tmp_path / "out")
-    assert result == demo.Result("No face is seen in any of the 9 frames.")
+    assert result == demo.Result(f"No face is seen in any of the 9 frames: {demo.NO_FACE}.")
     assert not (tmp_path / "out").exists()
 
 
@@ -277,6 +280,57 @@ def test_examples_are_videos_that_browsers_play(
     (tmp_path / "bad.avi").write_bytes(b"nonsense" * 100)
     with pytest.raises(ValueError, match=r"^--examples .*bad\.avi: Invalid data"):
         demo.make_examples([tmp_path / "bad.avi"], predictor, tmp_path / "out")
+
+
+def test_without_a_checkpoint_the_newest_run_is_shown(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "LOGS", tmp_path)
+    for age, name in enumerate(("newest", "older", "oldest")):
+        shutil.copytree(run, tmp_path / name)
+        os.utime(tmp_path / name / "checkpoints", (10_000 - age, 10_000 - age))
+    (tmp_path / "no run").mkdir()
+    assert own.own_checkpoint() == tmp_path / "newest"
+
+
+def test_without_a_run_one_is_trained_on_drawn_faces(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[str, ...]] = []
+
+    def start(*words: str) -> None:
+        begun.append(words)
+        if words[0] == "train.py":
+            shutil.copytree(run, tmp_path / "logs" / "made")
+
+    monkeypatch.setattr(own, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(own, "start", start)
+    assert own.own_checkpoint() == tmp_path / "logs" / "made"
+    assert [words[0] for words in begun] == ["scripts/make_faces.py", "train.py"] and begun[1][1] == "debug"
+    assert begun[1][3].startswith(begun[0][2])  # on what was drawn
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"^make_faces.py ended with exit code 2; give a run of your own"):
+        own.start("scripts/make_faces.py", "--size", "0")
+
+
+def test_a_model_of_drawn_faces_says_so_above_the_page_and_in_each_result(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run")
+    state = load_checkpoint(run) | {"faces": DRAWN}
+    save_checkpoint(run / "checkpoints", state | {"step": 8})
+    text = demo.about_models(predictor_of(run))
+    assert "step 8: trained on drawn faces (make_faces): what it says of people means nothing" in text
+    assert "guesses" not in text
+    config = json.loads(state["config"]) | {"preset": "debug"}
+    save_checkpoint(run / "checkpoints", state | {"step": 9, "config": json.dumps(config)})
+    assert "guesses" in demo.about_models(predictor_of(run))
+
+
+def test_examples_of_its_own_are_drawn_faces_that_the_detector_sees(run: Path, tmp_path: Path) -> None:
+    predictor = predictor_of(run)
+    videos = own.own_examples(tmp_path, predictor.detect)
+    assert len(videos) == 3 and all(len(list(decode(video))) >= 24 for video in videos)
+    assert (predictor.predict(videos[0]).track >= 0).mean() > 0.9
+    assert own.own_examples(tmp_path, lambda _: np.zeros((0, 4))) == []
 
 
 def test_without_gradio_a_line_says_how_to_get_it(
@@ -366,7 +420,8 @@ def test_the_page_in_a_browser(server: tuple[str, subprocess.Popen, Path], brows
     assert re.fullmatch(r"\w+ \d+ %", said), said
     browser.wait("document.querySelectorAll('.strip img').length === 4")
     browser.wait("[...document.querySelectorAll('video')].some(video => video.readyState === 4)")
-    browser.wait("[...document.querySelectorAll('img')].some(image => image.naturalWidth === 880)")
+    shown = browser.evaluate("document.body.innerText")
+    assert "was not recorded" in shown and "For research" in shown and str(process.args[4]) in shown
     text = browser.evaluate("document.body.innerText")
     assert all(text.count(emotion) for emotion in EMOTIONS) and "single_face" in text
     uploaded = (REAL / "single_face.mp4").read_bytes()
@@ -384,7 +439,7 @@ def test_the_page_in_a_browser(server: tuple[str, subprocess.Popen, Path], brows
     assert not any(name.startswith(("single_face", "image")) for name in files_in(files)), files_in(files)
 
     browser.upload(REAL / "no_face.mp4")
-    browser.wait(f"{message} === 'No face is seen in any of the 95 frames.'")
+    browser.wait(f"{message}.startsWith('No face is seen in any of the 95 frames: use a video')")
     assert not browser.evaluate("document.querySelectorAll('.strip img').length")
     (tmp_path / "large.mp4").write_bytes(bytes(2**21 + 1))
     browser.upload(tmp_path / "large.mp4")

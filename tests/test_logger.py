@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 import time
 import types
@@ -14,11 +15,13 @@ import torch
 from rich.console import Console
 
 from dfer.batch import empty_batch
+from dfer.cli import UserError
 from dfer.config import Config, DataConfig, OptimConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
 from dfer.metrics import ConfusionMatrix
 from dfer.run.logger import Logger, _Pending, endless_warm_up, print_result
 from dfer.run.predictions import Predictions
+from dfer.run.tensorboard_log import check_tensorboard
 from dfer.run.wandb_log import _tables
 
 
@@ -93,6 +96,50 @@ def test_no_row_is_lost_or_doubled(server, tmp_path, arrived, checkpoint, evalua
     assert [(row["step"], next(k for k in row if k != "step")) for row in rows(tmp_path)] == want
     assert [server.rows[number] for number in range(len(want))] == rows(tmp_path) and len(server.rows) == len(want)
     assert len(server.ids) == 1 and server.summary == {"best/WAR": 9.0}
+
+
+def scalars(run_dir):
+    """What TensorBoard's own reader finds: {tag: [(step, value)]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize(("checkpoint", "evaluated"), [(0, False), (3, True), (5, False)])
+def test_tensorboards_reader_finds_each_row_once(tmp_path, checkpoint, evaluated):
+    pytest.importorskip("tensorboard")
+    config = Config(run=RunConfig(wandb="off", tensorboard=True))
+    killed = Logger(tmp_path, config, 9)
+    log_steps(killed, 1, 6)
+    killed.row(6, {"epoch": 2, "train/loss": math.nan})
+    killed.close()
+    assert scalars(tmp_path)["val/WAR"] == [(3, 3.0), (6, 6.0)] and len(scalars(tmp_path)["train/loss"]) == 6
+
+    continued = Logger(tmp_path, config, 9, checkpoint, evaluated)
+    log_steps(continued, checkpoint + 1, 9)
+    continued.close()
+    want = {"train/loss": [(step, pytest.approx(1 / step)) for step in range(1, 10)]}
+    assert scalars(tmp_path) == want | {"val/WAR": [(3, 3.0), (6, 6.0), (9, 9.0)]}
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_tensorboard_that_cannot_write_ends_itself_and_not_the_run(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    logger = Logger(tmp_path, Config(run=RunConfig(wandb="off", tensorboard=True)), 9)
+    logger._tensorboard._writer.add_scalar = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    log_steps(logger, 1, 6)
+    logger.close()
+    assert len(rows(tmp_path)) == 8
+    assert capsys.readouterr().out.count("TensorBoard's files end here") == 1
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_a_run_begins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    check_tensorboard(False)
+    with pytest.raises(UserError, match=r"--run.tensorboard: .* pip install tensorboard") as error:
+        check_tensorboard(True)
+    assert "\n" not in str(error.value)
 
 
 def test_the_id_of_the_checkpoint_is_used_where_its_file_is_gone(server, tmp_path):

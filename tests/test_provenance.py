@@ -63,7 +63,7 @@ def test_a_run_keeps_the_list_of_what_ran_it(tmp_path, monkeypatch):
     commits = iter(["a" * 40, "a" * 40, "b" * 40])
     monkeypatch.setattr(provenance, "code", lambda: {"version": "1.0", "commit": next(commits), "changed": False})
     for step in (0, 5, 9):
-        note_start(tmp_path, step, ALONE)
+        note_start(tmp_path, step, ALONE, "drawn")
     with open(tmp_path / "started.jsonl", "a") as file:
         file.write('{"time": "torn')
     starts = read_starts(tmp_path)

@@ -101,7 +101,7 @@ def press_stop(of):
         return step(*args)
     of.train_epoch = stopped
 
-train.print_report = lambda path: None
+train.print_report = lambda *_: None
 threads = [threading.Thread(target=lambda: codes.append(cell("thread", "--optim.epochs", "1")))]
 codes = []
 threads[0].start()

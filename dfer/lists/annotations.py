@@ -4,6 +4,7 @@ The canonical form, which our scripts write, is the common form of the field bel
 
     # classes: Happy Sad Neutral Angry Surprise Disgust Fear
     # root: /data/DFEW/Clip/clip_224x224     (or, if the clips are packed, "# packed: NAME.npz")
+    # faces: drawn  (of make_faces.py: no people)
     # sha256: 3b0c...  (of the rows, each ended by a newline)
     00001 144 1
 """
@@ -26,6 +27,7 @@ from dfer.lists.orders import EMOTIONS, WORDS, check_paths
 from dfer.lists.text import USUAL, name_hidden, read_head, read_lines, split_rows
 
 COLUMNS = "path num_frames label"
+DRAWN = "drawn"  # what a list's header says of faces that are no people's
 _ROW = re.compile(r"(.*\S)\s+(-?[0-9]{1,9})\s+(-?[0-9]{1,9})")  # int() would also take ٣, +3 and 1_0
 
 
@@ -124,14 +126,26 @@ def packed_index(list_path: str | Path) -> Path | None:
         UserError: if the list cannot be read, or names a file that is not beside it.
     """
     list_path = Path(list_path)
-    try:
-        header = read_header(read_head(list_path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
-    name = header.get("packed")
+    name = _header_of(list_path).get("packed")
     if name is not None and (os.path.basename(name) != name or "\0" in name or not name.endswith(".npz")):
         raise UserError(f"{list_path}: its header says packed: {name!r}, which is no .npz file beside the list")
     return None if name is None else list_path.parent / name
+
+
+def listed_faces(list_path: str | Path) -> str:
+    """Return what a list's header says of its faces: DRAWN, how they were found and cropped, or "".
+
+    Raises:
+        UserError: if the list cannot be read.
+    """
+    return _header_of(Path(list_path)).get("faces", "")
+
+
+def _header_of(list_path: Path) -> dict[str, str]:
+    try:
+        return read_header(read_head(list_path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{list_path}: cannot be read as an annotation list ({error})") from None
 
 
 def write_annotations(
@@ -139,7 +153,7 @@ def write_annotations(
     rows: Sequence[tuple[str, int, int]],
     root: str | Path | None = None,
     packed: str | None = None,
-    faces: str | None = None,
+    faces: str = "",
 ) -> None:
     """Write the canonical list of (name, num_frames, label) rows, whole or not at all.
 
@@ -148,7 +162,7 @@ def write_annotations(
         rows: (name, num_frames, label) of each video.
         root: folder in which the names start, stored as given. None: the folder of the list.
         packed: name of the .npz file beside the list that says where the clips lie, if they are packed.
-        faces: how the faces were found and cropped, in words; it is read by people.
+        faces: how they were made, found and cropped, in words, as `listed_faces` returns it of another list.
 
     Raises:
         UserError: if a row cannot be written so that it reads back the same.
@@ -172,7 +186,7 @@ def write_annotations(
         header.append(f"# packed: {packed}")
         if not fits_header(packed):
             raise UserError(f"{list_path}: a pack named {packed!r} cannot stand in a list")
-    if faces is not None:
+    if faces:
         header.append(f"# faces: {faces}")
         if not fits_header(faces):
             raise UserError(f"{list_path}: a note on faces, {faces!r}, cannot stand in a list")

@@ -10,7 +10,7 @@ import numpy as np
 from dfer.cli import UserError, command_of
 from dfer.files import reason
 from dfer.images import natural_key
-from dfer.lists.annotations import read_annotations, write_annotations
+from dfer.lists.annotations import listed_faces, read_annotations, write_annotations
 
 
 def find_folds(folder: Path) -> list[tuple[Path, Path]]:
@@ -86,6 +86,7 @@ def write_folds(lists: Sequence[Path], folder: Path, num_folds: int) -> None:
         for fold in range(num_folds):
             for part, wanted in (("train", False), ("test", True)):
                 chosen = [row for row, mine in zip(rows, folds, strict=True) if (mine == fold) == wanted]
-                write_annotations(folder / f"set_{fold + 1}_{part}.txt", chosen, lists[0].resolve().parent)
+                path = folder / f"set_{fold + 1}_{part}.txt"
+                write_annotations(path, chosen, lists[0].resolve().parent, faces=listed_faces(lists[0]))
     except OSError as error:
         raise UserError(f"{folder}: cannot write the lists of the folds ({reason(error)})") from None

@@ -25,6 +25,7 @@ from dfer.files import disk_errors, free_bytes, hash_file
 from dfer.lists.annotations import (
     VideoRecord,
     fits_header,
+    listed_faces,
     packed_index,
     read_annotations,
     write_annotations,
@@ -90,9 +91,9 @@ def pack(
                 paths = [shard_path(out, name, number, SUFFIX[options.format]) for number in range(len(shards))]
                 provenance = _provenance(lists, options, key, command)
                 write_pack(index_path, _join(clips, shards, paths, options, provenance))
-        for target, listed in zip(targets, rows.values(), strict=True):
+        for path, target, listed in zip(lists, targets, rows.values(), strict=True):
             if not target.exists():
-                write_annotations(target, listed, packed=index_path.name)
+                write_annotations(target, listed, packed=index_path.name, faces=listed_faces(path))
         shutil.rmtree(state, ignore_errors=True)
     return targets
 

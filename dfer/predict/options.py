@@ -10,13 +10,13 @@ from dfer.predict.predictor import Duration, Model, Predictor, Resize
 from dfer.video import detectors
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `build_predictor` reads."""
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add what `build_predictor` reads; `required`: a checkpoint must be given."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
         nargs="+",
-        required=True,
+        required=required,
         metavar="RUN",
         help="a run's folder (its last checkpoint), best_WAR.safetensors, a .pt, an export, or hf:ORG/NAME; of "
         "several, the mean",

@@ -122,6 +122,7 @@ def summarize(video: InputVideo, prediction: VideoPrediction, models: Sequence[M
         "models": [
             {
                 "checkpoint": printable(m.path),
+                "trained_on": printable(m.trained_on),
                 "step": m.step,
                 "frames": m.sampler.clip_length,
                 "size": m.config.data.size,

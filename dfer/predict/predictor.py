@@ -22,6 +22,7 @@ from dfer.precision import build_precision
 from dfer.predict.inputs import ShowProgress, read_pictures
 from dfer.predict.timeline import Timeline, place_windows
 from dfer.run.checkpoint import load_checkpoint
+from dfer.run.provenance import trained_on
 from dfer.state import load_trained
 from dfer.video.decode import BadVideo
 from dfer.video.detectors import Detector
@@ -120,6 +121,7 @@ class Model:
         config = config_from_json(state["config"], source=path)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, amp=amp or config.run.amp))
         self.path, self.config, self.step = path, config, state.get("step")
+        self.trained_on = trained_on(state.get("faces"), config.data.train_list)
         self._device, self._net, self._resize = device, load_trained(state, config).to(device), resize
         self._precision = build_precision(config.run, device)
         data = config.data

@@ -13,6 +13,8 @@ from dfer.lists.annotations import EMOTIONS
 from dfer.report import charts
 from dfer.report.figures import ACCENT, INK, MUTED, Figure, inline_svg
 from dfer.report.records import Run
+from dfer.report.statistics import calibration
+from dfer.run.predictions import Predictions
 
 # The title of each figure, and how to read it.
 TEXTS = {
@@ -28,6 +30,12 @@ TEXTS = {
         "Recall of each class",
         "Dot: recall; bar: its 95 % confidence interval (Wilson); in brackets: clips. Where two bars overlap widely, "
         "these clips do not tell which class is recognised better.",
+    ),
+    "reliability": (
+        "Reliability of the confidence",
+        "Dot: how many of the clips of a confidence are right; bar: its 95 % interval (Wilson). On the dashed line the "
+        "confidence is what it says; below it the model is too sure of itself. Expected calibration error (ECE): "
+        "{error:.1f} points, the mean over the {bins} bins of |right - confidence|, weighted by their clips.",
     ),
     "loss": (
         "Loss",
@@ -129,6 +137,12 @@ def prediction_cards(counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K
         _card("confusion_normalised", charts.confusion_chart(counts, True)),
         _card("recall", charts.recall_chart(counts)),
     ]
+
+
+def reliability_card(predictions: Predictions) -> Card:
+    """Return the card of a run's calibration."""
+    found = calibration(predictions)
+    return _card("reliability", charts.reliability_chart(found), error=found.error, bins=len(found.clips))
 
 
 def crf_cards(

@@ -15,13 +15,14 @@ from dfer.report.figures import (
     Axes,
     Figure,
     heat_map,
+    hover,
     integer_ticks,
     log_ticks,
     panel,
     thin,
 )
 from dfer.report.records import Run
-from dfer.report.statistics import wilson
+from dfer.report.statistics import Calibration, wilson
 
 Named = dict[str, tuple[str, str]]  # key of metrics.jsonl -> name, colour
 
@@ -32,6 +33,8 @@ def _draw_curves(axes: Axes, run: Run, named: Named, scale: int | float = 1) -> 
         if np.isfinite(values).any():
             marker = "o" if np.isfinite(values).sum() <= 40 else None
             axes.plot(steps, scale * values, color=colour, label=name, marker=marker, markersize=2.5)
+            points = zip(steps.tolist(), (scale * values).tolist(), strict=True)
+            hover(axes, [(s, v, f"{name}, step {s:.0f}: {v:.4g}") for s, v in points if math.isfinite(v)])
     integer_ticks(axes.xaxis, few=True)
     if len(named) > 1:
         axes.legend(handlelength=1.2)
@@ -88,7 +91,14 @@ def confusion_chart(counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K"
             values = 100 * values / values.sum(1, keepdims=True)
     figure, axes = panel("predicted", height=3.6, left=0.21, bottom=0.85)
     texts = [[f"{v:.0f}" if np.isfinite(v) else "" for v in row] for row in values]
-    heat_map(axes, values, 100 if normalised else max(values.max(), 1), EMOTIONS, EMOTIONS, texts)
+    hovers = [
+        [
+            f"{label} taken for {taken}: {n:.0f} of {row.sum():.0f}"
+            for taken, n in zip(EMOTIONS, row.tolist(), strict=True)
+        ]
+        for label, row in zip(EMOTIONS, counts, strict=True)
+    ]
+    heat_map(axes, values, 100 if normalised else max(values.max(), 1), EMOTIONS, EMOTIONS, texts, hovers)
     axes.set_ylabel("label")
     return figure
 
@@ -99,11 +109,39 @@ def recall_chart(counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K"]) 
     totals = [round(total) for total in counts.sum(1).tolist()]
     for row, (right, total) in enumerate(zip(counts.diagonal().tolist(), totals, strict=True)):
         if total:
-            axes.plot(wilson(right, total), [row, row], color=ACCENT, alpha=0.45, linewidth=5, solid_capstyle="butt")
+            low, high = wilson(right, total)
+            axes.plot((low, high), [row, row], color=ACCENT, alpha=0.45, linewidth=5, solid_capstyle="butt")
             axes.plot(100 * right / total, row, "o", color=ACCENT, markersize=5, clip_on=False)
+            said = f"{EMOTIONS[row]}: {right:.0f} of {total}, {100 * right / total:.1f} % ({low:.1f} to {high:.1f})"
+            hover(axes, [(100 * right / total, row, said)])
     ticks = [f"{emotion} ({total})" for emotion, total in zip(EMOTIONS, totals, strict=True)]
     axes.set_yticks(range(len(EMOTIONS)), ticks, color=INK)
     axes.set(xlim=(0, 100), ylim=(len(EMOTIONS) - 0.5, -0.5))
+    return figure
+
+
+def reliability_chart(found: Calibration) -> Figure:
+    """Draw how often predictions of each confidence are right, in percent, and below how many clips there are."""
+    figure, lower = panel("confidence, %", height=3.6, left=0.14)
+    box = lower.get_position()
+    lower.set_position((box.x0, box.y0, box.width, 0.2 * box.height))
+    axes = figure.add_axes((box.x0, box.y0 + 0.28 * box.height, box.width, 0.72 * box.height))
+    axes.tick_params(labelbottom=False)
+    axes.plot((0, 100), (0, 100), color=MUTED, linestyle="--", linewidth=1)
+    edges = np.linspace(0, 100, len(found.clips) + 1)
+    lower.bar(edges[:-1], found.clips, np.diff(edges) * 0.9, align="edge", color=MUTED)
+    for clips, right, confidence in zip(*(column.tolist() for column in found), strict=True):
+        if clips:
+            x, y, (low, high) = 100 * confidence, 100 * right / clips, wilson(right, clips)
+            axes.plot((x, x), (low, high), color=ACCENT, alpha=0.45, linewidth=4, solid_capstyle="butt")
+            axes.plot(x, y, "o", color=ACCENT, markersize=5, clip_on=False)
+            said = f"{clips} clips of {x:.0f} % confidence: {right} right, {y:.0f} % ({low:.0f} to {high:.0f})"
+            hover(axes, [(x, y, said)])
+    for each in (axes, lower):
+        each.set_xlim(0, 100)
+    axes.set(ylim=(0, 100), ylabel="right, %")
+    integer_ticks(lower.yaxis, few=True, most=2)
+    lower.set_ylabel("clips")
     return figure
 
 
@@ -115,7 +153,11 @@ def recalls_chart(run: Run) -> Figure | str:
     by_step = [dict(zip(*(c.tolist() for c in run.series(f"val/recall/{e}")), strict=True)) for e in EMOTIONS]
     recalls = np.array([thin(np.array([recall.get(step, math.nan) for step in steps])) for recall in by_step])
     figure, axes = panel("evaluation", left=0.18)
-    heat_map(axes, recalls, 100, EMOTIONS)
+    hovers = [
+        [f"{e}, evaluation {n}: {r:.1f} %" for n, r in enumerate(row, 1)]
+        for e, row in zip(EMOTIONS, recalls.tolist(), strict=True)
+    ]
+    heat_map(axes, recalls, 100, EMOTIONS, hovers=hovers if recalls.shape[1] == len(steps) else ())
     axes.set_xticks([0.5, recalls.shape[1] - 0.5][: len(steps)], ["1", str(len(steps))][: len(steps)])
     return figure
 

@@ -53,6 +53,9 @@ STYLE: dict[RcKeyType, Any] = {
     "legend.frameon": False,
 }
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+MAX_HOVERS = 120  # texts of a curve or a map
+_HOVER, _BETWEEN = "hover: ", "|"  # the texts of marks travel as their id
+Point = tuple[int | float, int | float, str]
 MAX_POINTS = 300  # of a curve; more rows than that are averaged
 
 
@@ -72,9 +75,9 @@ def panel(xlabel: str = "", height: float = 2.5, left: float = 0.11, bottom: flo
     return figure, axes
 
 
-def integer_ticks(axis: Axis, few: bool = False) -> None:
-    """Put ticks at whole numbers; with `few`, at most 6 of them and at round ones."""
-    axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]) if few else MaxNLocator(integer=True))
+def integer_ticks(axis: Axis, few: bool = False, most: int = 6) -> None:
+    """Put ticks at whole numbers; with `few`, at `most` of them and at round ones."""
+    axis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]) if few else MaxNLocator(integer=True))
 
 
 def log_ticks(axis: Axis) -> None:
@@ -97,8 +100,12 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str] = (),
     texts: Sequence[Sequence[str]] | None = None,
+    hovers: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Draw cells whose opacity is |value| / peak, in another colour below 0; nan stays empty."""
+    """Draw cells whose opacity is |value| / peak, in another colour below 0; nan stays empty.
+
+    `texts` stand in the cells, `hovers` are said where somebody points at them.
+    """
     height, width = values.shape
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * 0.96 + 0.02
     cells = [(r, c) for r in range(height) for c in range(width) if np.isfinite(values[r, c])]
@@ -110,11 +117,29 @@ def heat_map(
             ink = ON_ACCENT if alpha > 0.75 else INK
             axes.text(c + 0.5, r + 0.52, texts[r][c], ha="center", va="center", color=ink, fontsize=8)
     axes.set(xlim=(0, width), ylim=(height, 0))
+    if hovers:
+        box = axes.get_window_extent()
+        side = 72 / 100 * min(box.width / width, box.height / height)  # in points, at matplotlib's 100 dpi
+        hover(axes, [(c + 0.5, r + 0.5, hovers[r][c]) for r, c in cells], "s", 0.95 * side)
     axes.set_yticks(np.arange(height) + 0.5, rows, color=INK)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="right", rotation_mode="anchor", color=INK)
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def hover(axes: Axes, points: Sequence[Point], marker: str = "o", size: int | float = 9) -> None:
+    """Let a page say a text where its reader points at (x, y): SVG's <title> of a mark that is not seen.
+
+    The points lie within the axes and are finite; `size` is in points of print. More than MAX_HOVERS would weigh more
+    than the drawing, and are left out.
+    """
+    if not 0 < len(points) <= MAX_HOVERS:
+        return
+    x, y, texts = zip(*points, strict=True)
+    assert not any(_BETWEEN in text for text in texts)
+    mark = {"alpha": 0, "color": INK, "markersize": size, "markeredgewidth": 0, "linestyle": "none", "clip_on": False}
+    axes.plot(x, y, marker=marker, gid=_HOVER + _BETWEEN.join(texts), scalex=False, scaley=False, **mark)
 
 
 def pixels(figure: Figure) -> UInt8[np.ndarray, "H W 3"]:
@@ -132,6 +157,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     figure.savefig(text, format="svg", transparent=True, metadata=undated)
     code = text.getvalue()
     code = code[code.index("<svg") :]
+    code = _titled(code)
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', code))
     code = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", code)
     code = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", code)
@@ -144,9 +170,21 @@ def inline_svg(figure: Figure, name: str) -> str:
     return code
 
 
+def _titled(svg: str) -> str:
+    """Return SVG in which the marks of `hover` carry their texts."""
+
+    def with_titles(group: re.Match[str]) -> str:
+        texts = iter(group[1].split(_BETWEEN))
+        titled = re.sub(r"(<use [^>]*)/>", lambda mark: f"{mark[1]}><title>{next(texts)}</title></use>", group[2])
+        assert next(texts, None) is None, "a mark was not drawn"
+        return f"<g>{titled}</g>"
+
+    return re.sub(rf'<g id="{_HOVER}([^"]*)">(.*?)</g>', with_titles, svg, flags=re.DOTALL)
+
+
 def picture(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
     """Return the content of an .svg or .png file, on white."""
     content = io.BytesIO()
     undated = {"Date": None} if kind == "svg" else {}
     figure.savefig(content, format=kind, dpi=200, facecolor="white", metadata=undated)
-    return content.getvalue()
+    return _titled(content.getvalue().decode()).encode() if kind == "svg" else content.getvalue()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dfer.cli import UserError
 from dfer.config import Config, config_from_json
 from dfer.crf.layers import MeanFieldCRF
+from dfer.lists.annotations import EMOTIONS
 from dfer.lists.index import load_index
 from dfer.model import DFERNet
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -20,6 +21,8 @@ from dfer.run.checkpoint import load_checkpoint
 from dfer.run.distributed import World
 from dfer.run.predictions import Predictions
 
+MISTAKES = 48  # wrong clips that are listed
+FED = 8  # clips of training's first batch that are shown
 ENERGY_CLIPS = 4  # whose free energy is followed: the kernel of a long clip is large
 
 
@@ -32,14 +35,25 @@ class Clip(NamedTuple):
     shares: Float[np.ndarray, "T K"] | None  # of each emotion in the cells of a frame, background left out
 
 
+class Fed(NamedTuple):
+    """A clip of training's first batch."""
+
+    name: str
+    text: str  # its label as the loader gave it, and what is mixed into it
+    frames: UInt8[np.ndarray, "T H W 3"]  # as training gets them, augmented
+    plain: UInt8[np.ndarray, "T H W 3"]  # of the same video, as evaluation gets them
+
+
 class Inspection(NamedTuple):
-    """What a run's model makes of a few clips."""
+    """What a run's model makes of a few clips, and what the loader makes of them for it."""
 
     notes: list[str]  # what is missing, and why
     clips: list[Clip]
     stride: int = 1  # pixels between two cells of the maps
     crf: MeanFieldCRF | None = None
     energies: Float64[np.ndarray, " I"] | None = None  # free energy after 0, 1, ... iterations, nats per token
+    mistakes: Sequence[Clip] = ()  # frames only, the surest first
+    fed: Sequence[Fed] = ()
 
 
 @torch.inference_mode()
@@ -47,6 +61,8 @@ def inspect_model(
     run: Run, num_clips: int, build_loader: Callable[..., Any], load_trained: Callable[..., nn.Module]
 ) -> Inspection:
     """Load the newest checkpoint and run it on up to `num_clips` right and as many wrong clips, on the CPU in float32.
+
+    With them come the frames of up to MISTAKES wrong clips, and of FED clips that training began with.
 
     Args:
         run: the records.
@@ -72,16 +88,25 @@ def inspect_model(
     if num_clips == 0 or run.predictions is None:
         return Inspection(notes, [], crf=crf)
 
-    rows = [*choose(run.predictions, False, num_clips), *choose(run.predictions, True, num_clips)]
+    fed: Sequence[Fed] = ()
     try:
-        pixels = _read_clips([run.predictions.clips[row] for row in rows], config, build_loader)
+        fed = read_fed(config, build_loader)
     except UserError as error:
-        return Inspection([*notes, f"no gallery: {error}"], [], crf=crf)
+        notes.append(f"no picture of what training is fed: {error}")
+    wrong, right = choose(run.predictions, False, MISTAKES), choose(run.predictions, True, num_clips)
+    names = [run.predictions.clips[row] for row in [*wrong, *right]]
+    try:
+        pixels = _read_clips(names, config, build_loader)
+    except UserError as error:
+        return Inspection([*notes, f"no gallery: {error}"], [], crf=crf, fed=fed)
+    mistakes = [Clip(row, _frames(clip), None, None) for row, clip in zip(wrong, pixels, strict=False)]
+    rows, pixels = [*wrong[:num_clips], *right], [*pixels[: len(wrong)][:num_clips], *pixels[len(wrong) :]]
     if crf is None or not isinstance(model, DFERNet):
-        return Inspection(notes, [Clip(row, _frames(clip), None, None) for row, clip in zip(rows, pixels, strict=True)])
+        clips = [Clip(row, _frames(clip), None, None) for row, clip in zip(rows, pixels, strict=True)]
+        return Inspection(notes, clips, mistakes=mistakes, fed=fed)
     clips, levels = _map_clips(model, crf, rows, pixels)
     energies = free_energies(crf, [torch.cat(level) for level in zip(*levels[:ENERGY_CLIPS], strict=True)])
-    return Inspection(notes, clips, model.backbone.strides[0], crf, energies)
+    return Inspection(notes, clips, model.backbone.strides[0], crf, energies, mistakes, fed)
 
 
 def _load_model(run: Run, load_trained: Callable[..., nn.Module]) -> tuple[Config, nn.Module, int | None]:
@@ -128,6 +153,30 @@ def _read_clips(
         # One clip per batch, in the order of the list. The loader may use its memory again.
         clips.append(next(loader(0, rows[name])).clips.clone())
     return clips
+
+
+def read_fed(config: Config, build_loader: Callable[..., Any]) -> list[Fed]:
+    """Return the first clips of training's first epoch, as the loader hands them out, beside what evaluation would get.
+
+    Raises:
+        UserError: if the training list, a clip in it or its file is gone or damaged.
+    """
+    data, world = config.data, World(0, 1, 0, 1, torch.device("cpu"))
+    index = load_index(data.train_list, data.root, data.source, bad_videos=data.bad_clips)
+    several = dataclasses.replace(data, batch_size=min(FED, len(index)))
+    loader = build_loader(dataclasses.replace(config, data=several), index, "train", world)
+    batch = next(loader(0))
+    clips = batch.clips.clone()  # of memory that goes with its loader
+    loader = build_loader(config, index, "eval", world)
+    found = []
+    for number in torch.nonzero(batch.valid).flatten().tolist():
+        row, text = int(batch.ids[number]), EMOTIONS[int(batch.labels[number])]
+        if batch.mix is not None and (share := float(batch.mix.share[number])) < 1:
+            other = EMOTIONS[int(batch.labels[int(batch.mix.partner[number])])]
+            text = f"{share:.0%} {text}, {1 - share:.0%} {other}"
+        plain = _frames(next(loader(0, row)).clips)
+        found.append(Fed(index.records[row].name, text, _frames(clips[number : number + 1]), plain))
+    return found
 
 
 def _frames(pixels: Float[Tensor, "1 T 3 H W"]) -> UInt8[np.ndarray, "T H W 3"]:

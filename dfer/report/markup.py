@@ -1,5 +1,7 @@
 """Write the pieces of HTML that all pages are made of."""
 
+import base64
+import hashlib
 import math
 from collections.abc import Sequence
 from html import escape
@@ -12,6 +14,14 @@ from dfer.cli import printable
 
 def section(title: str, lead: str, content: str) -> str:
     return f'<section><h2>{title}</h2><p class="lead">{lead}</p>{content}</section>'
+
+
+def folded(title: str, lead: str, content: str) -> str:
+    """Return a section that is closed at first."""
+    return (
+        f'<section><h2>{title}</h2><details><summary>{lead} <span class="open">Show</span></summary>{content}</details>'
+        "</section>"
+    )
 
 
 def grid(cards: Sequence[str], wide: bool = False) -> str:
@@ -66,6 +76,9 @@ def document(title: str, lead: str, body: Sequence[str], writer: str) -> str:
         body: HTML.
         writer: the script that the last line names.
     """
-    return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title), lead=escape(printable(lead)), body="\n".join(body), writer=writer
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    script = template.split("<script>")[1].split("</script>")[0]  # the only one that a browser runs
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Template(template).substitute(
+        title=escape(title), lead=escape(printable(lead)), body="\n".join(body), writer=writer, script=digest
     )

@@ -1,7 +1,7 @@
 """Write a run as one page: what its records say, and what its model makes of a few clips.
 
-The page is one file without scripts, and nothing in it is loaded from elsewhere: its Content-Security-Policy forbids
-both. What is missing is said on it.
+The page is one file, and nothing in it is loaded from elsewhere: its Content-Security-Policy forbids that, and all
+scripts but the one that sorts its clips. What is missing is said on it.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,15 +15,17 @@ from torch import nn
 
 from dfer.cli import UserError
 from dfer.files import reason, write_whole
-from dfer.lists.annotations import EMOTIONS
 from dfer.report import figures
-from dfer.report.cards import Card, crf_cards, prediction_cards, training_cards
-from dfer.report.gallery import gallery_section
+from dfer.report.cards import Card, crf_cards, prediction_cards, reliability_card, training_cards
+from dfer.report.facts import classes_card, made_section, scenes_section
+from dfer.report.gallery import fed_section, gallery_section, mistakes_card, mistakes_section
 from dfer.report.inspection import ENERGY_CLIPS, Inspection, inspect_model
-from dfer.report.markup import document, grid, interval_text, notes_box, section, settings_section, table, tiles
+from dfer.report.markup import document, folded, grid, interval_text, notes_box, section, settings_section, table, tiles
 from dfer.report.records import Run
-from dfer.report.statistics import bootstrap, interval, wilson
+from dfer.report.statistics import bootstrap, calibration, interval, precision_and_f1, wilson
 from dfer.run.predictions import Predictions, align
+
+SUREST = 6  # mistakes beside the confusion matrix
 
 
 def write_report(
@@ -81,36 +83,64 @@ def write_page(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot write the report ({reason(error)})") from None
 
 
+def write_records(run: Run) -> None:
+    """Write the page about a run that goes on: of its records alone, without looking at a clip.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    goes_on = Inspection(["the run goes on: clips, and what the CRF has learned, come at its end"], [])
+    with figures.style():
+        text, _ = page(run, (), goes_on)
+    write_page(run.path / "report.html", text)
+
+
 def page(run: Run, others: Sequence[Run], inspection: Inspection) -> tuple[str, list[Card]]:
     """Return the HTML, and the cards whose figures are in it; `others` are compared with the run."""
     energy_clips = min(len(inspection.clips), ENERGY_CLIPS)
     training, crf = training_cards(run), crf_cards(run, inspection.crf, inspection.energies, energy_clips)
-    predicted = prediction_cards(run.predictions.confusion().counts.numpy()) if run.predictions is not None else []
-    notes = [*run.notes, *inspection.notes]
-    _, skipped = run.series("train/skipped_steps")
-    if np.nansum(skipped):
-        notes.append(f"{np.nanmax(skipped):g} steps were skipped, as their loss or gradient was not finite")
-    body = [_headline(run)]
-    if notes:
+    predicted, body = [], [_headline(run)]
+    if run.predictions is not None:
+        counts = run.predictions.confusion().counts.numpy()
+        predicted = [*prediction_cards(counts), reliability_card(run.predictions)]
+        body.append(_recognition(run.predictions, predicted, inspection))
+    if notes := [*run.notes, *inspection.notes, *_skipped(run)]:
         body.append(notes_box(notes))
     if others:
         body.append(_comparison(run, others))
     if run.predictions is not None:
-        body.append(_recognition(run.predictions, predicted))
+        body += _clips(run.predictions, inspection)
     lead = "From metrics.jsonl, over optimizer steps. Points of long curves are means of neighbouring rows."
     body.append(section("Training", lead, grid([card.html() for card in training])))
+    if inspection.fed:
+        body.append(fed_section(inspection.fed))
+    body.append(made_section(run))
     if crf:
         lead = "Every cell of every frame has probabilities of the emotions and gets messages from all the others."
-        body.append(section("What the CRF did", lead, grid([card.html() for card in crf])))
-    if run.predictions is not None and inspection.clips:
-        body.append(gallery_section(run.predictions, inspection))
+        body.append(folded("What the CRF did", lead, grid([card.html() for card in crf])))
     body.append(settings_section(run.config, "all flags of this run"))
     optim = run.config.get("optim")
     planned = optim.get("epochs", "?") if isinstance(optim, dict) else "?"
     lead = f"{run.config.get('preset', 'run')}, {len(run.series('val/WAR')[0])} of {planned} epochs evaluated"
-    made_by = f"; {run.made_by}" if run.made_by else ""
-    text = document(run.name, f"{lead}, seed {run.config.get('seed', '?')}{made_by}", body, "scripts/report.py")
+    lead += f", seed {run.config.get('seed', '?')}; {run.trained_on}"
+    text = document(run.name, lead, body, "scripts/report.py")
     return text, [*predicted, *training, *crf]
+
+
+def _skipped(run: Run) -> list[str]:
+    _, skipped = run.series("train/skipped_steps")
+    if not np.nansum(skipped):
+        return []
+    return [f"{np.nanmax(skipped):g} steps were skipped, as their loss or gradient was not finite"]
+
+
+def _clips(predictions: Predictions, inspection: Inspection) -> list[str]:
+    """Return the sections with clips, and that about scenes."""
+    parts = [gallery_section(predictions, inspection)] if inspection.clips else []
+    if inspection.mistakes:
+        parts.append(mistakes_section(predictions, inspection.mistakes))
+    scenes = scenes_section(predictions)
+    return parts if scenes is None else [*parts, scenes]
 
 
 def _headline(run: Run) -> str:
@@ -123,6 +153,10 @@ def _headline(run: Run) -> str:
         war = f"WAR, %: {right.sum()} of {len(right)} clips; 95 %: {span}"
         uar = f"UAR, %; 95 % (bootstrap): {interval_text(*interval(uars[:, 0]))}"
         contents += [("main", f"{confusion.war():.2f}", war), ("main", f"{confusion.uar():.2f}", uar)]
+        _, f1 = precision_and_f1(confusion.counts.numpy())
+        contents.append(("", f"{np.nanmean(f1):.2f}", "F1, %, mean of the classes"))
+        error = calibration(run.predictions).error
+        contents.append(("", f"{error:.1f}", "ECE, points: confidence against what is right"))
     for name in ("WAR", "UAR"):
         _, values = run.series(f"val/{name}")
         if np.isfinite(values).any():
@@ -131,23 +165,18 @@ def _headline(run: Run) -> str:
             contents.append(("", f"{values[best]:.2f}", text))
     (_, rates), (_, waits) = (run.series(f"throughput/{k}") for k in ("total_clips_per_s", "data_wait_share"))
     if np.isfinite(rates).any():
-        contents.append(("", f"{np.nanmedian(rates):.1f}", "clips/s in training, median of the rows"))
+        contents.append(("", f"{np.nanmedian(rates):.1f}", "clips/s in training (median)"))
     if np.isfinite(waits).any():
-        contents.append(("", f"{100 * np.nanmedian(waits):.1f} %", "of the time waiting for data, median of the rows"))
+        contents.append(("", f"{100 * np.nanmedian(waits):.1f} %", "of it waiting for data (median)"))
     return tiles(contents)
 
 
-def _recognition(predictions: Predictions, cards: Sequence[Card]) -> str:
-    """Return the section about the last evaluation: its cards, and the recall of each class in numbers."""
-    counts = predictions.confusion().counts
-    rows = []
-    for emotion, right, total in zip(EMOTIONS, counts.diag().tolist(), counts.sum(1).tolist(), strict=True):
-        recall = f"{100 * right / total:.1f}" if total else "-"
-        rows.append([emotion, str(total), str(right), recall, interval_text(*wilson(right, total))])
-    numbers = table(["class", "clips", "right", "recall, %", "95 %"], rows)
-    contents = [*(card.html() for card in cards), f'<div class="card"><h3>In numbers</h3>{numbers}</div>']
+def _recognition(predictions: Predictions, cards: Sequence[Card], inspection: Inspection) -> str:
+    """Return the section about the last evaluation: its cards, the surest mistakes and the numbers of each class."""
+    first, *rest = (card.html() for card in cards)
+    surest = [mistakes_card(predictions, inspection.mistakes[:SUREST])] if inspection.mistakes else []
     lead = "From predictions.csv, of the last evaluation: every clip counts once."
-    return section("What is recognised", lead, grid(contents, wide=True))
+    return section("What is recognised", lead, grid([first, *surest, *rest, classes_card(predictions)], wide=True))
 
 
 def _differences(mine: Predictions, theirs: Predictions, order: Int64[np.ndarray, " N"]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Float64
 from dfer.cli import UserError, printable
 from dfer.files import check_visible
 from dfer.run.predictions import Predictions, read_predictions
-from dfer.run.provenance import describe_starts, read_starts
+from dfer.run.provenance import describe_starts, read_starts, trained_on
 
 
 class Run(NamedTuple):
@@ -24,7 +25,19 @@ class Run(NamedTuple):
     rows: list[dict[str, Any]]  # of metrics.jsonl
     predictions: Predictions | None
     notes: list[str]  # what is missing, and why
-    made_by: str = ""  # code and machines, if they were noted
+    starts: Sequence[dict[str, Any]] = ()  # code, machine and data of each start, if they were noted
+
+    @property
+    def made_by(self) -> str:
+        """Return code and machines in a line, "" if nothing is known."""
+        return printable(describe_starts(list(self.starts)))
+
+    @property
+    def trained_on(self) -> str:
+        """Return in a line what it was trained on."""
+        data = self.config.get("data")
+        train_list = data.get("train_list", "?") if isinstance(data, dict) else "?"
+        return printable(trained_on(self.starts[-1].get("faces") if self.starts else None, str(train_list)))
 
     @property
     def name(self) -> str:
@@ -55,7 +68,7 @@ def read_run(path: Path) -> Run:
     except UserError as error:
         notes.append(f"no confusion matrix, recall or gallery: {error}")
     notes += _said(path / "log.txt")
-    return Run(path, config, rows, predictions, notes, printable(describe_starts(read_starts(path))))
+    return Run(path, config, rows, predictions, notes, read_starts(path))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

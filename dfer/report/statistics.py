@@ -61,6 +61,52 @@ def interval(samples: Float64[np.ndarray, " S"]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def precision_and_f1(
+    counts: Int64[np.ndarray, "K K"] | Float64[np.ndarray, "K K"],
+) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
+    """Return precision and F1 of each class in percent; rows of `counts` are labels, columns predictions.
+
+    Precision is the share of what was taken for a class that is of it, nan where nothing was. F1 is its harmonic mean
+    with the recall, 2 right / (clips + taken for it), and nan where there is neither a clip nor a prediction.
+    """
+    right, clips, taken = counts.diagonal().astype(np.float64), counts.sum(1), counts.sum(0)
+    with np.errstate(invalid="ignore"):
+        return 100 * right / taken, 100 * 2 * right / (clips + taken)
+
+
+class Calibration(NamedTuple):
+    """How often predictions of a confidence are right, in bins of equal width over (0, 1]."""
+
+    clips: Int64[np.ndarray, " M"]  # in each bin
+    right: Int64[np.ndarray, " M"]
+    confidence: Float64[np.ndarray, " M"]  # mean in each bin; nan in an empty one
+
+    @property
+    def error(self) -> float:
+        """Return the expected calibration error in percentage points (Guo et al. 2017, eq. 3).
+
+        ECE = sum over the bins of clips / N x |right / clips - mean confidence|.
+        """
+        filled = self.clips > 0
+        clips, right, confidence = (column[filled] for column in self)
+        return float(100 * (clips * np.abs(right / clips - confidence)).sum() / clips.sum())
+
+
+def calibration(predictions: Predictions, num_bins: int = 15) -> Calibration:
+    """Return how well the probability of the predicted class tells how often it is right.
+
+    A clip of confidence p lies in the bin m with (m - 1) / M < p <= m / M.
+    """
+    rows = np.arange(len(predictions.labels))
+    confidence = predictions.probabilities[rows, predictions.predicted]
+    right = predictions.labels == predictions.predicted
+    bins = (np.searchsorted(np.arange(num_bins + 1) / num_bins, confidence) - 1).clip(0, num_bins - 1)
+    clips, of_right = (np.bincount(bins, weights, num_bins) for weights in (None, right))
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(bins, confidence, num_bins) / clips
+    return Calibration(clips.astype(np.int64), of_right.astype(np.int64), mean)
+
+
 class Pool(NamedTuple):
     """Predictions on the test clips of all folds: each clip is in one fold, and predicted once per seed."""
 

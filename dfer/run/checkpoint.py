@@ -213,7 +213,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: {"model", "ema", "config", "emotions", ...}.
 
     What a file is its content says, whatever it is called; links are followed. An exported model has no lists, which
-    {"exported": True} says.
+    {"exported": True} says. {"faces": DRAWN or ""} is what the list that it was trained on says of them; of older
+    versions' nothing is known.
 
     Args:
         path: a run's folder (its newest checkpoint), one checkpoint's .json or .pt, the weights of a best epoch, or
@@ -304,7 +305,8 @@ def _of_best_epoch(found: WeightFile, path: Path) -> dict[str, Any]:
     if digest(found.content, about) != sha256:
         raise UserError(f"{path}: damaged: not the weights that were written (SHA-256 differs)")
     _check_classes(emotions, path)
-    return {"model": found.content, "ema": None, "config": about["config"], "emotions": emotions}
+    state = {"model": found.content, "ema": None, "config": about["config"], "emotions": emotions}
+    return state | ({"faces": about["faces"]} if "faces" in about else {})
 
 
 # Class of an exported network -> --model.name.
@@ -331,4 +333,5 @@ def _of_export(found: WeightFile, path: Path) -> dict[str, Any]:
         ) from None
     _check_classes(emotions, path)
     config = json.dumps({"preset": "exported", "data": data, "model": model})
-    return {"model": found.content, "ema": None, "config": config, "emotions": emotions, "exported": True}
+    state = {"model": found.content, "ema": None, "config": config, "emotions": emotions, "exported": True}
+    return state | ({"faces": hub["faces"]} if "faces" in hub else {})

@@ -15,7 +15,8 @@ from dfer.run.checkpoint import find_manifests
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
 # another JPEG decoder. `dfer.run.folder.same_global_batch`, which knows the number of processes, checks the batch size.
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
-_FREE |= {"run.wandb_project", "run.grace", "run.timeout", "run.graph", "data.batch_size", "data.jpeg_engine"}
+_FREE |= {"run.wandb_project", "run.tensorboard", "run.grace", "run.timeout", "run.graph"}
+_FREE |= {"data.batch_size", "data.jpeg_engine"}
 # Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
 _FREE |= {"data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels"}
 
@@ -41,7 +42,7 @@ def unfinished_run(config: Config) -> Path:
         UserError: if there is none; it names the newest of another configuration.
     """
     others = []
-    for folder in _newest_first(config.run.log_dir):
+    for folder in newest_first(config.run.log_dir):
         with contextlib.suppress(UserError):  # no run that could be continued
             begun = begun_config(folder)
             if begun is None or _is_finished(folder, begun.optim.epochs):
@@ -56,7 +57,7 @@ def unfinished_run(config: Config) -> Path:
     )
 
 
-def _newest_first(log_dir: Path) -> list[Path]:
+def newest_first(log_dir: Path) -> list[Path]:
     """Return the folders in which runs have left a checkpoint, the one that was written to last first."""
     found = []
     with contextlib.suppress(OSError):  # there is none, which whoever asks says

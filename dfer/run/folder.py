@@ -22,7 +22,7 @@ from dfer.batch import Batch
 from dfer.cli import UserError
 from dfer.config import Config, begun_config, config_from_json
 from dfer.files import free_bytes, read_file, reason, write_whole
-from dfer.lists.annotations import EMOTIONS
+from dfer.lists.annotations import EMOTIONS, listed_faces
 from dfer.lists.index import ClipIndex
 from dfer.model.start import resolved
 from dfer.run import distributed
@@ -31,6 +31,7 @@ from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
 from dfer.run.graph import resolved_graph
+from dfer.run.tensorboard_log import check_tensorboard
 from dfer.run.wandb_log import check_settings
 from dfer.run.weight_files import save_weights
 from dfer.state import Job, TrainState
@@ -168,7 +169,7 @@ class RunFolder:
         """Write the weights that are evaluated as the best of each name (WAR, UAR)."""
         for name in names:
             description = {"step": str(state.step), name: str(state.best[name][0]), "config": about["config"]}
-            description["emotions"] = json.dumps(about["emotions"])
+            description |= {"emotions": json.dumps(about["emotions"]), "faces": about["faces"]}
             save_weights(self.path / f"best_{name}.safetensors", state.evaluated_model().state_dict(), description)
 
     def close(self) -> None:
@@ -184,9 +185,11 @@ def started_config(config: Config) -> Config:
     What it starts from is saved as what was found, and so is whether its steps are to be graphs.
 
     Raises:
-        UserError: if random weights would be frozen, W&B's settings here cannot be used, or a graph is to be of a CPU.
+        UserError: if random weights would be frozen, W&B's settings here cannot be used, TensorBoard is asked for and
+            not there, or a graph is to be of a CPU.
     """
     check_settings(config)
+    check_tensorboard(config.run.tensorboard)
     return dataclasses.replace(config, model=resolved(config.model), run=resolved_graph(config.run))
 
 
@@ -260,6 +263,7 @@ def about_run(job: Job, checkpoint: dict[str, Any] | None) -> tuple[dict[str, An
         "emotions": list(EMOTIONS),
         "torch": str(torch.__version__),  # a class of its own, which a checkpoint does not load
         "data": data,
+        "faces": listed_faces(job.config.data.train_list),
         "global_batch": job.config.data.batch_size * job.world.size,
     }
     return about, lines

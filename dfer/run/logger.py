@@ -1,4 +1,4 @@
-"""What a run says: the terminal, `logs/<run>/log.txt` and `metrics.jsonl` (the record), and W&B (a view of it)."""
+"""What a run says: the terminal, `logs/<run>/log.txt` and `metrics.jsonl` (the record); W&B and TensorBoard view it."""
 
 import contextlib
 import json
@@ -28,6 +28,7 @@ from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.continuing import continuing_command
 from dfer.run.predictions import read_predictions
+from dfer.run.tensorboard_log import TensorBoardLog
 from dfer.run.wandb_log import WandbLog
 from dfer.state import Job
 
@@ -66,6 +67,7 @@ class Logger:
         self._pending: _Pending | None = None
         self._total_steps, self._start_step, self._started = total_steps, start_step, time.perf_counter()
         self._wandb: WandbLog | None = None
+        self._tensorboard: TensorBoardLog | None = None
         self._anew = False  # an earlier start left rows and no checkpoint
         self._progress: Progress | None = None
         if run_dir is None:
@@ -80,6 +82,8 @@ class Logger:
         except OSError as error:
             raise UserError(f"{run_dir}: cannot write ({error})") from None
         self._num_rows = len(earlier)
+        if config.run.tensorboard:
+            self._tensorboard = TensorBoardLog(run_dir, earlier, self.say)
         earlier = [{k: v for k, v in row.items() if k != TIME} for row in earlier]
         done = start_evaluated and start_step == total_steps
         self._wandb = WandbLog(run_dir, config, earlier, wandb_id, done, self.say)
@@ -116,7 +120,10 @@ class Logger:
         if self.run_dir is None or self._wandb is None:
             return
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._write(self._rows, json.dumps(row | {TIME: _now()}) + "\n")
+        timed = row | {TIME: _now()}
+        self._write(self._rows, json.dumps(timed) + "\n")
+        if self._tensorboard is not None:
+            self._tensorboard.row(timed)
         self._wandb.row(self._num_rows, row)
         self._num_rows += 1
 
@@ -311,6 +318,8 @@ class Logger:
             return
         self.close_progress()
         self._wandb.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         for file in (self._text, self._rows):
             with contextlib.suppress(OSError):  # what could not be written was said when it was
                 file.close()

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from dfer import __version__
+from dfer.cli import usable_cores
 from dfer.files import disk_errors, reason
+from dfer.lists.annotations import DRAWN
 from dfer.run.distributed import World
 
 STARTED = "started.jsonl"
@@ -21,13 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 10  # of git, on a disk that hangs
 
 
-def note_start(run: Path, step: int, world: World) -> None:
-    """Add the line of a start from `step` on to what earlier starts have left.
+def note_start(run: Path, step: int, world: World, faces: str) -> None:
+    """Add the line of a start from `step` on to what earlier starts have left; `faces`: as of `listed_faces`.
 
     Raises:
         UserError: if it cannot be written.
     """
     about = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "step": step, "processes": world.size}
+    about["faces"] = faces
     with disk_errors("cannot write"), open(run / STARTED, "a", encoding="utf-8") as file:
         file.write(json.dumps(about | code() | machine(world.device)) + "\n")
 
@@ -59,6 +62,19 @@ def describe_starts(starts: list[dict[str, Any]]) -> str:
         driver = f", driver {start['driver']}" if start.get("driver") else ""
         lines.append(f"dfer {start.get('version', '?')} ({code}) on {start.get('processes', '?')} x {device}{driver}")
     return "; then ".join(dict.fromkeys(lines))
+
+
+def trained_on(faces: str | None, train_list: Path | str) -> str:
+    """Return in a line what a model was trained on, as it is said wherever the model speaks of people.
+
+    Args:
+        faces: what the run has recorded, see `listed_faces`; None: nothing, as older versions did.
+        train_list: the list that it was trained on.
+    """
+    if faces == DRAWN:
+        return "trained on drawn faces (make_faces): what it says of people means nothing"
+    where = "clips that only its model card names" if str(train_list) == "unknown" else f"{train_list}"
+    return f"trained on {where}{'; whether on drawn faces was not recorded' if faces is None else ''}"
 
 
 def code(root: Path = ROOT) -> dict[str, Any]:
@@ -94,9 +110,19 @@ def _git(root: Path, *words: str) -> str:
 def machine(device: torch.device) -> dict[str, Any]:
     """Return the device, its driver and the versions of Python and torch."""
     about = {"device": device.type, "python": platform.python_version(), "torch": str(torch.__version__)}
+    about |= {"cpu": _processor(), "cores": usable_cores()}
     if device.type != "cuda":
         return about
     return about | {"gpu": torch.cuda.get_device_name(device), "driver": driver_version()}
+
+
+def _processor(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the processor, or its architecture where it has none."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", path.read_text(errors="replace"))
+    except OSError:
+        found = None
+    return " ".join(found[1].split()) if found else platform.machine()
 
 
 def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:

@@ -199,6 +199,6 @@ def _write_lists(videos: Sequence[LabelledVideo], results: Sequence[ClipResult],
             rows += [(name, count, video.label) for name, count in result.clips.items()]
     write_whole(out / REPORT, table.getvalue())
     if rows:
-        write_annotations(out / "list.txt", rows, faces=crops)
+        write_annotations(out / "list.txt", rows, faces=crops or "")
     elif names:
         write_whole(out / "unlabelled.txt", "".join(f"{name}\n" for name in names))

@@ -29,6 +29,7 @@ PACKAGES = {
     "llvmlite": "numba",
     "nvidia": "nvidia-dali-cuda120",
     "PIL": "pillow",
+    "scenedetect": "scenedetect-headless",
     "starlette": "gradio",
     "triton": "torch",
 }
@@ -67,7 +68,7 @@ def test_every_range_ends_before_what_nobody_knows():
 
 def test_make_installs_all_but_what_has_its_own_environment():
     assert (
-        pins("requirements.txt").keys() == (ranges() | ranges("wandb", "export", "dev")).keys()
+        pins("requirements.txt").keys() == (ranges() | ranges("wandb", "export", "tensorboard", "dev")).keys()
         and pins("requirements-bench.txt").keys() == ranges("bench").keys()
     )
     assert "gradio" in pins("requirements-demo.txt")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfer.__main__ import APP
+from dfer.__main__ import commands
 from dfer.cli import UserError, printable
 from dfer.run.continuing import newest_first
 from dfer.video.decode import decode
@@ -29,15 +29,15 @@ def own_checkpoint() -> Path:
     print(
         "demo: no --checkpoint, and no run in logs/: one is trained, by the preset debug, in a minute or so", flush=True
     )
-    start("scripts/make_faces.py", "--out", str(DRAWN_DATA), "--size", "0.05")
+    start(commands()["make-faces"], "--out", str(DRAWN_DATA), "--size", "0.05")
     lists = ("--data.train-list", str(DRAWN_DATA / "train.txt"), "--data.val-list", str(DRAWN_DATA / "test.txt"))
-    start("train.py", "debug", *lists, "--run.log-dir", str(LOGS))
+    start(commands()["train"], "debug", *lists, "--run.log-dir", str(LOGS))
     return newest_first(LOGS)[0]
 
 
 def own_examples(folder: Path, detect: Detector | None) -> list[Path]:
     """Return up to three videos of drawn faces that the detector sees, which are made in a folder."""
-    start("scripts/make_faces.py", "--out", str(folder), "--size", "0.005", "--video", "h264", "--seed", "5")
+    start(commands()["make-faces"], "--out", str(folder), "--size", "0.005", "--video", "h264", "--seed", "5")
     videos = sorted(folder.glob("videos_h264/*.mp4"))
     return list(itertools.islice((video for video in videos if detect is None or _sees(detect, video)), 3))
 
@@ -47,12 +47,11 @@ def _sees(detect: Detector, video: Path) -> bool:
     return bool((find_face(frames, detect, every_track=True).track >= 0).mean() > 0.9)
 
 
-def start(command: str, *words: str) -> None:
-    """Run a command of the project.
+def start(file: Path, *words: str) -> None:
+    """Run a command of the project by its file.
 
     Raises:
         UserError: if it fails.
     """
-    file = APP / command
     if code := subprocess.run([sys.executable, str(file), *words], check=False).returncode:
         raise UserError(f"{file.name} ended with exit code {code}; give a run of your own: --checkpoint RUN")

@@ -274,8 +274,6 @@ def test_an_export_says_what_it_lacks(own, capsys, tmp_path):
     for wrong in ({}, [], hub | {"segments": 0}, hub | {"network": "ResNet"}, hub | {"classes": sorted(EMOTIONS)}):
         (tmp_path / "config.json").write_text(json.dumps(wrong))
         with pytest.raises(UserError, match=r"config\.json beside it is not of python scripts|its model's classes"):
-            UserError, match=r"config\.json beside it is not of python scripts/export\.py|its model's classes"
-        ):
             load_checkpoint(tmp_path / "model.safetensors")
 
 

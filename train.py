@@ -90,8 +90,7 @@ def main(config: Config) -> int:
             if state:
                 config = continued_config(state, config, data, world.size)
             with chosen_algorithms(config.run), memory_advice(config):
-                job = prepare(config, data, world, state)
-                code = train(job, run, state, damage)
+                code = train(prepare(config, data, world, state), run, state, damage)
     if run and code == 0:
         print_report(run.path, build_loader, load_trained)
     return code

@@ -1,5 +1,6 @@
 """Rows of a run that is killed and continued: each once, in metrics.jsonl and at W&B."""
 
+import importlib
 import itertools
 import json
 import math
@@ -53,6 +54,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
+    importlib.import_module("wandb.sdk.wandb_setup")  # parts of the real one that a run asks of, whoever comes first
     server = Server()
     monkeypatch.setitem(sys.modules, "wandb", server.module())
     return server

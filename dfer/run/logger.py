@@ -91,11 +91,11 @@ class Logger:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+                TextColumn("{task.fields[unit]} {task.completed:.0f}/{task.total:.0f}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, unit="steps")
+            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, unit="step")
             self._progress.start()
 
     @property
@@ -262,7 +262,7 @@ class Logger:
         if self._progress is None:
             yield from batches
             return
-        task = self._progress.add_task("evaluating", total=total, unit="batches")
+        task = self._progress.add_task("evaluating", total=total, unit="batch")
         try:
             for batch in batches:
                 yield batch

@@ -43,6 +43,7 @@ def by_the_command(*words: object) -> object:
     ("options", "words"),
     [
         ({}, []),
+        ({"faces": "main"}, ["--faces", "main"]),
         ({"window": "8", "stride": "0.08s", "crop": False}, ["--window", "8", "--stride", "0.08s", "--no-crop"]),
     ],
 )
@@ -54,6 +55,9 @@ def test_it_predicts_what_the_command_does(options, words, here):
     assert (got.boxes is None) == (options.get("crop") is False)
     assert (got.window, got.stride) == (want.window, want.stride)
     np.testing.assert_array_equal(got.probabilities, want.probabilities)
+    assert len(got.faces) == len(want.faces) == (not options.get("faces") and options.get("crop", True))
+    for mine, its in zip(got.faces, want.faces, strict=True):
+        np.testing.assert_array_equal(mine.probabilities, its.probabilities)
 
 
 def test_frames_have_the_rate_that_is_given_and_models_are_averaged(here):

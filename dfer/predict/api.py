@@ -23,7 +23,8 @@ class Predictor:
         window: how much the models see at once: frames ("70") or seconds ("2.5s").
         stride: from a window to the next, as `window`.
         crop: follow the face and crop it; False where the videos are faces already.
-        detector: YuNet's .onnx file.
+        detector: yunet, haar, or YuNet's .onnx file.
+        faces: predict on every face that is followed too, or only on the main one of each frame.
         fps: frames a second of a folder of frames.
         device: where the models run; auto is a GPU where there is one.
 
@@ -38,10 +39,11 @@ class Predictor:
         stride: str | None = None,
         crop: bool = True,
         detector: str | Path | None = None,
+        faces: Literal["all", "main"] = "all",
         fps: float | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ):
-        given = {"window": window, "stride": stride, "detector": detector, "fps": fps, "device": device}
+        given = {"window": window, "stride": stride, "detector": detector, "fps": fps, "device": device, "faces": faces}
         words = [f"--{name}={value}" for name, value in given.items() if value is not None]
         words += [] if crop else ["--no-crop"]
         parser = argparse.ArgumentParser(exit_on_error=False)

@@ -278,8 +278,8 @@ def standard_error(result: dict[str, Any]) -> float:
     return 100 * (share * (1 - share) / result["test_clips"]) ** 0.5
 
 
-# What a model has to get right, by the name of the list that shows it. `--ablation branches --models static-attention` has
-# the first version's model on the same lists, which averaged the frames of one branch under attention.
+# What a model has to get right, by the name of the list that shows it; `--ablation branches --models static-attention`
+# trains the first version's model on the same lists, which averaged the frames of one branch under attention.
 LEARNT = {
     "order": ("order", lambda run: run["WAR"] >= 95),
     # Trained on two frames of each clip, it sees more of them later, which must not hurt.

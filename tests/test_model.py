@@ -13,6 +13,7 @@ from dfer.model.dfernet import motion
 from dfer.model.resize import multiply, resize, resize_time, upsample_aligned, weights
 from dfer.model.start import start
 from dfer.model.temporal import RecurrentBlock
+from tests.conftest import ROOT, run_python
 
 
 @pytest.fixture(scope="module")
@@ -365,3 +366,25 @@ def test_a_model_of_stills_keeps_its_measure_of_motion():
     with torch.inference_mode():
         shown = model._branches(torch.randn(2, 1, 3, 32, 32) + 0.1 * torch.randn(2, 4, 3, 32, 32))
     assert max(level.abs().max() for level in shown["dynamic"]) < max(level.abs().max() for level in shown["static"])
+
+
+COMPILED = """
+import torch
+from dfer.model.temporal import RecurrentBlock
+from tests.conftest import ROOT, run_python
+torch.manual_seed(0)
+block, x, graphs = RecurrentBlock(6, 4, num_frames=3), torch.randn(2, 3, 6), []
+def keep(graph, _):
+    graphs.append(graph)
+    return graph.forward
+torch.testing.assert_close(torch.compile(block, backend=keep, fullgraph=True)(x), block(x))
+assert len(graphs) == 1 and not any("scan" in str(node.target) for node in graphs[0].graph.nodes)
+"""
+
+
+def test_a_compiled_block_is_the_loop_and_not_the_program_of_an_export():
+    """Torch's scan, which only an export needs, does not go through the compiler's later stages. Without this suite's
+    checks of shapes, which the compiler does not know.
+    """
+    done = run_python("-c", COMPILED, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export is tracing: torch.compile (2.10) has torch's own function of that name say so too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 class RecurrentBlock(nn.Module):
     """A recurrent unit over the frames of a clip, whose last state is the clip's.
 
@@ -36,7 +41,7 @@ class RecurrentBlock(nn.Module):
         frames = self.norm(x).transpose(0, 1)
         start = frames.new_zeros(x.shape[0], self.cell.hidden_size)
         state = (start, start.clone()) if isinstance(self.cell, nn.LSTMCell) else (start,)
-        if torch.compiler.is_exporting():  # a loop over any T, by which a program must not branch
+        if is_exporting():  # a loop over any T, by which a program must not branch
             lasts = None if self.num_frames is None else self.num_frames / frames.new_ones(x.shape[1]).sum()
             return scan(partial(self._scanned, lasts), state, frames)[0][0]
         share = None if self.num_frames in (None, len(frames)) else self.num_frames / len(frames)
@@ -92,7 +97,7 @@ class TemporalBlock(nn.Module):
     def positions(self, num_frames: int) -> Float[Tensor, "T D"]:
         """Return the position embeddings of T frames, interpolated if T is not that of training."""
         trained = len(self.position)
-        if not torch.compiler.is_exporting() and num_frames == trained:  # an exported program must not branch on T
+        if not is_exporting() and num_frames == trained:  # an exported program must not branch on T
             return self.position
         at = torch.arange(num_frames, device=self.position.device) * ((trained - 1) / max(num_frames - 1, 1))
         distance = (at[:, None] - torch.arange(trained, device=self.position.device)).abs()

@@ -16,7 +16,7 @@ from dfer.files import write_whole
 from dfer.lists.annotations import EMOTIONS
 from dfer.predict.inputs import ANNOTATED, InputVideo, ShowProgress, read_pictures
 from dfer.predict.overlay import OtherFace, Overlay, timeline_picture
-from dfer.predict.predictor import Model, Predictor, VideoPrediction
+from dfer.predict.predictor import Model, Predictor, VideoPrediction, near_ends
 from dfer.predict.timeline import segments
 from dfer.video.write import write_gif, write_mp4
 
@@ -62,12 +62,10 @@ class Followed(NamedTuple):
 def followed(prediction: VideoPrediction) -> list[Followed]:
     """Return every face in all its frames, or, if only the best ones were predicted on, each in those that it won."""
     if prediction.faces:
-        half = prediction.window // 2
-        place = [np.arange(len(face.boxes)) for face in prediction.faces]
-        ends = [(at < half) | (at >= len(at) - half) for at in place]
+        ends = [near_ends(len(face.boxes), prediction.window) for face in prediction.faces]
         return [
-            Followed(face.number, face.first + at, face.boxes, face.probabilities, end)
-            for face, at, end in zip(prediction.faces, place, ends, strict=True)
+            Followed(face.number, np.arange(face.first, face.end), face.boxes, face.probabilities, end)
+            for face, end in zip(prediction.faces, ends, strict=True)
         ]
     found, at_end = [], prediction.at_end
     for track in range(int(prediction.track.max(initial=-1)) + 1):

@@ -97,7 +97,7 @@ class VideoPrediction(NamedTuple):
         """Return in which frames the timeline's face has begun, or will end, less than half a window away."""
         marked = np.ones(len(self.times), bool)
         for run in runs_of(self.track, self.boxes):
-            marked[run.first + self.window // 2 : run.end - self.window // 2] = False
+            marked[run.first : run.end] = near_ends(run.end - run.first, self.window)
         return marked
 
     @property
@@ -292,6 +292,12 @@ def runs_of(track: Int64[np.ndarray, " N"], boxes: Float64[np.ndarray, "N 4"] | 
         for first, end in itertools.pairwise(edges)
         if track[first] >= 0
     ]
+
+
+def near_ends(length: int, window: int) -> Bool[np.ndarray, " n"]:
+    """Return which of a face's frames no window has in its middle, as they lie less than half of one from an end."""
+    at = np.arange(length)
+    return (at < window // 2) | (at >= length - window // 2)
 
 
 def face_picture(

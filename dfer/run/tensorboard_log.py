@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def check_tensorboard(asked_for: bool) -> None:
         import torch.utils.tensorboard  # noqa: F401 (a second, which a run without it need not pay)
     except ImportError as error:
         raise UserError(
-            f"--run.tensorboard: TensorBoard is not there ({error}): pip install tensorboard==2.20.0, or leave it out"
+            f"--run.tensorboard: TensorBoard is not there ({error}): pip install tensorboard, or leave it out"
         ) from None
 
 
@@ -54,7 +54,8 @@ class TensorBoardLog:
             self.row(row)
 
     @contextlib.contextmanager
-    def _guarded(self):
+    def _guarded(self) -> Iterator[None]:
+        """Say what goes wrong in the block, and write nothing from then on."""
         try:
             yield
         except Exception as error:  # a full disk, mostly; its writer is a thread, whose errors come with a later row

@@ -115,3 +115,18 @@ def test_a_name_that_no_file_system_takes_is_refused():
         with pytest.raises(ValueError, match=f"is {size} bytes long, and file systems take 255"):
             parse_config(["--run.name", name])
     assert parse_config(["--run.name", "\u9577" * 85]).run.name == "\u9577" * 85
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run.graph", "maybe"], "invalid choice 'maybe' for argument '--run.graph'. Expected one of "),
+        (["--optim.lr", "x"], "Error parsing --optim.lr: could not convert string to float: 'x'"),
+        (["--data.balance"], "Missing value for argument '--data.balance'."),
+        (["--optim.epochz", "3"], "Unrecognized options: --optim.epochz, 3 - perhaps you meant --optim.epochs INT"),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_said_once(words, said):
+    with pytest.raises(ValueError) as error:
+        parse_config(words)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)

@@ -59,6 +59,6 @@ def restored(kind: Any, saved: Any, flag: str) -> Any:
 
 def first_sentence(panel: str) -> str:
     """Return in one line what is wrong, and what may be meant, from the panel that tyro draws."""
-    words = re.sub(r"[╭╮╰╯│]|─{3,}[^\n]*?(?=\n)", "", panel)
+    words = re.sub(r"[╭╰][^\n]*|│|─{3,}", "", panel)  # the upper edge has a title, which the text repeats
     words = re.split(r"For full helptext|Argument helptext", words)[0]
     return re.sub(r"\s+", " ", words.replace("Perhaps you meant:", "- perhaps you meant")).strip()

@@ -57,7 +57,7 @@ def test_weights_are_fetched_once(served: list[bytes], tmp_path: Path, capsys: p
     cached = tmp_path / "cache" / "dfer" / "yunet_n_640_640.onnx"
     assert find_weights(None) == cached and cached.read_bytes() == b"weights"
     (line,) = capsys.readouterr().err.splitlines()
-    assert "note: YuNet's weights (0.3 MB, Apache-2.0) were fetched, once, from http" in line and str(cached) in line
+    assert "note: fetching YuNet's weights (0.3 MB, Apache-2.0), once, from http" in line and str(cached) in line
     served.clear()  # now there is no server to ask
     assert find_weights(None) == find_weights(detectors.YUNET) == cached
     served.append(b"weights")
@@ -74,7 +74,8 @@ def test_haar_says_that_it_takes_the_place(
     served += [content] if content else []
     why = "another file came than expected, of 35 bytes" if content else "HTTP Error 404: Not Found"
     assert find_weights(None) is None
-    (line,) = capsys.readouterr().err.splitlines()
+    first, line = capsys.readouterr().err.splitlines()
+    assert first.startswith("note: fetching YuNet's weights")
     for part in (why, "Haar", "frontal ones only", detectors.YUNET_URL, str(tmp_path / "cache"), "--detector"):
         assert part in line
     assert not (tmp_path / "cache").exists()  # nothing is left of what was not wanted

@@ -875,8 +875,8 @@ def test_detector_by_its_file(
     monkeypatch.setattr("dfer.video.detectors.YUNET_URL", "http://127.0.0.1:9/nobody.listens")
     capsys.readouterr()
     assert crop(*arguments) == 2  # Haar, which nobody asked for, would make all of it anew
-    note, line = capsys.readouterr().err.splitlines()
-    assert "note: YuNet's weights cannot be fetched" in note
+    first, note, line = capsys.readouterr().err.splitlines()
+    assert "note: fetching" in first and "note: YuNet's weights cannot be fetched" in note
     assert ": was begun with YuNet, which is not to be had now; --detector haar makes all of it anew with Haar" in line
     assert rows(tmp_path / "out") == ["frames/v 5 0"]
     monkeypatch.setenv("DFER_YUNET", "haar")

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def find_weights(given: Path | None) -> Path | None:
     """Return where YuNet's weights lie, fetched into the cache folder if they are nowhere; None for Haar.
 
-    A line on stderr says that they were fetched, or that they could not be and Haar takes their place.
+    A line on stderr says that they are fetched, and another if they cannot be and Haar takes their place.
 
     Args:
         given: a file, or one of the words `yunet` and `haar`. None: what the environment says, else what can be had.
@@ -69,8 +69,9 @@ def find_weights(given: Path | None) -> Path | None:
     path = cache_folder() / "yunet_n_640_640.onnx"
     try:
         if not path.is_file() or hash_file(path) != YUNET_SHA256:
+            # First: a server that does not answer is waited for.
+            say_once(f"fetching YuNet's weights (0.3 MB, Apache-2.0), once, from {YUNET_URL} to {path}")
             _fetch(path)
-            say_once(f"YuNet's weights (0.3 MB, Apache-2.0) were fetched, once, from {YUNET_URL} to {path}")
     except (OSError, ValueError) as error:  # ValueError: of addresses and proxies
         remedy = f"put {YUNET_URL} there as {path}, or name a copy with --detector or {VARIABLE}"
         if asked is not None:

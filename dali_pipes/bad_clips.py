@@ -50,11 +50,16 @@ class BadClips:
         if tell:
             say_error(f"clip left out: {printable(error)}")
 
-    def check_frames(self, video: int, frames: Int64[np.ndarray, " T"]) -> None:
-        """Raise a BadClip if the decoder has refused one of these frames before."""
-        for frame in frames.tolist() if self._frames else ():
-            if (video, frame) in self._frames:
-                raise BadClip(self._frames[video, frame])
+    def refused(self, videos: Int64[np.ndarray, " B"], frames: Int64[np.ndarray, "B T"]) -> dict[int, BadClip]:
+        """Return the clips of a batch of which the decoder has refused a frame before, by their place, and why."""
+        found: dict[int, BadClip] = {}
+        if not self._frames:
+            return found
+        for place, (video, of_clip) in enumerate(zip(videos.tolist(), frames.tolist(), strict=True)):
+            reasons = [self._frames[video, frame] for frame in of_clip if (video, frame) in self._frames]
+            if reasons:
+                found[place] = BadClip(reasons[0])
+        return found
 
     def decode_one_by_one(
         self, feed: Feed, rows: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], epoch: Epoch, message: str

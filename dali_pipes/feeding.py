@@ -1,8 +1,9 @@
 """Feeding the DALI graph: what it needs for a batch is made from the plan, handed over, and its pictures taken out."""
 
 import contextlib
+from collections import deque
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from jaxtyping import Float32, Int64
 from torch.profiler import record_function
 
 from dali_pipes import graphs, kernels
-from dali_pipes.options import LoaderOptions
+from dali_pipes.options import Kind, LoaderOptions
+from dali_pipes.reading import Files, Pictures, Samples
 from dali_pipes.sources import Source, VideoFiles
 from dali_pipes.torch_stages import DevicePlan
 from dfer.lists.index import ClipIndex
@@ -28,8 +30,11 @@ class Epoch(NamedTuple):
     on_device: DevicePlan | None  # for the stages that the graph of DALI's operators leaves out; None with our kernel
 
 
+_Inputs: TypeAlias = list[tuple[str, np.ndarray | list[np.ndarray]]]  # name and data of each input of the graph
+
+
 class Feed:
-    """The DALI pipeline of a loader: `start` a batch, then take its `pictures`. At most one batch is in flight.
+    """The DALI pipeline of a loader: `start` batches, then take the `pictures` of each in turn.
 
     The pipeline reads the arrays that it is fed without a copy. They are held here until their pictures are taken, or
     the pipeline has ended: whether it holds them itself after an error is not documented.
@@ -50,84 +55,117 @@ class Feed:
         num_samples = options.batch_size * (1 if source.kind == "videos" else clip_length)
         if options.fused:
             self._build = partial(
-                graphs.fused, source.kind, num_samples, options.size, self._stored_as, options.num_threads
+                graphs.fused,
+                source.kind,
+                num_samples,
+                options.size,
+                self._stored_as,
+                options.num_threads,
+                depth=options.depth,
             )
         else:
-            gpu = options.device, options.device_id, options.jpeg_engine
+            gpu = options.device, options.device_id, options.jpeg_engine, options.depth
             self._build = partial(graphs.operators, source.kind, num_samples, options.size, options.num_threads, *gpu)
         self._pipeline = self._build()
-        self._fed: list[np.ndarray | list[np.ndarray]] = []
-        self._in_flight = False
+        # What was fed and not yet returned; of batches that were behind a refused one, to be fed to the new pipeline.
+        self._in_flight: deque[tuple[_Inputs, Samples]] = deque()
+        self._waiting: list[tuple[_Inputs, Samples]] = []
 
-    def start(self, samples: list[np.ndarray], rows: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
+    def start(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
         """Start the graph on one clip for each of these rows of the plan, or on one frame for each.
 
-        `samples` are what the source has fetched, clip after clip. If an earlier batch is in flight, its pictures must
-        be taken first.
+        `samples` are what the source has fetched, clip after clip. No more than `options.depth` batches may have been
+        started whose pictures were not taken.
         """
-        plan, repeat = epoch.plan, len(samples) // len(rows)
+        samples = self._as_fed(samples)
+        plan, repeat = epoch.plan, len(samples[0] if isinstance(samples, tuple) else samples) // len(rows)
         videos = plan.video[rows]
-        self._feed("source", samples)
+        inputs = _sample_inputs(samples, self.source.kind)
         if epoch.on_device is None:
             decoder_crops = self.source.kind == "images"
             yuv = None if self._yuv is None else self._yuv[videos]
             normalised = self._options.dtype != torch.uint8
             table = kernels.parameters(plan, rows, crop=not decoder_crops, yuv=yuv, normalised=normalised)
-            self._feed("parameters", np.repeat(table, repeat, axis=0))
+            inputs.append(("parameters", np.repeat(table, repeat, axis=0)))
             if decoder_crops:
-                self._feed_crop(plan, rows, repeat)
+                inputs += _crop_inputs(plan, rows, repeat)
         else:
-            self._feed_crop(plan, rows, repeat)
+            inputs += _crop_inputs(plan, rows, repeat)
             # What must be warped or blurred first gets its colours after that.
             late = epoch.on_device.touches_geometry
             colour = np.tile(np.eye(3, 4, dtype=np.float32), (len(rows), 1, 1)) if late else plan.colour[rows]
             colour = colour if self._recolour is None else _compose(colour, self._recolour[videos])
-            self._feed("mirror", np.repeat(plan.mirror[rows].astype(np.int32), repeat))
-            self._feed("matrix", np.repeat(np.ascontiguousarray(colour[:, :, :3]), repeat, axis=0))
-            self._feed("offset", np.repeat(np.ascontiguousarray(colour[:, :, 3]), repeat, axis=0))
+            inputs.append(("mirror", np.repeat(plan.mirror[rows].astype(np.int32), repeat)))
+            inputs.append(("matrix", np.repeat(np.ascontiguousarray(colour[:, :, :3]), repeat, axis=0)))
+            inputs.append(("offset", np.repeat(np.ascontiguousarray(colour[:, :, 3]), repeat, axis=0)))
             if self.source.kind == "videos":
-                self._feed("frames", plan.frames[rows].astype(np.int32))
+                inputs.append(("frames", plan.frames[rows].astype(np.int32)))
+        self._run(inputs, samples)
+
+    def _as_fed(self, samples: Samples) -> Samples:
+        """Return samples in a form that the graph takes: our kernel wants to know where pictures lie."""
+        addressed = self._options.fused and self.source.kind == "pixels"
+        return Pictures.of(samples) if addressed and isinstance(samples, list) else samples
+
+    def _run(self, inputs: _Inputs, samples: Samples) -> None:
+        for name, data in inputs:
+            self._pipeline.feed_input(name, data)
         self._pipeline.schedule_run()
-        self._in_flight = True
-
-    def _feed(self, name: str, data: np.ndarray | list[np.ndarray]) -> None:
-        self._fed.append(data)
-        self._pipeline.feed_input(name, data)
-
-    def _feed_crop(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"], repeat: int) -> None:
-        box = np.repeat(plan.box[rows].astype(np.float32), repeat, axis=0)
-        self._feed("anchor", np.ascontiguousarray(box[:, :2]))
-        self._feed("shape", np.ascontiguousarray(box[:, 2:]))
+        self._in_flight.append((inputs, samples))
 
     @record_function("DALI")
     def pictures(self) -> torch.Tensor:
         """Return the pictures of the batch that was started, (F, S, S, 3) or (B, T, S, S, 3), once they are done.
 
         Raises:
-            RuntimeError: if DALI refuses the batch, which it does as a whole; the pipeline is built anew.
+            RuntimeError: if DALI refuses the batch, which it does as a whole; the pipeline is built anew. Batches that
+                were started after it wait for `resume`.
         """
-        self._in_flight = False
         device = self._options.torch_device
         stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
         try:
             (pictures,) = self._pipeline.outputs(cuda_stream=stream)
         except RuntimeError:
             self._pipeline = self._build()  # what a pipeline does after an error is not documented
+            self._waiting = [*list(self._in_flight)[1:], *self._waiting]
+            self._in_flight.clear()
             raise
-        finally:
-            self._fed.clear()
+        self._in_flight.popleft()
         return torch.from_dlpack(pictures.as_tensor())
 
+    def resume(self) -> None:
+        """Start the batches again that were behind one that DALI has refused."""
+        waiting, self._waiting = self._waiting, []
+        for inputs, samples in waiting:
+            self._run(inputs, samples)
+
     def drain(self) -> None:
-        """Throw away a batch that was started and never asked for."""
-        if self._in_flight:
+        """Throw away batches that were started and never asked for."""
+        self._waiting = []
+        while self._in_flight:
             with contextlib.suppress(RuntimeError):
                 self.pictures()
+            self._waiting = []
 
     def zeros(self, num_clips: int) -> torch.Tensor:
         """Return pictures of a batch without any clip that can be read."""
         shape = (num_clips * self._clip_length, self._options.size, self._options.size, 3)
         return torch.zeros(shape, dtype=getattr(torch, self._stored_as), device=self._options.torch_device)
+
+
+def _sample_inputs(samples: Samples, kind: Kind) -> _Inputs:
+    """Return the inputs of the graph that are what was fetched."""
+    if isinstance(samples, Files):
+        return [("source", samples.data), ("length", samples.lengths)]
+    if isinstance(samples, Pictures):
+        return [("source", samples.table)]
+    lengths = np.array([[len(file)] for file in samples], dtype=np.int32)
+    return [("source", samples), *([("length", lengths)] if kind == "images" else [])]
+
+
+def _crop_inputs(plan: EpochPlan, rows: Int64[np.ndarray, " B"], repeat: int) -> _Inputs:
+    box = np.repeat(plan.box[rows].astype(np.float32), repeat, axis=0)
+    return [("anchor", np.ascontiguousarray(box[:, :2])), ("shape", np.ascontiguousarray(box[:, 2:]))]
 
 
 def _from_bt601(index: ClipIndex) -> Float32[np.ndarray, "N 3 4"]:

@@ -15,7 +15,7 @@ from nvidia.dali.plugin.numba import NumbaFunction
 from dali_pipes import kernels
 from dali_pipes.options import Kind
 
-_FLOAT, _UINT8 = types.DALIDataType.FLOAT, types.DALIDataType.UINT8
+_FLOAT, _UINT8, _INT64 = types.DALIDataType.FLOAT, types.DALIDataType.UINT8, types.DALIDataType.INT64
 _TYPES = {"float32": _FLOAT, "uint16": types.DALIDataType.UINT16, "uint8": _UINT8}
 
 
@@ -29,23 +29,28 @@ class _Compiled(NumbaFunction):
         return setup_fn
 
 
-def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
+def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int, depth: int) -> Pipeline:
     """Build the graph from images or pixels to one batch of (size, size, 3) `dtype` pictures, on the CPU.
 
-    Inputs, per frame: "source"; "parameters" as kernels.parameters makes them; and for images "anchor" and "shape",
-    (2,) float32, the crop as (y, x) shares of the image.
+    Inputs, per frame: "source", an image file and perhaps more bytes behind it, or where pixels lie as
+    kernels.compiled says; "parameters" as kernels.parameters makes them; and for images "length" (1,) int32, the bytes
+    of the file, and "anchor" and "shape", (2,) float32, the crop as (y, x) shares of the image.
     """
 
     def define() -> DataNode:
         frames = _input("source")
         if kind == "images":
+            frames = _file(frames)
             # Decodes only the rows of the crop; the pixels are those of decode-then-slice, to the bit.
             frames = _node(fn.decoders.image_slice(frames, _input("anchor"), _input("shape"), **_CROP))
-        run, setup = (cast(Any, address) for address in kernels.compiled(size, dtype))  # not functions: see _Compiled
-        operator = _Compiled(run, [_TYPES[dtype]], [_UINT8, _FLOAT], outs_ndim=[3], ins_ndim=[3, 1], setup_fn=setup)
+        images = kind == "images"
+        # Not functions: see _Compiled.
+        run, setup = (cast(Any, address) for address in kernels.compiled(size, dtype, not images))
+        ins, ins_ndim = [_UINT8 if images else _INT64, _FLOAT], [3 if images else 1, 1]
+        operator = _Compiled(run, [_TYPES[dtype]], ins, outs_ndim=[3], ins_ndim=ins_ndim, setup_fn=setup)
         return _node(operator(frames, _input("parameters")))
 
-    return _build(define, max_frames, num_threads, None)
+    return _build(define, max_frames, num_threads, None, depth)
 
 
 def operators(
@@ -56,18 +61,22 @@ def operators(
     device: Literal["cpu", "gpu"],
     device_id: int | None,
     jpeg_engine: float,
+    depth: int,
 ) -> Pipeline:
     """Build the graph from images, pixels or videos to one batch of float32 pictures by DALI's operators.
 
     The pictures are (size, size, 3), from videos (T, size, size, 3).
 
-    Inputs, per frame, or per clip for videos: "source", "anchor" and "shape" as in `fused`; "mirror" int32; "matrix"
+    Inputs, per frame, or per clip for videos: "source", "length", "anchor" and "shape" as in `fused`, but pixels
+    themselves; "mirror" int32; "matrix"
     (3, 3) and "offset" (3,) float32, the affine map of RGB in 0..255; for videos "frames" (T,) int32.
     """
 
     def define() -> DataNode:
         source, crop = _input("source"), (_input("anchor"), _input("shape"))
         mixed = "mixed" if device == "gpu" else "cpu"
+        if kind == "images":
+            source = _file(source)
         if kind == "images" and device == "cpu":
             frames = _node(fn.decoders.image_slice(source, *crop, **_CROP))
         elif kind == "images":
@@ -86,10 +95,15 @@ def operators(
         frames = _node(fn.flip(frames, horizontal=_input("mirror")))
         return _node(fn.coord_transform(frames, M=_input("matrix"), T=_input("offset"), dtype=_FLOAT))
 
-    return _build(define, max_samples, num_threads, device_id)
+    return _build(define, max_samples, num_threads, device_id, depth)
 
 
 _CROP: dict[str, Any] = {"normalized_anchor": True, "normalized_shape": True, "axes": [0, 1]}
+
+
+def _file(data: DataNode) -> DataNode:
+    """Return the bytes of image files without what lies behind them."""
+    return _node(fn.slice(data, 0, _input("length"), axes=[0]))
 
 
 def _input(name: str) -> DataNode:
@@ -102,9 +116,11 @@ def _node(output: object) -> DataNode:
     return output
 
 
-def _build(define: Callable[[], DataNode], max_samples: int, num_threads: int, device_id: int | None) -> Pipeline:
-    # Queue depth 1: ClipLoader schedules run n + 1 as soon as it holds the outputs of run n.
-    pipeline = Pipeline(max_samples, num_threads, device_id, prefetch_queue_depth=1)
+def _build(
+    define: Callable[[], DataNode], max_samples: int, num_threads: int, device_id: int | None, depth: int
+) -> Pipeline:
+    """Return the pipeline of a graph in which `depth` batches may be on their way."""
+    pipeline = Pipeline(max_samples, num_threads, device_id, prefetch_queue_depth=depth)
     with pipeline:
         pipeline.set_outputs(define())
     pipeline.build()

@@ -70,11 +70,12 @@ def parameters(
 
 
 @functools.cache  # each time the machine code takes 300 kB again, which nothing gives back
-def compiled(size: int, dtype: str) -> tuple[int, int]:
+def compiled(size: int, dtype: str, addressed: bool) -> tuple[int, int]:
     """Return the addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel, and its output's shape.
 
     The operator's inputs are the pixels and the parameters of a frame, its output the frame as (size, size, 3) `dtype`:
-    float32, uint16 (the bits of bfloat16) or uint8. The first call on a machine compiles for some seconds, later ones
+    float32, uint16 (the bits of bfloat16) or uint8. `addressed`: in place of the pixels, where they lie in memory as
+    four int64: address, height, width, channels. The first call on a machine compiles for some seconds, later ones
     find the machine code in numba's cache.
     """
     out_type = np.dtype(dtype).type
@@ -84,9 +85,13 @@ def compiled(size: int, dtype: str) -> tuple[int, int]:
 
     @cfunc(types.void(addresses, shapes, dimensions, types.int32, addresses, shapes, dimensions, types.int32))
     def run(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
-        shape = in_shapes[0]
         out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
-        pixels = carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8)
+        if addressed:
+            place = carray(ins[0], (4,), np.int64)
+            pixels = carray(_pointer(place[0]), (place[1], place[2], place[3]), np.uint8)
+        else:
+            shape = in_shapes[0]
+            pixels = carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8)
         fused(out, pixels, carray(ins[1], (NUM_PARAMETERS,), np.float32))
 
     @cfunc(types.void(shapes, dimensions, types.int32, shapes, dimensions, types.int32, types.int32))
@@ -97,6 +102,16 @@ def compiled(size: int, dtype: str) -> tuple[int, int]:
             out_shapes[i][2] = 3
 
     return run.address, setup.address
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    """Return the pointer to an address, which is an int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
 
 
 @njit(**_FAST)

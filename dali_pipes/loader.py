@@ -2,7 +2,8 @@
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,21 +15,43 @@ from dali_pipes.bad_clips import BadClips, stand_ins
 from dali_pipes.feeding import Epoch, Feed
 from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
+from dali_pipes.reading import Files, Reading, Rooms
 from dali_pipes.resident import ResidentClips
 from dali_pipes.sources import BadClip, Images, source_of
 from dfer.batch import Batch, mixed
 from dfer.cli import UserError, printable, say_error
-from dfer.lists.index import ClipIndex
+from dfer.lists.index import ClipIndex, Packed
 from dfer.plan.sampling import ClipSampler, EpochPlan, shard
 
 AHEAD = 2  # batches that are read, and videos decoded, before the graph needs them
 
 
+class _Started(NamedTuple):
+    """A batch that the graph has, or that nobody could read a clip of."""
+
+    rows: Int64[np.ndarray, " B"]  # of the plan
+    valid: Bool[np.ndarray, " B"]
+    good: Bool[np.ndarray, " B"]  # could be read
+    room: Files | None
+
+
+class _Pass:
+    """An epoch that is being loaded: what is read, and what the graph has. `close` ends its threads."""
+
+    def __init__(self, key: tuple[int, int], drawn: Epoch, steps: np.ndarray, valid: np.ndarray, readers: Readers):
+        self.key, self.drawn = key, drawn  # key: epoch and first step
+        self.left = deque(zip(steps, valid, strict=True))  # steps that are not yet read
+        self.read: deque[tuple[np.ndarray, np.ndarray, Reading]] = deque()
+        self.started: deque[_Started] = deque()
+        self.readers = readers
+
+
 class ClipLoader:
     """Batches of one rank, epoch by epoch: `for batch in loader(epoch): ...`.
 
-    At most AHEAD + 3 batches exist at a time: AHEAD as they are stored (of videos: their decoded frames), one in the
-    graph, one made, one with the consumer.
+    At most AHEAD + depth + 2 batches exist at a time: AHEAD as they are stored (of videos: their decoded frames),
+    `options.depth` in the graph, one made, one with the consumer; and AHEAD of the next epoch where `prepare` was
+    called.
 
     Args:
         index: the videos and where their frames lie, which decides the source.
@@ -57,6 +80,9 @@ class ClipLoader:
             self._verify_all()
         else:
             self._feed = Feed(index, self._source, sampler.clip_length, options)
+        longest = int(index.store.length.max()) if isinstance(index.store, Packed) else None
+        self._rooms = Rooms(options.batch_size * sampler.clip_length, longest, self._device)
+        self._prepared: _Pass | None = None
 
     def __len__(self) -> int:
         """Return the steps per epoch, the same on every rank."""
@@ -68,49 +94,85 @@ class ClipLoader:
         return self.sampler.mode == "eval"
 
     def __call__(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from `start_step` on. Decoding runs one batch ahead of the consumer.
+        """Yield the batches of an epoch from `start_step` on. Reading and decoding run ahead of the consumer.
 
         Raises:
             UserError: if a frame is missing or cannot be decoded (with `bad_clips="skip"`, if too many are bad), or if
                 storage or a decoder hangs. The message names the clip and the file.
         """
-        options = self.options
-        plan = self.sampler.plan(epoch, self.index.num_frames, self.index.labels)
-        steps, valid = shard(plan.order, options.rank, options.world_size, options.batch_size, self._pad)
-        steps, valid = steps[start_step:], valid[start_step:]
-        if not len(steps):
-            return
         if self._resident is not None:
-            yield from self._resident_batches(self._resident, plan, steps, valid)
+            yield from self._resident_batches(self._resident, epoch, start_step)
             return
         self._feed.drain()  # the consumer of the last epoch may have left early
+        with self._pass(epoch, start_step) as run:
+            self._start_ahead(run)
+            while run.started:
+                batch = run.started.popleft()
+                pictures, good = self._outputs(batch, run.drawn)
+                self._start_ahead(run)
+                if run.drawn.on_device is not None and good.any():
+                    pictures = self._finish(pictures, run.drawn.on_device, stand_ins(batch.rows, good))
+                yield self._batch(pictures, run.drawn.plan, batch.rows, batch.valid & good)
+
+    def prepare(self, epoch: int, start_step: int = 0) -> None:
+        """Begin to read the first batches of an epoch which the next call asks for, while others are still on."""
+        if self._resident is None and (self._prepared is None or self._prepared.key != (epoch, start_step)):
+            if self._prepared is not None:
+                self._prepared.readers.close()
+            self._prepared = self._begin(epoch, start_step)
+
+    def _begin(self, epoch: int, start_step: int) -> _Pass:
+        options, plan = self.options, self._plan(epoch)
+        steps, valid = self._shard(plan)
         drawn = Epoch(plan, None if options.fused else torch_stages.DevicePlan(plan, self._device))
         # Storage is waited for, not computed with: a few threads even on one core. Decoding videos takes all cores.
-        with Readers(max(options.num_threads, 4)) as readers:
+        readers = Readers(max(options.num_threads, 4) if len(steps[start_step:]) else 0)
+        run = _Pass((epoch, start_step), drawn, steps[start_step:], valid[start_step:], readers)
+        self._read_ahead(run)
+        return run
 
-            def read(rows: np.ndarray) -> list[Future]:
-                clips = zip(plan.video[rows].tolist(), plan.frames[rows], strict=True)
-                return [readers.submit(self._source.fetch, video, frames) for video, frames in clips]
+    @contextmanager
+    def _pass(self, epoch: int, start_step: int) -> Iterator[_Pass]:
+        self.prepare(epoch, start_step)
+        run, self._prepared = self._prepared, None
+        assert run is not None
+        try:
+            yield run
+        finally:
+            run.readers.close()
 
-            ahead = deque(read(rows) for rows in steps[:AHEAD])
-            good = self._schedule(ahead.popleft(), steps[0], drawn)
-            for step, rows in enumerate(steps):
-                pictures, rows_good = self._outputs(rows, good, drawn)
-                filled = stand_ins(rows, rows_good)
-                if step + AHEAD < len(steps):
-                    ahead.append(read(steps[step + AHEAD]))
-                if step + 1 < len(steps):
-                    good = self._schedule(ahead.popleft(), steps[step + 1], drawn)
-                if drawn.on_device is not None and rows_good.any():
-                    pictures = self._finish(pictures, drawn.on_device, filled)
-                yield self._batch(pictures, plan, rows, valid[step] & rows_good)
+    def _plan(self, epoch: int) -> EpochPlan:
+        return self.sampler.plan(epoch, self.index.num_frames, self.index.labels)
 
-    def _resident_batches(
-        self, resident: ResidentClips, plan: EpochPlan, steps: Int64[np.ndarray, "S B"], valid: Bool[np.ndarray, "S B"]
-    ) -> Iterator[Batch]:
+    def _shard(self, plan: EpochPlan) -> tuple[Int64[np.ndarray, "S B"], Bool[np.ndarray, "S B"]]:
+        options = self.options
+        return shard(plan.order, options.rank, options.world_size, options.batch_size, self._pad)
+
+    def _read_ahead(self, run: _Pass) -> None:
+        """Begin to read until AHEAD batches are read or being read."""
+        kind, plan = self._source.kind, run.drawn.plan
+        listed = kind == "videos" or (kind == "pixels" and not self.options.fused)
+        while run.left and len(run.read) < AHEAD:
+            rows, valid = run.left.popleft()
+            room = self._rooms.take() if kind == "images" else None
+            reading = Reading(self._source, plan.video[rows], plan.frames[rows], room, run.readers, listed=listed)
+            run.read.append((rows, valid, reading))
+
+    def _start_ahead(self, run: _Pass) -> None:
+        """Give the graph what it can take, and read on."""
+        self._read_ahead(run)
+        while run.read and len(run.started) < self.options.depth:
+            rows, valid, reading = run.read.popleft()
+            good = self._schedule(reading, rows, run.drawn)
+            run.started.append(_Started(rows, valid, good, reading.room))
+            self._read_ahead(run)
+
+    def _resident_batches(self, resident: ResidentClips, epoch: int, start_step: int) -> Iterator[Batch]:
         """Yield the batches of an epoch of a data set in the device's memory."""
+        plan = self._plan(epoch)
+        steps, valid = self._shard(plan)
         on_device = torch_stages.DevicePlan(plan, self._device)
-        for rows, rows_valid in zip(steps, valid, strict=True):
+        for rows, rows_valid in zip(steps[start_step:], valid[start_step:], strict=True):
             there = torch.from_numpy(np.ascontiguousarray(rows)).to(self._device, non_blocking=True)
             good = ~np.isin(plan.video[rows], list(self.bad_clips))
             yield self._batch(resident.clips(there, on_device, self.options.size), plan, rows, rows_valid & good)
@@ -126,23 +188,20 @@ class ClipLoader:
                 self._bad.add(video, error, tell=self.options.rank == 0)
 
     @record_function("reading")
-    def _schedule(self, fetched: list[Future], rows: Int64[np.ndarray, " B"], drawn: Epoch) -> Bool[np.ndarray, " B"]:
-        """Start decoding a batch, in which another clip stands in for each that cannot be fetched; return which can."""
-        clips, good, videos = [], np.ones(len(rows), dtype=bool), drawn.plan.video[rows].tolist()
-        for place, (video, row, future) in enumerate(zip(videos, rows, fetched, strict=True)):
-            try:
-                self._bad.check_frames(video, drawn.plan.frames[row])
-                clips.append(future.result(self.options.patience))
-            except TimeoutError:
-                raise UserError(self._hung(video, fetched)) from None
-            except BadClip as error:
-                self._bad.add(video, error)
-                good[place] = False
+    def _schedule(self, reading: Reading, rows: Int64[np.ndarray, " B"], drawn: Epoch) -> Bool[np.ndarray, " B"]:
+        """Start decoding a batch, in which another clip stands in for each that cannot be read; return which can."""
+        late = reading.wait(self.options.patience)
+        if late is not None:
+            raise UserError(self._hung(int(drawn.plan.video[rows[late]]), reading))
+        bad = self._bad.refused(drawn.plan.video[rows], drawn.plan.frames[rows]) | reading.bad
+        good = np.ones(len(rows), dtype=bool)
+        for place in sorted(bad):
+            self._bad.add(int(drawn.plan.video[rows[place]]), bad[place])
+            good[place] = False
         self._tell_of_slow_frames()
+        self._rooms.widen(reading.longest_apart())
         if good.any():
-            by_place = dict(zip(np.flatnonzero(good).tolist(), clips, strict=True))
-            samples = [array for place in range(len(rows)) for array in by_place.get(place, clips[0])]
-            self._feed.start(samples, stand_ins(rows, good), drawn)
+            self._feed.start(reading.samples(good), stand_ins(rows, good), drawn)
         return good
 
     def _tell_of_slow_frames(self) -> None:
@@ -152,17 +211,21 @@ class ClipLoader:
             where = printable(self._source.decoded)
             say_error(f"note: {where}, perhaps others too, is an unusual image file, which takes longer to decode")
 
-    def _outputs(
-        self, rows: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], drawn: Epoch
-    ) -> tuple[torch.Tensor, Bool[np.ndarray, " B"]]:
-        """Return the pictures of the batch that was started, and which of its clips are good after all."""
-        if not good.any():
-            return self._feed.zeros(len(rows)), good
+    def _outputs(self, batch: _Started, drawn: Epoch) -> tuple[torch.Tensor, Bool[np.ndarray, " B"]]:
+        """Return the pictures of a batch that was started, and which of its clips are good after all."""
+        if not batch.good.any():
+            return self._feed.zeros(len(batch.rows)), batch.good
         try:
-            return self._feed.pictures(), good
+            pictures = self._feed.pictures()
         except RuntimeError as error:
             message = " ".join(str(error).split())
-        return self._bad.decode_one_by_one(self._feed, rows, good, drawn, message)
+        else:
+            if batch.room is not None:
+                self._rooms.give_back(batch.room)
+            return pictures, batch.good
+        found = self._bad.decode_one_by_one(self._feed, batch.rows, batch.good, drawn, message)
+        self._feed.resume()
+        return found
 
     def _finish(
         self, pictures: torch.Tensor, on_device: torch_stages.DevicePlan, rows: Int64[np.ndarray, " B"]
@@ -191,11 +254,11 @@ class ClipLoader:
         )
         return batch if plan.mix is None else mixed(batch, plan.mix[rows])
 
-    def _hung(self, video: int, fetched: list[Future]) -> str:
+    def _hung(self, video: int, reading: Reading) -> str:
         """Return the message on a clip that was waited for too long. It may have come since, as may all the others."""
-        record, num_late = self.index.records[video], sum(not future.done() for future in fetched)
+        record, of = self.index.records[video], self.options.batch_size
         return (
             f"{record.source}: reading clip {record.name} ({record.path}) has taken more than "
-            f"{self.options.patience:g} s ({max(num_late, 1)} of {len(fetched)} clips of the batch are waiting): "
+            f"{self.options.patience:g} s ({max(reading.num_late(), 1)} of {of} clips of the batch are waiting): "
             "does the storage or a decoder hang?"
         )

@@ -41,6 +41,11 @@ class LoaderOptions:
         return (self.graph or ("operators" if self.device == "gpu" else "fused")) == "fused"
 
     @property
+    def depth(self) -> int:
+        """Return how many batches the graph has at a time: on a GPU decoding the next must not wait for this one."""
+        return 2 if self.device == "gpu" else 1
+
+    @property
     def torch_device(self) -> torch.device:
         """Return the device where clips end up."""
         return torch.device("cuda", self.device_id or 0) if self.device == "gpu" else torch.device("cpu")

@@ -15,17 +15,15 @@ class Readers:
 
     def __init__(self, num_threads: int):
         self._jobs: SimpleQueue[Any] = SimpleQueue()
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._closed = False
         for _ in range(num_threads):
             threading.Thread(target=self._work, daemon=True, name="clip reader").start()
 
-    def __enter__(self) -> "Readers":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """End the threads; one that is in a job ends after it."""
         self._closed = True  # jobs that wait are dropped
-        for _ in range(self._num_threads):
+        for _ in range(self.num_threads):
             self._jobs.put(None)
 
     def submit(self, function: Callable[[*Arguments], Result], *args: *Arguments) -> Future[Result]:

@@ -321,14 +321,14 @@ def test_a_clip_that_comes_just_after_its_time_was_up_is_named_too(tmp_path, mon
     """By the time the message is made, nothing may be waiting any more."""
     list_path = two_clips(tmp_path)
     clip_loader = loader(build_index(read_annotations(list_path)), "eval", 2, patience=0.5)
-    fetch = clip_loader._source.fetch
+    read = clip_loader._source.read
 
-    def late(video, frames):
-        if video == 1:
+    def late(videos, frames, begin, end, out, states):
+        if 1 in videos[begin:end]:
             raise TimeoutError  # as Future.result does, of a future that is done when it is asked again
-        return fetch(video, frames)
+        read(videos, frames, begin, end, out, states)
 
-    monkeypatch.setattr(clip_loader._source, "fetch", late)
+    monkeypatch.setattr(clip_loader._source, "read", late)
     with pytest.raises(ValueError, match=r"list.txt:2: reading clip b .* more than 0.5 s \(1 of 2 clips"):
         list(clip_loader(0))
 

@@ -312,6 +312,7 @@ import dali_pipes.bad_clips
 import dali_pipes.sources as sources
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
+from dali_pipes.reading import Files, Rooms
 from dfer.lists.index import load_index
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
@@ -323,11 +324,14 @@ def guard(array):
     # On pages of its own, which are unmapped when it is released: who reads it later dies of it.
     pages = mmap.mmap(-1, max(array.nbytes, 1))
     pages.write(array.tobytes())
-    return np.frombuffer(pages, np.uint8, array.size)
+    return np.frombuffer(pages, np.uint8)[: array.nbytes]
 
 if guarded:
     fetch = sources.Images.fetch
     sources.Images.fetch = lambda self, video, frames: [guard(array) for array in fetch(self, video, frames)]
+    take = Rooms.take
+    Rooms.take = lambda self: Files(*(guard(array).view(array.dtype).reshape(array.shape) for array in take(self)))
+    Rooms.give_back = lambda self, room: None
 
 @functools.cache
 def loader(list_path, graph):

@@ -106,8 +106,7 @@ class BadClips:
         video, frames, rows = int(epoch.plan.video[row]), epoch.plan.frames[row], np.array([row])
         clip = feed.source.fetch(video, frames)
         try:
-            feed.start(clip, rows, epoch)
-            return feed.pictures(), False
+            return feed.alone(clip, rows, epoch), False
         except RuntimeError as error:
             message = " ".join(str(error).split())
         if isinstance(feed.source, Images) and feed.source.kind == "images":
@@ -121,8 +120,7 @@ class BadClips:
                     raise
             if refused:
                 with contextlib.suppress(RuntimeError):
-                    feed.start(clip, rows, epoch)
-                    return feed.pictures(), True
+                    return feed.alone(clip, rows, epoch), True
         record = self._index.records[video]
         raise BadClip(f"{record.source}: decoding clip {record.name} ({record.path}) failed: {message}")
 
@@ -130,8 +128,7 @@ class BadClips:
 def _decodes(feed: Feed, data: np.ndarray, rows: Int64[np.ndarray, " 1"], epoch: Epoch) -> bool:
     """Return whether the graph takes an image alone."""
     try:
-        feed.start([data], rows, epoch)
-        feed.pictures()
+        feed.alone([data], rows, epoch)
     except RuntimeError:
         return False
     return True

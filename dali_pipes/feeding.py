@@ -1,6 +1,7 @@
 """Feeding the DALI graph: what it needs for a batch is made from the plan, handed over, and its pictures taken out."""
 
 import contextlib
+import weakref
 from collections import deque
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -8,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
+from nvidia.dali.pipeline import Pipeline
 from torch.profiler import record_function
 
 from dali_pipes import graphs, kernels
@@ -34,9 +36,9 @@ _Inputs: TypeAlias = list[tuple[str, np.ndarray | list[np.ndarray]]]  # name and
 
 
 class Feed:
-    """The DALI pipeline of a loader: `start` batches, then take the `pictures` of each in turn.
+    """The DALI pipelines of a loader: `start` batches, at most one for each, then take the `pictures` of each in turn.
 
-    The pipeline reads the arrays that it is fed without a copy. They are held here until their pictures are taken, or
+    A pipeline reads the arrays that it is fed without a copy. They are held here until their pictures are taken, or
     the pipeline has ended: whether it holds them itself after an error is not documented.
 
     Args:
@@ -61,23 +63,41 @@ class Feed:
                 options.size,
                 self._stored_as,
                 options.num_threads,
-                depth=options.depth,
             )
         else:
-            gpu = options.device, options.device_id, options.jpeg_engine, options.depth
+            gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.operators, source.kind, num_samples, options.size, options.num_threads, *gpu)
-        self._pipeline = self._build()
-        # What was fed and not yet returned; of batches that were behind a refused one, to be fed to the new pipeline.
-        self._in_flight: deque[tuple[_Inputs, Samples]] = deque()
-        self._waiting: list[tuple[_Inputs, Samples]] = []
+        # Several pipelines, as one that has a queue wants it to be full before it begins.
+        self._pipelines = [self._build() for _ in range(options.depth)]
+        self._idle = deque(range(options.depth))
+        self._in_flight: deque[tuple[int, _Inputs, Samples]] = deque()  # pipeline, and what must be held
+        # Our kernel reads memory whose addresses it was given: it must have ended before that is released.
+        weakref.finalize(self, _end, self._pipelines, self._in_flight, source)
 
     def start(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
         """Start the graph on one clip for each of these rows of the plan, or on one frame for each.
 
-        `samples` are what the source has fetched, clip after clip. No more than `options.depth` batches may have been
-        started whose pictures were not taken.
+        `samples` are what the source has fetched, clip after clip. One of the pipelines must be idle.
+        """
+        pipeline = self._idle.popleft()
+        samples = self._as_fed(samples)
+        inputs = self._inputs(samples, rows, epoch)
+        self._in_flight.append((pipeline, inputs, samples))
+        _schedule(self._pipelines[pipeline], inputs)
+
+    def alone(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> torch.Tensor:
+        """Return the pictures of clips or frames, past the batches that were started, on an idle pipeline.
+
+        Raises:
+            RuntimeError: as `pictures`.
         """
         samples = self._as_fed(samples)
+        inputs = self._inputs(samples, rows, epoch)
+        _schedule(self._pipelines[self._idle[0]], inputs)
+        return self._outputs(self._idle[0])
+
+    def _inputs(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> _Inputs:
+        """Return what the graph is fed for one clip of each row, or one frame."""
         plan, repeat = epoch.plan, len(samples[0] if isinstance(samples, tuple) else samples) // len(rows)
         videos = plan.video[rows]
         inputs = _sample_inputs(samples, self.source.kind)
@@ -100,52 +120,39 @@ class Feed:
             inputs.append(("offset", np.repeat(np.ascontiguousarray(colour[:, :, 3]), repeat, axis=0)))
             if self.source.kind == "videos":
                 inputs.append(("frames", plan.frames[rows].astype(np.int32)))
-        self._run(inputs, samples)
+        return inputs
 
     def _as_fed(self, samples: Samples) -> Samples:
         """Return samples in a form that the graph takes: our kernel wants to know where pictures lie."""
         addressed = self._options.fused and self.source.kind == "pixels"
         return Pictures.of(samples) if addressed and isinstance(samples, list) else samples
 
-    def _run(self, inputs: _Inputs, samples: Samples) -> None:
-        for name, data in inputs:
-            self._pipeline.feed_input(name, data)
-        self._pipeline.schedule_run()
-        self._in_flight.append((inputs, samples))
-
     @record_function("DALI")
     def pictures(self) -> torch.Tensor:
         """Return the pictures of the batch that was started, (F, S, S, 3) or (B, T, S, S, 3), once they are done.
 
         Raises:
-            RuntimeError: if DALI refuses the batch, which it does as a whole; the pipeline is built anew. Batches that
-                were started after it wait for `resume`.
+            RuntimeError: if DALI refuses the batch, which it does as a whole; the pipeline is built anew.
         """
+        pipeline, *_held = self._in_flight.popleft()
+        self._idle.append(pipeline)
+        return self._outputs(pipeline)
+
+    def _outputs(self, pipeline: int) -> torch.Tensor:
         device = self._options.torch_device
         stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
         try:
-            (pictures,) = self._pipeline.outputs(cuda_stream=stream)
+            (pictures,) = self._pipelines[pipeline].outputs(cuda_stream=stream)
         except RuntimeError:
-            self._pipeline = self._build()  # what a pipeline does after an error is not documented
-            self._waiting = [*list(self._in_flight)[1:], *self._waiting]
-            self._in_flight.clear()
+            self._pipelines[pipeline] = self._build()  # what a pipeline does after an error is not documented
             raise
-        self._in_flight.popleft()
         return torch.from_dlpack(pictures.as_tensor())
-
-    def resume(self) -> None:
-        """Start the batches again that were behind one that DALI has refused."""
-        waiting, self._waiting = self._waiting, []
-        for inputs, samples in waiting:
-            self._run(inputs, samples)
 
     def drain(self) -> None:
         """Throw away batches that were started and never asked for."""
-        self._waiting = []
         while self._in_flight:
             with contextlib.suppress(RuntimeError):
                 self.pictures()
-            self._waiting = []
 
     def zeros(self, num_clips: int) -> torch.Tensor:
         """Return pictures of a batch without any clip that can be read."""
@@ -166,6 +173,17 @@ def _sample_inputs(samples: Samples, kind: Kind) -> _Inputs:
 def _crop_inputs(plan: EpochPlan, rows: Int64[np.ndarray, " B"], repeat: int) -> _Inputs:
     box = np.repeat(plan.box[rows].astype(np.float32), repeat, axis=0)
     return [("anchor", np.ascontiguousarray(box[:, :2])), ("shape", np.ascontiguousarray(box[:, 2:]))]
+
+
+def _schedule(pipeline: Pipeline, inputs: _Inputs) -> None:
+    for name, data in inputs:
+        pipeline.feed_input(name, data)
+    pipeline.schedule_run()
+
+
+def _end(pipelines: list[Pipeline], *_: object) -> None:
+    """End pipelines, which wait for what they are doing, before the other arguments are released."""
+    pipelines.clear()
 
 
 def _from_bt601(index: ClipIndex) -> Float32[np.ndarray, "N 3 4"]:

@@ -29,7 +29,7 @@ class _Compiled(NumbaFunction):
         return setup_fn
 
 
-def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int, depth: int) -> Pipeline:
+def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
     """Build the graph from images or pixels to one batch of (size, size, 3) `dtype` pictures, on the CPU.
 
     Inputs, per frame: "source", an image file and perhaps more bytes behind it, or where pixels lie as
@@ -50,7 +50,7 @@ def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int, 
         operator = _Compiled(run, [_TYPES[dtype]], ins, outs_ndim=[3], ins_ndim=ins_ndim, setup_fn=setup)
         return _node(operator(frames, _input("parameters")))
 
-    return _build(define, max_frames, num_threads, None, depth)
+    return _build(define, max_frames, num_threads, None)
 
 
 def operators(
@@ -61,7 +61,6 @@ def operators(
     device: Literal["cpu", "gpu"],
     device_id: int | None,
     jpeg_engine: float,
-    depth: int,
 ) -> Pipeline:
     """Build the graph from images, pixels or videos to one batch of float32 pictures by DALI's operators.
 
@@ -95,7 +94,7 @@ def operators(
         frames = _node(fn.flip(frames, horizontal=_input("mirror")))
         return _node(fn.coord_transform(frames, M=_input("matrix"), T=_input("offset"), dtype=_FLOAT))
 
-    return _build(define, max_samples, num_threads, device_id, depth)
+    return _build(define, max_samples, num_threads, device_id)
 
 
 _CROP: dict[str, Any] = {"normalized_anchor": True, "normalized_shape": True, "axes": [0, 1]}
@@ -116,11 +115,8 @@ def _node(output: object) -> DataNode:
     return output
 
 
-def _build(
-    define: Callable[[], DataNode], max_samples: int, num_threads: int, device_id: int | None, depth: int
-) -> Pipeline:
-    """Return the pipeline of a graph in which `depth` batches may be on their way."""
-    pipeline = Pipeline(max_samples, num_threads, device_id, prefetch_queue_depth=depth)
+def _build(define: Callable[[], DataNode], max_samples: int, num_threads: int, device_id: int | None) -> Pipeline:
+    pipeline = Pipeline(max_samples, num_threads, device_id, prefetch_queue_depth=1)
     with pipeline:
         pipeline.set_outputs(define())
     pipeline.build()

@@ -223,9 +223,7 @@ class ClipLoader:
             if batch.room is not None:
                 self._rooms.give_back(batch.room)
             return pictures, batch.good
-        found = self._bad.decode_one_by_one(self._feed, batch.rows, batch.good, drawn, message)
-        self._feed.resume()
-        return found
+        return self._bad.decode_one_by_one(self._feed, batch.rows, batch.good, drawn, message)
 
     def _finish(
         self, pictures: torch.Tensor, on_device: torch_stages.DevicePlan, rows: Int64[np.ndarray, " B"]

@@ -42,7 +42,7 @@ class LoaderOptions:
 
     @property
     def depth(self) -> int:
-        """Return how many batches the graph has at a time: on a GPU decoding the next must not wait for this one."""
+        """Return how many batches are decoded at a time: on a GPU the stages of one leave room for another."""
         return 2 if self.device == "gpu" else 1
 
     @property

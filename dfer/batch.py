@@ -78,3 +78,7 @@ class Loader(Protocol):
     def __call__(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from `start_step` on."""
         ...
+
+    def prepare(self, epoch: int, start_step: int = 0) -> None:
+        """Begin to read what the next call will ask for, if that can be done ahead."""
+        ...

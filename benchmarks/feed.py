@@ -7,6 +7,7 @@ cannot help; of it the share of a training step is what the loader takes from th
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -16,17 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from nvidia.dali import fn, types
+import numpy as np
+import torch
+from numba import carray, types
 from nvidia.dali.pipeline import Pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.storage import files_of, prepare, prepare_frames, warm
 from dali_pipes import graphs, native
+from dali_pipes.compiling import cfunc
+from dali_pipes.feeding import Feed
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dfer.cli import Parser, in_range, one_line_errors
-from dfer.lists.index import load_index
+from dfer.lists.index import ClipIndex, Packed, load_index
+from dfer.lists.scan import FrameFiles
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
 
@@ -34,20 +40,50 @@ SOURCES = ("frames", "shards144", "raw128")
 READS = ("read_files", "read_ranges", "find_pixels")
 
 
-def without_pixels(kind: str, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
-    """Build a graph that takes what ours takes and makes one black pixel for each frame."""
+_addresses, _dimensions = types.CPointer(types.voidptr), types.CPointer(types.int32)
+_shapes = types.CPointer(types.CPointer(types.int64))
+
+
+@cfunc(types.void(_addresses, _shapes, _dimensions, types.int32, _addresses, _shapes, _dimensions, types.int32))
+def _black(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
+    pixel = carray(outs[0], (3,), np.float32)
+    pixel[0] = pixel[1] = pixel[2] = 0
+
+
+@cfunc(types.void(_shapes, _dimensions, types.int32, _shapes, _dimensions, types.int32, types.int32))
+def _one_pixel(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):
+    for i in range(num_samples):
+        out_shapes[i][0] = out_shapes[i][1] = 1
+        out_shapes[i][2] = 3
+
+
+def inputs_alone(kind: str, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
+    """Build a graph that takes what ours takes, and makes a black pixel of each frame."""
     pipeline = Pipeline(max_frames, num_threads, None, prefetch_queue_depth=1)
+    images = kind == "images"
+    names, kinds = ["source", "parameters"], [graphs._UINT8 if images else graphs._INT64, graphs._FLOAT]
+    if images:
+        names, kinds = [*names, "anchor", "shape"], [*kinds, graphs._FLOAT, graphs._FLOAT]
     with pipeline:
-        source, pixel = graphs._input("source"), fn.slice(graphs._input("parameters"), 0, 3, axes=[0])
-        if kind == "images":
-            length = fn.cast(fn.shapes(graphs._file(source)), dtype=types.DALIDataType.FLOAT)
-            crop = fn.slice(graphs._input("anchor") + graphs._input("shape"), 0, 1, axes=[0])
-            pixel = 0 * (pixel + length + crop)
-        else:
-            pixel = 0 * (pixel + fn.slice(fn.cast(source, dtype=types.DALIDataType.FLOAT), 0, 1, axes=[0]))
-        pipeline.set_outputs(fn.reshape(pixel, shape=[1, 1, 3]))
+        operator = graphs._Compiled(
+            _black.address,
+            [graphs._FLOAT],
+            kinds,
+            outs_ndim=[3],
+            ins_ndim=[1] * len(kinds),
+            setup_fn=_one_pixel.address,
+        )
+        pipeline.set_outputs(operator(*map(graphs._input, names)))
     pipeline.build()
     return pipeline
+
+
+class WithoutPixels(Feed):
+    """A feed that hands everything over, and gives black clips of one pixel."""
+
+    def _outputs(self, pipeline: int) -> torch.Tensor:
+        self._pipelines[pipeline].outputs()
+        return self.zeros(self._options.batch_size)
 
 
 class Timed:
@@ -66,29 +102,44 @@ def of_dali() -> float:
     """Return the seconds of processor time of DALI's threads."""
     ticks = 0
     for stat in Path("/proc/self/task").glob("*/stat"):
-        name, _, rest = stat.read_text().rpartition(")")
-        if "DALI" in name:
-            ticks += sum(map(int, rest.split()[11:13]))
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            name, _, rest = stat.read_text().rpartition(")")
+            ticks += sum(map(int, rest.split()[11:13])) if "DALI" in name else 0
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def repeated(index: ClipIndex, times: int) -> ClipIndex:
+    """Return an index of the same clips over and over, so that an epoch is long."""
+    rows, store = np.tile(np.arange(len(index)), times), index.store
+    if isinstance(store, Packed):
+        store = store.select(rows)
+    else:
+        assert isinstance(store, FrameFiles)
+        store = FrameFiles([store.names[row] for row in rows])
+    records = [index.records[row] for row in rows]
+    return ClipIndex(records, index.num_frames[rows], index.labels[rows], store)
+
+
 def measure(list_path: Path, batch_size: int, frames: int, seconds: float) -> dict[str, float]:
-    """Return clips/s, by the clock and by the processor's time, and the microseconds of Python for a clip."""
+    """Return clips/s, by the clock and by the processor's time, and where the microseconds of a clip go."""
     sampler = ClipSampler(0, frames, augmentation=Augmentation(min_crop_area=0.5))
-    with mock.patch.object(graphs, "fused", without_pixels):
-        loader = ClipLoader(load_index(list_path), sampler, LoaderOptions(batch_size, 1, num_threads=1))
+    with mock.patch.object(graphs, "fused", inputs_alone), mock.patch("dali_pipes.loader.Feed", WithoutPixels):
+        index = load_index(list_path)
+        index = repeated(index, -(-64 * batch_size // len(index)))
+        loader = ClipLoader(index, sampler, LoaderOptions(batch_size, 1, num_threads=1))
     timed = [Timed(getattr(native, name)) for name in READS]
     with mock.patch.multiple(native, **dict(zip(READS, timed, strict=True))):
         list(loader(0))
-        list(loader(1))
         before = [sum(t.seconds for t in timed), of_dali(), time.process_time(), time.perf_counter()]
-        clips, epoch = 0, 2
+        clips, epoch = 0, 1
         while time.perf_counter() - before[3] < seconds:
             clips += sum(len(batch.ids) for batch in loader(epoch))
             epoch += 1
         after = [sum(t.seconds for t in timed), of_dali(), time.process_time(), time.perf_counter()]
     compiled, dali, cpu, clock = (b - a for a, b in zip(before, after, strict=True))
-    return {"clips/s": clips / clock, "clips/s of a core": clips / cpu, "GIL, us": 1e6 * (cpu - compiled - dali) / clips}
+    us = 1e6 / clips
+    parts = {"reading, us": us * compiled, "DALI, us": us * dali, "GIL, us": us * (cpu - compiled - dali)}
+    return {"clips/s": clips / clock, "clips/s of a core": clips / cpu} | parts
 
 
 def main(args: argparse.Namespace) -> int:
@@ -116,7 +167,7 @@ def parser() -> Parser:
     parser = Parser("feed", __doc__)
     parser.add_argument("--list", type=Path, default=Path("data/faces/train.txt"), help="frames of which list")
     parser.add_argument("--clips", type=in_range(int, 1, 10**6), default=512, help="of the list")
-    parser.add_argument("--batch-size", type=in_range(int, 1, 10**4), default=32)
+    parser.add_argument("--batch-size", type=in_range(int, 1, 10**4), default=64)
     parser.add_argument("--frames", type=in_range(int, 1, 10**3), default=16, help="of a clip")
     parser.add_argument("--seconds", type=in_range(float, 0.1, 10**4), default=4, help="of each measurement")
     parser.add_argument("--rounds", type=in_range(int, 1, 100), default=5)

@@ -13,7 +13,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch.profiler import record_function
 
 from dali_pipes import graphs, kernels
-from dali_pipes.options import Kind, LoaderOptions
+from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Files, Pictures, Samples
 from dali_pipes.sources import Source, VideoFiles
 from dali_pipes.torch_stages import DevicePlan
@@ -100,14 +100,14 @@ class Feed:
         """Return what the graph is fed for one clip of each row, or one frame."""
         plan, repeat = epoch.plan, len(samples[0] if isinstance(samples, tuple) else samples) // len(rows)
         videos = plan.video[rows]
-        inputs = _sample_inputs(samples, self.source.kind)
+        images = self.source.kind == "images"
+        inputs = _sample_inputs(samples, lengths=images and not self._options.fused)
         if epoch.on_device is None:
-            decoder_crops = self.source.kind == "images"
             yuv = None if self._yuv is None else self._yuv[videos]
             normalised = self._options.dtype != torch.uint8
-            table = kernels.parameters(plan, rows, crop=not decoder_crops, yuv=yuv, normalised=normalised)
+            table = kernels.parameters(plan, rows, crop=not images, yuv=yuv, normalised=normalised)
             inputs.append(("parameters", np.repeat(table, repeat, axis=0)))
-            if decoder_crops:
+            if images:
                 inputs += _crop_inputs(plan, rows, repeat)
         else:
             inputs += _crop_inputs(plan, rows, repeat)
@@ -160,14 +160,14 @@ class Feed:
         return torch.zeros(shape, dtype=getattr(torch, self._stored_as), device=self._options.torch_device)
 
 
-def _sample_inputs(samples: Samples, kind: Kind) -> _Inputs:
-    """Return the inputs of the graph that are what was fetched."""
-    if isinstance(samples, Files):
-        return [("source", samples.data), ("length", samples.lengths)]
+def _sample_inputs(samples: Samples, *, lengths: bool) -> _Inputs:
+    """Return the inputs of the graph that are what was fetched; `lengths`: also of files."""
     if isinstance(samples, Pictures):
         return [("source", samples.table)]
-    lengths = np.array([[len(file)] for file in samples], dtype=np.int32)
-    return [("source", samples), *([("length", lengths)] if kind == "images" else [])]
+    if isinstance(samples, Files):
+        return [("source", samples.data), *([("length", samples.lengths)] if lengths else [])]
+    sizes = np.array([[len(file)] for file in samples], dtype=np.int32)
+    return [("source", samples), *([("length", sizes)] if lengths else [])]
 
 
 def _crop_inputs(plan: EpochPlan, rows: Int64[np.ndarray, " B"], repeat: int) -> _Inputs:

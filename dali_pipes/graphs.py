@@ -32,15 +32,14 @@ class _Compiled(NumbaFunction):
 def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
     """Build the graph from images or pixels to one batch of (size, size, 3) `dtype` pictures, on the CPU.
 
-    Inputs, per frame: "source", an image file and perhaps more bytes behind it, or where pixels lie as
-    kernels.compiled says; "parameters" as kernels.parameters makes them; and for images "length" (1,) int32, the bytes
-    of the file, and "anchor" and "shape", (2,) float32, the crop as (y, x) shares of the image.
+    Inputs, per frame: "source", an image file, or where pixels lie as kernels.compiled says; "parameters" as
+    kernels.parameters makes them; and for images "anchor" and "shape", (2,) float32, the crop as (y, x) shares of the
+    image. Behind an image file may stand more bytes: decoders stop at its end, which headers.is_plain has seen.
     """
 
     def define() -> DataNode:
         frames = _input("source")
         if kind == "images":
-            frames = _file(frames)
             # Decodes only the rows of the crop; the pixels are those of decode-then-slice, to the bit.
             frames = _node(fn.decoders.image_slice(frames, _input("anchor"), _input("shape"), **_CROP))
         images = kind == "images"
@@ -66,16 +65,16 @@ def operators(
 
     The pictures are (size, size, 3), from videos (T, size, size, 3).
 
-    Inputs, per frame, or per clip for videos: "source", "length", "anchor" and "shape" as in `fused`, but pixels
-    themselves; "mirror" int32; "matrix"
+    Inputs, per frame, or per clip for videos: "source", "anchor" and "shape" as in `fused`, but pixels themselves; for
+    images "length" (1,) int32, the bytes of the file; "mirror" int32; "matrix"
     (3, 3) and "offset" (3,) float32, the affine map of RGB in 0..255; for videos "frames" (T,) int32.
     """
 
     def define() -> DataNode:
         source, crop = _input("source"), (_input("anchor"), _input("shape"))
         mixed = "mixed" if device == "gpu" else "cpu"
-        if kind == "images":
-            source = _file(source)
+        if kind == "images":  # a copy: how decoders on a GPU take further bytes is not known
+            source = _node(fn.slice(source, 0, _input("length"), axes=[0]))
         if kind == "images" and device == "cpu":
             frames = _node(fn.decoders.image_slice(source, *crop, **_CROP))
         elif kind == "images":
@@ -98,11 +97,6 @@ def operators(
 
 
 _CROP: dict[str, Any] = {"normalized_anchor": True, "normalized_shape": True, "axes": [0, 1]}
-
-
-def _file(data: DataNode) -> DataNode:
-    """Return the bytes of image files without what lies behind them."""
-    return _node(fn.slice(data, 0, _input("length"), axes=[0]))
 
 
 def _input(name: str) -> DataNode:

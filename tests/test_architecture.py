@@ -18,7 +18,10 @@ ONLY_IN = {
     "scenedetect": {"dfer/video/shots.py"},
     "tyro": {"dfer/config.py"},
     "matplotlib": {"dfer/report/figures.py", "benchmarks/chart.py", "benchmarks/crf_speed.py"},
-    "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py", "benchmarks/gpu_parts/decoders.py"},
+    "nvidia": {
+        *("dali_pipes/feeding.py", "dali_pipes/graphs.py"),
+        *("benchmarks/feed.py", "benchmarks/peers.py", "benchmarks/gpu_parts/decoders.py"),
+    },
     "cv2": {
         *("dfer/video/detectors.py", "dfer/video/drawn.py", "dfer/video/faces.py", "dfer/video/shots.py"),
         *("scripts/make_faces.py", "benchmarks/comparison/faults.py", "benchmarks/peers.py"),

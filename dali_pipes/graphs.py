@@ -4,19 +4,75 @@ Two graphs for the same clip. `fused` does everything after decoding in our own 
 operators, on the GPU, or on the CPU, where it is several times slower and serves the tests.
 """
 
+# numba's types describe Python's side of compiled functions, not the functions.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
+import numba
+import numpy as np
+from numba import carray
+from numba.core import cgutils
+from numba.extending import intrinsic
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.numba import NumbaFunction
 
 from dali_pipes import kernels
+from dali_pipes.compiling import cfunc
 from dali_pipes.options import Kind
 
 _FLOAT, _UINT8, _INT64 = types.DALIDataType.FLOAT, types.DALIDataType.UINT8, types.DALIDataType.INT64
 _TYPES = {"float32": _FLOAT, "uint16": types.DALIDataType.UINT16, "uint8": _UINT8}
+
+
+@functools.cache  # each time the machine code takes 300 kB again, which nothing gives back
+def compiled_kernel(size: int, dtype: str, addressed: bool) -> tuple[int, int]:
+    """Return the addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel, and its output's shape.
+
+    The operator's inputs are the pixels and the parameters of a frame, its output the frame as (size, size, 3) `dtype`:
+    float32, uint16 (the bits of bfloat16) or uint8. `addressed`: in place of the pixels, where they lie in memory as
+    four int64: address, height, width, channels. The first call on a machine compiles for some seconds, later ones
+    find the machine code in numba's cache.
+    """
+    out_type = np.dtype(dtype).type
+    number = numba.types.int32
+    addresses, dimensions = numba.types.CPointer(numba.types.voidptr), numba.types.CPointer(number)
+    shapes = numba.types.CPointer(numba.types.CPointer(numba.types.int64))
+    arrays = (addresses, shapes, dimensions, number)
+
+    @cfunc(numba.types.void(*arrays, *arrays))
+    def run(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
+        out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
+        if addressed:
+            place = carray(ins[0], (4,), np.int64)
+            pixels = carray(_pointer(place[0]), (place[1], place[2], place[3]), np.uint8)
+        else:
+            shape = in_shapes[0]
+            pixels = carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8)
+        kernels.fused(out, pixels, carray(ins[1], (kernels.NUM_PARAMETERS,), np.float32))
+
+    @cfunc(numba.types.void(shapes, dimensions, number, shapes, dimensions, number, number))
+    def setup(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):
+        for i in range(num_samples):
+            out_shapes[i][0] = size
+            out_shapes[i][1] = size
+            out_shapes[i][2] = 3
+
+    return run.address, setup.address
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    """Return the pointer to an address, which is an int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(numba.types.int64), codegen
 
 
 class _Compiled(NumbaFunction):
@@ -32,7 +88,7 @@ class _Compiled(NumbaFunction):
 def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
     """Build the graph from images or pixels to one batch of (size, size, 3) `dtype` pictures, on the CPU.
 
-    Inputs, per frame: "source", an image file, or where pixels lie as kernels.compiled says; "parameters" as
+    Inputs, per frame: "source", an image file, or where pixels lie as `compiled_kernel` says; "parameters" as
     kernels.parameters makes them; and for images "anchor" and "shape", (2,) float32, the crop as (y, x) shares of the
     image. Behind an image file may stand more bytes: decoders stop at its end, which headers.is_plain has seen.
     """
@@ -44,7 +100,7 @@ def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int) 
             frames = _node(fn.decoders.image_slice(frames, _input("anchor"), _input("shape"), **_CROP))
         images = kind == "images"
         # Not functions: see _Compiled.
-        run, setup = (cast(Any, address) for address in kernels.compiled(size, dtype, not images))
+        run, setup = (cast(Any, address) for address in compiled_kernel(size, dtype, not images))
         ins, ins_ndim = [_UINT8 if images else _INT64, _FLOAT], [3 if images else 1, 1]
         operator = _Compiled(run, [_TYPES[dtype]], ins, outs_ndim=[3], ins_ndim=ins_ndim, setup_fn=setup)
         return _node(operator(frames, _input("parameters")))

@@ -9,17 +9,16 @@ line are mixed while it is in the cache. Nothing is rounded in between.
 # The types of numba describe Python's side of compiled functions, not the functions.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false
 
-import functools
 import math
 
 import numpy as np
 from jaxtyping import Float32, Int64
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from dali_pipes.compiling import cfunc, njit
+from dali_pipes.compiling import njit
 from dfer.plan.sampling import EpochPlan
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -67,51 +66,6 @@ def parameters(
         p[:, FILL:] = mean
     p[:, COLOUR:YUV] = colour.reshape(-1, 12)
     return p
-
-
-@functools.cache  # each time the machine code takes 300 kB again, which nothing gives back
-def compiled(size: int, dtype: str, addressed: bool) -> tuple[int, int]:
-    """Return the addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel, and its output's shape.
-
-    The operator's inputs are the pixels and the parameters of a frame, its output the frame as (size, size, 3) `dtype`:
-    float32, uint16 (the bits of bfloat16) or uint8. `addressed`: in place of the pixels, where they lie in memory as
-    four int64: address, height, width, channels. The first call on a machine compiles for some seconds, later ones
-    find the machine code in numba's cache.
-    """
-    out_type = np.dtype(dtype).type
-    addresses = types.CPointer(types.voidptr)
-    shapes = types.CPointer(types.CPointer(types.int64))
-    dimensions = types.CPointer(types.int32)
-
-    @cfunc(types.void(addresses, shapes, dimensions, types.int32, addresses, shapes, dimensions, types.int32))
-    def run(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
-        out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
-        if addressed:
-            place = carray(ins[0], (4,), np.int64)
-            pixels = carray(_pointer(place[0]), (place[1], place[2], place[3]), np.uint8)
-        else:
-            shape = in_shapes[0]
-            pixels = carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8)
-        fused(out, pixels, carray(ins[1], (NUM_PARAMETERS,), np.float32))
-
-    @cfunc(types.void(shapes, dimensions, types.int32, shapes, dimensions, types.int32, types.int32))
-    def setup(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):
-        for i in range(num_samples):
-            out_shapes[i][0] = size
-            out_shapes[i][1] = size
-            out_shapes[i][2] = 3
-
-    return run.address, setup.address
-
-
-@intrinsic
-def _pointer(typingctx, address):
-    """Return the pointer to an address, which is an int64."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), codegen
 
 
 @njit(**_FAST)

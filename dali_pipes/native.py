@@ -80,22 +80,20 @@ def sha256_address() -> int:
 
 
 @njit(nogil=True)
-def read_files(table, digests, videos, frames, begin, end, out, lengths, states):
-    """Read the image files of clips [begin, end) of a batch into rows of `out`, one for each frame.
+def read_files(table, digests, videos, frames, out, lengths, states):
+    """Read the image files of some clips into rows of `out`, one for each frame.
 
     Args:
         table: Files.
         digests: Digests.
         videos: (B,) int64.
         frames: (B, T) int64.
-        begin: first clip.
-        end: behind the last clip.
         out: (B * T, L) uint8; behind the bytes of a file, its row is as it was.
         lengths: (B * T, 1) int32, of the files.
         states: (B,) uint8; DONE if all files of a clip are read, fit, are plain and have their hash, else ODD. Clips
             that are ODD already are left alone.
     """
-    for clip in range(begin, end):
+    for clip in range(len(videos)):
         if states[clip] == ODD:
             continue
         states[clip] = READING
@@ -126,9 +124,9 @@ def read_files(table, digests, videos, frames, begin, end, out, lengths, states)
 
 
 @njit(nogil=True)
-def read_ranges(table, digests, videos, frames, begin, end, out, lengths, states):
-    """Read the image files of clips [begin, end) out of packed ones. As `read_files`, with Ranges."""
-    for clip in range(begin, end):
+def read_ranges(table, digests, videos, frames, out, lengths, states):
+    """Read the image files of some clips out of packed ones. As `read_files`, with Ranges."""
+    for clip in range(len(videos)):
         if states[clip] == ODD:
             continue
         states[clip] = READING
@@ -153,13 +151,13 @@ def read_ranges(table, digests, videos, frames, begin, end, out, lengths, states
 
 
 @njit(nogil=True)
-def find_pixels(table, digests, videos, frames, begin, end, out, states):
-    """Write where the pictures of clips [begin, end) lie in memory. As `read_ranges`, but for `out`.
+def find_pixels(table, digests, videos, frames, out, states):
+    """Write where the pictures of some clips lie in memory. As `read_ranges`, but for `out`.
 
     Args:
         out: (B * T, COLUMNS) int64.
     """
-    for clip in range(begin, end):
+    for clip in range(len(videos)):
         if states[clip] == ODD:
             continue
         states[clip] = READING

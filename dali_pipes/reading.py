@@ -116,9 +116,10 @@ class Reading:
         self._parts: list[Future[None]] = [readers.submit(self._read, *part) for part in pairwise(self._ends)]
 
     def _read(self, begin: int, end: int) -> None:
-        states = self._states
+        states, part, rows = self._states, slice(begin, end), slice(*np.multiply((begin, end), self._frames.shape[1]))
         if not self._listed:
-            self._source.read(self._videos, self._frames, begin, end, self.room or self._pictures, states)
+            out = self._pictures[rows] if self.room is None else Files(*(array[rows] for array in self.room))
+            self._source.read(self._videos[part], self._frames[part], out, states[part])
         for place in (begin + np.flatnonzero(states[begin:end] != native.DONE)).tolist():
             try:
                 arrays = self._source.fetch(int(self._videos[place]), self._frames[place])

@@ -69,12 +69,10 @@ class Images(abc.ABC):
         self,
         videos: Int64[np.ndarray, " B"],
         frames: Int64[np.ndarray, "B T"],
-        begin: int,
-        end: int,
         out: Any,
         states: UInt8[np.ndarray, " B"],
     ) -> None:
-        """Read clips [begin, end) of a batch as native.py does. What is not DONE then must be fetched one by one.
+        """Read clips as native.py does. What is not DONE then must be fetched one by one.
 
         `out` are the two arrays of files and their lengths, or of raw clips the table of pictures.
         """
@@ -83,10 +81,9 @@ class Images(abc.ABC):
             return
         if self._refused:
             known = np.array(sorted(self._refused))
-            keys = (videos[begin:end, None] << 32) + frames[begin:end]
-            odd = np.isin(keys, (known[:, 0] << 32) + known[:, 1]).any(1)
-            states[begin:end][odd] = native.ODD
-        self._read(videos, frames, begin, end, out, states)
+            keys = (videos[:, None] << 32) + frames
+            states[np.isin(keys, (known[:, 0] << 32) + known[:, 1]).any(1)] = native.ODD
+        self._read(videos, frames, out, states)
 
     @abc.abstractmethod
     def _read(self, *args: Any) -> None:
@@ -164,8 +161,8 @@ class FrameFolders(Images):
             images.append(data)
         return images
 
-    def _read(self, videos: Any, frames: Any, begin: int, end: int, out: Any, states: Any) -> None:
-        native.read_files(self._files, self._digests, videos, frames, begin, end, *out, states)
+    def _read(self, videos: Any, frames: Any, out: Any, states: Any) -> None:
+        native.read_files(self._files, self._digests, videos, frames, *out, states)
 
     @cached_property
     def _files(self) -> native.Files:
@@ -200,11 +197,11 @@ class Shards(Images):
         for file in self._files:
             weakref.finalize(self, os.close, file)
 
-    def _read(self, videos: Any, frames: Any, begin: int, end: int, out: Any, states: Any) -> None:
+    def _read(self, videos: Any, frames: Any, out: Any, states: Any) -> None:
         if self.kind == "images":
-            native.read_ranges(self._ranges, self._digests, videos, frames, begin, end, *out, states)
+            native.read_ranges(self._ranges, self._digests, videos, frames, *out, states)
         else:
-            native.find_pixels(self._ranges, self._digests, videos, frames, begin, end, out, states)
+            native.find_pixels(self._ranges, self._digests, videos, frames, out, states)
 
     @cached_property
     def _ranges(self) -> native.Ranges:

@@ -4,7 +4,6 @@ import os
 import sys
 import threading
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -51,11 +50,10 @@ def read(index, videos, frames, width=4096, states=None):
     states = np.zeros(len(videos), np.uint8) if states is None else states
     if source.kind == "images":
         room = Files(np.full((frames.size, width), 7, np.uint8), np.zeros((frames.size, 1), np.int32))
-        for begin, end in pairwise([0, 1, len(videos)]):
-            source.read(videos, frames, begin, end, room, states)
+        source.read(videos, frames, room, states)
         return states, [row[:length] for row, (length,) in zip(room.data, room.lengths.tolist(), strict=True)]
     table = np.zeros((frames.size, native.COLUMNS), np.int64)
-    source.read(videos, frames, 0, len(videos), table, states)
+    source.read(videos, frames, table, states)
     found = []
     for place, height, width, channels in table.tolist():
         start = place - source._bytes[0].ctypes.data

@@ -3,7 +3,6 @@
 Opening a file, choosing its stream and checking what it claims are shared with `random_access`.
 """
 
-import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -89,13 +88,16 @@ def decode_frames(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
         yield now, frame
 
 
-def is_plain_video(path: Path) -> bool:
-    """Return whether a video is shown as it is stored, see VideoScan, by its first frame.
+def plain_pixels(path: Path) -> str:
+    """Return VideoScan's `pixels` of a video, by its first frame.
 
     Raises:
         BadVideo, av.FFmpegError, OSError: as `decode`.
     """
-    return not is_webp(path) and all(shown_as_stored(frame) for _, frame in itertools.islice(decode_frames(path), 1))
+    if is_webp(path):
+        return ""
+    _, first = next(decode_frames(path))
+    return first.format.name if shown_as_stored(first) else ""
 
 
 def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame, Fraction | None]]:

@@ -5,6 +5,7 @@ of kernels.py. All of it runs on any device, which is how it is tested.
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -126,8 +127,17 @@ class DeviceVideos:
         return found
 
 
+class _Started(NamedTuple):
+    """A batch that was started and not yet taken."""
+
+    given: tuple[Sequence[Sample], Int64[np.ndarray, " B"], Epoch]  # to `start`
+    sessions: list[tuple[Int64[np.ndarray, " b"], Feed]]  # places in the batch, and who decodes what lies there
+    made: tuple[Int64[np.ndarray, " b"], Tensor] | None  # places, and clips of what the cores have decoded
+    ready: torch.cuda.Event | None  # when those clips are
+
+
 class VideoFeed:
-    """In a Feed's place for videos on a GPU: `start` a batch, then take its `pictures`. At most one is in flight.
+    """In a Feed's place for videos on a GPU: `start` batches, then take the `pictures` of each in turn.
 
     What the cores have decoded is made into clips on a stream of its own, a size of frames at a time; beside the clips
     there are at most 256 MiB of pixels as floats, twice over.
@@ -148,46 +158,49 @@ class VideoFeed:
             for _ in range(options.nvdec_sessions if rule_of(options) else 0)
         ]
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._started: list[tuple[Int64[np.ndarray, " b"], Feed]] = []
-        self._made: tuple[Int64[np.ndarray, " b"], Tensor] | None = None
+        self._in_flight: deque[_Started] = deque()
+        self._waiting: list[_Started] = []  # behind a batch that was refused
         self._told = False
 
     def start(self, samples: Sequence[Sample], rows: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
         """Start on one clip for each of these rows of the plan, as `Feed.start`."""
         files = [(place, sample) for place, sample in enumerate(samples) if isinstance(sample, np.ndarray)]
+        sessions, made, ready = [], None, None
         for number, feed in enumerate(self._sessions):
             if part := files[number :: len(self._sessions)]:
                 places = np.array([place for place, _ in part])
                 feed.start([sample for _, sample in part], rows[places], epoch)
-                self._started.append((places, feed))
+                sessions.append((places, feed))
         decoded = [(place, sample) for place, sample in enumerate(samples) if not isinstance(sample, np.ndarray)]
         if decoded:
             places = np.array([place for place, _ in decoded])
             with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-                self._made = places, self._clips([sample for _, sample in decoded], rows[places], epoch)
+                made = places, self._clips([sample for _, sample in decoded], rows[places], epoch)
+            if self._stream is not None:
+                ready = torch.cuda.Event()
+                ready.record(self._stream)
+        self._in_flight.append(_Started((samples, rows, epoch), sessions, made, ready))
 
     def pictures(self) -> Float[Tensor, "B T S S 3"]:
-        """Return the pictures of the batch that was started.
+        """Return the pictures of the batch that was started first.
 
         Raises:
-            RuntimeError: if DALI refuses clips of it.
+            RuntimeError: if DALI refuses clips of it. Batches that were started after it wait for `resume`.
         """
-        started, self._started = self._started, []
-        made, self._made = self._made, None
-        parts, refusal = [], None
-        for places, feed in started:
-            try:
-                parts.append((places, feed.pictures()))
-            except RuntimeError as error:
-                refusal = error
-        if refusal is not None:
-            raise refusal
-        if made is not None:
-            if self._stream is not None:
+        batch = self._in_flight.popleft()
+        try:
+            parts = [(places, feed.pictures()) for places, feed in batch.sessions]
+        except RuntimeError:
+            waiting = [*self._in_flight, *self._waiting]
+            self.drain()  # what other sessions have begun
+            self._waiting = waiting
+            raise
+        if batch.made is not None:
+            if batch.ready is not None:
                 current = torch.cuda.current_stream(self._device)
-                current.wait_stream(self._stream)
-                made[1].record_stream(current)
-            parts.append(made)
+                batch.ready.wait(current)
+                batch.made[1].record_stream(current)
+            parts.append(batch.made)
         if len(parts) == 1:
             return parts[0][1]
         whole = self.zeros(sum(len(places) for places, _ in parts))
@@ -216,11 +229,18 @@ class VideoFeed:
             say_error(f"note: {path}, perhaps others too, is decoded on the cores, as the GPU refuses it")
         return self.pictures(), True
 
+    def resume(self) -> None:
+        """Start the batches again that were behind one that DALI has refused."""
+        waiting, self._waiting = self._waiting, []
+        for batch in waiting:
+            self.start(*batch.given)
+
     def drain(self) -> None:
-        """Throw away a batch that was started and never asked for."""
-        for _, feed in self._started:
+        """Throw away batches that were started and never asked for."""
+        for feed in self._sessions:
             feed.drain()
-        self._started, self._made = [], None
+        self._in_flight.clear()
+        self._waiting = []
 
     def zeros(self, num_clips: int) -> Float[Tensor, "B T S S 3"]:
         """Return pictures of a batch without any clip that can be read."""

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dali_pipes import videos
-from dali_pipes.feeding import Feed
+from dali_pipes.feeding import Epoch, Feed
 from dali_pipes.kernels import fused
 from dali_pipes.options import LoaderOptions
+from dali_pipes.torch_stages import DevicePlan
 from dali_pipes.videos import CORES, DALI_ON_A_CPU, NVDEC, rule_of, takes
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import ClipIndex, build_index
@@ -121,6 +122,36 @@ def test_a_batch_may_hold_clips_of_both_decoders(mixed, sessions):
     alone = loader(mixed, "eval", 1, graph="operators", video_decoder="nvdec")
     clips = torch.cat([batch.clips for batch in alone(0)])
     assert torch.equal(clips, next(iter(both(0))).clips)
+
+
+def test_batches_in_flight_come_in_turn(mixed):
+    """And those behind one that was refused come once they are started again."""
+    ours = loader(mixed, "eval", 1, graph="operators", video_decoder="nvdec")
+    plan = ours.sampler.plan(0, mixed.num_frames)
+    epoch, feed = Epoch(plan, DevicePlan(plan, torch.device("cpu"))), ours._feed
+
+    def start(video: int, damaged: bool = False) -> None:
+        sample = [np.zeros(9, np.uint8)] if damaged else ours._source.fetch(video, plan.frames[video])
+        feed.start(sample, np.array([video]), epoch)
+
+    def clips(*videos: int) -> list[torch.Tensor]:
+        for video in videos:
+            start(video)
+        return [feed.pictures() for _ in videos]
+
+    want = {video: clips(video)[0] for video in range(6)}
+    assert all(map(torch.equal, clips(0, 1, 2, 3), [want[0], want[1], want[2], want[3]]))
+    start(1, damaged=True)
+    start(0)
+    start(2)
+    with pytest.raises(RuntimeError):
+        feed.pictures()
+    assert torch.equal(clips(4)[0], want[4])  # as the clips of a refused batch are tried
+    feed.resume()
+    assert torch.equal(feed.pictures(), want[0]) and torch.equal(feed.pictures(), want[2])
+    start(3)
+    feed.drain()
+    assert torch.equal(clips(5)[0], want[5])
 
 
 def test_an_index_of_an_older_version_decides_the_same(mixed):

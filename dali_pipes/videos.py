@@ -80,7 +80,8 @@ class DeviceVideos:
         self.index, self.files, self.frames = index, VideoBytes(index), VideoFiles(index)
         self._rule, self._pin = rule_of(options), options.device == "gpu"
         self._store = index.store
-        self._chosen: dict[int, bool] = {}  # video -> whether NVDEC decodes it
+        self._chosen: dict[int, bool] = {}  # video -> whether the rule gives it to NVDEC
+        self.refused: set[int] = set()  # by NVDEC all the same: left to the cores
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[Sample]:
         """Return the one sample of a clip.
@@ -96,7 +97,7 @@ class DeviceVideos:
         """Return whether the rule gives a video to NVDEC, and NVDEC has not refused it."""
         if video not in self._chosen:
             self._chosen[video] = bool(self._rule) and self._choose(video)
-        return self._chosen[video]
+        return self._chosen[video] and video not in self.refused
 
     def _choose(self, video: int) -> bool:
         store = self._store
@@ -111,10 +112,6 @@ class DeviceVideos:
         else:
             pixels = str(store.pixels[video])
         return takes(self._rule, str(store.codec[video]), pixels, int(store.height[video]), int(store.width[video]))
-
-    def leave_to_cores(self, video: int) -> None:
-        """Have the cores decode a video from now on."""
-        self._chosen[video] = False
 
     def _together(self, frames: Sequence[UInt8[np.ndarray, "rows W C"]]) -> list[Decoded]:
         """Return frames in one array for each of their shapes; most videos have one."""
@@ -209,7 +206,7 @@ class VideoFeed:
         return whole
 
     def alone(self, row: int, epoch: Epoch) -> tuple[Float[Tensor, "1 T S S 3"], bool]:
-        """Return the pictures of a row's clip, and whether the cores decode it, from now on, as NVDEC has refused it.
+        """Return the pictures of a row's clip, and whether the cores have decoded it, as NVDEC refuses it, now or before.
 
         Raises:
             BadClip: if it cannot be fetched, or the cores cannot decode it either.
@@ -217,11 +214,11 @@ class VideoFeed:
         video, rows = int(epoch.plan.video[row]), np.array([row])
         try:
             self.start(self.source.fetch(video, epoch.plan.frames[row]), rows, epoch)
-            return self.pictures(), False
+            return self.pictures(), video in self.source.refused  # before: the batch was fetched earlier
         except RuntimeError:
             if not self.source.is_for_nvdec(video):
                 raise
-        self.source.leave_to_cores(video)
+        self.source.refused.add(video)
         self.start(self.source.fetch(video, epoch.plan.frames[row]), rows, epoch)
         if not self._told:
             self._told = True

@@ -178,6 +178,10 @@ def test_what_nvdec_refuses_the_cores_decode(mixed, monkeypatch, capfd):
         assert batch.valid.all() and not both.bad_clips
         assert torch.equal(batch.clips[:4], want[:4]) and (batch.clips - want).abs().max() < 8 / 255 / 0.224
     assert sum(fed) == 2  # in its batch, and alone
+    plan = both.sampler.plan(0, mixed.num_frames)
+    epoch = Epoch(plan, DevicePlan(plan, torch.device("cpu")))
+    # A batch that was fetched before, as a file, is refused once more: its clip is no riddle then.
+    assert [both._feed.alone(row, epoch)[1] for row in (0, 1, 4)] == [False, True, False]
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]  # DALI prints lines too
     (line,) = told
     assert line.endswith("1.webm, perhaps others too, is decoded on the cores, as the GPU refuses it")

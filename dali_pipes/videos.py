@@ -206,7 +206,7 @@ class VideoFeed:
         return whole
 
     def alone(self, row: int, epoch: Epoch) -> tuple[Float[Tensor, "1 T S S 3"], bool]:
-        """Return the pictures of a row's clip, and whether the cores have decoded it, as NVDEC refuses it, now or before.
+        """Return the pictures of a row's clip, and whether the cores decoded it, as NVDEC refuses it, now or before.
 
         Raises:
             BadClip: if it cannot be fetched, or the cores cannot decode it either.

@@ -10,13 +10,14 @@ from dali_pipes import videos
 from dali_pipes.feeding import Epoch, Feed
 from dali_pipes.kernels import fused
 from dali_pipes.options import LoaderOptions
+from dali_pipes.sources import VideoFiles
 from dali_pipes.torch_stages import DevicePlan
 from dali_pipes.videos import CORES, DALI_ON_A_CPU, NVDEC, rule_of, takes
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import ClipIndex, build_index
 from dfer.plan.resizing import resize_planar
 from tests.conftest import smooth_image
-from tests.test_dali_pipes import EVERYTHING, PLAIN, SIZE, VIDEOS, loader, write_video
+from tests.test_dali_pipes import EVERYTHING, PLAIN, SIZE, VIDEOS, T, loader, write_video
 
 
 def write_mixed(folder, kinds) -> ClipIndex:
@@ -108,6 +109,22 @@ def test_clips_of_the_cores_are_those_of_the_cpu_kernel(mixed, augmentation, mon
             assert torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) and torch.equal(a.valid, b.valid)
             assert (a.clips - b.clips).abs().max() < 0.02 * step
             assert b.clips.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frames_of_a_clip_may_differ_in_kind_and_size(mixed, monkeypatch):
+    """As in a stream that changes on its way."""
+    real = VideoFiles.fetch
+
+    def fetch(self, video, frames):
+        other = real(self, 2, np.minimum(frames, 6))
+        return [(other if place % 3 == 1 else own)[place] for own in [real(self, video, frames)] for place in range(T)]
+
+    monkeypatch.setattr(VideoFiles, "fetch", fetch)
+    want = list(loader(mixed, batch_size=3, augmentation=EVERYTHING)(4))
+    found = list(loader(mixed, batch_size=3, augmentation=EVERYTHING, graph="operators")(4))
+    assert len(want) == len(found) == 2
+    for a, b in zip(want, found, strict=True):
+        assert (a.clips - b.clips).abs().max() < 0.02 / 255 / 0.224
 
 
 @pytest.mark.parametrize("sessions", [1, 2])

@@ -47,8 +47,9 @@ _JUMP_BACK, _JUMP_AHEAD = 1.0, 10.0
 # the codec context.
 LIMITS = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}
 # What FFmpeg learns by decoding ahead when a file is opened, which takes longer than decoding three frames, the decoder
-# learns again. With no codec allowed it only demuxes, and with 32 bytes to look at, one packet.
-_QUICK = {"codec_whitelist": "none", "probesize": "32"}
+# learns again. With no codec allowed it only demuxes, and with 32 bytes to look at, one packet. Nor need it parse the
+# packets that follow: the containers where this matters say what each is.
+_QUICK = {"codec_whitelist": "none", "probesize": "32", "fflags": "noparse+nofillin"}
 
 
 class BadVideo(Exception):

@@ -231,7 +231,8 @@ def torchcodec_video(task: Task, folder: Path) -> Reader:
     paths = video_paths(task, folder)
 
     def read(video: int, frames: list[int]) -> Iterable:
-        decoder = VideoDecoder(paths[video], dimension_order="NHWC", num_ffmpeg_threads=1)
+        # Of videos of one rate it needs no index, which it would make by reading the whole file.
+        decoder = VideoDecoder(paths[video], dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate")
         return decoder.get_frames_at(frames).data.numpy()
 
     return read
@@ -527,16 +528,14 @@ def limit_copy(task: Task, source: str) -> Iterator[int]:
 
 
 def limit_h264(task: Task, source: str) -> Iterator[int]:
-    """FFmpeg decodes the whole clips and converts nothing."""
-    import av
+    """FFmpeg decodes what the T frames need, and converts nothing."""
+    from benchmarks.video_cost import decode_needed  # which measures peers too
 
-    paths = video_paths(task, task.folder / source)
+    index = load_index(task.list_of(source))
+    first, pts = index.store.first, index.store.pts
 
     def decode(video: int, cut: Cut) -> None:
-        with av.open(paths[video]) as container:
-            container.streams.video[0].codec_context.thread_count = 1
-            for _ in container.decode(video=0):
-                pass
+        decode_needed(index.records[video].path, set(pts[first[video] + cut.frames].tolist()))
 
     return in_processes(task, decode)
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int64
 
 from dali_pipes.feeding import Epoch, Feed
 from dali_pipes.sources import BadClip, Images
+from dali_pipes.videos import AnyFeed, VideoFeed
 from dfer.cli import UserError, printable, say_error
 from dfer.lists.index import ClipIndex
 
@@ -62,7 +63,7 @@ class BadClips:
         return found
 
     def decode_one_by_one(
-        self, feed: Feed, rows: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], epoch: Epoch, message: str
+        self, feed: AnyFeed, rows: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"], epoch: Epoch, message: str
     ) -> tuple[torch.Tensor, Bool[np.ndarray, " B"]]:
         """Return the pictures of a batch that DALI has refused, and which of its clips are good after all.
 
@@ -97,12 +98,14 @@ class BadClips:
         stand_in = next(iter(clips.values()))
         return torch.cat([clips.get(place, stand_in) for place in range(len(rows))]), good
 
-    def _decode_alone(self, feed: Feed, row: int, epoch: Epoch) -> tuple[torch.Tensor, bool]:
+    def _decode_alone(self, feed: AnyFeed, row: int, epoch: Epoch) -> tuple[torch.Tensor, bool]:
         """Return the pictures of a row's clip, and whether DALI has refused frames of it, which are decoded here now.
 
         Raises:
             BadClip: if it cannot be decoded; its message names the frame, if the source has frames.
         """
+        if isinstance(feed, VideoFeed):
+            return feed.alone(row, epoch)
         video, frames, rows = int(epoch.plan.video[row]), epoch.plan.frames[row], np.array([row])
         clip = feed.source.fetch(video, frames)
         try:

@@ -41,6 +41,7 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         size=data.size,
         device="gpu" if gpu else "cpu",
         jpeg_engine=data.jpeg_engine,
+        video_decoder=data.video_decoder,
         bad_clips=data.bad_clips if mode == "train" else "error",
         cached=data.cache == "gpu",
         rank=world.rank,

@@ -12,12 +12,13 @@ from torch.profiler import record_function
 
 from dali_pipes import torch_stages
 from dali_pipes.bad_clips import BadClips, stand_ins
-from dali_pipes.feeding import Epoch, Feed
+from dali_pipes.feeding import Epoch
 from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Reading, Rooms
 from dali_pipes.resident import ResidentClips
 from dali_pipes.sources import BadClip, Images, source_of
+from dali_pipes.videos import DeviceVideos, feed_of
 from dfer.batch import Batch, mixed
 from dfer.cli import UserError, printable, say_error
 from dfer.lists.index import ClipIndex, Packed
@@ -74,12 +75,13 @@ class ClipLoader:
             self._bad.add(video, BadClip(reason), tell=options.rank == 0)
         if options.dtype == torch.uint8 and (options.cached or not options.fused):
             raise UserError("clips of uint8 come from the CPU kernel only")
-        self._source = source_of(index, whole_videos=not options.cached and not options.fused)
+        on_device = index.source == "video" and not options.fused
+        self._source = DeviceVideos(index, options) if on_device else source_of(index)
         self._told = False
         if options.cached:
             self._verify_all()
         else:
-            self._feed = Feed(index, self._source, sampler.clip_length, options)
+            self._feed = feed_of(index, self._source, sampler.clip_length, options)
         longest = int(index.store.length.max()) if isinstance(index.store, Packed) else None
         self._rooms = Rooms(options.batch_size * sampler.clip_length, longest, self._device)
         self._prepared: _Pass | None = None

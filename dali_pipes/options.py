@@ -16,14 +16,16 @@ class LoaderOptions:
     size: int  # height and width of the clips in pixels
     dtype: torch.dtype = torch.float32  # or bfloat16, float16; or uint8: colours 0..255, not normalised (fused only)
 
-    # Where clips end up; on "gpu" it decodes too (nvJPEG; NVDEC, which refuses HEVC below 144 px and VP9 below 128 px a
-    # side).
+    # Where clips end up; on "gpu" it decodes JPEG too (nvJPEG).
     device: Literal["cpu", "gpu"] = "cpu"
     device_id: int | None = None  # number of the GPU
     graph: Literal["fused", "operators"] | None = None  # our CPU kernel, or DALI's operators; None: by the device
     # Share of the images for the GPU's JPEG engine, if it has one; its cores do the others. 0 until a card has shown
     # that it does not mix the pixels of two batches (benchmarks/gpu.py).
     jpeg_engine: float = 0.0
+    # What decodes videos for a GPU: the cores, or NVDEC those that it takes; "auto" is the cores.
+    video_decoder: Literal["auto", "cores", "nvdec"] = "auto"
+    nvdec_sessions: int = 1  # DALI pipelines, each of which keeps one of NVDEC's engines busy
     cached: bool = False  # hold all pictures of a raw source in the device's memory; nothing is loaded after the start
     num_threads: int = 2  # of the graph
     rank: int = 0

@@ -7,7 +7,7 @@ read, is fetched by Python.
 from collections import deque
 from concurrent.futures import Future
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 
 from dali_pipes import native
 from dali_pipes.readers import Readers
-from dali_pipes.sources import BadClip, Source
+from dali_pipes.sources import BadClip
 
 _LIMIT = 2**30  # bytes of the files of a batch that lie side by side; what needs more is handed over file by file
 _FIRST_STRIDE = 2**16  # bytes
@@ -42,7 +42,21 @@ class Pictures(NamedTuple):
         return cls(np.array(rows, dtype=np.int64).reshape(-1, native.COLUMNS), arrays)
 
 
-Samples: TypeAlias = Files | Pictures | list[np.ndarray]  # of a list: one array of any shape for each sample
+Samples: TypeAlias = Files | Pictures | list[Any]  # of a list: an array for each sample, or what a VideoFeed takes
+
+
+class Readable(Protocol):
+    """What can be read: a source, or videos for a GPU."""
+
+    reads_at_once: ClassVar[bool]
+
+    def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[Any]:
+        """Return the samples of one clip."""
+        ...
+
+    def read(self, *args: Any) -> None:
+        """Read clips in compiled code as far as that can be done; as Images.read."""
+        ...
 
 
 class Rooms:
@@ -97,7 +111,7 @@ class Reading:
 
     def __init__(
         self,
-        source: Source,
+        source: Readable,
         videos: Int64[np.ndarray, " B"],
         frames: Int64[np.ndarray, "B T"],
         room: Files | None,
@@ -109,7 +123,7 @@ class Reading:
         self._states = np.full(len(videos), native.ODD if listed else native.WAITING, np.uint8)
         self._pictures = np.zeros((frames.size, native.COLUMNS), np.int64)
         self._listed, self.room = listed, room
-        self._apart: dict[int, list[np.ndarray]] = {}  # place in the batch -> what was fetched, where it is in no room
+        self._apart: dict[int, list[Any]] = {}  # place in the batch -> what was fetched, where it is in no room
         self.bad: dict[int, BadClip] = {}  # place -> why it cannot be read
         num_parts = len(videos) if listed or not source.reads_at_once else min(readers.num_threads, len(videos))
         self._ends = np.linspace(0, len(videos), num_parts + 1).astype(int).tolist()
@@ -129,7 +143,7 @@ class Reading:
                 self._put(place, arrays)
             states[place] = native.DONE
 
-    def _put(self, place: int, arrays: list[np.ndarray]) -> None:
+    def _put(self, place: int, arrays: list[Any]) -> None:
         """Keep what was fetched for a clip, if possible where the others are."""
         rows = slice(place * len(arrays), (place + 1) * len(arrays))
         if self._listed:
@@ -180,7 +194,7 @@ class Reading:
             return self.room
         return Pictures(self._pictures, [array for arrays in self._apart.values() for array in arrays])
 
-    def _clip(self, place: int) -> list[np.ndarray]:
+    def _clip(self, place: int) -> list[Any]:
         if place in self._apart:
             return self._apart[place]
         assert self.room is not None

@@ -30,7 +30,7 @@ from dfer.lists.packed import Packed
 from dfer.lists.scan import FrameFiles
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.video.colour import yuv_to_rgb
-from dfer.video.decode import BadVideo, check_claims, is_plain_video
+from dfer.video.decode import BadVideo, check_claims
 from dfer.video.random_access import read_frames
 
 # Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
@@ -38,7 +38,6 @@ from dfer.video.random_access import read_frames
 CHROMA_LEFT = frozenset({"h264", "hevc", "mpeg2video", "mpeg4"})
 
 CHANGED = "its bytes are not those that the hashes beside the list were made of"
-_NOT_PLAIN = "turned, HDR or WebP, which the decoder on the GPU does not know: pack.py and --run.device cpu do"
 _CHUNK = 65536  # bytes
 
 
@@ -65,17 +64,12 @@ class Images(abc.ABC):
         """
         return self.for_dali(video, frames, self.stored(video, frames))
 
-    def read(
-        self,
-        videos: Int64[np.ndarray, " B"],
-        frames: Int64[np.ndarray, "B T"],
-        out: Any,
-        states: UInt8[np.ndarray, " B"],
-    ) -> None:
+    def read(self, *args: Any) -> None:
         """Read clips as native.py does. What is not DONE then must be fetched one by one.
 
-        `out` are the two arrays of files and their lengths, or of raw clips the table of pictures.
+        The arguments are those of its functions behind the tables; `out` and `lengths` as one pair.
         """
+        videos, frames, out, states = args
         hashes = self.index.hashes
         if hashes is not None and not self._digests.function:  # this machine's Python has no such function
             return
@@ -288,26 +282,19 @@ class VideoBytes:
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, VideoStore)
         self.index = index
-        self._plain = {} if index.store.plain is None else dict(enumerate(index.store.plain.tolist()))
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
         """Return the bytes of the file, as one array.
 
         Raises:
-            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or its hash differs; or if the
-                decoder would show it turned or in wrong colours, as it knows neither display matrices nor HDR.
+            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or its hash differs.
         """
         if video in self.index.bad:
             raise BadClip(self.index.bad[video])
-        path = self.index.records[video].path
         try:
-            check_claims(path)
-            if video not in self._plain:
-                self._plain[video] = is_plain_video(path)
+            check_claims(self.index.records[video].path)
         except (BadVideo, FFmpegError, OSError) as error:
             raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
-        if not self._plain[video]:
-            raise BadClip(f"{_video_name(self.index, video)}: {_NOT_PLAIN}")
         return [_read_video(self.index, video)]
 
     def read(self, *args: Any) -> None:
@@ -317,7 +304,7 @@ class VideoBytes:
 Source: TypeAlias = FrameFolders | Shards | VideoFiles | VideoBytes
 
 
-def source_of(index: ClipIndex, *, whole_videos: bool) -> Source:
+def source_of(index: ClipIndex, *, whole_videos: bool = False) -> Source:
     """Return the source of an index; `whole_videos`: videos as files, not as pixels."""
     if index.source == "frames":
         return FrameFolders(index)

@@ -40,6 +40,8 @@ class DataConfig:
     """Where the clips are read from; auto = what the list points at."""
     jpeg_engine: Annotated[float, Range(0.0, 1.0)] = 0.0
     """Share of the images that a GPU's JPEG engine decodes, where it has one. It frees cores, but see docs/LOG.md."""
+    video_decoder: Literal["auto", "cores", "nvdec"] = "auto"
+    """What decodes videos for a GPU: the cores, or NVDEC those that it takes. auto = cores, until a card shows more."""
     bad_clips: Literal["error", "skip"] = "skip"
     """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
     cache: Literal["off", "gpu"] = "off"
@@ -318,6 +320,7 @@ def validate(config: Config) -> None:
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
 _BEFORE = {
     "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
+    "data.video_decoder": "nvdec",  # decoded all videos on a GPU
     "model.branches": "static",  # there was one branch,
     "model.time": "attention",  # and attention read it
     "run.wandb_project": "dfer",

@@ -85,7 +85,8 @@ KEYS = {  # what a figure of a part tells beside that
 # One case for each function and each way through it, but for those that have a test below; the others are slow.
 QUICK = {
     "copies and product", "SMs, engine and cores together", "nvJPEG on SMs, crops", "NVDEC, one session",
-    "FFmpeg on all cores", "loader frames", "loader raw128 held", "eager 0", "training from video", "clips of frames",
+    "FFmpeg on all cores", "loader frames", "loader video, NVDEC, all engines",
+    "loader raw128 held", "eager 0", "training from video", "clips of frames",
     "clips of raw128 held", "mixing, engine 1", "feeding", "NVDEC's limits", "traces",
     "mixing, control in the graph", "mixing, control torchvision", "floors", "step, graph", "bits of fixed algorithms",
 }  # fmt: skip

@@ -133,7 +133,7 @@ def test_videos_are_mapped(transfer: int, name: str, pixels: str, tmp_path: Path
     # The trainer sees the same, also of 8 bits, which it else takes as they are stored.
     scan = scan_video(path)
     found = read_frames(path, scan.pts, scan.key, np.arange(4), scan.matrix, scan.full_range)
-    assert all(np.array_equal(one, other) for one, other in zip(found, frames, strict=True)) and not scan.plain
+    assert all(np.array_equal(one, other) for one, other in zip(found, frames, strict=True)) and not scan.pixels
 
 
 def test_a_prediction_says_it() -> None:
@@ -162,7 +162,7 @@ def test_colours_may_stand_in_the_container_alone(codec: str, suffix: str, tmp_p
         images[colours] = [np.asarray(image).astype(int) for _, image in decode(path, notes=notes)]
         assert notes == ["HDR (PQ) mapped to SDR"] * (colours[0] == 16)
         scan = scan_video(path)
-        assert scan.matrix == {9: "bt2020", 1: "bt709", 2: "bt601"}[colours[2]] and scan.plain == (not notes)
+        assert scan.matrix == {9: "bt2020", 1: "bt709", 2: "bt601"}[colours[2]] and bool(scan.pixels) == (not notes)
         found = read_frames(path, scan.pts, scan.key, np.arange(3), scan.matrix, scan.full_range)
         assert (found[0].shape[2] == 3) == bool(notes)  # of HDR as `decode`, else as it is stored
         assert not notes or all(np.array_equal(one, two) for one, two in zip(found, images[colours], strict=False))

@@ -280,7 +280,7 @@ def test_caches_of_older_versions_are_taken(small, tmp_path_factory, monkeypatch
         else:
             fields = ("first", "pts", "key", "height", "width", "codec", "matrix", "full_range")
             entries = {name: getattr(want.store, name) for name in fields}
-            want = replace(want, store=replace(want.store, plain=None))  # which is found out where it matters
+            want = replace(want, store=replace(want.store, pixels=None))  # which is found out where it matters
         np.savez_compressed(f"{path}.index.npz", paths=np.array(key), states=np.array(states), **entries)
         with monkeypatch.context() as patch:
             forbid_scans(patch)

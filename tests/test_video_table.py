@@ -10,17 +10,15 @@ from PIL import Image
 
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
-from dali_pipes.sources import BadClip
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.sampling import ClipSampler
 from dfer.predict.inputs import read_pictures
-from dfer.video.decode import VIDEO_ERRORS, decode, is_plain_video
+from dfer.video.decode import VIDEO_ERRORS, decode, plain_pixels
 from dfer.video.random_access import read_frames, scan_video
 from scripts import prepare_videos
 from tests.test_dali_pipes import SIZE, T, check_against_oracle
 from tests.video_table import Found, Row, examine, make_all, outcome, problem, rows
 
-BY_DALI_ON_A_CPU = ("vp8", "vp9", "mjpeg")
 FEW = [  # (codec, container, oddity)
     ("h264", "mp4", ""),
     ("vp9", "mp4", "turned"),
@@ -87,17 +85,23 @@ def test_the_trainer_reads_the_frames_that_a_player_shows(videos: list[tuple[Row
     check_against_oracle(loader(index), 0, lambda video: as_stored(index, video), worst=45, mean=0.5)
 
 
-def test_dali_s_own_decoder_shows_the_same_or_refuses(videos: list[tuple[Row, Path, Found]]) -> None:
-    known = [row for row in videos if row[0].codec in BY_DALI_ON_A_CPU and row[0].container != "ogv"]
-    good = [row for row in known if row[0].refusal or is_plain_video(row[1])]
-    assert len(known) > len(good) > 2
-    index = listed(good, "dali.txt")
-    whole = loader(index, graph="operators")
-    check_against_oracle(whole, 0, lambda video: as_stored(index, video), worst=16, mean=0.5)
-    others = listed([row for row in known if row not in good], "others.txt")
-    for video, record in enumerate(others.records):
-        with pytest.raises(BadClip, match=rf"others\.txt:{video + 1}: .*{record.path.name}: turned, HDR or WebP"):
-            loader(others, graph="operators")._source.fetch(video, np.arange(1))
+@pytest.mark.parametrize("decoder", ["cores", "nvdec"])
+def test_the_graph_of_a_gpu_shows_them_all(videos: list[tuple[Row, Path, Found]], decoder: str) -> None:
+    """What DALI cannot decode, or would show otherwise, the cores decode, in the same batches."""
+    index = listed([row for row in videos if row[0].oddity != "interlaced"], "all.txt")
+    ours = loader(index, graph="operators", video_decoder=decoder)
+    check_against_oracle(ours, 0, lambda video: as_stored(index, video), worst=45, mean=0.5)
+    by_dali = [index.records[video] for video in range(len(index)) if ours._source.is_for_nvdec(video)]
+    assert all(plain_pixels(record.path) in ("yuv420p", "yuvj420p") for record in by_dali)
+    assert (len(by_dali) > 0) == (decoder == "nvdec") and len(by_dali) < len(index)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["cores", "nvdec"])
+def test_a_gpu_shows_them_all(videos: list[tuple[Row, Path, Found]], decoder: str) -> None:
+    index = listed([row for row in videos if row[0].oddity != "interlaced"], "all.txt")
+    ours = loader(index, device="gpu", device_id=0, video_decoder=decoder)
+    check_against_oracle(ours, 0, lambda video: as_stored(index, video), worst=45, mean=0.5)
 
 
 def test_preparing_and_predicting_read_the_same(videos: list[tuple[Row, Path, Found]], tmp_path: Path) -> None:

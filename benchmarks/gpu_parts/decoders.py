@@ -20,7 +20,7 @@ from benchmarks.gpu_parts.card import cuda
 from benchmarks.gpu_parts.ffmpeg import FFmpeg
 from benchmarks.gpu_parts.project import beside, boxes, index_of
 from benchmarks.gpu_parts.rows import Row, figure
-from benchmarks.gpu_parts.setting import NotHere, Setting
+from benchmarks.gpu_parts.setting import ENGINES_OF_H100, NotHere, Setting
 from benchmarks.gpu_parts.timing import at_once
 
 Where = Literal["sms", "engine", "both", "cores"]
@@ -185,7 +185,7 @@ def videos(setting: Setting, sessions: int | None) -> Iterator[Row]:
     if sessions is None:
         limits = nvdec.limits(setting)
         yield from nvdec.rows(limits)
-        sessions = max((limit.engines for limit in limits), default=nvdec.ENGINES_OF_H100)
+        sessions = max((limit.engines for limit in limits), default=ENGINES_OF_H100)
     files, frames = video_files(setting)
     batch = min(setting.loader_batch, len(files))
     runs = {f"session {i + 1}": counted(video_pipeline(setting, files), batch) for i in range(sessions)}

@@ -21,9 +21,10 @@ def alone(
     engine: float = 0.0,
     held: bool = False,
     batch: int | None = None,
+    nvdec: int = 0,
 ) -> Iterator[Row]:
     """The trainer's loader with nobody at work beside it."""
-    loader = clip_loader(setting, source, where=where, engine=engine, held=held, batch=batch)
+    loader = clip_loader(setting, source, where=where, engine=engine, held=held, batch=batch, nvdec=nvdec)
     stream = batches(loader)
 
     def run() -> int:
@@ -34,6 +35,7 @@ def alone(
     used = Usage.now().since(start)
     what = f"loader, {source}{', held in the card' if held else ''}"
     what += f", engine {engine:g}" if engine else ""
+    what += f", NVDEC, sessions: {nvdec}" if nvdec else ""
     what += f", CPU, cores: {setting.cores}" if where == "cpu" else ""
     what += f", B={loader.options.batch_size}"
     yield figure(what, speeds, "clips/s", cores_used=used["cpu_s"] / used["seconds"])

@@ -9,7 +9,6 @@ import torch
 from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import NotHere, Setting
 
-ENGINES_OF_H100 = 7  # of H200 too
 CODECS = {"h264": 4, "hevc": 8, "vp9": 10, "av1": 11}  # cudaVideoCodec in cuviddec.h
 YUV_420 = 1
 

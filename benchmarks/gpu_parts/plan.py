@@ -5,6 +5,7 @@ Proven is what has run on an H200 before (2026-11-26). A new kernel, a capture, 
 """
 
 from benchmarks.gpu_parts.runner import ALL_CORES, Case
+from benchmarks.gpu_parts.setting import ENGINES_OF_H100
 
 HERE = "benchmarks.gpu_parts"
 PARTS = ("data", "ceilings", "loaders", "step", "training", "checks", "peers")
@@ -67,32 +68,46 @@ def proven() -> list[Case]:
         ceiling("FFmpeg on all cores", "videos_on_cores", gpu=False),
     ]
     # Where NVDEC takes 13 ms for a clip, a large batch takes seconds.
-    sources = [{"source": name, "batch": 16} if name == "video" else {"source": name} for name in SOURCES]
-    for options in sources:
-        name = f"loader {options['source']}"
-        cases.append(Case("loaders", name, f"{HERE}.loaders", "alone", options, limit_s=45, proven=True))
+    sources = {name: {"source": name} for name in SOURCES if name != "video"}
+    sources["video, NVDEC"] = {"source": "video", "batch": 16, "nvdec": 1}
+    for name, options in sources.items():
+        cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=45, proven=True))
     held = {"source": "raw128", "held": True}
     cases.append(Case("loaders", "loader raw128 held", f"{HERE}.loaders", "alone", held, limit_s=45, proven=True))
     for place in range(4):  # of the setting's batch sizes
         options = {"place": place}
         cases.append(Case("step", f"eager {place}", f"{HERE}.steps", "eager", options, limit_s=60, proven=True))
     cases.append(Case("step", "floors", f"{HERE}.steps", "floors", limit_s=60, proven=True))
-    for options in sources:
-        cases.append(_training(f"training from {options['source']}", options))
+    for name, options in sources.items():
+        cases.append(_training(f"training from {name}", options))
     cases.append(_training("training from raw128 held", held))
     cases.append(Case("loaders", "feeding", f"{HERE}.loaders", "feed", limit_s=60, proven=True, gpu=False))
     # Tracing loads what slows launches down in the same process: nothing that is timed comes after it.
     cases.append(Case("step", "traces", f"{HERE}.steps", "traces", limit_s=60, proven=True))
-    for source in SOURCES:
-        cases.append(check(f"clips of {source}", "clips_against_cpu", {"source": source}, proven=True))
+    for name, options in sources.items():
+        options = {key: value for key, value in options.items() if key != "batch"}
+        cases.append(check(f"clips of {name}", "clips_against_cpu", options, proven=True))
     cases.append(check("clips of raw128 held", "clips_against_cpu", held, proven=True))
     cases.append(check("mixing, engine 0", "both", {"engine": 0.0}, proven=True))
     cases.append(check("eager against eager", "eager_against_eager", {}, proven=True, limit_s=120))
     return cases
 
 
-def _training(name: str, options: dict) -> Case:
-    return Case("training", name, f"{HERE}.training", "from_source", options, limit_s=60, proven=True)
+def _training(name: str, options: dict, proven: bool = True) -> Case:
+    return Case("training", name, f"{HERE}.training", "from_source", options, limit_s=60, proven=proven)
+
+
+def videos() -> list[Case]:
+    """Of videos what is not proven: the cores decode and the card does the rest; NVDEC in several sessions."""
+    cases = []
+    for name, options in {
+        "video": {"source": "video"},
+        "video, NVDEC, all engines": {"source": "video", "nvdec": ENGINES_OF_H100},
+    }.items():
+        cases.append(check(f"clips of {name}", "clips_against_cpu", options))
+        cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=60))
+        cases.append(_training(f"training from {name}", options, proven=False))
+    return cases
 
 
 def loaders_by_cores() -> list[Case]:
@@ -114,7 +129,7 @@ def alone() -> list[Case]:
     for name, options in QUICK_TO_START.items():
         cases.append(_variant(name, options, TELLING))
         cases.append(_against_eager(name, options))
-    cases += [_variant(name, options, TELLING) for name, options in DEFAULT_MODEL.items()]
+    cases += [*videos(), *(_variant(name, options, TELLING) for name, options in DEFAULT_MODEL.items())]
     cases.append(check("bits of fixed algorithms", "bits_of_fixed_algorithms", {}, limit_s=120))
     cases.append(check("two processes", "two_processes", {}))
     for backend in ("dense", "triton"):

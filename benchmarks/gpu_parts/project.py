@@ -71,8 +71,9 @@ def clip_loader(
     held: bool = False,
     listed: Listed | None = None,
     batch: int | None = None,
+    nvdec: int = 0,
 ) -> ClipLoader:
-    """The trainer's loader. On a test's stub the graph for the card runs on the CPU.
+    """The trainer's loader. On a test's stub the graph for the card runs on the CPU. `nvdec`: sessions of NVDEC.
 
     Pixels that are to be `held` in the card are those of a list of their own, whose epochs are long enough for plan and
     uploads not to be most of them, and whose pixels the card can hold.
@@ -85,6 +86,8 @@ def clip_loader(
         device="gpu" if gpu else "cpu",
         graph="operators" if card else "fused",
         jpeg_engine=engine,
+        video_decoder="nvdec" if nvdec else "cores",
+        nvdec_sessions=nvdec or 1,
         cached=held,
         num_threads=setting.cores,
         device_id=0 if gpu else None,

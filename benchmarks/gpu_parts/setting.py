@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+ENGINES_OF_H100 = 7  # of NVDEC; of an H200 too
+
 
 class NotHere(Exception):
     """What a case needs is not on this machine; the message says what."""

@@ -9,9 +9,11 @@ from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import in_turns, ratios
 
 
-def from_source(setting: Setting, source: str, held: bool = False, batch: int | None = None) -> Iterator[Row]:
+def from_source(
+    setting: Setting, source: str, held: bool = False, batch: int | None = None, nvdec: int = 0
+) -> Iterator[Row]:
     """The step on what the loader brings, and on the first batch of it again and again."""
-    loader = clip_loader(setting, source, held=held, batch=batch)
+    loader = clip_loader(setting, source, held=held, batch=batch, nvdec=nvdec)
     stream, step, waited = batches(loader), training_step(setting), [0.0, 0.0]
     first = next(stream)
 
@@ -28,6 +30,7 @@ def from_source(setting: Setting, source: str, held: bool = False, batch: int | 
         return len(given.labels)
 
     found = in_turns(setting, {"synthetic": synthetic, "loaded": loaded})
-    where = f"{source}{', held in the card' if held else ''}, B={loader.options.batch_size}"
+    where = f"{source}{', held in the card' if held else ''}{f', NVDEC, sessions: {nvdec}' if nvdec else ''}"
+    where += f", B={loader.options.batch_size}"
     yield figure(f"training from {where}", found["loaded"], "clips/s", host_waits_share=waited[0] / waited[1])
     yield figure(f"training from {where}: fraction of synthetic", ratios(found, "loaded", "synthetic"), "of synthetic")

@@ -51,7 +51,7 @@ class VideoFiles:
     codec: Shaped[np.ndarray, " N"]  # str: h264, vp9, ...
     matrix: Shaped[np.ndarray, " N"]  # str: bt601, bt709 or bt2020, from YUV to RGB
     full_range: Bool[np.ndarray, " N"]  # YUV of 0..255 and not 16..235
-    plain: Bool[np.ndarray, " N"] | None = None  # shown as stored, see VideoScan; None: of an older version's cache
+    pixels: Shaped[np.ndarray, " N"] | None = None  # str, see VideoScan; None: of an older version's cache
 
 
 def path_states(records: Sequence[VideoRecord]) -> States:
@@ -151,7 +151,7 @@ def scan_videos(records: Sequence[VideoRecord], bad_videos: BadVideos) -> tuple[
     from dfer.video.random_access import VideoScan, scan_video
 
     # In the place of a video that cannot be used: 0 x 0 pixels.
-    nothing = VideoScan(np.zeros(1, np.int64), np.zeros(1, bool), 0, 0, "", "bt601", full_range=False, plain=True)
+    nothing = VideoScan(np.zeros(1, np.int64), np.zeros(1, bool), 0, 0, "", "bt601", full_range=False, pixels="")
 
     def scan_one(record: VideoRecord) -> tuple[VideoScan, str]:
         try:
@@ -175,7 +175,7 @@ def scan_videos(records: Sequence[VideoRecord], bad_videos: BadVideos) -> tuple[
         codec=np.array([one.codec for one in scans]),
         matrix=np.array([one.matrix for one in scans]),
         full_range=np.array([one.full_range for one in scans]),
-        plain=np.array([one.plain for one in scans]),
+        pixels=np.array([one.pixels for one in scans]),
     )
     return store, {row: line for row, (_, line) in enumerate(found) if line}
 
@@ -188,6 +188,7 @@ def read_cache(path: Path, key: str, states: States, kind: Kind) -> FrameFiles |
                 return None
             entries = {name: cache[name] for name in cache.files if name not in ("paths", "states")}
         if kind == "video":
+            entries.pop("plain", None)  # of an older version: what `pixels` says better
             return VideoFiles(**entries)
         # "/" and NUL are the two characters that no file name holds. Folders with the same names share one list.
         folders = [names.split("\0") for names in os.fsdecode(entries["names"].tobytes()).split("/")]

@@ -17,6 +17,50 @@ def resize(
     return torch.einsum("bsw,bthwc->bthsc", columns, x)
 
 
+def resize_planar(
+    pictures: UInt8[Tensor, "B T rows W 1"],
+    box: Float[Tensor, "B 4"],
+    mirror: Bool[Tensor, " B"],
+    size: int,
+    chroma_left: Bool[Tensor, " B"],
+) -> Float[Tensor, "B T S S 3"]:
+    """Return planar 4:2:0 pictures as `resize` does, in Y, Cb and Cr: chroma is interpolated to where luma lies.
+
+    Args:
+        pictures: H rows of Y, then U and V, H/2 x W/2 each, without gaps: 3 H / 2 rows in all.
+        box: as of `resize`, as are `mirror` and `size`.
+        mirror: see there.
+        size: see there.
+        chroma_left: chroma samples lie on even columns of luma, else between two.
+    """
+    batch, length, rows, width = pictures.shape[:4]
+    height = rows // 3 * 2
+    luma = pictures[:, :, :height, :, 0].float()
+    chroma = pictures[:, :, height:].reshape(batch, length, 2, height // 2, width // 2).float()
+    down = _triangles(box[:, 0], box[:, 2], height, size)
+    across = _triangles(box[:, 1], box[:, 3], width, size)
+    across = torch.where(mirror[:, None, None], across.flip(1), across)
+    between, on_even = (across @ _chroma(width, left, across.device) for left in (False, True))
+    chroma_across = torch.where(chroma_left[:, None, None], on_even, between)
+    y = torch.einsum("bsw,bthw->bths", across, torch.einsum("bsh,bthw->btsw", down, luma))
+    chroma_down = down @ _chroma(height, False, down.device)
+    uv = torch.einsum("bsh,btphw->btpsw", chroma_down, chroma)
+    uv = torch.einsum("bsw,btphw->bthsp", chroma_across, uv)
+    return torch.cat([y[..., None], uv], dim=-1)
+
+
+def _chroma(side: int, on_even: bool, device: torch.device) -> Float[Tensor, "N half"]:
+    """Return how chroma samples become values at luma's pixels along a side: linearly, the last ones repeat."""
+    pixel = torch.arange(side, device=device)
+    near, odd = pixel // 2, pixel % 2
+    far = (near + 2 * odd - 1).clamp(0, side // 2 - 1)
+    share = torch.where(odd == 1, 0.5, 1.0) if on_even else torch.full((side,), 0.75, device=device)
+    weights = torch.zeros(side, side // 2, device=device)
+    weights[pixel, near] += share
+    weights[pixel, far] += 1 - share
+    return weights
+
+
 def _triangles(
     start: Float[Tensor, " B"], length: Float[Tensor, " B"], source: int, size: int
 ) -> Float[Tensor, "B S N"]:

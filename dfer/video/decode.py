@@ -3,7 +3,6 @@
 Opening a file, choosing its stream and checking what it claims are shared with `random_access`.
 """
 
-import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -48,8 +47,9 @@ _JUMP_BACK, _JUMP_AHEAD = 1.0, 10.0
 # the codec context.
 LIMITS = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}
 # What FFmpeg learns by decoding ahead when a file is opened, which takes longer than decoding three frames, the decoder
-# learns again. With no codec allowed it only demuxes, and with 32 bytes to look at, one packet.
-_QUICK = {"codec_whitelist": "none", "probesize": "32"}
+# learns again. With no codec allowed it only demuxes, and with 32 bytes to look at, one packet. Nor need it parse the
+# packets that follow: the containers where this matters say what each is.
+_QUICK = {"codec_whitelist": "none", "probesize": "32", "fflags": "noparse+nofillin"}
 
 
 class BadVideo(Exception):
@@ -89,13 +89,16 @@ def decode_frames(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
         yield now, frame
 
 
-def is_plain_video(path: Path) -> bool:
-    """Return whether a video is shown as it is stored, see VideoScan, by its first frame.
+def plain_pixels(path: Path) -> str:
+    """Return VideoScan's `pixels` of a video, by its first frame.
 
     Raises:
         BadVideo, av.FFmpegError, OSError: as `decode`.
     """
-    return not is_webp(path) and all(shown_as_stored(frame) for _, frame in itertools.islice(decode_frames(path), 1))
+    if is_webp(path):
+        return ""
+    _, first = next(decode_frames(path))
+    return first.format.name if shown_as_stored(first) else ""
 
 
 def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame, Fraction | None]]:

@@ -69,8 +69,9 @@ class VideoScan:
     codec: str  # FFmpeg's name of it
     matrix: Matrix  # of a stream that states none: bt601, as in `decode`
     full_range: bool  # Y, Cb and Cr use 0..255, not 16..235 and 16..240
-    # Shown as it is stored: neither turned nor HDR, and no WebP. Decoders that know of nothing else may be used.
-    plain: bool
+    # FFmpeg's name of their format, such as yuv420p; "" if they are not shown as they are stored: turned, HDR, or WebP.
+    # Decoders that know of nothing else may be used where there is one.
+    pixels: str
 
 
 class _Unseekable(Exception):
@@ -130,7 +131,7 @@ def scan_video(path: Path) -> VideoScan:
         codec=found.codec,
         matrix=MATRICES.get(first.colorspace, "bt601"),
         full_range=is_full_range(first),
-        plain=shown_as_stored(first) and found.codec != "webp",
+        pixels=first.format.name if shown_as_stored(first) and found.codec != "webp" else "",
     )
 
 

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Bool, Int64
 from torch.profiler import record_function
 
-from dali_pipes import torch_stages
-from dali_pipes.bad_clips import BadClips, stand_ins
+from dali_pipes import pixels, torch_stages
+from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.feeding import Epoch, Feed
 from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.resident import ResidentClips
-from dali_pipes.sources import BadClip, Images, source_of
+from dali_pipes.sources import BadClip, Images, Shards, source_of
+from dali_pipes.streaming import RawStream
 from dfer.batch import Batch, mixed
 from dfer.cli import UserError, printable, say_error
 from dfer.lists.index import ClipIndex
@@ -49,12 +50,17 @@ class ClipLoader:
         self.bad_clips: dict[int, str] = self._bad.found  # row of the index -> why it was left out
         for video, reason in index.bad.items():
             self._bad.add(video, BadClip(reason), tell=options.rank == 0)
-        if options.dtype == torch.uint8 and (options.cached or not options.fused):
+        streams = options.streams(index.source) and not options.cached
+        if options.dtype == torch.uint8 and (options.cached or not options.fused or streams):
             raise UserError("clips of uint8 come from the CPU kernel only")
         self._source = source_of(index, whole_videos=not options.cached and not options.fused)
         self._told = False
+        self._stream = None
         if options.cached:
             self._verify_all()
+        elif streams:
+            assert index.source == "raw" and isinstance(self._source, Shards), index.source
+            self._stream = RawStream(index, self._source, self._bad, options)
         else:
             self._feed = Feed(index, self._source, sampler.clip_length, options)
 
@@ -83,6 +89,11 @@ class ClipLoader:
         if self._resident is not None:
             yield from self._resident_batches(self._resident, plan, steps, valid)
             return
+        if self._stream is not None:
+            made = self._stream.epoch(plan, steps)
+            for (pictures, good), rows, rows_valid in zip(made, steps, valid, strict=True):
+                yield self._batch(pictures, plan, rows, rows_valid & good)
+            return
         self._feed.drain()  # the consumer of the last epoch may have left early
         drawn = Epoch(plan, None if options.fused else torch_stages.DevicePlan(plan, self._device))
         # Storage is waited for, not computed with: a few threads even on one core. Decoding videos takes all cores.
@@ -109,11 +120,12 @@ class ClipLoader:
         self, resident: ResidentClips, plan: EpochPlan, steps: Int64[np.ndarray, "S B"], valid: Bool[np.ndarray, "S B"]
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch of a data set in the device's memory."""
-        on_device = torch_stages.DevicePlan(plan, self._device)
+        frames, stages, options = resident.frames(plan), torch_stages.Stages(plan), self.options
         for rows, rows_valid in zip(steps, valid, strict=True):
-            there = torch.from_numpy(np.ascontiguousarray(rows)).to(self._device, non_blocking=True)
+            there = torch_stages.upload(rows, self._device)
             good = ~np.isin(plan.video[rows], list(self.bad_clips))
-            yield self._batch(resident.clips(there, on_device, self.options.size), plan, rows, rows_valid & good)
+            clips = pixels.clips(frames, there, stages, options.size, options.dtype)
+            yield self._batch(clips, plan, rows, rows_valid & good)
 
     def _verify_all(self) -> None:
         """Check the hashes of a data set that is held in memory, as nothing is read again later."""
@@ -134,7 +146,8 @@ class ClipLoader:
                 self._bad.check_frames(video, drawn.plan.frames[row])
                 clips.append(future.result(self.options.patience))
             except TimeoutError:
-                raise UserError(self._hung(video, fetched)) from None
+                late = sum(not future.done() for future in fetched)  # it may have come since, as may all the others
+                raise hung(self.index, video, max(late, 1), len(fetched), self.options.patience) from None
             except BadClip as error:
                 self._bad.add(video, error)
                 good[place] = False
@@ -190,12 +203,3 @@ class ClipLoader:
             ids=torch.from_numpy(ids),
         )
         return batch if plan.mix is None else mixed(batch, plan.mix[rows])
-
-    def _hung(self, video: int, fetched: list[Future]) -> str:
-        """Return the message on a clip that was waited for too long. It may have come since, as may all the others."""
-        record, num_late = self.index.records[video], sum(not future.done() for future in fetched)
-        return (
-            f"{record.source}: reading clip {record.name} ({record.path}) has taken more than "
-            f"{self.options.patience:g} s ({max(num_late, 1)} of {len(fetched)} clips of the batch are waiting): "
-            "does the storage or a decoder hang?"
-        )

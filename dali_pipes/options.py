@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from dfer.lists.index import Source
+
 Kind = Literal["images", "pixels", "videos"]  # of a source: encoded images, uint8 pictures, encoded video files
 
 
@@ -20,7 +22,9 @@ class LoaderOptions:
     # side).
     device: Literal["cpu", "gpu"] = "cpu"
     device_id: int | None = None  # number of the GPU
-    graph: Literal["fused", "operators"] | None = None  # our CPU kernel, or DALI's operators; None: by the device
+    # Our CPU kernel, DALI's operators, or for raw clips neither: read into one buffer a batch (streaming.py). None: the
+    # last for raw clips on a GPU, operators for others there, our kernel on a CPU.
+    graph: Literal["fused", "operators", "streamed"] | None = None
     # Share of the images for the GPU's JPEG engine, if it has one; its cores do the others. 0 until a card has shown
     # that it does not mix the pixels of two batches (benchmarks/gpu.py).
     jpeg_engine: float = 0.0
@@ -39,6 +43,10 @@ class LoaderOptions:
     def fused(self) -> bool:
         """Return True for the graph with our CPU kernel, False for the one of DALI's operators."""
         return (self.graph or ("operators" if self.device == "gpu" else "fused")) == "fused"
+
+    def streams(self, source: Source) -> bool:
+        """Return whether the clips of a source are read into one buffer a batch."""
+        return self.graph == "streamed" or (self.graph is None and self.device == "gpu" and source == "raw")
 
     @property
     def torch_device(self) -> torch.device:

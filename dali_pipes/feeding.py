@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float32, Int64
 from torch.profiler import record_function
 
-from dali_pipes import graphs, kernels
+from dali_pipes import graphs, kernels, pixels
 from dali_pipes.options import LoaderOptions
 from dali_pipes.sources import Source, VideoFiles
-from dali_pipes.torch_stages import DevicePlan
+from dali_pipes.torch_stages import DevicePlan, Stages
 from dfer.lists.index import ClipIndex
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.plan.sampling import EpochPlan
@@ -25,7 +25,8 @@ class Epoch(NamedTuple):
     """What is drawn for one epoch."""
 
     plan: EpochPlan
-    on_device: DevicePlan | None  # for the stages that the graph of DALI's operators leaves out; None with our kernel
+    on_device: DevicePlan | None  # for the stages that the graph of DALI's operators leaves out; None with our kernels
+    stages: Stages | None = None  # where a graph decodes and no more
 
 
 class Feed:
@@ -52,12 +53,16 @@ class Feed:
             self._build = partial(
                 graphs.fused, source.kind, num_samples, options.size, self._stored_as, options.num_threads
             )
+        elif options.route(index.source) == "decoded":
+            gpu = options.device, options.device_id, options.jpeg_engine
+            self._build = partial(graphs.decoded, num_samples, options.num_threads, *gpu)
         else:
             gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.operators, source.kind, num_samples, options.size, options.num_threads, *gpu)
         self._pipeline = self._build()
         self._fed: list[np.ndarray | list[np.ndarray]] = []
         self._in_flight = False
+        self._decodes: tuple[Epoch, Int64[np.ndarray, " B"]] | None = None  # rows whose frames are decoded
 
     def start(self, samples: list[np.ndarray], rows: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
         """Start the graph on one clip for each of these rows of the plan, or on one frame for each.
@@ -68,7 +73,9 @@ class Feed:
         plan, repeat = epoch.plan, len(samples) // len(rows)
         videos = plan.video[rows]
         self._feed("source", samples)
-        if epoch.on_device is None:
+        if epoch.stages is not None:
+            self._decodes = epoch, rows  # the rest is done to what is decoded
+        elif epoch.on_device is None:
             decoder_crops = self.source.kind == "images"
             yuv = None if self._yuv is None else self._yuv[videos]
             normalised = self._options.dtype != torch.uint8
@@ -116,7 +123,11 @@ class Feed:
             raise
         finally:
             self._fed.clear()
-        return torch.from_dlpack(pictures.as_tensor())
+        if self._decodes is None:
+            return torch.from_dlpack(pictures.as_tensor())
+        (epoch, rows), options = self._decodes, self._options
+        assert epoch.stages is not None
+        return pixels.of_decoded(pictures, epoch.plan, rows, epoch.stages, options.size, options.dtype)
 
     def drain(self) -> None:
         """Throw away a batch that was started and never asked for."""

@@ -1,7 +1,8 @@
 """The DALI graphs: decode -> crop -> resize -> mirror -> colour and normalise. Deterministic: all draws are inputs.
 
-Two graphs for the same clip. `fused` does everything after decoding in our own CPU kernel; `operators` uses DALI's
-operators, on the GPU, or on the CPU, where it is several times slower and serves the tests.
+Graphs for the same clip. `fused` does everything after decoding in our own CPU kernel; `operators` uses DALI's
+operators, on the GPU, or on the CPU, where it is several times slower and serves the tests; `decoded` leaves all but
+decoding to pixels.py.
 """
 
 from collections.abc import Callable
@@ -71,9 +72,7 @@ def operators(
         if kind == "images" and device == "cpu":
             frames = _node(fn.decoders.image_slice(source, *crop, **_CROP))
         elif kind == "images":
-            # The interpolating chroma upsampling that the CPU decoder uses too. Hints: no allocation while it runs.
-            hints = {"preallocate_width_hint": 256, "preallocate_height_hint": 256, "hw_decoder_load": jpeg_engine}
-            frames = _node(fn.decoders.image(source, device=mixed, jpeg_fancy_upsampling=True, **hints))
+            frames = _node(fn.decoders.image(source, device=mixed, hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))
             frames = _node(fn.slice(frames, *crop, **_CROP))
         elif kind == "pixels":
             frames = _node(fn.slice(source.gpu() if device == "gpu" else source, *crop, **_CROP))
@@ -89,6 +88,26 @@ def operators(
     return _build(define, max_samples, num_threads, device_id)
 
 
+def decoded(
+    max_frames: int, num_threads: int, device: Literal["cpu", "gpu"], device_id: int | None, jpeg_engine: float
+) -> Pipeline:
+    """Build the graph from images, the input "source", to their pixels, (H, W, 3) uint8 each."""
+
+    def define() -> DataNode:
+        source = _input("source")
+        if device == "cpu":
+            return _node(fn.decoders.image(source, device="cpu"))
+        return _node(fn.decoders.image(source, device="mixed", hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))
+
+    return _build(define, max_frames, num_threads, device_id)
+
+
+# The interpolating chroma upsampling that the CPU decoder uses too. Hints: no allocation while it runs.
+_FOR_NVJPEG: dict[str, Any] = {
+    "jpeg_fancy_upsampling": True,
+    "preallocate_width_hint": 256,
+    "preallocate_height_hint": 256,
+}
 _CROP: dict[str, Any] = {"normalized_anchor": True, "normalized_shape": True, "axes": [0, 1]}
 
 

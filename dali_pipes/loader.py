@@ -50,15 +50,15 @@ class ClipLoader:
         self.bad_clips: dict[int, str] = self._bad.found  # row of the index -> why it was left out
         for video, reason in index.bad.items():
             self._bad.add(video, BadClip(reason), tell=options.rank == 0)
-        streams = options.streams(index.source) and not options.cached
-        if options.dtype == torch.uint8 and (options.cached or not options.fused or streams):
+        self._route = None if options.cached else options.route(index.source)
+        if options.dtype == torch.uint8 and self._route != "fused":
             raise UserError("clips of uint8 come from the CPU kernel only")
         self._source = source_of(index, whole_videos=not options.cached and not options.fused)
         self._told = False
         self._stream = None
         if options.cached:
             self._verify_all()
-        elif streams:
+        elif self._route == "streamed":
             assert index.source == "raw" and isinstance(self._source, Shards), index.source
             self._stream = RawStream(index, self._source, self._bad, options)
         else:
@@ -95,7 +95,8 @@ class ClipLoader:
                 yield self._batch(pictures, plan, rows, rows_valid & good)
             return
         self._feed.drain()  # the consumer of the last epoch may have left early
-        drawn = Epoch(plan, None if options.fused else torch_stages.DevicePlan(plan, self._device))
+        on_device = torch_stages.DevicePlan(plan, self._device) if self._route == "operators" else None
+        drawn = Epoch(plan, on_device, torch_stages.Stages(plan) if self._route == "decoded" else None)
         # Storage is waited for, not computed with: a few threads even on one core. Decoding videos takes all cores.
         with Readers(max(options.num_threads, 4)) as readers:
 

@@ -8,7 +8,7 @@ the crop already, so that a frame costs no Python and no size has to be the same
 # The types of numba describe Python's side of compiled functions, not the functions.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportIndexIssue=false
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,12 +24,42 @@ from dfer.plan.sampling import EpochPlan
 # Where a frame's parameters have matrices, and of which shape: warp, colour.
 _MATRICES = (kernels.WARP, kernels.BLUR, (2, 3)), (kernels.COLOUR, kernels.YUV, (3, 4))
 
+_PARAMETER_WORDS = kernels.NUM_PARAMETERS // 2  # of 8 bytes
+
+
+class Decoded(Protocol):
+    """Decoded frames, one after another in memory without gaps: a TensorList of DALI that a pipeline has returned."""
+
+    def shape(self) -> list[tuple[int, ...]]:
+        """Return the shape of each frame."""
+        ...
+
+    def as_reshaped_tensor(self, shape: list[int]) -> Any:
+        """Return all of them as one tensor; an error if they do not lie so."""
+        ...
+
 
 class Frames(NamedTuple):
     """Where the frames of N clips lie, and what is done to them."""
 
     cuts: Int64[Tensor, "N T 4"]  # of `cut_out`
     parameters: Float32[Tensor, "N P"]  # of `parameters`
+
+    @classmethod
+    def unpack(cls, words: Int64[Tensor, " _"], num_clips: int, length: int) -> tuple["Frames", Int64[Tensor, " N"]]:
+        """Return what `pack` has packed, as views: the table of a batch, and its rows."""
+        rows, cuts, rest = words.split([num_clips, 4 * num_clips * length, num_clips * _PARAMETER_WORDS])
+        return cls(cuts.view(num_clips, length, 4), rest.view(torch.float32).view(num_clips, -1)), rows
+
+
+def pack(cuts: Int64[np.ndarray, "N T 4"], parameters: Float32[np.ndarray, "N P"]) -> Int64[np.ndarray, " _"]:
+    """Return the table of a batch as one array, so that it is copied at once."""
+    return np.concatenate([np.arange(len(cuts)), cuts.ravel(), parameters.view(np.int64).ravel()])
+
+
+def num_words(num_clips: int, length: int) -> int:
+    """Return the length of what `pack` returns."""
+    return num_clips * (1 + 4 * length + _PARAMETER_WORDS)
 
 
 def cut_out(
@@ -87,6 +117,23 @@ def clips(
     out = np.empty((len(rows), frames.cuts.shape[1], size, size, 3), dtype=np.float32)
     _on_cpu(out, rows.numpy(), frames.cuts.numpy(), frames.parameters.numpy())
     return torch.from_numpy(out).to(dtype)
+
+
+def of_decoded(
+    decoded: Decoded,
+    plan: EpochPlan,
+    rows: Int64[np.ndarray, " B"],
+    stages: torch_stages.Stages,
+    size: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "B T S S 3"]:
+    """Return the clips of some rows of a plan, of whose frames, T of each, `decoded` has all pixels."""
+    sizes = np.array(decoded.shape(), dtype=np.int64).reshape(len(rows), -1, 3)
+    ends = np.cumsum(sizes.prod(2)).reshape(sizes.shape[:2])
+    pixels = torch.from_dlpack(decoded.as_reshaped_tensor([int(ends[-1, -1])]))
+    cuts = cut_out(pixels.data_ptr() + ends - sizes.prod(2), sizes[:, :, 0], sizes[:, :, 1], plan.box[rows])
+    words = torch_stages.upload(pack(cuts, parameters(plan, rows)), pixels.device)
+    return clips(*Frames.unpack(words, len(rows), sizes.shape[1]), stages, size, dtype)
 
 
 def on_gpu(

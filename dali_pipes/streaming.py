@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int64, UInt8
 from numba import types
 from torch.profiler import record_function
 
-from dali_pipes import kernels, pixels
+from dali_pipes import pixels
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.compiling import njit
 from dali_pipes.options import LoaderOptions
@@ -126,7 +126,7 @@ class RawStream:
         """Start to read a batch."""
         store, videos, frames = self._store, plan.video[rows], plan.frames[rows]
         size = 3 * store.height[videos].astype(np.int64) * store.width[videos]
-        ends = np.cumsum(frames.shape[1] * size) + 8 * _words(*frames.shape)
+        ends = np.cumsum(frames.shape[1] * size) + 8 * pixels.num_words(*frames.shape)
         buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._gpu)
         states = np.zeros(len(rows), dtype=np.uint8)
         reading = _Reading(rows, buffer, ends - frames.shape[1] * size, size, states, [])
@@ -215,14 +215,11 @@ class RawStream:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             there = torch.empty_like(reading.buffer, device=self._device) if self._gpu else reading.buffer
             words = self._table(reading, plan, stand_ins(np.arange(batch), good), there.data_ptr())
-            reading.buffer[: 8 * len(words)] = torch.from_numpy(words.view(np.uint8))
+            reading.buffer[: words.nbytes] = torch.from_numpy(words.view(np.uint8))
             if self._gpu:
                 there.copy_(reading.buffer, non_blocking=True)
-            table = there[: 8 * len(words)].view(torch.int64)
-            rows, cuts, rest = table.split([batch, 4 * batch * length, len(words) - batch - 4 * batch * length])
-            parameters = rest.view(torch.float32).view(batch, kernels.NUM_PARAMETERS)
-            frames = pixels.Frames(cuts.view(batch, length, 4), parameters)
-            clips = pixels.clips(frames, rows, stages, options.size, dtype)
+            table = pixels.Frames.unpack(there[: words.nbytes].view(torch.int64), batch, length)
+            clips = pixels.clips(*table, stages, options.size, dtype)
             return _Made(clips, good, self._stream.record_event() if self._stream else None)
 
     def _table(
@@ -240,13 +237,7 @@ class RawStream:
         videos, starts = plan.video[rows], address + reading.position[places]
         height, width = (side[videos].astype(np.int64)[:, None] for side in (store.height, store.width))
         cuts = pixels.cut_out(starts[:, None] + count * reading.size[places][:, None], height, width, plan.box[rows])
-        parameters = pixels.parameters(plan, rows).view(np.int64)
-        return np.concatenate([np.arange(len(rows)), cuts.ravel(), parameters.ravel()])
-
-
-def _words(batch: int, length: int) -> int:
-    """Return the number of 8-byte words of the table for a batch: rows, cuts, parameters."""
-    return batch * (1 + 4 * length + kernels.NUM_PARAMETERS // 2)
+        return pixels.pack(cuts, pixels.parameters(plan, rows))
 
 
 def _close(files: list[int]) -> None:

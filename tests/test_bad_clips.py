@@ -215,11 +215,12 @@ def test_a_bad_image(beside, source, kind, capsys):
     check_policies(beside, source, index, reason, name, capsys)
 
 
+@pytest.mark.parametrize("graph", ["operators", "decoded"])
 @pytest.mark.parametrize("kind", ["huffman tables", "header bomb"])
-def test_a_bad_image_in_dalis_operators(beside, kind, capsys):
+def test_a_bad_image_in_other_graphs(beside, kind, graph, capsys):
     make, reason = BAD_IMAGES[kind]
     index = put(beside, "frames", make())
-    check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph="operators")
+    check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph=graph)
 
 
 @pytest.mark.parametrize(("source", "graph"), [("shards", None), ("raw", None), ("raw", "streamed")])

@@ -116,7 +116,9 @@ GRAPHS = [(source, graph) for source in ("frames", "shards", "raw") for graph in
 
 
 @pytest.mark.parametrize("augmentation", [PLAIN, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize(("source", "graph"), [*GRAPHS, ("raw", "streamed")])
+@pytest.mark.parametrize(
+    ("source", "graph"), [*GRAPHS, ("frames", "decoded"), ("shards", "decoded"), ("raw", "streamed")]
+)
 def test_clips_equal_the_oracle(indexes, source, graph, augmentation):
     for mode, name in (("train", "train"), ("eval", "test")):
         clip_loader = loader(indexes[source, name], mode, augmentation=augmentation, graph=graph)
@@ -349,10 +351,11 @@ def test_readers_end_with_the_epoch(indexes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("graph", [None, "operators"])
 @pytest.mark.parametrize("source", ["frames", "shards", "raw"])
-def test_gpu_clips_are_close_to_the_oracle(indexes, source, augmentation):
+def test_gpu_clips_are_close_to_the_oracle(indexes, source, graph, augmentation):
     """nvJPEG rounds its inverse DCT and chroma differently: a few steps of 255 at most."""
-    clip_loader = loader(indexes[source, "train"], augmentation=augmentation, device="gpu", device_id=0)
+    clip_loader = loader(indexes[source, "train"], augmentation=augmentation, graph=graph, device="gpu", device_id=0)
     assert all(b.clips.is_cuda for b in clip_loader(0))
     worst, mean = (0.05, 0.002) if source == "raw" else (12, 1)
     pixels = pillow_frames(indexes["frames", "train"])

@@ -96,10 +96,13 @@ def test_an_epoch_that_is_left_early_leaves_nothing(index):
     assert threading.active_count() <= before
 
 
-def test_only_raw_clips_on_a_gpu_are_streamed_unasked():
+def test_a_source_has_its_own_way_on_a_gpu():
     gpu = LoaderOptions(2, SIZE, device="gpu")
-    assert [gpu.streams(source) for source in ("frames", "shards", "raw", "video")] == [False, False, True, False]
-    assert not LoaderOptions(2, SIZE).streams("raw") and not replace(gpu, graph="operators").streams("raw")
+    routes = [gpu.route(source) for source in ("frames", "shards", "raw", "video")]
+    assert routes == ["decoded", "decoded", "streamed", "operators"]
+    assert (
+        LoaderOptions(2, SIZE).route("raw") == "fused" and replace(gpu, graph="operators").route("raw") == "operators"
+    )
 
 
 def fails_for(monkeypatch, video: int, index: ClipIndex) -> None:

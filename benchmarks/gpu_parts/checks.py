@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu_parts.project import (
     IMAGENET_STD,
+    Graph,
     Step,
     clip_loader,
     gradients,
@@ -35,9 +36,11 @@ SAME = 2.0  # times the distance that such a nudge of all weights makes: further
 EARLY = 20  # steps in which a wrong gradient shows before chaos does
 
 
-def clips_against_cpu(setting: Setting, source: str, held: bool = False, engine: float = 0.0) -> Iterator[Row]:
+def clips_against_cpu(
+    setting: Setting, source: str, held: bool = False, engine: float = 0.0, graph: Graph = "operators"
+) -> Iterator[Row]:
     """The clips of a route on the card and those of the CPU's kernel, of the same plan."""
-    one = clip_loader(setting, source, held=held, engine=engine, batch=setting.loader_batch)
+    one = clip_loader(setting, source, held=held, engine=engine, batch=setting.loader_batch, graph=graph)
     listed = "held" if held else "long"
     other = clip_loader(setting, source, where="cpu", listed=listed, batch=setting.loader_batch)
     worst, total, number, seen = 0.0, 0.0, 0, 0
@@ -48,6 +51,7 @@ def clips_against_cpu(setting: Setting, source: str, held: bool = False, engine:
         number, seen = number + steps.numel(), seen + len(ours.ids)
     limits = CLOSE[source]
     what = f"{source}{', held in the card' if held else ''}{f', engine {engine:g}' if engine else ''}"
+    what += f", {graph}" if graph != "operators" else ""
     yield figure(
         f"clips of {what} against the CPU's: largest difference", worst, "of 255", mean=total / number, clips=seen,
         right=worst <= limits[0] and total / number <= limits[1],

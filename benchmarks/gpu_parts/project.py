@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_parts.card import cuda
 from benchmarks.gpu_parts.setting import Setting
+from dali_pipes import pixels
 from dali_pipes.loader import ClipLoader
-from dali_pipes.options import LoaderOptions
+from dali_pipes.options import Graph, LoaderOptions
 from dali_pipes.sources import source_of
+from dali_pipes.torch_stages import Stages, upload
 from dfer.batch import Batch
 from dfer.cli import leave
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
@@ -39,6 +41,7 @@ __all__ = [
     "IMAGENET_STD",
     "PEAK_FLOPS",
     "Batch",
+    "Graph",
     "leave",
     "peak_flops",
     "source_of",
@@ -71,8 +74,9 @@ def clip_loader(
     held: bool = False,
     listed: Listed | None = None,
     batch: int | None = None,
+    graph: Graph = "operators",
 ) -> ClipLoader:
-    """The trainer's loader. On a test's stub the graph for the card runs on the CPU.
+    """The trainer's loader, on the card with this graph. On a test's stub the graph for the card runs on the CPU.
 
     Pixels that are to be `held` in the card are those of a list of their own, whose epochs are long enough for plan and
     uploads not to be most of them, and whose pixels the card can hold.
@@ -83,7 +87,7 @@ def clip_loader(
         batch_size=batch or (setting.batch if card else setting.loader_batch),
         size=setting.size,
         device="gpu" if gpu else "cpu",
-        graph="operators" if card else "fused",
+        graph=graph if card else "fused",
         jpeg_engine=engine,
         cached=held,
         num_threads=setting.cores,
@@ -91,6 +95,28 @@ def clip_loader(
     )
     listed = listed or ("held" if held else "long")
     return ClipLoader(index_of(setting, source, listed), sampler_of(setting), options)
+
+
+def pixel_stages(setting: Setting, side: int, dtype: torch.dtype) -> tuple[Callable[[], int], float]:
+    """The kernel on a batch of frames of noise, `side` x `side` px, that lie on the card; returns the clips it made.
+
+    And the bytes that a clip needs: of its boxes and of what is written.
+    """
+    batch, length, device = setting.batch, setting.frames, torch.device(setting.device)
+    frame = 3 * side**2
+    memory = torch.randint(0, 256, (batch * length * frame,), dtype=torch.uint8, device=device)
+    plan, rows = sampler_of(setting).plan(0, np.full(batch, length)), np.arange(batch)
+    address = memory.data_ptr() + frame * np.arange(batch * length).reshape(batch, length)
+    cuts = pixels.cut_out(address, np.array([[side]]), np.array([[side]]), plan.box)
+    words = upload(pixels.pack(cuts, pixels.parameters(plan, rows)), device)
+    table, stages = pixels.Frames.unpack(words, batch, length), Stages(plan)
+
+    def run() -> int:
+        made = pixels.clips(*table, stages, setting.size, dtype)
+        return len(made) if len(memory) else 0  # the memory lives as long as this function
+
+    written = length * 3 * setting.size**2 * dtype.itemsize
+    return run, 3 * float(cuts[:, :, 2:].prod(2).sum()) / batch + written
 
 
 def boxes(setting: Setting, count: int) -> np.ndarray:

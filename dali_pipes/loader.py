@@ -90,7 +90,7 @@ class ClipLoader:
             yield from self._resident_batches(self._resident, plan, steps, valid)
             return
         if self._stream is not None:
-            made = self._stream.epoch(plan, steps)
+            made = self._stream.begin(plan, steps)
             for (pictures, good), rows, rows_valid in zip(made, steps, valid, strict=True):
                 yield self._batch(pictures, plan, rows, rows_valid & good)
             return

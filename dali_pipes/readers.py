@@ -24,6 +24,10 @@ class Readers:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; one that is in a job ends after it."""
         self._closed = True  # jobs that wait are dropped
         for _ in range(self._num_threads):
             self._jobs.put(None)

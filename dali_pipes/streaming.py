@@ -86,6 +86,7 @@ class RawStream:
     def __init__(self, index: ClipIndex, source: Shards, bad: BadClips, options: LoaderOptions):
         self._index, self._source, self._store = index, source, source.store
         self._bad, self._options, self._device = bad, options, options.torch_device
+        self.num_threads = max(options.num_threads, 4)  # storage is waited for, not computed with
         self._gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._gpu else None
         files: list[int] = []
@@ -97,32 +98,11 @@ class RawStream:
                 raise UserError(f"{path}: {reason(error)}") from None
         self._files = np.array(files, dtype=np.int32)
 
-    def epoch(
-        self, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]
-    ) -> Iterator[tuple[torch.Tensor, Bool[np.ndarray, " B"]]]:
-        """Yield the clips of each step, (B, T, S, S, 3), and which of them are their own.
+    def begin(self, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]) -> "StreamedEpoch":
+        """Return the batches of an epoch, of which the first are read from now on."""
+        return StreamedEpoch(self, plan, steps)
 
-        Those of a bad clip are a good one's, or zeros.
-
-        Raises:
-            UserError: as ClipLoader's.
-        """
-        stages, waiting = Stages(plan), iter(steps)
-        with Readers(max(self._options.num_threads, 4)) as readers:
-            ahead = deque(self._read(readers, plan, rows) for rows in islice(waiting, AHEAD))
-            made = None
-            while ahead or made is not None:
-                now = made or self._make(ahead.popleft(), plan, stages)
-                # The next one is made already if nothing about it has to be waited for, or told.
-                made = self._make(ahead.popleft(), plan, stages) if ahead and ahead[0].fine else None
-                ahead.extend(self._read(readers, plan, rows) for rows in islice(waiting, AHEAD - len(ahead)))
-                if now.ready is not None:
-                    stream = torch.cuda.current_stream(self._device)
-                    stream.wait_event(now.ready)
-                    now.clips.record_stream(stream)
-                yield now.clips, now.good
-
-    def _read(self, readers: Readers, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> _Reading:
+    def read(self, readers: Readers, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> _Reading:
         """Start to read a batch."""
         store, videos, frames = self._store, plan.video[rows], plan.frames[rows]
         size = 3 * store.height[videos].astype(np.int64) * store.width[videos]
@@ -130,7 +110,7 @@ class RawStream:
         buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._gpu)
         states = np.zeros(len(rows), dtype=np.uint8)
         reading = _Reading(rows, buffer, ends - frames.shape[1] * size, size, states, [])
-        parts = np.linspace(0, len(rows), min(len(rows), max(self._options.num_threads, 4)) + 1).astype(int).tolist()
+        parts = np.linspace(0, len(rows), min(len(rows), self.num_threads) + 1).astype(int).tolist()
         for begin, end in pairwise(parts):
             reading.jobs.append(readers.submit(self._read_part, reading, videos, frames, begin, end))
         return reading
@@ -205,7 +185,7 @@ class RawStream:
                 raise BadClip(f"{self._source.name(video, frame)}: {reason(error)}") from None
         return self._source.stored(video, frames)
 
-    def _make(self, reading: _Reading, plan: EpochPlan, stages: Stages) -> _Made:
+    def make(self, reading: _Reading, plan: EpochPlan, stages: Stages) -> _Made:
         """Start the copy of a batch and its kernel, once it is read."""
         good, options = self._wait(reading, plan), self._options
         (batch, length), dtype = (len(reading.rows), plan.frames.shape[1]), options.dtype
@@ -238,6 +218,49 @@ class RawStream:
         height, width = (side[videos].astype(np.int64)[:, None] for side in (store.height, store.width))
         cuts = pixels.cut_out(starts[:, None] + count * reading.size[places][:, None], height, width, plan.box[rows])
         return pixels.pack(cuts, pixels.parameters(plan, rows))
+
+
+class StreamedEpoch:
+    """The batches of an epoch: iterated over once, or closed."""
+
+    def __init__(self, stream: RawStream, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]):
+        self._stream, self._plan, self._left = stream, plan, iter(steps)
+        self._readers = Readers(stream.num_threads)
+        self._ahead: deque[_Reading] = deque()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        rows = islice(self._left, AHEAD - len(self._ahead))
+        self._ahead.extend(self._stream.read(self._readers, self._plan, batch) for batch in rows)
+
+    def close(self) -> None:
+        """End the threads that read."""
+        self._readers.close()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Bool[np.ndarray, " B"]]]:
+        """Yield the clips of each step, (B, T, S, S, 3), and which of them are their own.
+
+        Those of a bad clip are a good one's, or zeros.
+
+        Raises:
+            UserError: as ClipLoader's.
+        """
+        stages, made = Stages(self._plan), None
+        try:
+            while self._ahead or made is not None:
+                now = made or self._stream.make(self._ahead.popleft(), self._plan, stages)
+                made = None
+                if self._ahead and self._ahead[0].fine:
+                    # The next one is made already if nothing about it has to be waited for, or told.
+                    made = self._stream.make(self._ahead.popleft(), self._plan, stages)
+                self._read_on()
+                if now.ready is not None:
+                    consumer = torch.cuda.current_stream(now.clips.device)
+                    consumer.wait_event(now.ready)
+                    now.clips.record_stream(consumer)
+                yield now.clips, now.good
+        finally:
+            self.close()
 
 
 def _close(files: list[int]) -> None:

@@ -96,6 +96,25 @@ def test_an_epoch_that_is_left_early_leaves_nothing(index):
     assert threading.active_count() <= before
 
 
+def test_an_epoch_is_read_before_it_is_asked_for(index):
+    """And one that is closed instead ends its threads."""
+    made = loader(index, "streamed")
+    plan = made.sampler.plan(0, index.num_frames, index.labels)
+    steps = plan.order[:9].reshape(3, 3)
+    begun = made._stream.begin(plan, steps)
+    for reading in begun._ahead:
+        for job in reading.jobs:
+            job.result(timeout=60)
+    assert len(begun._ahead) == streaming.AHEAD and all(reading.fine for reading in begun._ahead)
+    for (clips, good), want in zip(begun, loader(index, "fused")(0), strict=True):
+        assert good.all() and torch.equal(clips.permute(0, 1, 4, 2, 3), want.clips)
+    made._stream.begin(plan, steps).close()
+    for thread in threading.enumerate():
+        if thread.name == "clip reader":
+            thread.join(timeout=60)
+    assert not any(thread.name == "clip reader" for thread in threading.enumerate())
+
+
 def test_a_source_has_its_own_way_on_a_gpu():
     gpu = LoaderOptions(2, SIZE, device="gpu")
     routes = [gpu.route(source) for source in ("frames", "shards", "raw", "video")]
@@ -179,10 +198,7 @@ class AtOnce:
     def __init__(self, num_threads):
         pass
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
+    def close(self):
         pass
 
     def submit(self, function, *args):
@@ -193,7 +209,7 @@ class AtOnce:
 
 def test_no_more_batches_are_ahead_than_is_said(index, monkeypatch):
     monkeypatch.setattr(streaming, "Readers", AtOnce)
-    read, made = streaming.RawStream._read, streaming.RawStream._make
+    read, made = streaming.RawStream.read, streaming.RawStream.make
     counts = {"read": 0, "made": 0}
 
     def counted(name, method):
@@ -203,8 +219,8 @@ def test_no_more_batches_are_ahead_than_is_said(index, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(streaming.RawStream, "_read", counted("read", read))
-    monkeypatch.setattr(streaming.RawStream, "_make", counted("made", made))
+    monkeypatch.setattr(streaming.RawStream, "read", counted("read", read))
+    monkeypatch.setattr(streaming.RawStream, "make", counted("made", made))
     for taken, _ in enumerate(loader(index, batch_size=1)(0), start=1):
         assert counts["made"] == min(taken + 1, CLIPS)
         assert counts["read"] == min(taken + 1 + streaming.AHEAD, CLIPS)

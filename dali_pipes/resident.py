@@ -6,10 +6,13 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dali_pipes import pixels
+from dali_pipes.streaming import DONE, close_shards, open_shards, read_clips
 from dali_pipes.torch_stages import upload
 from dfer.cli import UserError, command_of
 from dfer.lists.index import ClipIndex, Packed
 from dfer.plan.sampling import EpochPlan
+
+_PART = 2**28  # bytes that are read, and copied to the device, at a time
 
 
 class ResidentClips:
@@ -50,9 +53,24 @@ def _load(store: Packed, start: Int64[np.ndarray, " _"], device: torch.device) -
                 f"--data.cache gpu: {needed / 2**30:.1f} GiB of pictures, {free / 2**30:.1f} GiB of GPU memory are free"
             )
     pictures = torch.empty(needed, dtype=torch.uint8, device=device)
-    maps = [np.memmap(path, dtype=np.uint8, mode="c") for path in store.paths]  # "c": torch refuses read-only arrays
-    for video in range(len(store.shard)):
-        there = pictures[int(start[video]) : int(start[video + 1])]
-        offset = int(store.offset[store.first[video]])
-        there.copy_(torch.from_numpy(maps[store.shard[video]][offset : offset + len(there)]))
+    files = open_shards(store)
+    try:
+        first = 0
+        while first < len(store.shard):
+            # As many videos as a part holds, but at least one.
+            last = max(int(np.searchsorted(start, start[first] + _PART, side="right")) - 1, first + 1)
+            part = torch.empty(int(start[last] - start[first]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+            states = np.zeros(last - first, dtype=np.uint8)
+            videos, offset = slice(first, last), store.offset[store.first[first:last]][:, None]
+            address = part.data_ptr() + start[videos] - start[first]
+            read_clips(files[store.shard[videos]], offset, start[first + 1 : last + 1] - start[videos], address, states)
+            for place in np.flatnonzero(states != DONE)[:1]:
+                path = store.paths[store.shard[first + place]]
+                raise UserError(
+                    f"{path}: cannot be read as far as it was packed; copy it again, or pack the list again"
+                )
+            pictures[int(start[first]) : int(start[last])].copy_(part, non_blocking=True)
+            first = last
+    finally:
+        close_shards(files)
     return pictures

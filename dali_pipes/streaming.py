@@ -12,14 +12,14 @@ import contextlib
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 from numba import types
 from torch.profiler import record_function
 
@@ -32,7 +32,7 @@ from dali_pipes.sources import BadClip, Shards
 from dali_pipes.torch_stages import Stages
 from dfer.cli import UserError
 from dfer.files import reason
-from dfer.lists.index import ClipIndex
+from dfer.lists.index import ClipIndex, Packed
 from dfer.plan.sampling import EpochPlan
 
 AHEAD = 2  # batches that are read before their turn
@@ -89,14 +89,8 @@ class RawStream:
         self.num_threads = max(options.num_threads, 4)  # storage is waited for, not computed with
         self._gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._gpu else None
-        files: list[int] = []
-        weakref.finalize(self, _close, files)
-        for path in self._store.paths:
-            try:
-                files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            except OSError as error:
-                raise UserError(f"{path}: {reason(error)}") from None
-        self._files = np.array(files, dtype=np.int32)
+        self._files = open_shards(self._store)
+        weakref.finalize(self, close_shards, self._files)
 
     def begin(self, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]) -> "StreamedEpoch":
         """Return the batches of an epoch, of which the first are read from now on."""
@@ -129,10 +123,10 @@ class RawStream:
         offset = store.offset[store.first[videos[part]][:, None] + frames[part]]
         address = reading.buffer.data_ptr() + reading.position[part]
         if self._index.hashes is None:
-            _read_clips(files, offset, reading.size[part], address, reading.states[part])
+            read_clips(files, offset, reading.size[part], address, reading.states[part])
             return
         read = np.zeros(end - begin, dtype=np.uint8)
-        _read_clips(files, offset, reading.size[part], address, read)
+        read_clips(files, offset, reading.size[part], address, read)
         for place in range(begin, end):
             fits = read[place - begin] == DONE and self._fit(reading, place, int(videos[place]), frames[place])
             reading.states[place] = DONE if fits else ODD
@@ -263,13 +257,30 @@ class StreamedEpoch:
             self.close()
 
 
-def _close(files: list[int]) -> None:
+def open_shards(store: Packed) -> Int32[np.ndarray, " S"]:
+    """Return the file descriptors of the shards.
+
+    Raises:
+        UserError: if one cannot be opened.
+    """
+    files: list[int] = []
+    for path in store.paths:
+        try:
+            files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            close_shards(files)
+            raise UserError(f"{path}: {reason(error)}") from None
+    return np.array(files, dtype=np.int32)
+
+
+def close_shards(files: Iterable[int]) -> None:
+    """Close file descriptors."""
     for file in files:
-        os.close(file)
+        os.close(int(file))
 
 
 @njit(nogil=True)
-def _read_clips(files, offset, size, address, states):
+def read_clips(files, offset, size, address, states):
     """Read clips; `states` says which are there.
 
     Args:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipes import streaming
+from dali_pipes import resident, streaming
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
+from dali_pipes.resident import ResidentClips
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
@@ -126,7 +127,7 @@ def test_a_source_has_its_own_way_on_a_gpu():
 
 def fails_for(monkeypatch, video: int, index: ClipIndex) -> None:
     """Compiled code does not get at the frames of a video."""
-    real, store = streaming._read_clips, index.store
+    real, store = streaming.read_clips, index.store
     bad = store.offset[store.first[video] : store.first[video + 1]]
 
     def read(files, offset, size, address, states):
@@ -135,7 +136,7 @@ def fails_for(monkeypatch, video: int, index: ClipIndex) -> None:
         states[np.isin(offset, bad).any(axis=1) & ~of_other_shards] = streaming.ODD
 
     files_of = {}
-    monkeypatch.setattr(streaming, "_read_clips", read)
+    monkeypatch.setattr(streaming, "read_clips", read)
     opened = streaming.os.open
 
     def open_(path, flags):
@@ -174,14 +175,14 @@ def test_a_disk_that_fails_is_named(index, monkeypatch, capsys):
 
 def test_storage_that_hangs_is_named(index, monkeypatch):
     """The clip that is waited for, not those before it."""
-    release, real, seen = threading.Event(), streaming._read_clips, []
+    release, real, seen = threading.Event(), streaming.read_clips, []
 
     def read(files, offset, size, address, states):
         real(files[:1], offset[:1], size[:1], address[:1], states[:1])
         seen.append(len(files))
         release.wait(60)
 
-    monkeypatch.setattr(streaming, "_read_clips", read)
+    monkeypatch.setattr(streaming, "read_clips", read)
     hangs = loader(index, mode="eval", batch_size=8, patience=1.0)
     try:
         with pytest.raises(ValueError, match=r"list.txt:\d+: reading clip 1 \(") as error:
@@ -259,3 +260,23 @@ def test_a_batch_is_copied_while_the_gpu_works(index):
     wanted = [batch.clips for batch in loader(index, "fused", batch_size=2)(0)]
     held = [batch.clips for batch in on_gpu(0)]
     assert max((a - b.cpu()).abs().max() for a, b in zip(wanted, held, strict=True)) < 5e-3
+
+
+@pytest.mark.parametrize("part", [1, 30_000, 2**28])
+def test_what_is_held_in_memory_is_read_in_parts(index, monkeypatch, part):
+    monkeypatch.setattr(resident, "_PART", part)
+    held = ResidentClips(index, torch.device("cpu"))
+    want = [np.fromfile(path, dtype=np.uint8) for path in index.store.paths]
+    store, begin = index.store, 0
+    for video, shard in enumerate(store.shard.tolist()):
+        for row in range(store.first[video], store.first[video + 1]):
+            frame = want[shard][store.offset[row] : store.offset[row] + store.length[row]]
+            assert np.array_equal(held.pictures[begin : begin + len(frame)].numpy(), frame)
+            begin += len(frame)
+    assert begin == len(held.pictures)
+
+
+def test_a_shard_that_was_cut_is_not_held(index):
+    store = replace(index.store, offset=index.store.offset + 10**9)
+    with pytest.raises(ValueError, match=r"list-0000\d\.raw: cannot be read as far as it was packed; copy it again"):
+        ResidentClips(replace(index, store=store), torch.device("cpu"))

@@ -127,7 +127,10 @@ def of_decoded(
     size: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "B T S S 3"]:
-    """Return the clips of some rows of a plan, of whose frames, T of each, `decoded` has all pixels."""
+    """Return the clips of some rows of a plan, of whose frames, T of each, `decoded` has all pixels.
+
+    On the stream for which the pipeline was asked for them: DALI uses their memory again when that has come so far.
+    """
     sizes = np.array(decoded.shape(), dtype=np.int64).reshape(len(rows), -1, 3)
     ends = np.cumsum(sizes.prod(2)).reshape(sizes.shape[:2])
     pixels = torch.from_dlpack(decoded.as_reshaped_tensor([int(ends[-1, -1])]))

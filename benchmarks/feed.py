@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.storage import files_of, prepare, prepare_frames, warm
 from dali_pipes import graphs, native
 from dali_pipes.compiling import cfunc
-from dali_pipes.feeding import Feed
+from dali_pipes.feeding import Epoch, Feed
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dfer.cli import Parser, in_range, one_line_errors
@@ -81,7 +81,7 @@ def inputs_alone(kind: str, max_frames: int, size: int, dtype: str, num_threads:
 class WithoutPixels(Feed):
     """A feed that hands everything over, and gives black clips of one pixel."""
 
-    def _outputs(self, pipeline: int) -> torch.Tensor:
+    def _outputs(self, pipeline: int, rows: np.ndarray, epoch: Epoch) -> torch.Tensor:
         self._pipelines[pipeline].outputs()
         return self.zeros(self._options.batch_size)
 

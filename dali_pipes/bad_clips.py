@@ -140,3 +140,12 @@ def _decodes(feed: Feed, data: np.ndarray, rows: Int64[np.ndarray, " 1"], epoch:
 def stand_ins(rows: Int64[np.ndarray, " B"], good: Bool[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
     """Return the clips whose pixels a batch holds: for a bad one the first good one, so that its rows look like any."""
     return np.where(good, rows, rows[good.argmax()])
+
+
+def hung(index: ClipIndex, video: int, num_late: int, num_clips: int, patience: float) -> UserError:
+    """Return the error of a clip that was waited for too long; `num_late` of the batch's clips are not there."""
+    record = index.records[video]
+    return UserError(
+        f"{record.source}: reading clip {record.name} ({record.path}) has taken more than {patience:g} s "
+        f"({num_late} of {num_clips} clips of the batch are waiting): does the storage or a decoder hang?"
+    )

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
-from numba.core import sigutils
+from numba.core import cgutils, sigutils
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.ccallback import CFunc
+from numba.extending import intrinsic
 
 from dfer.cli import say_once
 from dfer.files import reason
@@ -38,6 +39,16 @@ def cfunc(signature: Any) -> Callable[[Callable], Any]:
         return callback
 
     return compile_
+
+
+@intrinsic
+def pointer(typingctx, address):
+    """Return the pointer to an address, which is an int64. In compiled code only."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(numba.types.int64), codegen
 
 
 class _Cache(NullCache):

@@ -12,11 +12,11 @@ from jaxtyping import Float32, Int64
 from nvidia.dali.pipeline import Pipeline
 from torch.profiler import record_function
 
-from dali_pipes import graphs, kernels
+from dali_pipes import graphs, kernels, pixels
 from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Files, Pictures, Samples
 from dali_pipes.sources import Source, VideoFiles
-from dali_pipes.torch_stages import DevicePlan
+from dali_pipes.torch_stages import DevicePlan, Stages
 from dfer.lists.index import ClipIndex
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.plan.sampling import EpochPlan
@@ -29,9 +29,11 @@ class Epoch(NamedTuple):
     """What is drawn for one epoch."""
 
     plan: EpochPlan
-    on_device: DevicePlan | None  # for the stages that the graph of DALI's operators leaves out; None with our kernel
+    on_device: DevicePlan | None  # for the stages that the graph of DALI's operators leaves out; None with our kernels
+    stages: Stages | None = None  # where a graph decodes and no more
 
 
+_Rows: TypeAlias = Int64[np.ndarray, " B"]  # of the plan
 _Inputs: TypeAlias = list[tuple[str, np.ndarray | list[np.ndarray]]]  # name and data of each input of the graph
 
 
@@ -64,13 +66,16 @@ class Feed:
                 self._stored_as,
                 options.num_threads,
             )
+        elif options.route(index.source) == "decoded":
+            gpu = options.device, options.device_id, options.jpeg_engine
+            self._build = partial(graphs.decoded, num_samples, options.num_threads, *gpu)
         else:
             gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.operators, source.kind, num_samples, options.size, options.num_threads, *gpu)
         # Several pipelines, as one that has a queue wants it to be full before it begins.
         self._pipelines = [self._build() for _ in range(options.depth)]
         self._idle = deque(range(options.depth))
-        self._in_flight: deque[tuple[int, _Inputs, Samples]] = deque()  # pipeline, and what must be held
+        self._in_flight: deque[tuple[int, _Rows, Epoch, _Inputs, Samples]] = deque()  # pipeline, and what must be held
         # Our kernel reads memory whose addresses it was given: it must have ended before that is released.
         weakref.finalize(self, _end, self._pipelines, self._in_flight, source)
 
@@ -82,7 +87,7 @@ class Feed:
         pipeline = self._idle.popleft()
         samples = self._as_fed(samples)
         inputs = self._inputs(samples, rows, epoch)
-        self._in_flight.append((pipeline, inputs, samples))
+        self._in_flight.append((pipeline, rows, epoch, inputs, samples))
         _schedule(self._pipelines[pipeline], inputs)
 
     def alone(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> torch.Tensor:
@@ -94,7 +99,7 @@ class Feed:
         samples = self._as_fed(samples)
         inputs = self._inputs(samples, rows, epoch)
         _schedule(self._pipelines[self._idle[0]], inputs)
-        return self._outputs(self._idle[0])
+        return self._outputs(self._idle[0], rows, epoch)
 
     def _inputs(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> _Inputs:
         """Return what the graph is fed for one clip of each row, or one frame."""
@@ -102,6 +107,8 @@ class Feed:
         videos = plan.video[rows]
         images = self.source.kind == "images"
         inputs = _sample_inputs(samples, lengths=images and not self._options.fused)
+        if epoch.stages is not None:
+            return inputs  # the rest is done to what is decoded
         if epoch.on_device is None:
             yuv = None if self._yuv is None else self._yuv[videos]
             normalised = self._options.dtype != torch.uint8
@@ -134,11 +141,11 @@ class Feed:
         Raises:
             RuntimeError: if DALI refuses the batch, which it does as a whole; the pipeline is built anew.
         """
-        pipeline, *_held = self._in_flight.popleft()
+        pipeline, rows, epoch, *_held = self._in_flight.popleft()
         self._idle.append(pipeline)
-        return self._outputs(pipeline)
+        return self._outputs(pipeline, rows, epoch)
 
-    def _outputs(self, pipeline: int) -> torch.Tensor:
+    def _outputs(self, pipeline: int, rows: _Rows, epoch: Epoch) -> torch.Tensor:
         device = self._options.torch_device
         stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
         try:
@@ -146,7 +153,9 @@ class Feed:
         except RuntimeError:
             self._pipelines[pipeline] = self._build()  # what a pipeline does after an error is not documented
             raise
-        return torch.from_dlpack(pictures.as_tensor())
+        if epoch.stages is None:
+            return torch.from_dlpack(pictures.as_tensor())
+        return pixels.of_decoded(pictures, epoch.plan, rows, epoch.stages, self._options.size, self._options.dtype)
 
     def drain(self) -> None:
         """Throw away batches that were started and never asked for."""

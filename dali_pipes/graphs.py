@@ -1,7 +1,8 @@
 """The DALI graphs: decode -> crop -> resize -> mirror -> colour and normalise. Deterministic: all draws are inputs.
 
-Two graphs for the same clip. `fused` does everything after decoding in our own CPU kernel; `operators` uses DALI's
-operators, on the GPU, or on the CPU, where it is several times slower and serves the tests.
+Graphs for the same clip. `fused` does everything after decoding in our own CPU kernel; `operators` uses DALI's
+operators, on the GPU, or on the CPU, where it is several times slower and serves the tests; `decoded` leaves all but
+decoding to pixels.py.
 """
 
 # numba's types describe Python's side of compiled functions, not the functions.
@@ -14,15 +15,13 @@ from typing import Any, Literal, cast
 import numba
 import numpy as np
 from numba import carray
-from numba.core import cgutils
-from numba.extending import intrinsic
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.numba import NumbaFunction
 
 from dali_pipes import kernels
-from dali_pipes.compiling import cfunc
+from dali_pipes.compiling import cfunc, pointer
 from dali_pipes.options import Kind
 
 _FLOAT, _UINT8, _INT64 = types.DALIDataType.FLOAT, types.DALIDataType.UINT8, types.DALIDataType.INT64
@@ -49,7 +48,7 @@ def compiled_kernel(size: int, dtype: str, addressed: bool) -> tuple[int, int]:
         out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
         if addressed:
             place = carray(ins[0], (4,), np.int64)
-            pixels = carray(_pointer(place[0]), (place[1], place[2], place[3]), np.uint8)
+            pixels = carray(pointer(place[0]), (place[1], place[2], place[3]), np.uint8)
         else:
             shape = in_shapes[0]
             pixels = carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8)
@@ -63,16 +62,6 @@ def compiled_kernel(size: int, dtype: str, addressed: bool) -> tuple[int, int]:
             out_shapes[i][2] = 3
 
     return run.address, setup.address
-
-
-@intrinsic
-def _pointer(typingctx, address):
-    """Return the pointer to an address, which is an int64."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return numba.types.voidptr(numba.types.int64), codegen
 
 
 class _Compiled(NumbaFunction):
@@ -129,14 +118,12 @@ def operators(
     def define() -> DataNode:
         source, crop = _input("source"), (_input("anchor"), _input("shape"))
         mixed = "mixed" if device == "gpu" else "cpu"
-        if kind == "images":  # a copy: how decoders on a GPU take further bytes is not known
-            source = _node(fn.slice(source, 0, _input("length"), axes=[0]))
+        if kind == "images":
+            source = _file(source)
         if kind == "images" and device == "cpu":
             frames = _node(fn.decoders.image_slice(source, *crop, **_CROP))
         elif kind == "images":
-            # The interpolating chroma upsampling that the CPU decoder uses too. Hints: no allocation while it runs.
-            hints = {"preallocate_width_hint": 256, "preallocate_height_hint": 256, "hw_decoder_load": jpeg_engine}
-            frames = _node(fn.decoders.image(source, device=mixed, jpeg_fancy_upsampling=True, **hints))
+            frames = _node(fn.decoders.image(source, device=mixed, hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))
             frames = _node(fn.slice(frames, *crop, **_CROP))
         elif kind == "pixels":
             frames = _node(fn.slice(source.gpu() if device == "gpu" else source, *crop, **_CROP))
@@ -152,7 +139,32 @@ def operators(
     return _build(define, max_samples, num_threads, device_id)
 
 
+def decoded(
+    max_frames: int, num_threads: int, device: Literal["cpu", "gpu"], device_id: int | None, jpeg_engine: float
+) -> Pipeline:
+    """Build the graph from images, the inputs "source" and "length" as of `operators`, to pixels, (H, W, 3) uint8."""
+
+    def define() -> DataNode:
+        source = _file(_input("source"))
+        if device == "cpu":
+            return _node(fn.decoders.image(source, device="cpu"))
+        return _node(fn.decoders.image(source, device="mixed", hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))
+
+    return _build(define, max_frames, num_threads, device_id)
+
+
+# The interpolating chroma upsampling that the CPU decoder uses too. Hints: no allocation while it runs.
+_FOR_NVJPEG: dict[str, Any] = {
+    "jpeg_fancy_upsampling": True,
+    "preallocate_width_hint": 256,
+    "preallocate_height_hint": 256,
+}
 _CROP: dict[str, Any] = {"normalized_anchor": True, "normalized_shape": True, "axes": [0, 1]}
+
+
+def _file(data: DataNode) -> DataNode:
+    """Return copies of image files without what lies behind them, as nobody knows how a GPU's decoders take that."""
+    return _node(fn.slice(data, 0, _input("length"), axes=[0]))
 
 
 def _input(name: str) -> DataNode:

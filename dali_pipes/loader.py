@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Bool, Int64
 from torch.profiler import record_function
 
-from dali_pipes import torch_stages
-from dali_pipes.bad_clips import BadClips, stand_ins
+from dali_pipes import pixels, torch_stages
+from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.feeding import Epoch
 from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Reading, Rooms
 from dali_pipes.resident import ResidentClips
-from dali_pipes.sources import BadClip, Images, source_of
+from dali_pipes.sources import BadClip, Images, Shards, source_of
+from dali_pipes.streaming import RawStream, StreamedEpoch
 from dali_pipes.videos import DeviceVideos, feed_of
 from dfer.batch import Batch, mixed
 from dfer.cli import UserError, printable, say_error
@@ -46,6 +47,24 @@ class _Pass:
         self.started: deque[_Started] = deque()
         self.readers = readers
 
+    def close(self) -> None:
+        """End its threads."""
+        self.readers.close()
+
+
+class _Streamed(NamedTuple):
+    """An epoch of raw clips that is being read for a GPU."""
+
+    key: tuple[int, int]
+    plan: EpochPlan
+    steps: Int64[np.ndarray, "S B"]
+    valid: Bool[np.ndarray, "S B"]
+    made: StreamedEpoch
+
+    def close(self) -> None:
+        """End its threads."""
+        self.made.close()
+
 
 class ClipLoader:
     """Batches of one rank, epoch by epoch: `for batch in loader(epoch): ...`.
@@ -73,18 +92,23 @@ class ClipLoader:
         self.bad_clips: dict[int, str] = self._bad.found  # row of the index -> why it was left out
         for video, reason in index.bad.items():
             self._bad.add(video, BadClip(reason), tell=options.rank == 0)
-        if options.dtype == torch.uint8 and (options.cached or not options.fused):
+        self._route = None if options.cached else options.route(index.source)
+        if options.dtype == torch.uint8 and self._route != "fused":
             raise UserError("clips of uint8 come from the CPU kernel only")
         on_device = index.source == "video" and not options.fused
         self._source = DeviceVideos(index, options) if on_device else source_of(index)
         self._told = False
+        self._stream = None
         if options.cached:
             self._verify_all()
+        elif self._route == "streamed":
+            assert index.source == "raw" and isinstance(self._source, Shards), index.source
+            self._stream = RawStream(index, self._source, self._bad, options)
         else:
             self._feed = feed_of(index, self._source, sampler.clip_length, options)
         longest = int(index.store.length.max()) if isinstance(index.store, Packed) else None
         self._rooms = Rooms(options.batch_size * sampler.clip_length, longest, self._device)
-        self._prepared: _Pass | None = None
+        self._prepared: _Pass | _Streamed | None = None
 
     def __len__(self) -> int:
         """Return the steps per epoch, the same on every rank."""
@@ -105,8 +129,12 @@ class ClipLoader:
         if self._resident is not None:
             yield from self._resident_batches(self._resident, epoch, start_step)
             return
-        self._feed.drain()  # the consumer of the last epoch may have left early
         with self._pass(epoch, start_step) as run:
+            if isinstance(run, _Streamed):
+                for (pictures, good), rows, valid in zip(run.made, run.steps, run.valid, strict=True):
+                    yield self._batch(pictures, run.plan, rows, valid & good)
+                return
+            self._feed.drain()  # the consumer of the last epoch may have left early
             self._start_ahead(run)
             while run.started:
                 batch = run.started.popleft()
@@ -120,28 +148,31 @@ class ClipLoader:
         """Begin to read the first batches of an epoch which the next call asks for, while others are still on."""
         if self._resident is None and (self._prepared is None or self._prepared.key != (epoch, start_step)):
             if self._prepared is not None:
-                self._prepared.readers.close()
+                self._prepared.close()
             self._prepared = self._begin(epoch, start_step)
 
-    def _begin(self, epoch: int, start_step: int) -> _Pass:
-        options, plan = self.options, self._plan(epoch)
-        steps, valid = self._shard(plan)
-        drawn = Epoch(plan, None if options.fused else torch_stages.DevicePlan(plan, self._device))
+    def _begin(self, epoch: int, start_step: int) -> "_Pass | _Streamed":
+        key, options, plan = (epoch, start_step), self.options, self._plan(epoch)
+        steps, valid = (part[start_step:] for part in self._shard(plan))
+        if self._stream is not None:
+            return _Streamed(key, plan, steps, valid, self._stream.begin(plan, steps))
+        on_device = torch_stages.DevicePlan(plan, self._device) if self._route == "operators" else None
+        drawn = Epoch(plan, on_device, torch_stages.Stages(plan) if self._route == "decoded" else None)
         # Storage is waited for, not computed with: a few threads even on one core. Decoding videos takes all cores.
-        readers = Readers(max(options.num_threads, 4) if len(steps[start_step:]) else 0)
-        run = _Pass((epoch, start_step), drawn, steps[start_step:], valid[start_step:], readers)
+        readers = Readers(max(options.num_threads, 4) if len(steps) else 0)
+        run = _Pass(key, drawn, steps, valid, readers)
         self._read_ahead(run)
         return run
 
     @contextmanager
-    def _pass(self, epoch: int, start_step: int) -> Iterator[_Pass]:
+    def _pass(self, epoch: int, start_step: int) -> Iterator["_Pass | _Streamed"]:
         self.prepare(epoch, start_step)
         run, self._prepared = self._prepared, None
         assert run is not None
         try:
             yield run
         finally:
-            run.readers.close()
+            run.close()
 
     def _plan(self, epoch: int) -> EpochPlan:
         return self.sampler.plan(epoch, self.index.num_frames, self.index.labels)
@@ -173,11 +204,12 @@ class ClipLoader:
         """Yield the batches of an epoch of a data set in the device's memory."""
         plan = self._plan(epoch)
         steps, valid = self._shard(plan)
-        on_device = torch_stages.DevicePlan(plan, self._device)
+        frames, stages, options = resident.frames(plan), torch_stages.Stages(plan), self.options
         for rows, rows_valid in zip(steps[start_step:], valid[start_step:], strict=True):
-            there = torch.from_numpy(np.ascontiguousarray(rows)).to(self._device, non_blocking=True)
+            there = torch_stages.upload(rows, self._device)
             good = ~np.isin(plan.video[rows], list(self.bad_clips))
-            yield self._batch(resident.clips(there, on_device, self.options.size), plan, rows, rows_valid & good)
+            clips = pixels.clips(frames, there, stages, options.size, options.dtype)
+            yield self._batch(clips, plan, rows, rows_valid & good)
 
     def _verify_all(self) -> None:
         """Check the hashes of a data set that is held in memory, as nothing is read again later."""
@@ -194,7 +226,8 @@ class ClipLoader:
         """Start decoding a batch, in which another clip stands in for each that cannot be read; return which can."""
         late = reading.wait(self.options.patience)
         if late is not None:
-            raise UserError(self._hung(int(drawn.plan.video[rows[late]]), reading))
+            video, missing = int(drawn.plan.video[rows[late]]), max(reading.num_late(), 1)  # all may have come since
+            raise hung(self.index, video, missing, len(rows), self.options.patience)
         bad = self._bad.refused(drawn.plan.video[rows], drawn.plan.frames[rows]) | reading.bad
         good = np.ones(len(rows), dtype=bool)
         for place in sorted(bad):
@@ -253,12 +286,3 @@ class ClipLoader:
             ids=torch.from_numpy(ids),
         )
         return batch if plan.mix is None else mixed(batch, plan.mix[rows])
-
-    def _hung(self, video: int, reading: Reading) -> str:
-        """Return the message on a clip that was waited for too long. It may have come since, as may all the others."""
-        record, of = self.index.records[video], self.options.batch_size
-        return (
-            f"{record.source}: reading clip {record.name} ({record.path}) has taken more than "
-            f"{self.options.patience:g} s ({max(reading.num_late(), 1)} of {of} clips of the batch are waiting): "
-            "does the storage or a decoder hang?"
-        )

@@ -5,6 +5,11 @@ from typing import Literal
 
 import torch
 
+from dfer.lists.index import Source
+
+# How clips are made: by the CPU's kernel in DALI's graph; by DALI's operators; decoded by DALI, the rest by one kernel
+# (pixels.py); of raw clips without DALI, read into one buffer a batch (streaming.py).
+Graph = Literal["fused", "operators", "decoded", "streamed"]
 Kind = Literal["images", "pixels", "videos"]  # of a source: encoded images, uint8 pictures, encoded video files
 
 
@@ -19,7 +24,7 @@ class LoaderOptions:
     # Where clips end up; on "gpu" it decodes JPEG too (nvJPEG).
     device: Literal["cpu", "gpu"] = "cpu"
     device_id: int | None = None  # number of the GPU
-    graph: Literal["fused", "operators"] | None = None  # our CPU kernel, or DALI's operators; None: by the device
+    graph: Graph | None = None  # None: as `route` says
     # Share of the images for the GPU's JPEG engine, if it has one; its cores do the others. 0 until a card has shown
     # that it does not mix the pixels of two batches (benchmarks/gpu.py).
     jpeg_engine: float = 0.0
@@ -41,6 +46,12 @@ class LoaderOptions:
     def fused(self) -> bool:
         """Return True for the graph with our CPU kernel, False for the one of DALI's operators."""
         return (self.graph or ("operators" if self.device == "gpu" else "fused")) == "fused"
+
+    def route(self, source: Source) -> Graph:
+        """Return how the clips of a source are made, if they are not held in memory."""
+        if self.graph is not None or self.device == "cpu":
+            return self.graph or "fused"
+        return "operators" if source == "video" else "streamed" if source == "raw" else "decoded"
 
     @property
     def depth(self) -> int:

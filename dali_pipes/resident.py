@@ -2,19 +2,25 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from dali_pipes import torch_stages
+from dali_pipes import pixels
+from dali_pipes.native import DONE
+from dali_pipes.streaming import close_shards, open_shards, read_clips
+from dali_pipes.torch_stages import upload
 from dfer.cli import UserError, command_of
 from dfer.lists.index import ClipIndex, Packed
+from dfer.plan.sampling import EpochPlan
+
+_PART = 2**28  # bytes that are read, and copied to the device, at a time
 
 
 class ResidentClips:
-    """All pictures of a raw source on one device.
+    """All pictures of a raw source on one device, of any sizes.
 
     Raises:
-        UserError: if the source is not raw, pictures differ in size, or the memory does not hold them.
+        UserError: if the source is not raw, or the memory does not hold them.
     """
 
     def __init__(self, index: ClipIndex, device: torch.device):
@@ -23,34 +29,49 @@ class ResidentClips:
             raise UserError(
                 f"--data.cache gpu holds raw clips, these are {index.source}: {command_of('pack')} --format raw"
             )
-        self.pictures = _load(store, device)
-        self._first = torch.from_numpy(store.first[:-1]).to(device)
+        self._store, self._device = store, device
+        frames, sizes = store.first[1:] - store.first[:-1], 3 * store.height.astype(np.int64) * store.width
+        self._start = np.concatenate([[0], np.cumsum(frames * sizes)])  # of each video; its frames follow each other
+        self.pictures = _load(store, self._start, device)
 
-    def clips(self, rows: Int64[Tensor, " B"], plan: torch_stages.DevicePlan, size: int) -> Float[Tensor, "B T S S 3"]:
-        """Return the clips of some rows of the plan, made on the device without waiting for it."""
-        pictures = self.pictures[self._first[plan.video[rows]][:, None] + plan.frames[rows]]
-        clips = torch_stages.resize(pictures, plan.box[rows], plan.mirror[rows], size)
-        return torch_stages.finish(clips, plan, rows)
+    def frames(self, plan: EpochPlan) -> pixels.Frames:
+        """Return where the frames of all rows of a plan lie, for as long as this lives; nothing is waited for."""
+        store, video = self._store, plan.video
+        height, width = (side[video].astype(np.int64)[:, None] for side in (store.height, store.width))
+        address = self.pictures.data_ptr() + self._start[video][:, None] + plan.frames * (3 * height * width)
+        cuts = pixels.cut_out(address, height, width, plan.box)
+        parameters = pixels.parameters(plan, np.arange(len(video)))
+        return pixels.Frames(upload(cuts, self._device), upload(parameters, self._device))
 
 
-def _load(store: Packed, device: torch.device) -> UInt8[Tensor, "F H W 3"]:
+def _load(store: Packed, start: Int64[np.ndarray, " _"], device: torch.device) -> UInt8[Tensor, " _"]:
     """Return all pictures of a pack on a device, video after video."""
-    sizes = np.unique(np.stack([store.height, store.width], axis=1), axis=0)
-    if len(sizes) > 1:
-        raise UserError(f"--data.cache gpu: the clips differ in size; {command_of('pack')} --format raw --size PX")
-    height, width = sizes[0].tolist()
-    needed = int(store.first[-1]) * height * width * 3
+    needed = int(start[-1])
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if needed > 0.8 * free:
             raise UserError(
                 f"--data.cache gpu: {needed / 2**30:.1f} GiB of pictures, {free / 2**30:.1f} GiB of GPU memory are free"
             )
-    pictures = torch.empty((int(store.first[-1]), height, width, 3), dtype=torch.uint8, device=device)
-    maps = [np.memmap(path, dtype=np.uint8, mode="c") for path in store.paths]  # "c": torch refuses read-only arrays
-    for video in range(len(store.shard)):
-        rows = slice(int(store.first[video]), int(store.first[video + 1]))
-        start = int(store.offset[rows.start])
-        clip = maps[store.shard[video]][start : start + (rows.stop - rows.start) * height * width * 3]
-        pictures[rows] = torch.from_numpy(clip.reshape(-1, height, width, 3))
+    pictures = torch.empty(needed, dtype=torch.uint8, device=device)
+    files = open_shards(store)
+    try:
+        first = 0
+        while first < len(store.shard):
+            # As many videos as a part holds, but at least one.
+            last = max(int(np.searchsorted(start, start[first] + _PART, side="right")) - 1, first + 1)
+            part = torch.empty(int(start[last] - start[first]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+            states = np.zeros(last - first, dtype=np.uint8)
+            videos, offset = slice(first, last), store.offset[store.first[first:last]][:, None]
+            address = part.data_ptr() + start[videos] - start[first]
+            read_clips(files[store.shard[videos]], offset, start[first + 1 : last + 1] - start[videos], address, states)
+            for place in np.flatnonzero(states != DONE)[:1]:
+                path = store.paths[store.shard[first + place]]
+                raise UserError(
+                    f"{path}: cannot be read as far as it was packed; copy it again, or pack the list again"
+                )
+            pictures[int(start[first]) : int(start[last])].copy_(part, non_blocking=True)
+            first = last
+    finally:
+        close_shards(files)
     return pictures

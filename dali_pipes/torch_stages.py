@@ -1,8 +1,10 @@
 """The stages after decoding as batched torch operations, with the same results as kernels.py.
 
-They serve clips that are on a GPU: of a data set held in its memory, and in stages that the graph of DALI's operators
-leaves out. They run on any device, which is how they are tested.
+They serve clips that are on a GPU, in stages that the graph of DALI's operators or the kernel of pixel_kernel.py leave
+out. They run on any device, which is how they are tested.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +15,29 @@ from torch import Tensor
 from dfer.plan.resizing import resize
 from dfer.plan.sampling import EpochPlan
 
-__all__ = ["DevicePlan", "finish", "resize"]
+__all__ = ["DevicePlan", "Drawn", "Stages", "finish", "resize", "treat", "upload"]
 
 
-class DevicePlan:
+class Stages:
+    """Which stages there are in an epoch. Looked up in its plan once: asking the GPU's copy would wait for it."""
+
+    def __init__(self, plan: EpochPlan):
+        self.warps = bool((plan.warp != np.eye(2, 3, dtype=np.float32)).any())
+        self.largest_blur = float(plan.blur.max(initial=0.0))
+        self.erases = bool((plan.erase[:, 2:] > 0).all(1).any())
+        self.touches_geometry = self.warps or self.largest_blur > 0
+
+
+class Drawn(NamedTuple):
+    """What is drawn for B clips, as in `EpochPlan`."""
+
+    warp: Float[Tensor, "B 2 3"]
+    blur: Float[Tensor, " B"]
+    colour: Float[Tensor, "B 3 4"]
+    erase: Float[Tensor, "B 4"]
+
+
+class DevicePlan(Stages):
     """The arrays of an `EpochPlan` that describe pictures, on the device: looking up rows there waits for nothing.
 
     Args:
@@ -25,37 +46,42 @@ class DevicePlan:
     """
 
     def __init__(self, plan: EpochPlan, device: torch.device):
-        def put(array: np.ndarray) -> Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
-            tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-            return tensor.to(device, non_blocking=True)
+        super().__init__(plan)
+        self.box, self.mirror = upload(plan.box.astype(np.float32), device), upload(plan.mirror, device)
+        self.warp, self.blur = upload(plan.warp, device), upload(plan.blur, device)
+        self.colour, self.erase = upload(plan.colour, device), upload(plan.erase, device)
 
-        self.video, self.frames, self.mirror = put(plan.video), put(plan.frames), put(plan.mirror)
-        self.warp = put(plan.warp)
-        self.box, self.erase = put(plan.box.astype(np.float32)), put(plan.erase)
-        self.blur, self.colour = put(plan.blur), put(plan.colour)
-        # Computed once per epoch on the CPU: testing the GPU's copy per batch would force a sync.
-        self.warps = bool((plan.warp != np.eye(2, 3, dtype=np.float32)).any())
-        self.largest_blur = float(plan.blur.max(initial=0.0))
-        self.erases = bool((plan.erase[:, 2:] > 0).all(1).any())
-        self.touches_geometry = self.warps or self.largest_blur > 0
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array on a device, which is not waited for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def finish(
     clips: Float[Tensor, "B T S S 3"], plan: DevicePlan, rows: Int64[Tensor, " B"], *, coloured: bool = False
 ) -> Float[Tensor, "B T S S 3"]:
-    """Return clips after warp, blur, colour and normalisation, and erase.
+    """Return clips of some rows of a plan after warp, blur, colour and normalisation, and erase. As `treat`."""
+    drawn = Drawn(plan.warp[rows], plan.blur[rows], plan.colour[rows], plan.erase[rows])
+    return treat(clips, plan, drawn, coloured=coloured)
+
+
+def treat(
+    clips: Float[Tensor, "B T S S 3"], stages: Stages, drawn: Drawn, *, coloured: bool = False
+) -> Float[Tensor, "B T S S 3"]:
+    """Return clips after those of warp, blur, colour and normalisation, and erase that there are in the epoch.
 
     `coloured`: colour and normalisation were done before, which is right only if the plan neither warps nor blurs.
     """
     if not coloured:
-        if plan.warps:
-            clips = _warp(clips, plan.warp[rows])
-        if plan.largest_blur:
-            clips = _blur(clips, plan.blur[rows], plan.largest_blur)
-        colour = plan.colour[rows][:, None, None]
+        if stages.warps:
+            clips = _warp(clips, drawn.warp)
+        if stages.largest_blur:
+            clips = _blur(clips, drawn.blur, stages.largest_blur)
+        colour = drawn.colour[:, None, None]
         clips = torch.einsum("btyci,btyxi->btyxc", colour[..., :3], clips) + colour[..., None, :, 3]
-    return _erase(clips, plan.erase[rows]) if plan.erases else clips
+    return _erase(clips, drawn.erase) if stages.erases else clips
 
 
 def _warp(clips: Float[Tensor, "B T S S 3"], warp: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B T S S 3"]:

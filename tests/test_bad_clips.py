@@ -215,22 +215,23 @@ def test_a_bad_image(beside, source, kind, capsys):
     check_policies(beside, source, index, reason, name, capsys)
 
 
+@pytest.mark.parametrize("graph", ["operators", "decoded"])
 @pytest.mark.parametrize("kind", ["huffman tables", "header bomb"])
-def test_a_bad_image_in_dalis_operators(beside, kind, capsys):
+def test_a_bad_image_in_other_graphs(beside, kind, graph, capsys):
     make, reason = BAD_IMAGES[kind]
     index = put(beside, "frames", make())
-    check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph="operators")
+    check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph=graph)
 
 
-@pytest.mark.parametrize("source", ["shards", "raw"])
-def test_a_shard_that_is_cut_while_it_is_mapped(clips, source, capsys):
+@pytest.mark.parametrize(("source", "graph"), [("shards", None), ("raw", None), ("raw", "streamed")])
+def test_a_shard_that_is_cut_while_it_is_mapped(clips, source, graph, capsys):
     """Touching what is not there any more would kill the process."""
     if source == "raw":
         arguments = ["--out", str(clips / "raw"), "--format", "raw", "--workers", "1"]
         assert pack.main([str(clips / "list.txt"), *arguments]) == 0
     index = load_index(clips / {"shards": "tar", "raw": "raw"}[source] / "list.txt")
     store, frame = index.store, T - 2
-    policies = {policy: clip_loader(index, policy, 1) for policy in ("skip", "error")}
+    policies = {policy: clip_loader(index, policy, 1, graph=graph) for policy in ("skip", "error")}
     want = {int(batch.ids): batch.clips for batch in policies["error"](0)}
     last = int(store.offset[store.first[:-1]].argmax())
     row = int(store.first[last]) + frame
@@ -577,16 +578,18 @@ def test_flipped_bits_are_found_by_hashes(clips, source, capsys):
     where, name = HASHED[source]
     spoil(index, where(clips))
     index = load_index(list_path)
-    for graph in ("fused", "operators"):
+    streamed = ("streamed",) if source == "raw" else ()
+    for graph in ("fused", "operators", *streamed):
         options = {"augmentation": PLAIN, "graph": graph} if source == "video" else {"graph": graph}
         with pytest.raises(ValueError, match=re.escape(name)):
             list(clip_loader(index, "error", **options)(0))
-    skipping = clip_loader(index, "skip")
-    (batch,) = skipping(0)
-    for video, clip, valid in zip(batch.ids.tolist(), batch.clips, batch.valid, strict=True):
-        assert bool(valid) == (video != BAD)
-        assert video == BAD or torch.equal(clip, wanted[video])
-    assert list(skipping.bad_clips) == [BAD] and name in skipping.bad_clips[BAD]
+    for graph in ("fused", *streamed):
+        skipping = clip_loader(index, "skip", graph=graph)
+        (batch,) = skipping(0)
+        for video, clip, valid in zip(batch.ids.tolist(), batch.clips, batch.valid, strict=True):
+            assert bool(valid) == (video != BAD)
+            assert video == BAD or torch.equal(clip, wanted[video])
+        assert list(skipping.bad_clips) == [BAD] and name in skipping.bad_clips[BAD]
     capsys.readouterr()
     assert hash_clips.main([str(list_path), "--verify"]) == 1
     told = capsys.readouterr()

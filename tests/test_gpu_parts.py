@@ -27,7 +27,7 @@ def test_the_plan_names_what_there_is():
     on_card = [case.proven for case in cases if case.gpu]
     assert on_card == sorted(on_card, reverse=True)  # the proven figures come first
     suspects = ("engine 0.65", "engine 1", "Triton", "compiled", "bf16", "cudnn", "engines", "NVDEC, all", "two proc")
-    suspects += ("control", "NVDEC's", "graph", "fixed algorithms")
+    suspects += ("control", "NVDEC's", "graph", "fixed algorithms", "kernel", "decoded", "streamed", "held")
     for case in cases:
         assert not (case.proven and any(word in case.name for word in suspects)), case.name
     names = [case.name for case in cases]
@@ -76,6 +76,7 @@ KEYS = {  # what a figure of a part tells beside that
     "eager": {"ms", "share_of_floor", "share_of_eager_floor", "mfu", "peak_GiB"},
     "traces": {"kernels_ms", "launches"},
     "alone": {"cores_used"},
+    "kernel_alone": {"kB_a_clip"},
     "control_in_graph": {"of", "differ", "worst"},
     "control_torchvision": {"of", "differ", "worst"},
     "share_of_crf": {"ms", "its_kernels_ms"},
@@ -87,8 +88,9 @@ QUICK = {
     "copies and product", "SMs, engine and cores together", "nvJPEG on SMs, crops", "NVDEC, one session",
     "FFmpeg on all cores", "loader frames", "loader video, NVDEC, all engines",
     "loader raw128 held", "eager 0", "training from video", "clips of frames",
-    "clips of raw128 held", "mixing, engine 1", "feeding", "NVDEC's limits", "traces",
-    "mixing, control in the graph", "mixing, control torchvision", "floors", "step, graph", "bits of fixed algorithms",
+    "clips of raw128 held", "mixing, engine 1", "feeding", "NVDEC's limits", "traces", "kernel alone, 128 px",
+    "loader raw128, streamed", "clips of frames, decoded", "mixing, control in the graph",
+    "mixing, control torchvision", "floors", "step, graph", "bits of fixed algorithms",
 }  # fmt: skip
 
 

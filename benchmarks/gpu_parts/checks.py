@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu_parts.project import (
     IMAGENET_STD,
+    Graph,
+    Route,
     Step,
     clip_loader,
     gradients,
@@ -36,10 +38,15 @@ EARLY = 20  # steps in which a wrong gradient shows before chaos does
 
 
 def clips_against_cpu(
-    setting: Setting, source: str, held: bool = False, engine: float = 0.0, nvdec: int = 0
+    setting: Setting,
+    source: str,
+    held: bool = False,
+    engine: float = 0.0,
+    nvdec: int = 0,
+    graph: Graph = "operators",
 ) -> Iterator[Row]:
     """The clips of a route on the card and those of the CPU's kernel, of the same plan."""
-    one = clip_loader(setting, source, held=held, engine=engine, batch=setting.loader_batch, nvdec=nvdec)
+    one = clip_loader(setting, source, Route(engine, nvdec, graph), held=held, batch=setting.loader_batch)
     listed = "held" if held else "long"
     other = clip_loader(setting, source, where="cpu", listed=listed, batch=setting.loader_batch)
     worst, total, number, seen = 0.0, 0.0, 0, 0
@@ -50,7 +57,7 @@ def clips_against_cpu(
         number, seen = number + steps.numel(), seen + len(ours.ids)
     limits = CLOSE[source]
     what = f"{source}{', held in the card' if held else ''}{f', engine {engine:g}' if engine else ''}"
-    what += f", NVDEC, sessions: {nvdec}" if nvdec else ""
+    what += f", NVDEC, sessions: {nvdec}" if nvdec else f", {graph}" if graph != "operators" else ""
     yield figure(
         f"clips of {what} against the CPU's: largest difference", worst, "of 255", mean=total / number, clips=seen,
         right=worst <= limits[0] and total / number <= limits[1],

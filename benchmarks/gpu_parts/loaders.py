@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.gpu_parts.decoders import fed_pipeline, jpeg_files
-from benchmarks.gpu_parts.project import LISTS, batches, boxes, clip_loader, index_of, source_of
+from benchmarks.gpu_parts.project import LISTS, Graph, Route, batches, boxes, clip_loader, index_of, source_of
 from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import repeated
@@ -22,9 +22,10 @@ def alone(
     held: bool = False,
     batch: int | None = None,
     nvdec: int = 0,
+    graph: Graph = "operators",
 ) -> Iterator[Row]:
     """The trainer's loader with nobody at work beside it."""
-    loader = clip_loader(setting, source, where=where, engine=engine, held=held, batch=batch, nvdec=nvdec)
+    loader = clip_loader(setting, source, Route(engine, nvdec, graph), where=where, held=held, batch=batch)
     stream = batches(loader)
 
     def run() -> int:
@@ -35,7 +36,7 @@ def alone(
     used = Usage.now().since(start)
     what = f"loader, {source}{', held in the card' if held else ''}"
     what += f", engine {engine:g}" if engine else ""
-    what += f", NVDEC, sessions: {nvdec}" if nvdec else ""
+    what += f", NVDEC, sessions: {nvdec}" if nvdec else f", {graph}" if graph != "operators" else ""
     what += f", CPU, cores: {setting.cores}" if where == "cpu" else ""
     what += f", B={loader.options.batch_size}"
     yield figure(what, speeds, "clips/s", cores_used=used["cpu_s"] / used["seconds"])

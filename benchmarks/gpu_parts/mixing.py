@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu_parts.card import cuda
 from benchmarks.gpu_parts.decoders import image_batches, jpeg_files
-from benchmarks.gpu_parts.project import IMAGENET_STD, clip_loader
+from benchmarks.gpu_parts.project import IMAGENET_STD, Graph, Route, clip_loader
 from benchmarks.gpu_parts.rows import CONTROL, MIXED, Row, figure
 from benchmarks.gpu_parts.setting import NotHere, Setting
 from benchmarks.gpu_parts.timing import wait
@@ -119,23 +119,24 @@ def control_torchvision(setting: Setting) -> Iterator[Row]:
     yield told(f"{CONTROL}: torchvision.io.decode_jpeg, 16 images", different)
 
 
-def of_loader(setting: Setting, engine: float) -> Iterator[Row]:
+def of_loader(setting: Setting, engine: float, graph: Graph = "operators") -> Iterator[Row]:
     """The trainer's own loader: an epoch that waits for each batch, and the same epoch with a slow consumer."""
     consume, batch = slow_consumer(setting), min(4, setting.batch)
-    loader = clip_loader(setting, "frames", engine=engine, batch=batch)
+    loader = clip_loader(setting, "frames", Route(engine, graph=graph), batch=batch)
     want = []
     for given in itertools.islice(loader(0), setting.mixing_batches):
         wait(setting)
         want.append(given.clips.clone())  # on the card: to copy it there later would wait for the consumer
     scale = torch.tensor(255 * IMAGENET_STD).float().view(3, 1, 1).to(setting.device)
-    stream, different = clip_loader(setting, "frames", engine=engine, batch=batch)(0), []
+    stream, different = clip_loader(setting, "frames", Route(engine, graph=graph), batch=batch)(0), []
     for first in want:
         given = next(stream)
         consume()
         steps = (given.clips.float() - first.float()).abs() * scale
         different.append(steps.amax())
         del given, steps
-    yield verdict(f"loader, engine {engine:g}, {batch} clips", different)
+    what = f"loader, engine {engine:g}{f', {graph}' if graph != 'operators' else ''}, {batch} clips"
+    yield verdict(what, different)
 
 
 def verdict(what: str, different: list[Tensor]) -> Row:

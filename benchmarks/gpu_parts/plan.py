@@ -38,7 +38,17 @@ TELLING, SMALL, OTHERS = (0,), (1,), (2, 3)
 def all_cases() -> list[Case]:
     """The whole plan."""
     all_cores, *fewer = loaders_by_cores()
-    return [*on_the_cpu_first(), *proven(), *alone(), all_cores, *small_batches(), *fewer, *peers(), *the_rest()]
+    return [
+        *on_the_cpu_first(),
+        *proven(),
+        *one_kernel(),
+        *alone(),
+        all_cores,
+        *small_batches(),
+        *fewer,
+        *peers(),
+        *the_rest(),
+    ]
 
 
 def on_the_cpu_first() -> list[Case]:
@@ -53,7 +63,7 @@ def ceiling(name: str, function: str, proven: bool = True, gpu: bool = True, **o
 
 
 def check(name: str, function: str, options: dict, proven: bool = False, limit_s: float = 60) -> Case:
-    module = "mixing" if function in ("both", "control_in_graph", "control_torchvision") else "checks"
+    module = "mixing" if function in ("both", "of_loader", "control_in_graph", "control_torchvision") else "checks"
     return Case("checks", name, f"{HERE}.{module}", function, options, limit_s=limit_s, proven=proven)
 
 
@@ -72,22 +82,18 @@ def proven() -> list[Case]:
     sources["video, NVDEC"] = {"source": "video", "batch": 16, "nvdec": 1}
     for name, options in sources.items():
         cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=45, proven=True))
-    held = {"source": "raw128", "held": True}
-    cases.append(Case("loaders", "loader raw128 held", f"{HERE}.loaders", "alone", held, limit_s=45, proven=True))
     for place in range(4):  # of the setting's batch sizes
         options = {"place": place}
         cases.append(Case("step", f"eager {place}", f"{HERE}.steps", "eager", options, limit_s=60, proven=True))
     cases.append(Case("step", "floors", f"{HERE}.steps", "floors", limit_s=60, proven=True))
     for name, options in sources.items():
         cases.append(_training(f"training from {name}", options))
-    cases.append(_training("training from raw128 held", held))
     cases.append(Case("loaders", "feeding", f"{HERE}.loaders", "feed", limit_s=60, proven=True, gpu=False))
     # Tracing loads what slows launches down in the same process: nothing that is timed comes after it.
     cases.append(Case("step", "traces", f"{HERE}.steps", "traces", limit_s=60, proven=True))
     for name, options in sources.items():
         options = {key: value for key, value in options.items() if key != "batch"}
         cases.append(check(f"clips of {name}", "clips_against_cpu", options, proven=True))
-    cases.append(check("clips of raw128 held", "clips_against_cpu", held, proven=True))
     cases.append(check("mixing, engine 0", "both", {"engine": 0.0}, proven=True))
     cases.append(check("eager against eager", "eager_against_eager", {}, proven=True, limit_s=120))
     return cases
@@ -108,6 +114,23 @@ def videos() -> list[Case]:
         cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=60))
         cases.append(_training(f"training from {name}", options, proven=False))
     return cases
+
+
+def one_kernel() -> list[Case]:
+    """The kernel that makes clips of decoded frames: by itself, and behind each way that the frames come."""
+    cases = [
+        Case("ceilings", f"kernel alone, {side} px", f"{HERE}.pixels", "kernel_alone", {"side": side}, limit_s=60)
+        for side in (128, 224)
+    ]
+    graphs = {"raw128": "streamed", "shards144": "decoded", "frames": "decoded"}
+    routes = {f"{source}, {graph}": {"source": source, "graph": graph} for source, graph in graphs.items()}
+    routes["raw128 held"] = {"source": "raw128", "held": True}
+    for name, options in routes.items():
+        cases.append(check(f"clips of {name}", "clips_against_cpu", options))
+        cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=60))
+        cases.append(_training(f"training from {name}", options, proven=False))
+    mixing = {"engine": 0.0, "graph": "decoded"}
+    return [*cases, check("mixing, engine 0, decoded", "of_loader", mixing)]
 
 
 def loaders_by_cores() -> list[Case]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_parts.card import cuda
 from benchmarks.gpu_parts.setting import Setting
+from dali_pipes import pixels
 from dali_pipes.loader import ClipLoader
-from dali_pipes.options import LoaderOptions
+from dali_pipes.options import Graph, LoaderOptions
 from dali_pipes.sources import source_of
+from dali_pipes.torch_stages import Stages, upload
 from dfer.batch import Batch
 from dfer.cli import leave
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
@@ -39,6 +41,7 @@ __all__ = [
     "IMAGENET_STD",
     "PEAK_FLOPS",
     "Batch",
+    "Graph",
     "leave",
     "peak_flops",
     "source_of",
@@ -62,18 +65,25 @@ def sampler_of(setting: Setting) -> ClipSampler:
     return ClipSampler(0, setting.frames, augmentation=Augmentation(min_crop_area=0.08))
 
 
+class Route(NamedTuple):
+    """How a loader decodes and makes clips on the card."""
+
+    engine: float = 0.0  # share of the JPEG engine
+    nvdec: int = 0  # sessions; 0: the cores decode videos
+    graph: Graph = "operators"
+
+
 def clip_loader(
     setting: Setting,
     source: str,
+    route: Route = Route(),  # noqa: B008
     *,
     where: Literal["card", "cpu"] = "card",
-    engine: float = 0.0,
     held: bool = False,
     listed: Listed | None = None,
     batch: int | None = None,
-    nvdec: int = 0,
 ) -> ClipLoader:
-    """The trainer's loader. On a test's stub the graph for the card runs on the CPU. `nvdec`: sessions of NVDEC.
+    """The trainer's loader. On a test's stub the graph for the card runs on the CPU.
 
     Pixels that are to be `held` in the card are those of a list of their own, whose epochs are long enough for plan and
     uploads not to be most of them, and whose pixels the card can hold.
@@ -84,16 +94,38 @@ def clip_loader(
         batch_size=batch or (setting.batch if card else setting.loader_batch),
         size=setting.size,
         device="gpu" if gpu else "cpu",
-        graph="operators" if card else "fused",
-        jpeg_engine=engine,
-        video_decoder="nvdec" if nvdec else "cores",
-        nvdec_sessions=nvdec or 1,
+        graph=route.graph if card else "fused",
+        jpeg_engine=route.engine,
+        video_decoder="nvdec" if route.nvdec else "cores",
+        nvdec_sessions=route.nvdec or 1,
         cached=held,
         num_threads=setting.cores,
         device_id=0 if gpu else None,
     )
     listed = listed or ("held" if held else "long")
     return ClipLoader(index_of(setting, source, listed), sampler_of(setting), options)
+
+
+def pixel_stages(setting: Setting, side: int, dtype: torch.dtype) -> tuple[Callable[[], int], float]:
+    """The kernel on a batch of frames of noise, `side` x `side` px, that lie on the card; returns the clips it made.
+
+    And the bytes that a clip needs: of its boxes and of what is written.
+    """
+    batch, length, device = setting.batch, setting.frames, torch.device(setting.device)
+    frame = 3 * side**2
+    memory = torch.randint(0, 256, (batch * length * frame,), dtype=torch.uint8, device=device)
+    plan, rows = sampler_of(setting).plan(0, np.full(batch, length)), np.arange(batch)
+    address = memory.data_ptr() + frame * np.arange(batch * length).reshape(batch, length)
+    cuts = pixels.cut_out(address, np.array([[side]]), np.array([[side]]), plan.box)
+    words = upload(pixels.pack(cuts, pixels.parameters(plan, rows)), device)
+    table, stages = pixels.Frames.unpack(words, batch, length), Stages(plan)
+
+    def run() -> int:
+        made = pixels.clips(*table, stages, setting.size, dtype)
+        return len(made) if len(memory) else 0  # the memory lives as long as this function
+
+    written = length * 3 * setting.size**2 * dtype.itemsize
+    return run, 3 * float(cuts[:, :, 2:].prod(2).sum()) / batch + written
 
 
 def boxes(setting: Setting, count: int) -> np.ndarray:

@@ -3,17 +3,22 @@
 import time
 from collections.abc import Iterator
 
-from benchmarks.gpu_parts.project import batches, clip_loader, training_step
+from benchmarks.gpu_parts.project import Graph, Route, batches, clip_loader, training_step
 from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import in_turns, ratios
 
 
 def from_source(
-    setting: Setting, source: str, held: bool = False, batch: int | None = None, nvdec: int = 0
+    setting: Setting,
+    source: str,
+    held: bool = False,
+    batch: int | None = None,
+    nvdec: int = 0,
+    graph: Graph = "operators",
 ) -> Iterator[Row]:
     """The step on what the loader brings, and on the first batch of it again and again."""
-    loader = clip_loader(setting, source, held=held, batch=batch, nvdec=nvdec)
+    loader = clip_loader(setting, source, Route(nvdec=nvdec, graph=graph), held=held, batch=batch)
     stream, step, waited = batches(loader), training_step(setting), [0.0, 0.0]
     first = next(stream)
 
@@ -30,7 +35,8 @@ def from_source(
         return len(given.labels)
 
     found = in_turns(setting, {"synthetic": synthetic, "loaded": loaded})
-    where = f"{source}{', held in the card' if held else ''}{f', NVDEC, sessions: {nvdec}' if nvdec else ''}"
-    where += f", B={loader.options.batch_size}"
+    how = ", held in the card" if held else f", {graph}" if graph != "operators" else ""
+    how += f", NVDEC, sessions: {nvdec}" if nvdec else ""
+    where = f"{source}{how}, B={loader.options.batch_size}"
     yield figure(f"training from {where}", found["loaded"], "clips/s", host_waits_share=waited[0] / waited[1])
     yield figure(f"training from {where}: fraction of synthetic", ratios(found, "loaded", "synthetic"), "of synthetic")

@@ -1,0 +1,166 @@
+"""Clips from decoded frames that lie anywhere in a device's memory: one table says where, and what is done to each.
+
+The table is all that a batch needs beside the pixels: it is made of arrays, whatever the number of frames, and holds
+the crop already, so that a frame costs no Python and no size has to be the same. On a GPU one kernel reads it
+(pixel_kernel.py); on a CPU, where DALI's graphs serve training, the CPU's kernel does, and so the tests.
+"""
+
+# The types of numba describe Python's side of compiled functions, not the functions.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportIndexIssue=false
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+from numba import carray
+from torch import Tensor
+
+from dali_pipes import kernels, torch_stages
+from dali_pipes.compiling import njit, pointer
+from dfer.plan.sampling import EpochPlan
+
+# Where a frame's parameters have matrices, and of which shape: warp, colour.
+_MATRICES = (kernels.WARP, kernels.BLUR, (2, 3)), (kernels.COLOUR, kernels.YUV, (3, 4))
+
+_PARAMETER_WORDS = kernels.NUM_PARAMETERS // 2  # of 8 bytes
+
+
+class Decoded(Protocol):
+    """Decoded frames, one after another in memory without gaps: a TensorList of DALI that a pipeline has returned."""
+
+    def shape(self) -> list[tuple[int, ...]]:
+        """Return the shape of each frame."""
+        ...
+
+    def as_reshaped_tensor(self, shape: list[int]) -> Any:
+        """Return all of them as one tensor; an error if they do not lie so."""
+        ...
+
+
+class Frames(NamedTuple):
+    """Where the frames of N clips lie, and what is done to them."""
+
+    cuts: Int64[Tensor, "N T 4"]  # of `cut_out`
+    parameters: Float32[Tensor, "N P"]  # of `parameters`
+
+    @classmethod
+    def unpack(cls, words: Int64[Tensor, " _"], num_clips: int, length: int) -> tuple["Frames", Int64[Tensor, " N"]]:
+        """Return what `pack` has packed, as views: the table of a batch, and its rows."""
+        rows, cuts, rest = words.split([num_clips, 4 * num_clips * length, num_clips * _PARAMETER_WORDS])
+        return cls(cuts.view(num_clips, length, 4), rest.view(torch.float32).view(num_clips, -1)), rows
+
+
+def pack(cuts: Int64[np.ndarray, "N T 4"], parameters: Float32[np.ndarray, "N P"]) -> Int64[np.ndarray, " _"]:
+    """Return the table of a batch as one array, so that it is copied at once."""
+    return np.concatenate([np.arange(len(cuts)), cuts.ravel(), parameters.view(np.int64).ravel()])
+
+
+def num_words(num_clips: int, length: int) -> int:
+    """Return the length of what `pack` returns."""
+    return num_clips * (1 + 4 * length + _PARAMETER_WORDS)
+
+
+def cut_out(
+    address: Int64[np.ndarray, "N T"],
+    height: Int64[np.ndarray, "#N #T"],
+    width: Int64[np.ndarray, "#N #T"],
+    box: Float64[np.ndarray, "N 4"],
+) -> Int64[np.ndarray, "N T 4"]:
+    """Return where the boxes of frames lie: address of the first byte, bytes of a line, rows and columns of pixels.
+
+    By the rule of `kernels.fused`, which is DALI's: shares are float32, calculated with in float64, half a pixel is
+    rounded up, and at least one pixel is left.
+
+    Args:
+        address: of the frames, each (height, width, 3) uint8 without gaps.
+        height: of the frames, or of all frames of each clip.
+        width: likewise.
+        box: as in `EpochPlan`.
+    """
+    shares = box.astype(np.float32).astype(np.float64)[:, :, None]
+    top, rows = _cut(shares[:, 0], shares[:, 2], height)
+    left, columns = _cut(shares[:, 1], shares[:, 3], width)
+    parts = (address + 3 * (top * width + left), 3 * width, rows, columns)
+    return np.stack([np.broadcast_to(part, address.shape) for part in parts], axis=2)
+
+
+def _cut(
+    start: Float64[np.ndarray, "N 1"], length: Float64[np.ndarray, "N 1"], side: Int64[np.ndarray, "#N #T"]
+) -> tuple[Int64[np.ndarray, "A B"], Int64[np.ndarray, "A B"]]:
+    """Return the first pixels of crops and their numbers of pixels."""
+    first = np.minimum(np.floor(start * side + 0.5).astype(np.int64), side - 1)
+    last = np.minimum(np.floor((start + length) * side + 0.5).astype(np.int64), side)
+    return first, np.maximum(last - first, 1)
+
+
+def parameters(plan: EpochPlan, rows: Int64[np.ndarray, " N"]) -> Float32[np.ndarray, "N P"]:
+    """Return what is done to the clips of some rows of a plan, once the box is cut out."""
+    return kernels.parameters(plan, rows, crop=False)
+
+
+def clips(
+    frames: Frames, rows: Int64[Tensor, " B"], stages: torch_stages.Stages, size: int, dtype: torch.dtype
+) -> Float[Tensor, "B T S S 3"]:
+    """Return clips on the device of `frames`, made on its current stream. What `frames` points to has to be kept.
+
+    Args:
+        frames: the table.
+        rows: of it.
+        stages: which there are in the epoch.
+        size: S.
+        dtype: float32, bfloat16 or float16.
+    """
+    if frames.cuts.is_cuda:
+        return on_gpu(frames, rows, stages, size, dtype)
+    out = np.empty((len(rows), frames.cuts.shape[1], size, size, 3), dtype=np.float32)
+    _on_cpu(out, rows.numpy(), frames.cuts.numpy(), frames.parameters.numpy())
+    return torch.from_numpy(out).to(dtype)
+
+
+def of_decoded(
+    decoded: Decoded,
+    plan: EpochPlan,
+    rows: Int64[np.ndarray, " B"],
+    stages: torch_stages.Stages,
+    size: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "B T S S 3"]:
+    """Return the clips of some rows of a plan, of whose frames, T of each, `decoded` has all pixels.
+
+    On the stream for which the pipeline was asked for them: DALI uses their memory again when that has come so far.
+    """
+    sizes = np.array(decoded.shape(), dtype=np.int64).reshape(len(rows), -1, 3)
+    ends = np.cumsum(sizes.prod(2)).reshape(sizes.shape[:2])
+    pixels = torch.from_dlpack(decoded.as_reshaped_tensor([int(ends[-1, -1])]))
+    cuts = cut_out(pixels.data_ptr() + ends - sizes.prod(2), sizes[:, :, 0], sizes[:, :, 1], plan.box[rows])
+    words = torch_stages.upload(pack(cuts, parameters(plan, rows)), pixels.device)
+    return clips(*Frames.unpack(words, len(rows), sizes.shape[1]), stages, size, dtype)
+
+
+def on_gpu(
+    frames: Frames, rows: Int64[Tensor, " B"], stages: torch_stages.Stages, size: int, dtype: torch.dtype
+) -> Float[Tensor, "B T S S 3"]:
+    """Return clips by the GPU's kernel; where an epoch warps or blurs, what follows the resize is torch's."""
+    from dali_pipes import pixel_kernel  # here, because Triton is not installed everywhere
+
+    if not stages.touches_geometry:
+        return pixel_kernel.clips(rows, *frames, size, dtype)
+    pictures = pixel_kernel.clips(rows, *frames, size, None)
+    p = frames.parameters[rows]
+    warp, colour = (p[:, a:b].reshape(-1, *shape) for a, b, shape in _MATRICES)
+    drawn = torch_stages.Drawn(warp, p[:, kernels.BLUR], colour, p[:, kernels.ERASE : kernels.COLOUR])
+    return torch_stages.treat(pictures, stages, drawn).to(dtype)
+
+
+@njit(fastmath={"contract"}, nogil=True, error_model="numpy")
+def _on_cpu(out, rows, cuts, parameters):
+    for clip in range(len(rows)):
+        row = rows[clip]
+        for t in range(cuts.shape[1]):
+            pitch, height, columns = cuts[row, t, 1], cuts[row, t, 2], cuts[row, t, 3]
+            source = carray(pointer(cuts[row, t, 0]), ((height - 1) * pitch + 3 * columns,), np.uint8)
+            pixels = np.empty((height, columns, 3), np.uint8)
+            for y in range(height):
+                pixels[y] = source[y * pitch : y * pitch + 3 * columns].reshape(columns, 3)
+            kernels.fused(out[clip, t], pixels, parameters[row])

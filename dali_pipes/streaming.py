@@ -1,0 +1,308 @@
+"""Raw clips for a GPU, without DALI: compiled code reads a batch into pinned memory, one copy and one kernel follow.
+
+No Python runs for a clip or a frame, but where one is bad or its hash is to be checked. Later batches are read, copied
+and made beside the consumer's work, on the GPU on a stream of their own. Where clips end up on a CPU, as in the tests,
+all is the same but for pinned memory, the stream, and the kernel.
+"""
+
+# The types of numba describe Python's side of compiled functions, not the functions.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import contextlib
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from itertools import islice, pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int32, Int64, UInt8
+from numba import types
+from torch.profiler import record_function
+
+from dali_pipes import pixels
+from dali_pipes.bad_clips import BadClips, hung, stand_ins
+from dali_pipes.compiling import njit
+from dali_pipes.native import DONE, ODD, WAITING
+from dali_pipes.options import LoaderOptions
+from dali_pipes.readers import Readers
+from dali_pipes.sources import BadClip, Shards
+from dali_pipes.torch_stages import Stages
+from dfer.cli import UserError
+from dfer.files import reason
+from dfer.lists.index import ClipIndex, Packed
+from dfer.plan.sampling import EpochPlan
+
+AHEAD = 2  # batches that are read before their turn
+
+# The C library's, which every process has. Unlike memory that a file is mapped to, it survives a file that is cut, or a
+# disk that fails, and what it copies lies where the GPU can fetch it.
+_pread = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
+
+
+class _Reading(NamedTuple):
+    """A batch that is read."""
+
+    rows: Int64[np.ndarray, " B"]  # of the plan
+    buffer: torch.Tensor  # uint8: room for the table, then the clips
+    position: Int64[np.ndarray, " B"]  # in the buffer
+    size: Int64[np.ndarray, " B"]  # bytes of a frame
+    states: UInt8[np.ndarray, " B"]
+    jobs: list[Future[None]]
+
+    @property
+    def fine(self) -> bool:
+        """Return whether it is there as it should be."""
+        return all(job.done() for job in self.jobs) and bool((self.states == DONE).all())
+
+
+class _Made(NamedTuple):
+    """A batch whose clips are being made."""
+
+    clips: torch.Tensor
+    good: Bool[np.ndarray, " B"]
+    ready: torch.cuda.Event | None
+
+
+class RawStream:
+    """The clips of a raw source, batch by batch.
+
+    At most AHEAD batches are in pinned memory and one more on its way out of it, a batch being its frames as they are
+    stored (torch rounds each up to a power of two and uses it again); one is made, one with the consumer.
+
+    Args:
+        index: the videos.
+        source: of `index`; it finds out what is wrong with a clip.
+        bad: where bad clips are told.
+        options: of the loader.
+
+    Raises:
+        UserError: if a shard cannot be opened.
+    """
+
+    def __init__(self, index: ClipIndex, source: Shards, bad: BadClips, options: LoaderOptions):
+        self._index, self._source, self._store = index, source, source.store
+        self._bad, self._options, self._device = bad, options, options.torch_device
+        self.num_threads = max(options.num_threads, 4)  # storage is waited for, not computed with
+        self._gpu = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if self._gpu else None
+        self._files = open_shards(self._store)
+        weakref.finalize(self, close_shards, self._files)
+
+    def begin(self, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]) -> "StreamedEpoch":
+        """Return the batches of an epoch, of which the first are read from now on."""
+        return StreamedEpoch(self, plan, steps)
+
+    def read(self, readers: Readers, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> _Reading:
+        """Start to read a batch."""
+        store, videos, frames = self._store, plan.video[rows], plan.frames[rows]
+        size = 3 * store.height[videos].astype(np.int64) * store.width[videos]
+        ends = np.cumsum(frames.shape[1] * size) + 8 * pixels.num_words(*frames.shape)
+        buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._gpu)
+        states = np.zeros(len(rows), dtype=np.uint8)
+        reading = _Reading(rows, buffer, ends - frames.shape[1] * size, size, states, [])
+        parts = np.linspace(0, len(rows), min(len(rows), self.num_threads) + 1).astype(int).tolist()
+        for begin, end in pairwise(parts):
+            reading.jobs.append(readers.submit(self._read_part, reading, videos, frames, begin, end))
+        return reading
+
+    def _read_part(
+        self,
+        reading: _Reading,
+        videos: Int64[np.ndarray, " B"],
+        frames: Int64[np.ndarray, "B T"],
+        begin: int,
+        end: int,
+    ) -> None:
+        """Read clips [begin, end) of a batch, in a thread."""
+        store, part = self._store, slice(begin, end)
+        files = self._files[store.shard[videos[part]]]
+        offset = store.offset[store.first[videos[part]][:, None] + frames[part]]
+        address = reading.buffer.data_ptr() + reading.position[part]
+        if self._index.hashes is None:
+            read_clips(files, offset, reading.size[part], address, reading.states[part])
+            return
+        read = np.zeros(end - begin, dtype=np.uint8)
+        read_clips(files, offset, reading.size[part], address, read)
+        for place in range(begin, end):
+            fits = read[place - begin] == DONE and self._fit(reading, place, int(videos[place]), frames[place])
+            reading.states[place] = DONE if fits else ODD
+
+    def _fit(self, reading: _Reading, place: int, video: int, frames: Int64[np.ndarray, " T"]) -> bool:
+        """Return whether the frames of a clip have their hashes. Python's hashing holds no lock."""
+        pictures, hashes = self._pictures(reading, place, len(frames)), self._index.hashes
+        assert hashes is not None
+        return all(hashes.fit(video, int(frame), data) for frame, data in zip(frames, pictures, strict=True))
+
+    def _pictures(self, reading: _Reading, place: int, num_frames: int) -> UInt8[np.ndarray, "T _"]:
+        """Return the part of the buffer that holds a clip."""
+        start, size = int(reading.position[place]), int(reading.size[place])
+        return reading.buffer.numpy()[start : start + num_frames * size].reshape(num_frames, size)
+
+    @record_function("reading")
+    def _wait(self, reading: _Reading, plan: EpochPlan) -> Bool[np.ndarray, " B"]:
+        """Return which clips of a batch are good, once it is read. What was odd is read again, in Python."""
+        videos = plan.video[reading.rows]
+        for job in reading.jobs:
+            try:
+                job.result(self._options.patience)
+            except TimeoutError:
+                late = np.flatnonzero(reading.states == WAITING)
+                first = int(videos[late[0]]) if len(late) else int(videos[0])  # all may have come since
+                raise hung(self._index, first, max(len(late), 1), len(videos), self._options.patience) from None
+        good = np.ones(len(videos), dtype=bool)
+        for place in np.flatnonzero(reading.states != DONE).tolist():
+            video, frames = int(videos[place]), plan.frames[reading.rows[place]]
+            try:
+                pictures = self._stored(video, frames)
+                self._pictures(reading, place, len(frames))[:] = np.reshape(pictures, (len(frames), -1))
+            except BadClip as error:
+                self._bad.add(video, error)
+                good[place] = False
+        return good
+
+    def _stored(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W 3"]]:
+        """Return the frames of a clip that could not be read at once.
+
+        Raises:
+            BadClip: if they cannot be read now.
+        """
+        store = self._store
+        for frame in frames.tolist():
+            row = store.first[video] + frame
+            try:  # before the source looks at mapped memory, where a failing disk would end the process
+                os.pread(self._files[store.shard[video]], int(store.length[row]), int(store.offset[row]))
+            except OSError as error:
+                raise BadClip(f"{self._source.name(video, frame)}: {reason(error)}") from None
+        return self._source.stored(video, frames)
+
+    def make(self, reading: _Reading, plan: EpochPlan, stages: Stages) -> _Made:
+        """Start the copy of a batch and its kernel, once it is read."""
+        good, options = self._wait(reading, plan), self._options
+        (batch, length), dtype = (len(reading.rows), plan.frames.shape[1]), options.dtype
+        if not good.any():
+            shape = (batch, length, options.size, options.size, 3)
+            return _Made(torch.zeros(shape, dtype=dtype, device=self._device), good, None)
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            there = torch.empty_like(reading.buffer, device=self._device) if self._gpu else reading.buffer
+            words = self._table(reading, plan, stand_ins(np.arange(batch), good), there.data_ptr())
+            reading.buffer[: words.nbytes] = torch.from_numpy(words.view(np.uint8))
+            if self._gpu:
+                there.copy_(reading.buffer, non_blocking=True)
+            table = pixels.Frames.unpack(there[: words.nbytes].view(torch.int64), batch, length)
+            clips = pixels.clips(*table, stages, options.size, dtype)
+            return _Made(clips, good, self._stream.record_event() if self._stream else None)
+
+    def _table(
+        self, reading: _Reading, plan: EpochPlan, places: Int64[np.ndarray, " B"], address: int
+    ) -> Int64[np.ndarray, " _"]:
+        """Return what the kernel has to know: which clips, where, and what is done to them.
+
+        Args:
+            reading: the batch.
+            plan: of the epoch.
+            places: in the batch, of the clips whose pixels are shown.
+            address: of the buffer, as the kernel sees it.
+        """
+        rows, store, count = reading.rows[places], self._store, np.arange(plan.frames.shape[1])
+        videos, starts = plan.video[rows], address + reading.position[places]
+        height, width = (side[videos].astype(np.int64)[:, None] for side in (store.height, store.width))
+        cuts = pixels.cut_out(starts[:, None] + count * reading.size[places][:, None], height, width, plan.box[rows])
+        return pixels.pack(cuts, pixels.parameters(plan, rows))
+
+
+class StreamedEpoch:
+    """The batches of an epoch: iterated over once, or closed."""
+
+    def __init__(self, stream: RawStream, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]):
+        self._stream, self._plan, self._left = stream, plan, iter(steps)
+        self._readers = Readers(stream.num_threads)
+        self._ahead: deque[_Reading] = deque()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        rows = islice(self._left, AHEAD - len(self._ahead))
+        self._ahead.extend(self._stream.read(self._readers, self._plan, batch) for batch in rows)
+
+    def close(self) -> None:
+        """End the threads that read."""
+        self._readers.close()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Bool[np.ndarray, " B"]]]:
+        """Yield the clips of each step, (B, T, S, S, 3), and which of them are their own.
+
+        Those of a bad clip are a good one's, or zeros.
+
+        Raises:
+            UserError: as ClipLoader's.
+        """
+        stages, made = Stages(self._plan), None
+        try:
+            while self._ahead or made is not None:
+                now = made or self._stream.make(self._ahead.popleft(), self._plan, stages)
+                made = None
+                if self._ahead and self._ahead[0].fine:
+                    # The next one is made already if nothing about it has to be waited for, or told.
+                    made = self._stream.make(self._ahead.popleft(), self._plan, stages)
+                self._read_on()
+                if now.ready is not None:
+                    consumer = torch.cuda.current_stream(now.clips.device)
+                    consumer.wait_event(now.ready)
+                    now.clips.record_stream(consumer)
+                yield now.clips, now.good
+        finally:
+            self.close()
+
+
+def open_shards(store: Packed) -> Int32[np.ndarray, " S"]:
+    """Return the file descriptors of the shards.
+
+    Raises:
+        UserError: if one cannot be opened.
+    """
+    files: list[int] = []
+    for path in store.paths:
+        try:
+            files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            close_shards(files)
+            raise UserError(f"{path}: {reason(error)}") from None
+    return np.array(files, dtype=np.int32)
+
+
+def close_shards(files: Iterable[int]) -> None:
+    """Close file descriptors."""
+    for file in files:
+        os.close(int(file))
+
+
+@njit(nogil=True)
+def read_clips(files, offset, size, address, states):
+    """Read clips; `states` says which are there.
+
+    Args:
+        files: (B,) int32 file descriptors.
+        offset: (B, T) int64, of the frames in the files.
+        size: (B,) int64, bytes of a frame.
+        address: (B,) int64, where each clip goes.
+        states: (B,) uint8; becomes DONE, or ODD for what is not to be had.
+    """
+    for clip in range(len(files)):
+        t, whole = 0, True
+        while t < offset.shape[1] and whole:
+            count = 1  # frames that follow each other in the file
+            while t + count < offset.shape[1] and offset[clip, t + count] == offset[clip, t] + count * size[clip]:
+                count += 1
+            got = 0
+            while got < count * size[clip]:
+                to = address[clip] + t * size[clip] + got
+                more = _pread(files[clip], to, count * size[clip] - got, offset[clip, t] + got)
+                if more <= 0:
+                    whole = False
+                    break
+                got += more
+            t += count
+        states[clip] = DONE if whole else ODD

@@ -21,7 +21,7 @@ ONLY_IN = {
     "nvidia": {"dali_pipes/graphs.py", "benchmarks/peers.py", "benchmarks/gpu_parts/decoders.py"},
     "cv2": {
         *("dfer/video/detectors.py", "dfer/video/drawn.py", "dfer/video/faces.py", "dfer/video/shots.py"),
-        *("scripts/make_faces.py", "benchmarks/comparison/faults.py", "benchmarks/peers.py"),
+        *("scripts/make_faces.py", "benchmarks/comparison/faults.py", "benchmarks/peers.py", "benchmarks/engines.py"),
     },
 }
 
@@ -138,7 +138,7 @@ OVERSIZED: dict[str, int] = {
     "dfer/video/drawn.py:_compose()": 136,
     "dfer/video/drawn.py:add(...)": 9,
     "benchmarks/crf_speed.py": 418,
-    "benchmarks/loader_speed.py": 717,
+    "benchmarks/loader_speed.py": 692,
     "benchmarks/loader_speed.py:parse()": 65,
     "benchmarks/peers.py": 624,
 }

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.peers import CPU_LIMITS_OF, GPU_LIMITS_OF, PEERS, source_of
+from benchmarks.engines import ALL_PEERS
+from benchmarks.peers import CPU_LIMITS_OF, GPU_LIMITS_OF, source_of
 from benchmarks.storage import SOURCES
 
 REFERENCE = "pil-frames"  # the field's own way
@@ -30,7 +31,7 @@ def draw(path: Path, report: dict, title: str) -> None:
 
     device, reference = report["settings"]["device"], median(REFERENCE)
     shown_sources = [source for source in SOURCES if median(f"dfer-{source}")]
-    rivals = {s: best(n for n in PEERS if source_of(n) == s and n != REFERENCE) for s in shown_sources}
+    rivals = {s: best(n for n in ALL_PEERS if source_of(n) == s and n != REFERENCE) for s in shown_sources}
     limits = {source: best(limits_of(device, source)) for source in shown_sources}
     tallest = max([median(f"dfer-{s}") for s in shown_sources] + [r[0] for r in rivals.values()] + [reference, 1e-9])
     # A limit far above all bars would flatten them: it is written at the edge instead.

@@ -13,13 +13,10 @@ the rounds, since the speed of a machine drifts.
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -38,7 +35,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peers
+from benchmarks.about import describe_data, headline, machine
 from benchmarks.chart import REFERENCE, draw, limits_of
+from benchmarks.engines import ALL_PEERS, ENGINES, interpreter, note_of, open_engine
 from benchmarks.peers import CPU_LIMITS, GPU_LIMITS, PEERS, Task, source_of
 from benchmarks.quiet import QUIET, Usage, memory_mib, wait_for_quiet
 from benchmarks.storage import (
@@ -81,6 +80,8 @@ def open_design(name: str, task: Task) -> Iterator[Tensor | int]:
         return ours(task, name)
     if name in PEERS:
         return peers.peer(name, task)
+    if name in ENGINES:
+        return open_engine(name, task)
     limit, source = (CPU_LIMITS | GPU_LIMITS)[name]
     return limit(task, source)
 
@@ -243,7 +244,7 @@ def child(args: argparse.Namespace) -> int:
         return 0
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in peers.LIBRARIES:
-            raise  # it is ours that is broken
+            raise  # ours is broken: of the others' libraries any may be missing
         hint = error.msg if error.msg.startswith("needs ") else BENCH_HINT
         print(f"not installed: {error.name}: {hint}", file=sys.stderr)
     except ValueError as error:
@@ -305,8 +306,10 @@ def run_child(args: argparse.Namespace, case: Case) -> dict:
         "rounds",
         "stem",
     )
+    if args.cold and case.design in ENGINES and ENGINES[case.design].stores:
+        raise ValueError("reads a copy of the data of its own, which --cold does not drop from memory")
     settings = {name: getattr(args, name) for name in names} | dict(case.options)
-    command = [sys.executable, __file__, "--design", case.design, "--folder", str(case.folder)]
+    command = [interpreter(case.design), __file__, "--design", case.design, "--folder", str(case.folder)]
     for name, value in settings.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     command += [f"--{name}" for name in ("cold", "starve", "compile") if getattr(args, name)]
@@ -376,22 +379,32 @@ def run_quietly(args: argparse.Namespace, case: Case, new: bool) -> Record:
 def compare(args: argparse.Namespace, folder: Path) -> dict:
     """Measure the designs and return the report."""
     limits = CPU_LIMITS if args.device == "cpu" else GPU_LIMITS
-    designs = args.designs or [*ours_on(args.device), *(PEERS if args.peers else [REFERENCE]), *limits]
+    designs = args.designs or [*ours_on(args.device), *(ALL_PEERS if args.peers else [REFERENCE]), *limits]
     results = run_all(args, [Case(name, name, folder, {}) for name in designs], args.rounds)
 
     ratios = {}
     for key, source in RATIOS.items():
         rivals = [p for p in PEERS if source_of(p) == "video"] if key == "video" else [REFERENCE]
         ratios[key] = results.ratios(f"dfer-{source}", rivals)
+    best = {key: best_peer(results, source) for key, source in RATIOS.items()}
+    of_best = {key: results.ratios(f"dfer-{s}", [best[key]]) if best[key] else [] for key, s in RATIOS.items()}
     of_limit = {key: results.ratios(f"dfer-{s}", limits_of(args.device, s)) for key, s in RATIOS.items()}
     return {
         "clips_per_s": {name: results.values(name) for name in designs if name in results.records},
         "ratios": {key: statistics.median(values) if values else None for key, values in ratios.items()},
         "ratios_by_round": ratios,
+        "best_peers": best,
+        "of_best_peer": {key: statistics.median(values) if values else None for key, values in of_best.items()},
         "of_limit": {key: statistics.median(values) if values else None for key, values in of_limit.items()},
         "failed": results.failed,
         "runs": results.records,
     }
+
+
+def best_peer(results: Results, source: str) -> str | None:
+    """The peer of a kind of storage with the highest median of those that ran."""
+    ran = [name for name in ALL_PEERS if source_of(name) == source and results.values(name)]
+    return max(ran, key=lambda name: statistics.median(results.values(name)), default=None)
 
 
 def table_of(title: str, first: str, *columns: str) -> Table:
@@ -404,13 +417,13 @@ def table_of(title: str, first: str, *columns: str) -> Table:
 
 def print_comparison(args: argparse.Namespace, report: dict, console: Console) -> None:
     results = Results(report["runs"], report["failed"])
-    table = table_of("clips/s", "design", "median", "min", "max", f"x {REFERENCE}", "of its limit")
-    sections = [[name for name in (*OURS, *PEERS) if source_of(name) == source] for source in SOURCES]
+    table = table_of("clips/s", "design", "median", "min", "max", f"x {REFERENCE}", "of its limit", "")
+    sections = [[name for name in (*OURS, *ALL_PEERS) if source_of(name) == source] for source in SOURCES]
     known = report["clips_per_s"].keys() | report["failed"].keys()
     for names in (*sections, CPU_LIMITS | GPU_LIMITS):
         for name in names:
             if name in report["failed"]:
-                table.add_row(name, "-")
+                table.add_row(name, "-", *4 * [""], "failed, see below")
             elif name in known:
                 speeds = results.values(name)
                 cells = [f"{f(speeds):,.1f}" for f in (statistics.median, min, max)]
@@ -420,9 +433,12 @@ def print_comparison(args: argparse.Namespace, report: dict, console: Console) -
                     [] if name.startswith("limit") else results.ratios(name, limits_of(args.device, source_of(name)))
                 )
                 cells.append(f"{100 * statistics.median(share):.0f} %" if share else "-")
-                table.add_row(name, *cells)
+                table.add_row(name, *cells, note_of(name))
         table.add_section()
     console.print(table)
+    for key, peer in report["best_peers"].items() if args.peers else ():
+        if report["of_best_peer"][key]:
+            console.print(f"{key}: {report['of_best_peer'][key]:.2f} times the best peer, {peer}")
 
 
 # ---- The other questions: growth, starvation, memory.
@@ -541,47 +557,6 @@ def settled_slope(memory: Sequence[float]) -> float:
 # ---- The command line.
 
 
-def machine() -> dict:
-    """What the figures depend on."""
-    names = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "opencv-python-headless", "pillow", "av", "decord")
-    versions = {}
-    for name in (*names, "torchcodec", "webdataset", "simplejpeg"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cores": CORES,
-        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def describe_data(args: argparse.Namespace, folder: Path) -> dict:
-    index, paths = load_index(folder / "frames.txt"), files_of(folder, "frames")
-    return {
-        "list": str(args.list),
-        "clips": len(index),
-        "mean_frames": float(index.num_frames.mean()),
-        "min_frames": int(index.num_frames.min()),
-        "max_frames": int(index.num_frames.max()),
-        "mean_bytes_per_frame": sum(map(os.path.getsize, paths)) / len(paths),
-    }
-
-
-def headline(report: dict) -> str:
-    settings, data = report["settings"], report["data"]
-    return (
-        f"{settings['frames']} of {data['mean_frames']:.1f} frames ({data['min_frames']} to {data['max_frames']}; "
-        f"{data['mean_bytes_per_frame'] / 1000:.1f} kB each), {data['clips']:,} clips, crops from "
-        f"{settings['min_crop_area']:g} of the area, {settings['size']} px float32\n"
-        f"batch {settings['batch_size']}, {settings['threads']} threads or workers on "
-        f"{report['machine']['cores']} cores, {settings['device']}, "
-        f"{'cold files' if settings['cold'] else 'files in memory'}"
-    )
-
-
 def print_caveats(args: argparse.Namespace, report: dict, console: Console) -> None:
     for name, reason in report["failed"].items():
         console.print(f"{name}: {escape(printable(reason))}", soft_wrap=True)
@@ -603,7 +578,7 @@ def print_caveats(args: argparse.Namespace, report: dict, console: Console) -> N
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("loader_speed.py", __doc__)
-    known = [*OURS, *PEERS, *(CPU_LIMITS | GPU_LIMITS)]
+    known = [*OURS, *ALL_PEERS, *(CPU_LIMITS | GPU_LIMITS)]
 
     def designs(text: str) -> list[str]:
         names = text.split(",")
@@ -633,7 +608,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     work.add_argument("--device", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
     run = parser.add_argument_group("the measurement")
     run.add_argument("--designs", type=designs, help="only these, with commas between")
-    run.add_argument("--peers", action="store_true", help="all peers, not the field's own way alone")
+    run.add_argument("--peers", action="store_true", help="all peers, not the field's own way alone: make bench-peers")
     run.add_argument("--rounds", type=whole(1, 1000), default=3)
     run.add_argument("--seconds", type=number(0.01, 3600), default=5.0, help="at least, of each run (5)")
     run.add_argument("--warmup", type=whole(1, 10**6), default=4, help="batches before the clock starts (4)")
@@ -674,7 +649,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return child(args)
     try:
         folder = prepare_frames(args.list, args.root, args.clips, args.cache)
-        data = describe_data(args, folder)
+        data = describe_data(args.list, folder)
     except ValueError as error:
         print(f"loader_speed.py: {printable(error)}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.sampling import ClipSampler, EpochPlan
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
 
-LIBRARIES = ("decord", "torchcodec", "webdataset", "simplejpeg")  # of requirements-bench.txt: may be missing
+LIBRARIES = ("decord", "torchcodec", "webdataset", "simplejpeg", "spdl", "grain", "litdata", "streaming", "ffcv")
 MEAN, STD = IMAGENET_MEAN.tolist(), IMAGENET_STD.tolist()
 
 

@@ -2,8 +2,8 @@
 
 DALI's own CPU operators do the same in several passes, each of which costs more than decoding the frame. This kernel
 runs inside the DALI graph, in its threads and without Python, and passes over the memory once: rows are blended with
-contiguous vector code, columns one pixel at a time (in four lanes, of which the last is not used), and the colours of a
-line are mixed while it is in the cache. Nothing is rounded in between.
+contiguous vector code, columns one pixel at a time (in four lanes, of which the last is not used) for a few lines at
+once, and the colours of a line are mixed while it is in the cache. Nothing is rounded in between.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.
@@ -31,6 +31,7 @@ NUM_PARAMETERS = 44
 # "contract" lets a product and a sum become one instruction; sums are never reordered.
 _FAST = {"fastmath": {"contract"}, "nogil": True, "error_model": "numpy"}
 _F4 = ir.VectorType(ir.FloatType(), 4)
+_LINES = 4  # whose columns are blended together: 8 are slower
 
 
 def parameters(
@@ -76,15 +77,13 @@ def fused(out, pixels, p):
     """
     size = out.shape[0]
     planar = pixels.shape[2] == 1
-    height, width = pixels.shape[0], pixels.shape[1]
-    if planar:
-        height = height // 3 * 2
+    height, width = pixels.shape[0] // 3 * 2 if planar else pixels.shape[0], pixels.shape[1]
     top, rows = _cut(p[BOX], p[BOX + 2], height)
     left, columns = _cut(p[BOX + 1], p[BOX + 3], width)
     y_first, y_weights = _triangles(rows, size, False)
     x_first, x_weights = _triangles(columns, size, p[MIRROR] != 0)
-    blended = np.zeros(3 * columns + 3 * x_weights.shape[1] + 4, np.float32)
-    line = np.zeros(3 * size + 4, np.float32)
+    blended = np.zeros((_LINES, 3 * columns + 3 * x_weights.shape[1] + 4), np.float32)
+    lines = np.zeros((_LINES, 3 * size + 4), np.float32)
     rgb = np.empty(3 * size if planar else 0, np.float32)
     warps = False
     for i in range(6):
@@ -93,11 +92,15 @@ def fused(out, pixels, p):
     picture = np.empty((size if geometry else 0, 3 * size), np.float32)
     flat = pixels.reshape(pixels.shape[0], pixels.shape[1] * pixels.shape[2])
     for y in range(size):
-        if planar:
-            _blend_yuv(blended, flat, height, width, top + y_first[y], y_weights[y], left, columns, p[CHROMA_LEFT] != 0)
-        else:
-            _blend_rows(blended, flat, top + y_first[y], top + rows - 1, 3 * left, 3 * columns, y_weights[y])
-        _blend_columns(line, blended, x_first, x_weights)
+        if y % _LINES == 0:
+            for k in range(min(_LINES, size - y)):
+                row, weights = top + y_first[y + k], y_weights[y + k]
+                if planar:
+                    _blend_yuv(blended[k], flat, height, width, row, weights, left, columns, p[CHROMA_LEFT] != 0)
+                else:
+                    _blend_rows(blended[k], flat, row, top + rows - 1, 3 * left, 3 * columns, weights)
+            _blend_columns(lines, blended, x_first, x_weights)
+        line = lines[y % _LINES]
         if planar:
             _mix(rgb, line, p[YUV:CHROMA_LEFT])
             for i in range(3 * size):
@@ -170,11 +173,14 @@ def _triangles(source, size, mirror):
 @njit(**_FAST)
 def _blend_rows(out, source, row, last, start, length, weights):
     """Set out[:length] to weights @ source[row : row + len(weights), start : start + length]; rows end at `last`."""
-    for k in range(0, len(weights), 4):
+    taps = len(weights)
+    while taps > 2 and weights[taps - 1] == 0 and weights[taps - 2] == 0:  # they would add nothing
+        taps -= 2
+    for k in range(0, taps, 4):
         a = source[min(row + k, last), start : start + length]
         b = source[min(row + k + 1, last), start : start + length]
         v, w = weights[k], weights[k + 1]
-        if k + 2 < len(weights):
+        if k + 2 < taps:
             c = source[min(row + k + 2, last), start : start + length]
             d = source[min(row + k + 3, last), start : start + length]
             x, y = weights[k + 2], weights[k + 3]
@@ -193,32 +199,36 @@ def _blend_rows(out, source, row, last, start, length, weights):
 
 
 @intrinsic
-def _blend_pixel(typingctx, out, o, source, j, weights, i, taps):
-    """Set out[o : o + 4] to the sum over k < taps of weights[i + k] * source[j + 3 k : j + 3 k + 4]; float32, flat.
+def _blend_pixels(typingctx, out, o, source, j, weights, i, taps):
+    """Set out[:, o : o + 4] to the sum over k < taps of weights[i + k] * source[:, j + 3 k : j + 3 k + 4].
 
-    LLVM does not find this by itself. Every target has some form of four-lane vectors.
+    All float32: `out` and `source` of _LINES rows, which share the loads of the weights, and `weights` flat. LLVM does
+    not find this by itself. Every target has some form of four-lane vectors.
     """
 
     def codegen(context, builder, signature, args):
-        def pointer(array: int, index: int) -> ir.Value:
-            base = context.make_array(signature.args[array])(context, builder, args[array]).data
-            return builder.gep(base, [args[index]])
+        def pointers(number: int, lines: int) -> list[ir.Value]:
+            array = context.make_array(signature.args[number])(context, builder, args[number])
+            width = builder.extract_value(array.shape, 1) if lines > 1 else args[number + 1]
+            starts = [builder.add(builder.mul(width, width.type(line)), args[number + 1]) for line in range(lines)]
+            return [builder.gep(array.data, [start]) for start in starts]
 
-        out, source, weights = pointer(0, 1), pointer(2, 3), pointer(4, 5)
-        total = cgutils.alloca_once(builder, _F4)
-        builder.store(ir.Constant(_F4, [0.0] * 4), total)
+        targets, pixels, (weights,) = pointers(0, _LINES), pointers(2, _LINES), pointers(4, 1)
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(_F4, [0.0] * 4)) for _ in range(_LINES)]
         with cgutils.for_range(builder, args[6]) as loop:
             step = builder.mul(loop.index, loop.index.type(3))
-            pixel = builder.load(builder.bitcast(builder.gep(source, [step]), _F4.as_pointer()))
-            pixel.align = 4
             weight = builder.load(builder.gep(weights, [loop.index]))
             undefined = ir.Constant(_F4, ir.Undefined)
             weight = builder.insert_element(undefined, weight, ir.IntType(32)(0))
             weight = builder.shuffle_vector(weight, undefined, ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4))
-            product = builder.fmul(pixel, weight, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-        store = builder.store(builder.load(total), builder.bitcast(out, _F4.as_pointer()))
-        store.align = 4
+            for total, start in zip(totals, pixels, strict=True):
+                pixel = builder.load(builder.bitcast(builder.gep(start, [step]), _F4.as_pointer()))
+                pixel.align = 4
+                product = builder.fmul(pixel, weight, flags=("contract",))
+                builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+        for total, target in zip(totals, targets, strict=True):
+            store = builder.store(builder.load(total), builder.bitcast(target, _F4.as_pointer()))
+            store.align = 4
         return context.get_dummy_value()
 
     return types.void(out, o, source, j, weights, i, taps), codegen
@@ -226,21 +236,23 @@ def _blend_pixel(typingctx, out, o, source, j, weights, i, taps):
 
 @njit(**_FAST)
 def _blend_columns(out, source, first, weights):
-    """Set out[3 x : 3 x + 3] to weights[x] @ pixels of `source` from first[x] on; the element after holds garbage."""
-    taps = weights.shape[1]
-    flat = weights.reshape(weights.size)
+    """Set out[:, 3 x : 3 x + 3] to weights[x] @ pixels of `source` from first[x] on; after the last comes garbage."""
+    taps, flat = weights.shape[1], weights.reshape(weights.size)
     if taps == 2:  # a constant number is compiled into straight code
         for x in range(len(first)):
-            _blend_pixel(out, 3 * x, source, 3 * first[x], flat, 2 * x, 2)
+            _blend_pixels(out, 3 * x, source, 3 * first[x], flat, 2 * x, 2)
     elif taps == 4:
         for x in range(len(first)):
-            _blend_pixel(out, 3 * x, source, 3 * first[x], flat, 4 * x, 4)
+            if flat[4 * x + 2] == 0 and flat[4 * x + 3] == 0:  # they would add nothing
+                _blend_pixels(out, 3 * x, source, 3 * first[x], flat, 4 * x, 2)
+            else:
+                _blend_pixels(out, 3 * x, source, 3 * first[x], flat, 4 * x, 4)
     elif taps == 6:
         for x in range(len(first)):
-            _blend_pixel(out, 3 * x, source, 3 * first[x], flat, 6 * x, 6)
+            _blend_pixels(out, 3 * x, source, 3 * first[x], flat, 6 * x, 6)
     else:
         for x in range(len(first)):
-            _blend_pixel(out, 3 * x, source, 3 * first[x], flat, taps * x, taps)
+            _blend_pixels(out, 3 * x, source, 3 * first[x], flat, taps * x, taps)
 
 
 @njit(**_FAST)

@@ -73,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         default=default.shard_bytes // 10**6,
         help="(default: %(default)s)",
     )
-    parser.add_argument("--workers", type=in_range(int, 1, 512), default=usable_cores(), help="threads")
+    parser.add_argument(
+        "--workers", type=in_range(int, 1, 512), default=usable_cores(), help="processes; of --verify threads"
+    )
     parser.add_argument("--verify", type=Path, metavar="DIR/LIST.txt", help="read a pack again, and all of it")
     args = parser.parse_args(arguments)
     if args.verify is not None and (args.lists or args.out is not None):

@@ -24,7 +24,7 @@ ONLY_IN = {
     },
     "cv2": {
         *("dfer/video/detectors.py", "dfer/video/drawn.py", "dfer/video/faces.py", "dfer/video/shots.py"),
-        *("scripts/make_faces.py", "benchmarks/comparison/faults.py", "benchmarks/peers.py"),
+        *("scripts/make_faces.py", "benchmarks/comparison/faults.py", "benchmarks/peers.py", "benchmarks/engines.py"),
     },
 }
 
@@ -142,7 +142,7 @@ OVERSIZED: dict[str, int] = {
     "dfer/video/drawn.py:_compose()": 136,
     "dfer/video/drawn.py:add(...)": 9,
     "benchmarks/crf_speed.py": 418,
-    "benchmarks/loader_speed.py": 717,
+    "benchmarks/loader_speed.py": 692,
     "benchmarks/loader_speed.py:parse()": 65,
     "benchmarks/peers.py": 624,
 }

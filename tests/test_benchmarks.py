@@ -209,7 +209,9 @@ def test_the_report(clips, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "r.json").read_text())
     assert set(report) == {"command", "settings", "machine", "data", "clips_per_s", "ratios", "ratios_by_round",
-                           "of_limit", "failed", "runs"}  # fmt: skip
+                           "best_peers", "of_best_peer", "of_limit", "failed", "runs"}  # fmt: skip
+    assert report["best_peers"]["frames"] == "pil-frames" and report["best_peers"]["video"] is None
+    assert report["of_best_peer"] == report["ratios"]
     assert report["command"].startswith("python benchmarks/loader_speed.py --list")
     assert report["settings"]["frames"] == 4 and report["data"]["clips"] == 8 and report["machine"]["torch"]
     speeds = report["clips_per_s"]

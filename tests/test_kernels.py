@@ -48,6 +48,17 @@ def test_the_kernel_equals_the_oracle(shape):
         assert np.abs(one_frame(frame, plan, video) - want).max() < 2e-4
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 22, 31])
+def test_any_size_equals_the_oracle(size):
+    """Lines are blended some at a time: the last ones may be fewer."""
+    rng = np.random.default_rng(4)
+    plan = train_plan(Augmentation(min_crop_area=0.3), 4)
+    for video in range(4):
+        frame = picture(rng, 33, 45)
+        want = oracle_clip([frame], plan, video, size)[0].transpose(1, 2, 0)
+        assert np.abs(one_frame(frame, plan, video, size=size) - want).max() < 2e-4
+
+
 def test_outputs_are_rounded_to_their_type():
     rng = np.random.default_rng(2)
     plan = train_plan(EVERYTHING, 8)

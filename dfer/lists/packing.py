@@ -7,6 +7,7 @@ hash of the task, until the pack is complete.
 import contextlib
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from dfer.lists.annotations import (
 )
 from dfer.lists.index import build_index
 from dfer.lists.packed import SUFFIX, Pack, Packed, format_bytes, read_pack, shard_problems, write_pack
+from dfer.lists.processes import in_processes
 from dfer.lists.scan import FrameFiles
 from dfer.lists.shards import (
     Clip,
@@ -45,7 +47,6 @@ from dfer.lists.shards import (
     record_path,
     shard_path,
 )
-from dfer.lists.threads import in_order
 
 _SAMPLE = 12  # clips from which the size of the pack is estimated
 
@@ -62,7 +63,7 @@ def pack(
         root: where their paths start, if not where their headers say.
         out: folder to write lists, index and shards to.
         options: format, size and quality of the frames.
-        workers: number of threads.
+        workers: number of processes.
         command: the command line, for the pack's record of how it was made.
 
     Raises:
@@ -203,10 +204,11 @@ def write_shards(clips: Sequence[Clip], out: Path, name: str, options: Options, 
     left = clips[finished:]
     if not left:
         return shards
-    check_space(clips, left, out, options)
+    per_frame = check_space(clips, left, out, options)
     shard: Shard | None = None
     with contextlib.ExitStack() as stack:
-        blocks = in_order(lambda clip: pack_clip(clip, options), left, workers)
+        sizes = [round(per_frame * clip.num_frames) for clip in left]
+        blocks = in_processes(functools.partial(pack_clip, options=options), left, sizes, workers)
         blocks = stack.enter_context(contextlib.closing(blocks))
         try:
             for block in stack.enter_context(contextlib.closing(progress(blocks, len(clips), "clips", finished))):
@@ -225,8 +227,8 @@ def write_shards(clips: Sequence[Clip], out: Path, name: str, options: Options, 
     return shards
 
 
-def check_space(clips: Sequence[Clip], left: Sequence[Clip], out: Path, options: Options) -> None:
-    """Print how large the pack will be, estimated from a sample of the clips.
+def check_space(clips: Sequence[Clip], left: Sequence[Clip], out: Path, options: Options) -> float:
+    """Print how large the pack will be, estimated from a sample of the clips. Returns the bytes of a frame.
 
     Raises:
         UserError: if the disk has no room for what is left to write.
@@ -244,6 +246,7 @@ def check_space(clips: Sequence[Clip], left: Sequence[Clip], out: Path, options:
     print(f"{len(clips):,} clips, {sum(clip.num_frames for clip in clips):,} frames: {size}; {room}")
     if free is not None and 1.02 * rest > free:
         raise UserError(f"{out}: about {format_bytes(rest)} are left to write, but only {format_bytes(free)} are free")
+    return per_frame
 
 
 def _provenance(lists: Sequence[Path], options: Options, key: str, command: str) -> dict[str, Any]:

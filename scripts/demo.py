@@ -37,7 +37,7 @@ from dfer.lists.annotations import EMOTIONS
 from dfer.predict.inputs import Frames, InputVideo, find_videos, read_pictures
 from dfer.predict.maps import map_emotions
 from dfer.predict.options import add_arguments, build_predictor
-from dfer.predict.output import describe, write_outputs
+from dfer.predict.output import PURPOSE, describe, write_outputs
 from dfer.predict.own import own_checkpoint, own_examples
 from dfer.predict.predictor import Predictor, VideoPrediction
 from dfer.report.figures import ACCENT, SECOND
@@ -48,10 +48,6 @@ from dfer.video.write import write_mp4
 
 KEPT, CHECKED = 3600, 60  # seconds that results are kept, as someone may look at them; how often they are checked
 WAITING = 20  # visitors; more are asked to come back
-PURPOSE = (
-    "For research on facial expressions, and to see what a model does. The numbers say what somebody might see in a "
-    "face, not what a person feels; they are no ground for a decision about anyone."
-)
 NO_FACE = (
     "use a video in which one face looks towards the camera, well lit and at least a fifth of the picture's height; if "
     "your videos are nothing but a face, start the demo with --no-crop"

@@ -4,10 +4,8 @@ import csv
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import zlib
 from pathlib import Path
 
@@ -41,7 +39,7 @@ from dfer.run.distributed import World
 from dfer.video.decode import BadVideo, decode
 from dfer.video.detectors import make_detector
 from dfer.video.faces import crop_face, find_face
-from dfer.video.write import record, write_gif, write_mp4
+from dfer.video.write import write_gif, write_mp4
 from scripts import predict as pr
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT
@@ -634,6 +632,7 @@ def test_nothing_is_left_half_written(
         (("{f}/a.gif", "--out", "{f}"), "--out {f}: a.gif lies there and would be overwritten"),
         (("{v}/one.mp4", "--fps", "0"), "argument --fps: '0' is not a number from 0.1 to 1,000"),
         (("--camera", "{v}/gone.mp4"), "{v}/gone.mp4: no such file or folder"),
+        (("--camera", "7", "{v}/one.mp4"), "--camera 7 and CLIP {v}/one.mp4: one or the other"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -773,42 +772,7 @@ def test_progress_counts_seconds_of_video(videos: Path, monkeypatch: pytest.Monk
     assert task.completed == pytest.approx(task.total, abs=0.2) and task.fields["rate"] > 0
 
 
-# ---- Cameras and long videos
-
-
-def test_a_stream_is_recorded(tmp_path: Path) -> None:
-    heard = []
-    before = signal.signal(signal.SIGINT, lambda *_: heard.append("interrupt"))  # a shell may have it ignored
-    record("testsrc=size=65x48:rate=20", tmp_path / "a.mp4", 1.5, "lavfi")
-    frames = all_frames(tmp_path / "a.mp4")
-    assert len(frames) == 30 and frames[0].shape == (48, 64, 3)
-    with pytest.raises(BadVideo, match="no frames"):
-        record("testsrc=size=64x48:rate=20:duration=0", tmp_path / "b.mp4", 1.0, "lavfi")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    record("testsrc=size=640x480:rate=30", tmp_path / "c.mp4", 1e6, "lavfi")  # until the interrupt key
-    assert len(all_frames(tmp_path / "c.mp4")) > 1
-    signal.raise_signal(signal.SIGINT)  # which then is what it was
-    assert heard == ["interrupt"]
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_camera_is_recorded_and_predicted_on(
-    run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = []
-
-    def fake(source: str, path: Path, seconds: float, format: str | None) -> None:
-        opened.append((source, seconds, format))
-        path.write_bytes((videos / "one.mp4").read_bytes())
-
-    monkeypatch.setattr(pr, "record", fake)
-    flags = ("--checkpoint", run, "--out", tmp_path, "--window", 12, "--annotate", "none")
-    assert predict("--camera", 0, "--seconds", 3, *flags) == 0
-    assert predict("--camera", "rtsp://host/a", *flags, "--out", tmp_path / "b") == 0
-    assert opened == [("/dev/video0", 3.0, "v4l2"), ("rtsp://host/a", 10.0, None)]
-    (recording,) = (tmp_path / "recordings").iterdir()
-    assert len(rows(tmp_path / f"{recording.stem}.csv")) == 31
+# ---- What is written, and long videos
 
 
 def test_frames_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from tests.test_prepare_videos import REAL
 class Browser:
     """Headless Chromium, by the DevTools protocol over a pipe: JSON, each message ended by a zero byte."""
 
-    def __init__(self, program: str, profile: Path, camera: Path):
+    def __init__(self, program: str, profile: Path, camera: Path | None = None):
         ends = (*os.pipe(), *os.pipe())
         to_read, self._write, self._read, to_write = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends)
         for end in ends:  # which may be 3 and 4, the browser's
@@ -55,8 +55,9 @@ class Browser:
         command = [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += [f"--user-data-dir={profile}", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe"]
         command += ["--disable-background-networking", "--disable-component-update", "about:blank"]
-        command[1:1] = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-        command[1:1] = [f"--use-file-for-fake-video-capture={camera}"]
+        if camera:  # a file that it takes for a webcam
+            command[1:1] = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+            command[1:1] = [f"--use-file-for-fake-video-capture={camera}"]
         redirect = f'exec "$@" 3<&{to_read} 4>&{to_write}'
         self._process = subprocess.Popen(
             ["bash", "-c", redirect, "bash", *command],

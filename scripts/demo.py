@@ -1,12 +1,12 @@
 """A page to try a trained model on: `make demo ARGS="--checkpoint RUN"`, or with requirements-demo.txt installed
 `python scripts/demo.py --checkpoint RUN`. Without --checkpoint it takes the newest run in logs/, or trains a tiny one.
 
-Upload a video, or choose an example: the page shows how likely each emotion is on average, the video with their course,
-where in the face they are seen and what the model was trained on, and gives scripts/predict.py's files. One video is
-predicted on at a time.
+Upload a video, record one with the webcam, or choose an example: the page shows how likely each emotion is on average,
+the video with their course, where in the face they are seen and what the model was trained on, and gives
+scripts/predict.py's files. One video is predicted on at a time.
 
 Nothing leaves this machine: the page loads nothing from elsewhere, no usage is reported, and there is no public link.
-An upload is deleted as soon as it was looked at, the results an hour later or when the server ends. Whoever can reach
+A video is deleted as soon as it was looked at, the results an hour later or when the server ends. Whoever can reach
 --host can use the page: there are no passwords.
 """
 
@@ -37,7 +37,7 @@ from dfer.lists.annotations import EMOTIONS
 from dfer.predict.inputs import Frames, InputVideo, find_videos, read_pictures
 from dfer.predict.maps import map_emotions
 from dfer.predict.options import add_arguments, build_predictor
-from dfer.predict.output import describe, write_outputs
+from dfer.predict.output import PURPOSE, describe, write_outputs
 from dfer.predict.own import own_checkpoint, own_examples
 from dfer.predict.predictor import Predictor, VideoPrediction
 from dfer.report.figures import ACCENT, SECOND
@@ -48,10 +48,6 @@ from dfer.video.write import write_mp4
 
 KEPT, CHECKED = 3600, 60  # seconds that results are kept, as someone may look at them; how often they are checked
 WAITING = 20  # visitors; more are asked to come back
-PURPOSE = (
-    "For research on facial expressions, and to see what a model does. The numbers say what somebody might see in a "
-    "face, not what a person feels; they are no ground for a decision about anyone."
-)
 NO_FACE = (
     "use a video in which one face looks towards the camera, well lit and at least a fifth of the picture's height; if "
     "your videos are nothing but a face, start the demo with --no-crop"
@@ -253,7 +249,8 @@ def make_page(gr: Any, predictor: Predictor, limits: Limits, examples: Sequence[
         video, examples_row, parts = lay_out(gr, limits, predictor)
         once = {"concurrency_id": "predict", "concurrency_limit": 1, "api_visibility": "private"}
         once["show_progress_on"] = video
-        video.upload(answer_upload, video, [video, *parts], **once)
+        for given in (video.upload, video.stop_recording):
+            given(answer_upload, video, [video, *parts], **once)
         if examples:
             with examples_row:
                 chosen = gr.Examples([[str(path)] for path in examples], video, label="Or one of these")
@@ -278,16 +275,19 @@ def lay_out(gr: Any, limits: Limits, predictor: Predictor) -> tuple[Any, Any, li
     """Place the page's parts; return where videos are uploaded, the row for examples and the parts of a result."""
     gr.HTML(
         "<h1>Which emotion a face shows, over time</h1>"
-        f'<p class="caption">Videos of up to {limits.seconds:g} s and {limits.megabytes:g} MB. An upload is '
-        "deleted as soon as it was looked at; nothing leaves the machine that this page comes from.</p>"
+        f'<p class="caption">Videos of up to {limits.seconds:g} s and {limits.megabytes:g} MB. What you upload '
+        "or record is deleted as soon as it was looked at; nothing leaves the machine that this page comes from.</p>"
         f'<p class="caption model">{about_models(predictor)} {PURPOSE}</p>'
     )
     with gr.Row():
         with gr.Column():
-            video = gr.Video(label="A video", sources=["upload"], height=280, elem_id="upload")
+            # Not by include_audio: for that Gradio starts ffmpeg, which may not be there.
+            silent = gr.WebcamOptions(constraints={"audio": False, "video": {"width": {"ideal": 640}}})
+            sources = ["upload", "webcam"]
+            video = gr.Video(label="A video", sources=sources, webcam_options=silent, height=330, elem_id="upload")
             examples_row = gr.Row()
         with gr.Column():
-            message = gr.Markdown("Upload a video: it is looked at right away.", elem_id="message")
+            message = gr.Markdown("Upload or record a video: it is looked at right away.", elem_id="message")
             about = gr.HTML(visible=False)
             label = gr.Label(label="The mean over all frames with a face", num_top_classes=7, visible=False)
     bare = {"visible": False, "interactive": False, "show_label": False, "buttons": []}  # a label lies on the picture

@@ -1,11 +1,14 @@
 """`pip install .` gives the commands that a checkout has, and the files of the container say what they should."""
 
 import ast
+import http.client
 import importlib
 import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -202,6 +205,76 @@ def test_an_installed_project_works_from_faces_to_report(installed):
     finally:
         for name in left(installed):
             shutil.rmtree(here / name)
+
+
+# ---- As a user has it: from the index, alone in an environment
+
+
+def in_environment(bin_folder: Path, here: Path, *words: str, timeout: float = 600) -> str:
+    """Run one of an environment's programs in a folder, in none of ours, and return what it says."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    command = [str(bin_folder / words[0]), *words[1:]]
+    done = subprocess.run(
+        command, cwd=here, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def use_from_elsewhere(bin_folder: Path, here: Path) -> None:
+    """Train, predict and show the page with an installed project alone."""
+    assert in_environment(bin_folder, here, "dfer", "--version") == f"dfer {__version__}\n"
+    in_environment(bin_folder, here, "dfer", "make-faces", "--size", "0.02")
+    in_environment(bin_folder, here, "dfer", "make-faces", "--size", "0.003", "--video", "h264", "--out", "drawn")
+    in_environment(bin_folder, here, "dfer", "train", "debug", "--run.name", "first", "--run.device", "cpu")
+    assert (here / "logs" / "first" / "report.html").exists()
+    model = ("--checkpoint", "logs/first", "--device", "cpu", "--no-crop")
+    said = in_environment(bin_folder, here, "dfer", "predict", "drawn/videos_h264", *model, "--out", "seen")
+    assert "trained on drawn faces" in said and len(list((here / "seen").glob("*.csv"))) == 5
+    video = sorted((here / "drawn" / "videos_h264").iterdir())[0]
+    assert " were shown" in in_environment(bin_folder, here, "dfer", "predict", "--camera", str(video), *model)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page = subprocess.Popen(
+        [str(bin_folder / "dfer"), "demo", *model, "--port", str(port), "--examples", str(video)],
+        cwd=here, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert any(line.startswith(f"http://127.0.0.1:{port} shows") for line in page.stdout)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/")
+        assert "dfer" in connection.getresponse().read().decode()
+        page.send_signal(signal.SIGTERM)
+        assert page.wait(60) == 0
+    finally:
+        page.kill()
+        page.communicate()
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_in_a_fresh_environment(tmp_path):
+    """With the versions that pip chooses today, several GB of them: what the CI's job for the wheel does, and more."""
+    if shutil.disk_usage(tmp_path).free < 13e9:
+        pytest.skip("less than 13 GB of disk are free")
+    probe = ("-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path / "probe"), "packaging")
+    if run_python(*probe, timeout=300).returncode:
+        pytest.skip("pip reaches no index")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(
+        ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "logs", "data", "build", "dist", "__pycache__")
+    )
+    for name, wanted in (("tools", ["build", "twine"]), ("clean", [])):
+        subprocess.run([sys.executable, "-m", "venv", str(tmp_path / name)], check=True)
+        if wanted:
+            in_environment(tmp_path / name / "bin", tmp_path, "pip", "install", "--quiet", *wanted)
+    tools, clean = tmp_path / "tools" / "bin", tmp_path / "clean" / "bin"
+    in_environment(tools, tmp_path / "source", "python", "-m", "build", "--outdir", str(tmp_path / "dist"))
+    made = sorted((tmp_path / "dist").iterdir())
+    assert [path.suffix for path in made] == [".whl", ".gz"]
+    checked = in_environment(tools, tmp_path, "python", "-m", "twine", "check", "--strict", *map(str, made))
+    assert checked.count("PASSED") == 2
+    in_environment(clean, tmp_path, "pip", "install", "--quiet", f"{made[0]}[demo]", timeout=3 * 3600)
+    use_from_elsewhere(clean, tmp_path / "elsewhere")
 
 
 # ---- The container, which is not built by any test: what can be read from its files

@@ -3,11 +3,10 @@
 import csv
 import gc
 import json
+import math
 import os
-import signal
 import subprocess
 import sys
-import threading
 import zlib
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from dfer.run.distributed import World
 from dfer.video.decode import BadVideo, decode
 from dfer.video.detectors import make_detector
 from dfer.video.faces import crop_face, find_face
-from dfer.video.write import record, write_gif, write_mp4
+from dfer.video.write import write_gif, write_mp4
 from scripts import predict as pr
 from scripts import prepare_videos as pv
 from tests.conftest import ROOT
@@ -85,8 +84,17 @@ def test_windows_cover_each_run_of_a_face_and_nothing_else() -> None:
     assert place_windows(np.full(5, -1), 4, 2).shape == (0, 2)
 
 
+def weight(place: int, length: int) -> float:
+    """How much a window counts for one of its frames: a raised cosine that is 0 just outside of it."""
+    return 0.5 - 0.5 * math.cos(2 * math.pi * (place + 1) / (length + 1))
+
+
+def weighted(said: list[tuple[np.ndarray, float]]) -> np.ndarray:
+    return sum(p * w for p, w in said) / sum(w for _, w in said)
+
+
 @pytest.mark.parametrize("case", range(12))
-def test_a_frame_has_the_mean_of_its_windows(case: int) -> None:
+def test_a_frame_has_the_weighted_mean_of_its_windows(case: int) -> None:
     """Against all pictures in a list; pictures here are single numbers."""
     rng = np.random.default_rng(case)
     track = np.repeat(rng.integers(-1, 2, 5), rng.integers(1, 30, 5))
@@ -117,15 +125,15 @@ def test_a_frame_has_the_mean_of_its_windows(case: int) -> None:
             most = max(most, len(timeline._held))
     assert timeline.complete
 
-    said: list[list[np.ndarray]] = [[] for _ in track]
+    said: list[list[tuple[np.ndarray, float]]] = [[] for _ in track]
     for start, end in windows.tolist():
         views = []
         for view in range(sampler.num_views):
             frames = sampler.plan(view, np.array([end - start])).frames[0] + start
             views.append(model(np.round(255 * pictures)[frames], view >= sampler.views))
         for i in range(start, end):
-            said[i].append(np.mean(views, axis=0))
-    want = np.array([np.mean(s, axis=0) if s else np.full(len(EMOTIONS), np.nan) for s in said])
+            said[i].append((np.mean(views, axis=0), weight(i - start, end - start)))
+    want = np.array([weighted(s) if s else np.full(len(EMOTIONS), np.nan) for s in said])
     np.testing.assert_allclose(timeline.probabilities(), want, atol=1e-12)
     assert np.isnan(want[:, 0]).tolist() == (track < 0).tolist()
     assert most <= length * batch and max(sizes) <= batch
@@ -235,7 +243,7 @@ def test_the_stream_says_what_a_list_of_all_frames_does(
         assert np.abs(mine.astype(int) - plain).mean() < 3  # PyAV's own colours are cheaper ones
     faces = find_face(zip(times, frames, strict=True), make_detector(), every_track=True)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    said: list[list[np.ndarray]] = [[] for _ in frames]
+    said: list[list[tuple[np.ndarray, float]]] = [[] for _ in frames]
     for face in set(faces.track.tolist()) - {-1}:
         own = np.flatnonzero(faces.track == face)
         assert (np.diff(own) == 1).all()
@@ -247,9 +255,9 @@ def test_the_stream_says_what_a_list_of_all_frames_does(
             tensor = torch.tensor(np.stack(clip), dtype=torch.float32).permute(0, 3, 1, 2)[None]
             with torch.inference_mode():
                 p = F.softmax(model._net(tensor).logits, 1)[0].numpy()
-            for i in inside:
-                said[i].append(p)
-    want = np.array([np.mean(s, axis=0) if s else np.full(7, np.nan) for s in said])
+            for place, i in enumerate(inside):
+                said[i].append((p, weight(place, length)))
+    want = np.array([weighted(s) if s else np.full(7, np.nan) for s in said])
     found = probabilities(tmp_path / f"{name}.csv")
     assert (~np.isnan(want[:, 0])).sum() >= {"one": 31, "sub/two": 40}[name]
     np.testing.assert_allclose(found, want, atol=1e-4)
@@ -257,9 +265,9 @@ def test_the_stream_says_what_a_list_of_all_frames_does(
 
 
 def by_hand(model: Model, frames: list[np.ndarray], boxes: np.ndarray, window: int, stride: int) -> np.ndarray:
-    """The mean of the windows over one face, which has a box in each of the frames."""
+    """The weighted mean of the windows over one face, which has a box in each of the frames."""
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    said: list[list[np.ndarray]] = [[] for _ in frames]
+    said: list[list[tuple[np.ndarray, float]]] = [[] for _ in frames]
     length = min(window, len(frames))
     for first in sorted({*range(0, len(frames) - length, stride), len(frames) - length}):
         picked = [first + int((s + 0.5) * length / 4) for s in range(4)]
@@ -268,8 +276,8 @@ def by_hand(model: Model, frames: list[np.ndarray], boxes: np.ndarray, window: i
         with torch.inference_mode():
             p = F.softmax(model._net(tensor).logits, 1)[0].numpy()
         for i in range(first, first + length):
-            said[i].append(p)
-    return np.array([np.mean(s, axis=0) for s in said])
+            said[i].append((p, weight(i - first, length)))
+    return np.array([weighted(s) for s in said])
 
 
 def test_every_face_is_predicted_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -634,6 +642,7 @@ def test_nothing_is_left_half_written(
         (("{f}/a.gif", "--out", "{f}"), "--out {f}: a.gif lies there and would be overwritten"),
         (("{v}/one.mp4", "--fps", "0"), "argument --fps: '0' is not a number from 0.1 to 1,000"),
         (("--camera", "{v}/gone.mp4"), "{v}/gone.mp4: no such file or folder"),
+        (("--camera", "7", "{v}/one.mp4"), "--camera 7 and CLIP {v}/one.mp4: one or the other"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -773,42 +782,7 @@ def test_progress_counts_seconds_of_video(videos: Path, monkeypatch: pytest.Monk
     assert task.completed == pytest.approx(task.total, abs=0.2) and task.fields["rate"] > 0
 
 
-# ---- Cameras and long videos
-
-
-def test_a_stream_is_recorded(tmp_path: Path) -> None:
-    heard = []
-    before = signal.signal(signal.SIGINT, lambda *_: heard.append("interrupt"))  # a shell may have it ignored
-    record("testsrc=size=65x48:rate=20", tmp_path / "a.mp4", 1.5, "lavfi")
-    frames = all_frames(tmp_path / "a.mp4")
-    assert len(frames) == 30 and frames[0].shape == (48, 64, 3)
-    with pytest.raises(BadVideo, match="no frames"):
-        record("testsrc=size=64x48:rate=20:duration=0", tmp_path / "b.mp4", 1.0, "lavfi")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    record("testsrc=size=640x480:rate=30", tmp_path / "c.mp4", 1e6, "lavfi")  # until the interrupt key
-    assert len(all_frames(tmp_path / "c.mp4")) > 1
-    signal.raise_signal(signal.SIGINT)  # which then is what it was
-    assert heard == ["interrupt"]
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_camera_is_recorded_and_predicted_on(
-    run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = []
-
-    def fake(source: str, path: Path, seconds: float, format: str | None) -> None:
-        opened.append((source, seconds, format))
-        path.write_bytes((videos / "one.mp4").read_bytes())
-
-    monkeypatch.setattr(pr, "record", fake)
-    flags = ("--checkpoint", run, "--out", tmp_path, "--window", 12, "--annotate", "none")
-    assert predict("--camera", 0, "--seconds", 3, *flags) == 0
-    assert predict("--camera", "rtsp://host/a", *flags, "--out", tmp_path / "b") == 0
-    assert opened == [("/dev/video0", 3.0, "v4l2"), ("rtsp://host/a", 10.0, None)]
-    (recording,) = (tmp_path / "recordings").iterdir()
-    assert len(rows(tmp_path / f"{recording.stem}.csv")) == 31
+# ---- What is written, and long videos
 
 
 def test_frames_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from dfer.lists.index import load_index
 from dfer.predict.inputs import find_videos
+from dfer.video.camera import Camera
 from dfer.video.decode import BadVideo, Reading, best_stream, check_end, decode, open_video, read_packets
 from dfer.video.find import find_video_files
 from dfer.video.structure import all_there
-from dfer.video.write import record
 from scripts import pack
 from tests.test_video import B_FRAMES, H, W, picture, write
 from tests.video_table import CUT, FAST, MS, SMALL_CLUSTERS, WIDE, F, animation, cut_between, plain
@@ -228,7 +228,8 @@ def test_stretched_pixels_are_those_of_the_picture(tmp_path: Path) -> None:
 
 def test_a_recording_of_a_stream_has_its_shape(tmp_path: Path) -> None:
     plain("h264", **WIDE)(tmp_path / "stream.ts")
-    record(str(tmp_path / "stream.ts"), tmp_path / "v.mp4", 5.0)
+    with Camera(str(tmp_path / "stream.ts"), recording=tmp_path / "v.mp4") as camera:
+        assert list(camera.frames())
     images = [image for _, image in decode(tmp_path / "v.mp4")]
     assert len(images) == F and images[0].size == (2 * W, H)
 

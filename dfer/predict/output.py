@@ -22,6 +22,11 @@ from dfer.video.write import write_gif, write_mp4
 
 Annotate: TypeAlias = Literal["mp4", "gif", "none"]  # what an annotated video becomes
 
+PURPOSE = (
+    "For research on facial expressions, and to see what a model does. The numbers say what somebody might see in a "
+    "face, not what a person feels; they are no ground for a decision about anyone."
+)
+
 # A GIF is for slides and pages: at a video's size and rate it would be twenty times as large as the video.
 GIF_SIDE = 480  # px, the picture's longer side
 GIF_INTERVAL = 1 / 15  # seconds between two frames, at least

@@ -47,6 +47,10 @@ class Duration(NamedTuple):
         """Return how many frames that is, at least one."""
         return max(round(self.length * fps if self.in_seconds else self.length), 1)
 
+    def seconds(self, fps: float) -> float:
+        """Return how long that is."""
+        return self.length if self.in_seconds else self.length / fps
+
 
 class FacePrediction(NamedTuple):
     """One face in each frame of its time in one shot."""

@@ -1,16 +1,42 @@
-"""How far several passes through many videos are. Its unit is a second of video, as frames are not counted before."""
+"""What a terminal shows meanwhile: how far passes through many videos are, or what is seen in a camera's picture."""
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dfer.images import frame_names
 from dfer.predict.inputs import Frames, InputVideo
 from dfer.video.decode import VIDEO_ERRORS, claimed_seconds
 
 
+class LiveLines:
+    """On a terminal lines that are written anew where they stand, ten times a second at most, else nothing."""
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._live = Live(auto_refresh=False, transient=True)
+        self._next = 0.0
+
+    def __enter__(self) -> "LiveLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, lines: Iterable[str]) -> None:
+        """Show these lines in the place of those before."""
+        from rich.text import Text
+
+        if sys.stdout.isatty() and time.monotonic() >= self._next:
+            self._next = time.monotonic() + 0.1
+            self._live.start()  # again and again, which does nothing
+            self._live.update(Text("\n".join(lines)), refresh=True)
+
+
 class VideoProgress:
-    """On a terminal a bar with frames/s and the time left, else nothing.
+    """On a terminal a bar with frames/s and the time left, else nothing. Its unit is a second of video, as frames are
+    not counted before.
 
     Args:
         videos: all that are to be read.

@@ -1,8 +1,9 @@
-"""Emotions over time: windows over a video's face, each predicted as one clip, and the mean of them for each frame.
+"""Emotions over time: windows over a video's face, each predicted as one clip, and their weighted mean for each frame.
 
 A window is a run of consecutive frames of one face. It is predicted as evaluation predicts a video of as many frames;
-the probabilities of a frame are the mean over the windows that it lies in. The mean is not weighted, as a prediction is
-of a clip as a whole: it belongs no more to the clip's centre than to its ends.
+the probabilities of a frame are the mean over the windows that it lies in, weighted by a Hann window: those count most
+that have it in their middle. Unweighted, windows that lie almost wholly before or after a change count as much for it
+as those around it, which smears the change and moves it.
 """
 
 import itertools
@@ -73,7 +74,7 @@ class Timeline(Generic[Prepared]):
         self._held: dict[int, Prepared] = {}
         self._done = 0  # windows
         self._sum = np.zeros((num_frames, len(EMOTIONS)))
-        self._count = np.zeros(num_frames, np.int64)
+        self._weight = np.zeros(num_frames)
 
     def wants(self, frame: int) -> bool:
         """Return whether the frame is part of any window's clip."""
@@ -91,8 +92,9 @@ class Timeline(Generic[Prepared]):
             ]
             for w, probabilities in zip(batch, np.mean(views, axis=0), strict=True):
                 start, stop = self._windows[w]
-                self._sum[start:stop] += probabilities
-                self._count[start:stop] += 1
+                weights = np.hanning(stop - start + 2)[1:-1]  # all above 0
+                self._sum[start:stop] += weights[:, None] * probabilities
+                self._weight[start:stop] += weights
             self._done = batch.stop
             self._held = {f: held for f, held in self._held.items() if self._last_use[f] >= self._done}
 
@@ -104,7 +106,7 @@ class Timeline(Generic[Prepared]):
     def probabilities(self) -> Float64[np.ndarray, "N K"]:
         """Return the probabilities of each frame; nan where no face is."""
         with np.errstate(invalid="ignore"):
-            return self._sum / self._count[:, None]
+            return self._sum / self._weight[:, None]
 
 
 def segments(track: Int64[np.ndarray, " N"], probabilities: Float64[np.ndarray, "N K"]) -> list[tuple[int, int, int]]:

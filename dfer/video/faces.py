@@ -10,6 +10,7 @@ radians, positive where the eye on the right lies lower; 0 where the detector kn
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -100,50 +101,105 @@ def looks_alike(a: UInt8[np.ndarray, " D"], b: UInt8[np.ndarray, " D"]) -> bool:
     return bool(first @ second >= SAME_FACE * np.sqrt((first @ first) * (second @ second)))
 
 
+class _Followed(NamedTuple):
+    """A track that may go on: its number, its last two detections, the look of the last one, and the shot."""
+
+    number: int
+    last: list[tuple[int, Float64[np.ndarray, " 4"]]]  # (sample, box)
+    look: UInt8[np.ndarray, " D"] | None
+    shot: int
+
+
+class Linker:
+    """Joins detections that are close to tracks, as they come; what it holds does not grow with time.
+
+    A face that is missed for less than `MAX_GAP` samples goes on if it looks the same after. A track ends where the
+    box jumps and the face changes, as at a cut that was not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._live: list[_Followed] = []  # in the order of their first detection
+        self._tracks = 0
+
+    def add(
+        self,
+        sample: int,
+        boxes: Float64[np.ndarray, "K 4"],
+        looks: Sequence[UInt8[np.ndarray, " D"]] | None = None,
+        shot: int = 0,
+    ) -> list[int]:
+        """Return the number of each box's track, from 0 in the order of first detections. The closest pairs go first.
+
+        Args:
+            sample: the number of the frame that was searched, above the one before.
+            boxes: the faces in it.
+            looks: of each box, from `face_look`.
+            shot: which shot it lies in; no track goes on in another one.
+        """
+        live = [track for track in self._live if sample - track.last[-1][0] <= MAX_GAP and track.shot == shot]
+        pairs = []
+        for t, track in enumerate(live):
+            before, box = track.last[-1]
+            doubtful = (overlaps(box, boxes) < JUMP) | (sample - before > 1)
+            for k, close in enumerate(closeness(track.last, sample, boxes)):
+                same = looks is None or track.look is None or looks_alike(track.look, looks[k])
+                if close >= MIN_CLOSENESS and (same or not doubtful[k]):
+                    pairs.append((-close, t, k))
+        of_box: dict[int, int] = {}  # box -> which of the live tracks
+        for _, t, k in sorted(pairs):
+            if t not in of_box.values() and k not in of_box:
+                of_box[k] = t
+        numbers = []
+        for k, box in enumerate(boxes):
+            look, detection = None if looks is None else looks[k], (sample, box)
+            if k in of_box:
+                track = live[of_box[k]]
+                live[of_box[k]] = track._replace(last=[track.last[-1], detection], look=look)
+                numbers.append(track.number)
+            else:
+                live.append(_Followed(self._tracks, [detection], look, shot))
+                numbers.append(self._tracks)
+                self._tracks += 1
+        self._live = live
+        return numbers
+
+
 def link_tracks(
     faces: Sequence[Float64[np.ndarray, "_ 4"]],
     shots: Int64[np.ndarray, " S"],
     looks: Sequence[Sequence[UInt8[np.ndarray, " D"]]] | None = None,
 ) -> list[Track]:
-    """Join detections that are close, the closest first, from sample to sample of a shot.
+    """Join the detections of a whole video, as `Linker` does.
 
-    A face that is missed for less than `MAX_GAP` samples goes on if it looks the same after. A track ends where the
-    box jumps and the face changes, as at a cut that was not noticed. Tracks come in the order of their first
-    detection; each detection is in one.
+    Tracks come in the order of their first detection; each detection is in one.
 
     Args:
         faces: the boxes in each sample.
         shots: the shot that each sample lies in, rising.
         looks: of each box, from `face_look`.
     """
+    linker = Linker()
     tracks: list[list[tuple[int, int]]] = []  # (sample, which of its boxes)
-    live: list[list[tuple[int, int]]] = []
     for sample, boxes in enumerate(faces):
-        live = [track for track in live if sample - track[-1][0] <= MAX_GAP and shots[track[-1][0]] == shots[sample]]
-        pairs = []
-        for t, track in enumerate(live):
-            s, j = track[-1]
-            doubtful = (overlaps(faces[s][j], boxes) < JUMP) | (sample - s > 1)
-            for k, close in enumerate(closeness([(i, faces[i][m]) for i, m in track[-2:]], sample, boxes)):
-                changed = looks is not None and doubtful[k] and not looks_alike(looks[s][j], looks[sample][k])
-                if close >= MIN_CLOSENESS and not changed:
-                    pairs.append((-close, t, k))
-        continued, taken = set(), set()
-        for _, t, k in sorted(pairs):
-            if t not in continued and k not in taken:
-                live[t].append((sample, k))
-                continued.add(t)
-                taken.add(k)
-        new = [[(sample, k)] for k in range(len(boxes)) if k not in taken]
-        tracks += new
-        live += new
+        numbers = linker.add(sample, boxes, None if looks is None else looks[sample], int(shots[sample]))
+        for k, number in enumerate(numbers):
+            if number == len(tracks):
+                tracks.append([])
+            tracks[number].append((sample, k))
     return [Track(np.array([s for s, _ in track]), np.stack([faces[s][k] for s, k in track])) for track in tracks]
+
+
+def prominence(boxes: Float64[np.ndarray, "K 4"], height: int, width: int) -> Float64[np.ndarray, " K"]:
+    """Return the side of each box, halved towards the corners of a `height` x `width` picture."""
+    middle = np.array([width, height]) / 2
+    away = np.linalg.norm(boxes[:, :2] - middle, axis=1) / np.linalg.norm(middle)
+    return boxes[:, 2] * (1 - away / 2)
 
 
 def rank_tracks(tracks: Sequence[Track], num_samples: int, height: int, width: int) -> tuple[list[Track], int]:
     """Return the faces of a video, the most prominent one (large, central, long) first, and how many are seen at once.
 
-    A track counts for each detection its side, halved towards the corners of the `height` x `width` picture. Tracks of
+    A track counts for each detection its `prominence` in the `height` x `width` picture. Tracks of
     too few detections, or with more samples missed than hit, are false alarms: they are neither returned nor counted.
     """
     enough = min(MIN_DETECTIONS, -(-num_samples // 2))
@@ -152,11 +208,9 @@ def rank_tracks(tracks: Sequence[Track], num_samples: int, height: int, width: i
         for track in tracks
         if len(track.samples) >= enough and 2 * len(track.samples) > track.samples[-1] - track.samples[0]
     ]
-    middle, at_once = np.array([width, height]) / 2, np.zeros(num_samples, np.int64)
-    weights = []
+    at_once, weights = np.zeros(num_samples, np.int64), []
     for track in tracks:
-        away = np.linalg.norm(track.boxes[:, :2] - middle, axis=1) / np.linalg.norm(middle)
-        weights.append((track.boxes[:, 2] * (1 - away / 2)).sum())
+        weights.append(prominence(track.boxes, height, width).sum())
         at_once[track.samples[0] : track.samples[-1] + 1] += 1
     best_first = sorted(range(len(tracks)), key=lambda t: -weights[t])
     return [tracks[t] for t in best_first], int(at_once.max(initial=0))

@@ -1,9 +1,8 @@
-"""Frames to files that any browser shows (H.264, GIF), and what a camera shows to a file."""
+"""Frames to files that any browser shows: H.264 and GIF."""
 
 import contextlib
 import itertools
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from jaxtyping import UInt8
 
 from dfer.files import partial
-from dfer.video.colour import EXACT, believed_aspect, square_size, to_rgb
-from dfer.video.decode import LIMITS, BadVideo, best_stream, check_size
+from dfer.video.colour import EXACT
 
 _GIF_TIME = Fraction(1, 100)  # seconds, the unit of a GIF's times
 
@@ -134,46 +132,3 @@ def _pull(sink: FilterContext) -> av.VideoFrame:
     frame = sink.pull()
     assert isinstance(frame, av.VideoFrame)
     return frame
-
-
-def record(source: str, path: Path, seconds: float, format: str | None = None) -> None:
-    """Write what a camera or a stream shows for so long, or until the interrupt key, with `write_mp4`.
-
-    Args:
-        source: all that FFmpeg opens.
-        path: the file to write.
-        seconds: how long at most.
-        format: FFmpeg's name of the device or container, if the source does not tell.
-
-    Raises:
-        BadVideo, av.FFmpegError, OSError: if nothing comes, or it cannot be written.
-    """
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    def frames() -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
-        reformatter, first, now, width, height = VideoReformatter(), None, -np.inf, None, None
-        with av.open(source, format=format, metadata_errors="replace", options=LIMITS, timeout=10) as container:
-            video = best_stream(container)
-            for frame in container.decode(video):
-                check_size(frame)
-                if frame.is_corrupt or frame.time is None or frame.time <= now:
-                    continue  # as streams begin
-                first, now = frame.time if first is None else first, frame.time
-                if stopped or now - first >= seconds:
-                    break
-                if not width:
-                    wide, high = square_size(frame.width, frame.height, believed_aspect(video.sample_aspect_ratio))
-                    width, height = max(wide // 2 * 2, 2), max(high // 2 * 2, 2)
-                yield now - first, to_rgb(frame, reformatter, width, height)
-        if first is None:
-            raise BadVideo("no frames")
-
-    before = signal.signal(signal.SIGINT, stop)  # an exception could come anywhere, and cost the file
-    try:
-        write_mp4(path, frames())
-    finally:
-        signal.signal(signal.SIGINT, before)

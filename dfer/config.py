@@ -122,6 +122,8 @@ class RunConfig:
     """torch.compile the model."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Launch a whole step on a GPU at once, as a CUDA graph; auto = where one process trains on one."""
+    fused: Literal["auto", "norm", "pool", "both", "off"] = "auto"
+    """Which layers of a ResNet take fewer passes, by Triton kernels on a GPU; auto = both where steps are graphs."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time; else a GPU takes those that are the fastest when it starts."""
     channels_last: bool = True
@@ -322,6 +324,7 @@ _BEFORE = {
     "model.time": "attention",  # and attention read it
     "run.wandb_project": "dfer",
     "run.graph": "off",
+    "run.fused": "off",
     "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 

@@ -49,8 +49,8 @@ def statistics(x: Tensor, running: tuple[Tensor, Tensor, Tensor], momentum: floa
     launch(kernels.parts_kernel, maps, parts, x, means, squares, maps.rows, STEPS=tiles)
     mean, inverse_std = (x.new_empty(maps.channels, dtype=torch.float32) for _ in range(2))
     launch(
-        kernels.merge_kernel, maps, 1, means, squares, *running, mean, inverse_std, maps.rows, momentum, eps, PARTS=parts,
-        PART=tiles * ROWS,
+        kernels.merge_kernel, maps, 1, means, squares, *running, mean, inverse_std, maps.rows, momentum, eps,
+        PARTS=parts, PART=tiles * ROWS,
     )  # fmt: skip
     return mean, inverse_std
 

@@ -398,3 +398,43 @@ def test_real_shapes_on_a_gpu(size):
     close(ours.running_var, norm.running_var.cpu(), torch.float32, terms=64)
     for a, b in zip(got, want, strict=True):
         close(a, b.cpu(), x.dtype)
+
+
+WHOLE = """
+import torch
+from functorch.compile import default_partition
+from torch._dynamo.backends.common import aot_autograd
+from dfer.model import DFERNet, fused
+
+graphs = []
+
+def both_passes(graph, *inputs, **options):
+    graphs.append({str(node.target).split(".")[1] for node in graph.graph.nodes if "dfer" in str(node.target)})
+    graphs[-1] |= {node.args[0].name().split("::")[1] for node in graph.graph.nodes
+                   if "auto_functionalized" in str(node.target)}
+    return default_partition(graph, *inputs, **options)
+
+def refuse(*inputs):
+    raise RuntimeError("traced")
+
+fused.taken = lambda x: True
+model = DFERNet(2, dim=16, dropout=0.0, crf_backend="triton")
+fused.fuse(model, "both")
+backend = aot_autograd(fw_compiler=lambda graph, inputs: refuse, partition_fn=both_passes)
+compiled = torch.compile(model, backend=backend, fullgraph=True)  # fullgraph: a break is an error
+try:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled(torch.randn(1, 2, 3, 64, 64))
+except RuntimeError as error:
+    assert str(error) == "traced", error
+print(len(graphs), *sorted(graphs[0]))
+"""
+
+
+@pytest.mark.slow
+def test_the_whole_model_is_one_graph_with_the_kernels_as_operators():
+    """Forwards and backwards, without a GPU: traced on tensors without content, nothing of it is computed."""
+    done = run_python("-c", WHOLE, timeout=300, PYTHONPATH=os.getcwd())
+    assert done.returncode == 0, done.stderr[-2000:]
+    forwards = {"batch_statistics", "meanfield", "norm_act", "norm_pool"}
+    assert done.stdout.split() == ["1", *sorted(forwards | {"meanfield_backward", "norm_act_backward"})]

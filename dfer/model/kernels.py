@@ -197,11 +197,10 @@ def gradient_parts_kernel(
         to_norm = _slopes(
             to_y, index, y, off, slope, shift, rows, columns, at, inside, R, H, W, C, POOL, ADD, RELU, ROWS, COLUMNS
         )
-        to_norm = tl.where(inside, to_norm, 0.0)
         if ADD:
             tl.store(to_shortcut + at, to_norm.to(to_shortcut.dtype.element_ty), mask=inside)
-        to_bias += to_norm
-        to_weight += to_norm * tl.where(inside, off, 0.0)
+        to_bias += to_norm  # 0 beyond the edges, as all that is loaded there
+        to_weight += to_norm * off
     tl.store(weights + part * C + columns, tl.sum(to_weight, axis=0) * scale, mask=columns < C)
     tl.store(biases + part * C + columns, tl.sum(to_bias, axis=0), mask=columns < C)
 

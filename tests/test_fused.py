@@ -202,6 +202,16 @@ def check_network(device: str, model: nn.Module, clips: Tensor) -> None:
         torch.testing.assert_close(results[1][name], want, rtol=1e-3, atol=1e-3 * want.abs().max().item(), msg=name)
 
 
+def check_trust(device: str) -> None:
+    """Kernels that are right are trusted, and what is wrong in any of them is seen."""
+    where = torch.device(device)
+    assert fused.why_not(where, torch.bfloat16) is None
+    for name, wrong in (("normalise", lambda y: 1.1 * y), ("gradients", lambda made: (1.1 * made[0], *made[1:]))):
+        right = getattr(launches, name)
+        with mock.patch.object(launches, name, lambda *given, right=right, wrong=wrong: wrong(right(*given))):
+            assert "off torch's operators" in fused.why_not(where, torch.float32), name
+
+
 CHECKS = "import torch; import tests.test_fused as t; "
 
 
@@ -213,7 +223,7 @@ def interpret(checks: str) -> None:
 
 
 def test_the_kernels_in_the_interpreter():
-    interpret("t.check_norms('cpu', [torch.float32]); t.check_pools('cpu', [torch.bfloat16])")
+    interpret("t.check_norms('cpu', [torch.float32]); t.check_pools('cpu', [torch.bfloat16]); t.check_trust('cpu')")
 
 
 @pytest.mark.slow
@@ -369,6 +379,7 @@ def test_the_kernels_on_a_gpu():
 
 @pytest.mark.gpu
 def test_this_gpu_is_trusted():
+    check_trust("cuda")
     for dtype in UNIT:
         assert fused.why_not(torch.device("cuda"), dtype) is None
 
@@ -438,3 +449,29 @@ def test_the_whole_model_is_one_graph_with_the_kernels_as_operators():
     assert done.returncode == 0, done.stderr[-2000:]
     forwards = {"batch_statistics", "meanfield", "norm_act", "norm_pool"}
     assert done.stdout.split() == ["1", *sorted(forwards | {"meanfield_backward", "norm_act_backward"})]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_on_a_gpu_a_graph_of_fused_layers_is_their_eager_steps(dtype):
+    """To the bit, over skipped steps too; and evaluation, whose layers are other kernels."""
+    from dfer.precision import Precision
+    from dfer.run.algorithms import chosen_algorithms
+    from dfer.run.graph import CudaGraphs
+    from tests.test_graph import assert_same, batches, configured, job_of, on_card, told
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    jobs, predicted, config = [], [], configured()
+    with chosen_algorithms(dataclasses.replace(config.run, deterministic=True)):
+        for backend in (None, CudaGraphs(device)):
+            job = job_of(config, backend, precision=Precision(device, dtype, True))
+            fuse(job.state.model, "both")
+            fuse(job.state.evaluated_model(), "both")
+            told(job, on_card(batches(20, harmed=(7,))))
+            with torch.no_grad():
+                job.state.evaluated_model().eval()
+                predicted.append([job.step.predict(b.clips).clone() for b in on_card(batches(5))])
+            jobs.append(job)
+    assert jobs[1].step.graphs.active and jobs[1].step.take_note() is None
+    assert_same(jobs[1], jobs[0])
+    assert all(torch.equal(a, b) for a, b in zip(*predicted, strict=True))

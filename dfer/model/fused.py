@@ -349,7 +349,7 @@ def _distance(device: torch.device, dtype: torch.dtype, parts: Literal["norm", "
     layers: Any = (nn.BatchNorm2d(72), nn.MaxPool2d(3, 2, 1))
     ours: Any = copy.deepcopy(layers)
     fuse(nn.ModuleList(ours), "both")
-    waves = torch.arange(4 * 9 * 10 * 72).view(4, 9, 10, 72).permute(0, 3, 1, 2).mul(0.7).sin().to(dtype)
+    waves = torch.arange(2 * 6 * 7 * 72).view(2, 6, 7, 72).permute(0, 3, 1, 2).mul(0.7).sin().to(dtype)
     found = []
     for norm, pool in (ours, layers):
         x = waves.to(device) if norm is ours[0] else waves.float()

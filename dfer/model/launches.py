@@ -34,7 +34,7 @@ def maps_of(x: Tensor) -> Maps:
     return Maps(frames * height * width, height, width, channels)
 
 
-def launch(kernel: triton.JITFunction, maps: Maps, parts: int | None, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, maps: Maps, parts: int | None, *arguments: Any, **constants: Any) -> None:
     """Launch a kernel for each part, by default each tile, of the rows and for each block of the channels."""
     grid = (parts or triton.cdiv(maps.rows, ROWS), triton.cdiv(maps.channels, COLUMNS))
     with torch.cuda.device_of(arguments[0]):

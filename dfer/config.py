@@ -97,7 +97,7 @@ class ModelConfig:
     max_coupling: Annotated[float, Range(0.01, 100.0)] = 8.0
     """Bound on the coupling of the CRF's tokens; up to 2 its optimum is unique."""
     crf_backend: Literal["auto", "dense", "triton", "sdpa"] = "auto"
-    """How the CRF's sums are computed; auto = dense. Triton's kernels were not yet run on a GPU."""
+    """How the CRF's sums are computed; auto = by Triton's kernels on a GPU, by dense products on a CPU."""
     dropout: Annotated[float, Range(0.0, 0.99)] = 0.2
 
 
@@ -124,6 +124,8 @@ class RunConfig:
     """torch.compile the model."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Launch a whole step on a GPU at once, as a CUDA graph; auto = where one process trains on one."""
+    fused: Literal["auto", "norm", "pool", "both", "off"] = "auto"
+    """Which layers of a ResNet take fewer passes, by Triton kernels on a GPU; auto = both where steps are graphs."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time; else a GPU takes those that are the fastest when it starts."""
     channels_last: bool = True
@@ -325,6 +327,7 @@ _BEFORE = {
     "model.time": "attention",  # and attention read it
     "run.wandb_project": "dfer",
     "run.graph": "off",
+    "run.fused": "off",
     "optim.ema_warmup": False,  # torch's plain average, which stays at its first weights for 1 / (1 - decay) steps
 }
 
@@ -344,7 +347,10 @@ def begun_config(folder: Path) -> Config | None:
         return None
     except OSError as error:
         raise UserError(f"--run.log-dir: cannot use {folder} ({error.strerror})") from None
-    return config_from_json(read_file(saved).decode(errors="replace"), saved)
+    config = config_from_json(read_file(saved).decode(errors="replace"), saved)
+    if config.model.crf_backend == "auto":  # of a run from before its meaning was saved, which was dense everywhere
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, crf_backend="dense"))
+    return config
 
 
 def _continued(begun: Config, config: Config, preset_typed: bool) -> Config:

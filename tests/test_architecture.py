@@ -136,6 +136,14 @@ OVERSIZED: dict[str, int] = {
     "dfer/crf/triton.py:_sweep_kernel(...)": 13,
     "dfer/crf/triton.py:_step_kernel(...)": 25,
     "dfer/crf/triton.py:_gradient_kernel(...)": 15,
+    "dfer/model/kernels.py:merge_kernel(...)": 15,
+    "dfer/model/kernels.py:normalise_kernel(...)": 15,
+    "dfer/model/kernels.py:_unpooled(...)": 10,
+    "dfer/model/kernels.py:_slopes(...)": 19,
+    "dfer/model/kernels.py:gradient_parts_kernel(...)": 21,
+    "dfer/model/kernels.py:input_gradient_kernel(...)": 18,
+    "dfer/model/kernels.py:pool_kernel(...)": 16,
+    "dfer/model/kernels.py:unpool_kernel(...)": 9,
     # Its parameters are the keys of exported config.json files, which are read by name.
     "dfer/model/dfernet.py:__init__(...)": 15,
     # Beside the house.

@@ -20,6 +20,7 @@ def begun(tmp_path, monkeypatch):
 
     def begin(*words):
         config = parse_config([*words, "--run.log-dir", str(tmp_path), "--run.name", "a"])
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, crf_backend="dense"))  # a CPU's
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "config.json").write_text(config.to_json())
         (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -68,6 +69,16 @@ def test_what_is_typed_is_checked_with_what_the_run_has(begun, tmp_path, words, 
     with pytest.raises(UserError):
         parse_config(["debug", *typed])
     assert again(tmp_path, "debug", *typed) == config
+
+
+def test_a_run_from_before_triton_was_the_default_keeps_dense_pairs_and_all_passes(begun, tmp_path):
+    config = begun("debug")
+    saved = json.loads(config.to_json())
+    saved["model"]["crf_backend"] = "auto"
+    del saved["run"]["fused"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(saved))
+    now = again(tmp_path, "debug")
+    assert (now.model.crf_backend, now.run.fused) == ("dense", "off") and differences(config, now) == []
 
 
 def test_what_is_typed_is_compared(begun, tmp_path):

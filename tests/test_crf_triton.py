@@ -3,6 +3,7 @@
 The same checks run in the interpreter and on a GPU, against the dense backend in float64.
 """
 
+import functools
 import os
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 
 import dfer.crf.sdpa
 import dfer.crf.triton
+from dfer.crf import backends
 from dfer.crf.backends import grouped
 from dfer.crf.gaussian import gaussian_field
 from dfer.crf.layers import MeanFieldCRF
@@ -169,6 +171,7 @@ jaxtyping.install_import_hook("dfer", "beartype.beartype")  # as in the tests th
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import dfer.crf.triton as kernels
+from dfer.crf import backends
 from tests.test_crf import FullSize
 
 launches = []
@@ -178,6 +181,8 @@ def record(self, kernel, *tensors, block=None, **constants):
         "N": self.points.shape[1], "D": self.points.shape[2], "BLOCK": block, "NEVER": kernels.NEVER, "WIDEN": False,
         "PRECISION": "ieee"}))
 
+backends.triton_runs.cache_clear()
+backends._trouble = lambda device: None  # though there is no GPU
 kernels.TritonPairs._launch = record  # nothing is computed: what the launches would be is what matters
 names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 operands, capability = getattr(torch, sys.argv[1]), int(sys.argv[2])
@@ -219,6 +224,32 @@ def test_the_kernels_compile_for_gpus(tmp_path, operands, capability):
     for name, shared, products in rows:
         assert int(shared) <= 48 * 1024, (name, shared)
         assert (int(products) > 0) == (operands != "float32"), name
+
+
+def test_auto_is_triton_on_a_gpu(monkeypatch):
+    assert [backends.resolve_backend("auto", gpu) for gpu in (True, False)] == ["triton", "dense"]
+    assert {backends.resolve_backend(name, gpu) for name in ("sdpa",) for gpu in (True, False)} == {"sdpa"}
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    assert backends.resolve_backend("auto", True) == "dense"
+
+
+@pytest.mark.parametrize("trouble", ["there is no GPU here", "its kernels do not run here (no compiler)"])
+def test_where_triton_does_not_run_dense_pairs_are_taken_and_it_is_said(trouble, monkeypatch, capsys):
+    """A run of a GPU, with the backend that was chosen there, is looked at on a CPU."""
+    monkeypatch.setattr(backends, "triton_runs", functools.cache(backends.triton_runs.__wrapped__))
+    if "compiler" in trouble:
+        monkeypatch.setattr(backends, "_trouble", lambda device: trouble)
+    tensors = small()
+    want = run(tensors, "dense", torch.float32)
+    for _ in range(2):
+        for name, x in run(tensors, "triton", torch.float32).items():
+            assert torch.equal(x, want[name]), name
+    assert capsys.readouterr().err == f"note: --model.crf-backend triton: {trouble}; dense is taken\n"
+
+
+@pytest.mark.gpu
+def test_this_gpu_is_trusted():
+    assert backends._trouble(torch.device("cuda")) is None
 
 
 class RoundedAttention(torch.autograd.Function):

@@ -28,6 +28,7 @@ def test_the_plan_names_what_there_is():
     assert on_card == sorted(on_card, reverse=True)  # the proven figures come first
     suspects = ("engine 0.65", "engine 1", "Triton", "compiled", "bf16", "cudnn", "engines", "NVDEC, all", "two proc")
     suspects += ("control", "NVDEC's", "graph", "fixed algorithms", "kernel", "decoded", "streamed", "held")
+    suspects += ("fused", "operators")
     for case in cases:
         assert not (case.proven and any(word in case.name for word in suspects)), case.name
     names = [case.name for case in cases]
@@ -91,6 +92,7 @@ QUICK = {
     "clips of raw128 held", "mixing, engine 1", "feeding", "NVDEC's limits", "traces", "kernel alone, 128 px",
     "loader raw128, streamed", "clips of frames, decoded", "mixing, control in the graph",
     "mixing, control torchvision", "floors", "step, graph", "bits of fixed algorithms",
+    "step, fused", "operators of a step, fused",
 }  # fmt: skip
 
 
@@ -320,6 +322,43 @@ def test_a_trace_is_read_as_defined():
     seen = trace.work(events, 2)
     assert seen == pytest.approx((12.5e-6, 15e-6, 2.0, 2e-6))
     assert trace.union([(0, 1), (2, 3), (2.5, 2.75)]) == 2
+
+
+def test_what_an_operator_takes_is_read_as_defined():
+    """Kernels belong to the call within which they were launched; those of no call to nothing."""
+    calls = [("aten::mul", 100), ("aten::view", 0), ("aten::mul", 50), ("dfer::norm", 7)]
+    events = [
+        {"cat": "user_annotation", "name": f"{trace.CALL}{number}", "ts": 10.0 * number, "dur": 5.0}
+        for number in range(4)
+    ]
+    kernels = [("a", 1, 1.0, 4), ("b", 2, 4.9, 1), ("a", 3, 22.0, 2), ("c", 4, 33.0, 10), ("d", 5, 6.0, 100)]
+    for name, number, launched, took in kernels:
+        events.append({"cat": "kernel", "name": name, "ts": 500.0, "dur": took, "args": {"correlation": number}})
+        events.append({"cat": "cuda_runtime", "name": "x", "ts": launched, "args": {"correlation": number}})
+    found = {one.name: one for one in trace.by_operator(events, calls)}
+    assert found["aten::mul"] == trace.Operator("aten::mul", pytest.approx(7e-6), 150, 3, "a")
+    assert found["dfer::norm"] == trace.Operator("dfer::norm", pytest.approx(10e-6), 7, 1, "c") and len(found) == 2
+
+
+def test_large_operators_are_told_with_the_rate_of_their_bytes(toy, monkeypatch):
+    made = [trace.Operator(name, seconds, 3e6, 2, "k") for name, seconds in (("a", 0.0099), ("b", 0.97), ("c", 0.0201))]
+    monkeypatch.setattr(steps, "traced_operators", lambda *_: made)
+    monkeypatch.setattr(steps, "training_step", lambda setting, **options: lambda batch: None)
+    monkeypatch.setattr(steps, "copy_rate", lambda setting: 6e6)
+    total, *found = steps.operators(toy, "new", {})
+    assert (total["value"], total["launches"]) == (pytest.approx(1000), 6)
+    assert [row["what"].split()[0] for row in found] == ["b", "c"] and found[0]["value"] == pytest.approx(0.97)
+    assert found[0]["share_of_copy_rate"] == pytest.approx(3 / 0.97 / 6) and found[1]["ms"] == pytest.approx(20.1)
+
+
+def test_calls_are_numbered_backwards_too(toy):
+    """And what is no operator of the step moves nothing."""
+    x = torch.ones(2, 3, requires_grad=True)
+    with trace.Numbered() as calls:
+        (x @ x.detach().T).sum().backward()
+    names = [name for name, _ in calls.calls]
+    assert names.count("aten::mm") == 2 and ("aten::mm", 4 * (6 + 6 + 4)) in calls.calls
+    assert all(size == 0 for name, size in calls.calls if name in ("aten::t", "aten::transpose.int"))
 
 
 def test_bytes_are_counted_by_hand():

@@ -11,13 +11,18 @@ HERE = "benchmarks.gpu_parts"
 PARTS = ("data", "ceilings", "loaders", "step", "training", "checks", "peers")
 SOURCES = ("frames", "shards144", "raw128", "video")
 TRITON, BF16, CUDNN = {"crf_backend": "triton"}, {"bf16_input": True}, {"cudnn_benchmark": True}
-GRAPH, FIXED = {"graph": True}, {"deterministic": True}
+GRAPH, FIXED, FUSED = {"graph": True}, {"deterministic": True}, {"fused": "both"}
 QUICK_TO_START = {
+    "graph + fused + Triton CRF + cudnn.benchmark": GRAPH | FUSED | TRITON | CUDNN,
     "graph + cudnn.benchmark": GRAPH | CUDNN,
     "graph": GRAPH,
     "graph + fixed algorithms": GRAPH | FIXED,
     "fixed algorithms": FIXED,
     "graph + Triton CRF + cudnn.benchmark": GRAPH | TRITON | CUDNN,
+    "graph + fused + cudnn.benchmark": GRAPH | FUSED | CUDNN,
+    "fused": FUSED,
+    "fused norm": {"fused": "norm"},
+    "fused pool": {"fused": "pool"},
     "Triton CRF": TRITON,
     "bf16 input": BF16,
     "cudnn.benchmark": CUDNN,
@@ -26,6 +31,7 @@ QUICK_TO_START = {
 DEFAULT_MODEL = {
     "both branches": {"default": True},
     "both branches, graph": {"default": True} | GRAPH,
+    "both branches, all of the above": {"default": True} | GRAPH | FUSED | TRITON | CUDNN,
 }  # beside the first version's, which all else is measured on
 COMPILED = {  # a minute for each batch size
     "compiled": {"compiled": True},
@@ -155,6 +161,11 @@ def alone() -> list[Case]:
     cases += [*videos(), *(_variant(name, options, TELLING) for name, options in DEFAULT_MODEL.items())]
     cases.append(check("bits of fixed algorithms", "bits_of_fixed_algorithms", {}, limit_s=120))
     cases.append(check("two processes", "two_processes", {}))
+    cases += [
+        _operators("eager", {}),
+        _operators("fused", FUSED),
+        _operators("fused + Triton CRF + bf16 input + cudnn.benchmark", FUSED | TRITON | BF16 | CUDNN),
+    ]
     for backend in ("dense", "triton"):
         options = {"backend": backend}
         cases.append(Case("step", f"share of the CRF, {backend}", f"{HERE}.steps", "share_of_crf", options, limit_s=60))
@@ -196,6 +207,11 @@ def _variant(name: str, options: dict, places: tuple[int, ...], limit_s: float =
     more = {TELLING: "", SMALL: ", small batch", OTHERS: ", other batches"}[places]
     work = {"name": name, "options": options, "places": places}
     return Case("step", f"step, {name}{more}", f"{HERE}.steps", "variant", work, limit_s=limit_s)
+
+
+def _operators(name: str, options: dict) -> Case:
+    work = {"name": name, "options": options}
+    return Case("step", f"operators of a step, {name}", f"{HERE}.steps", "operators", work, limit_s=60)
 
 
 def _against_eager(name: str, options: dict, limit_s: float = 75) -> Case:

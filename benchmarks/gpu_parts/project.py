@@ -25,6 +25,7 @@ from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import build_objective
 from dfer.metrics import PEAK_FLOPS, peak_flops
 from dfer.model.build import build_model
+from dfer.model.fused import Parts, fuse, why_not
 from dfer.optim.optimizers import build_optimizer
 from dfer.optim.schedule import Schedule
 from dfer.plan.augmentation import Augmentation
@@ -250,15 +251,20 @@ def training_step(
     crf: bool = True,
     default: bool = False,
     nudge: float = 0.0,
+    fused: Parts | None = None,
     **how: bool,
 ) -> Step:
     """A step under some options, those of `StepOptions` among them.
 
     `default` takes the default model instead of the first version's. `nudge` moves each weight by up to that share of
-    itself: what rounding does, to compare other differences with.
+    itself: what rounding does, to compare other differences with. `fused` are the layers that take fewer passes.
     """
     config = config_of(setting, crf_backend, default)
     model = model_of(setting, config, crf)
+    if fused:
+        if setting.device == "cuda" and (why := why_not(torch.device("cuda"), torch.bfloat16)) is not None:
+            raise RuntimeError(why)  # figures of torch's operators would be taken for those of the kernels
+        fuse(model, fused)
     if nudge:
         with torch.no_grad():
             for parameter in model.parameters():

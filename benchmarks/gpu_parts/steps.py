@@ -13,7 +13,9 @@ from benchmarks.gpu_parts.project import Batch, Step, free_card, replace_clips, 
 from benchmarks.gpu_parts.rows import Row, figure, read
 from benchmarks.gpu_parts.setting import NotHere, Setting
 from benchmarks.gpu_parts.timing import in_turns, ratios, repeated
-from benchmarks.gpu_parts.trace import traced
+from benchmarks.gpu_parts.trace import traced, traced_operators
+
+LARGE = 0.02  # share of the kernels' time from which on an operator is told
 
 
 def clips_of(step: Step, batch: Batch) -> Callable[[], int]:
@@ -147,6 +149,29 @@ def share_of_crf(setting: Setting, backend: str) -> Iterator[Row]:
     step_ms = 1000 * setting.batch / sorted(found["with"])[setting.repeats // 2]
     more = {"ms": step_ms, "its_kernels_ms": 1000 * seen.crf_s}
     yield figure(f"share of the CRF ({backend}) of a step, B={setting.batch}", shares, "of the step", **more)
+
+
+def operators(setting: Setting, name: str, options: dict[str, Any]) -> Iterator[Row]:
+    """What of a step's kernels each operator is, where that is 2 % or more, and how near a copy's rate its bytes move.
+
+    Steps are not graphs here, whose kernels belong to no operator.
+    """
+    batch = setting.batches[0]
+    run = clips_of(training_step(setting, **options), input_of(setting, batch, options))
+    for _ in range(3):
+        run()  # algorithms are chosen, kernels compiled
+    found = traced_operators(setting, run)
+    total = sum(one.kernels_s for one in found)
+    yield figure(
+        f"kernels of a step, {name}, B={batch}", 1000 * total, "ms", launches=sum(one.launches for one in found)
+    )
+    for one in sorted(found, key=lambda one: -one.kernels_s):
+        if one.kernels_s < LARGE * total or not one.kernels_s:
+            break
+        rate = one.moved / one.kernels_s
+        more = {"ms": 1000 * one.kernels_s, "MB": one.moved / 1e6, "share_of_copy_rate": rate / copy_rate(setting)}
+        more |= {"launches": one.launches, "longest": one.longest}
+        yield figure(f"{one.name} in a step, {name}, B={batch}", one.kernels_s / total, "of the kernels", **more)
 
 
 def counted(setting: Setting) -> Iterator[Row]:

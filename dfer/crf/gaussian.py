@@ -30,7 +30,7 @@ def gaussian_field(
         backend: see backends.py.
         operands: type to which operands of matrix products are rounded; that of `points` if not given.
     """
-    backend = resolve_backend(backend)
+    backend = resolve_backend(backend, points.is_cuda and points.dtype is torch.float32)
     operands = points.dtype if operands is None else operands
     if backend != "sdpa":
         return _gaussian_op(points, values, beta, iterations, backend, operands)[0]

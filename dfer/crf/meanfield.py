@@ -64,7 +64,7 @@ def meanfield(
             not given. The kernel is that of the rounded points, so every guarantee holds for it.
     """
     assert iterations >= 0 and len(compatibility) == (1 if features.frames is None else 2)
-    backend = resolve_backend(backend)
+    backend = resolve_backend(backend, unary.is_cuda and unary.dtype is torch.float32)  # its kernels sum in float32
     operands = unary.dtype if operands is None else operands
     given = None if isinstance(damping, str) else damping
     bounds = curvature_bounds(compatibility.detach(), indefinite=damping == "indefinite" if given is None else False)

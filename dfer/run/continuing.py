@@ -13,10 +13,11 @@ from dfer.config import Config, begun_config, parse_config
 from dfer.run.checkpoint import find_manifests
 
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
-# another decoder. `dfer.run.folder.same_global_batch`, which knows the number of processes, checks the batch size.
+# another decoder or of other kernels. The batch size is checked by `dfer.run.folder.same_global_batch`, which knows the
+# number of processes.
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
 _FREE |= {"run.wandb_project", "run.tensorboard", "run.grace", "run.timeout", "run.graph"}
-_FREE |= {"data.batch_size", "data.jpeg_engine", "data.video_decoder"}
+_FREE |= {"run.fused", "model.crf_backend", "data.batch_size", "data.jpeg_engine", "data.video_decoder"}
 # Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
 _FREE |= {"data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels"}
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from dfer.batch import Batch
 from dfer.cli import UserError
 from dfer.config import Config, begun_config, config_from_json
+from dfer.crf.backends import resolve_backend
 from dfer.files import free_bytes, read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS, listed_faces
 from dfer.lists.index import ClipIndex
@@ -182,7 +183,7 @@ class RunFolder:
 def started_config(config: Config) -> Config:
     """Return the configuration that a run is begun with, once this machine has what it takes.
 
-    What it starts from is saved as what was found, and so is whether its steps are to be graphs.
+    What it starts from is saved as what was found, and so are the CRF's backend and whether its steps are to be graphs.
 
     Raises:
         UserError: if random weights would be frozen, W&B's settings here cannot be used, TensorBoard is asked for and
@@ -190,7 +191,9 @@ def started_config(config: Config) -> Config:
     """
     check_settings(config)
     check_tensorboard(config.run.tensorboard)
-    return dataclasses.replace(config, model=resolved(config.model), run=resolved_graph(config.run))
+    gpu = config.run.device != "cpu" and torch.cuda.is_available()
+    model = dataclasses.replace(resolved(config.model), crf_backend=resolve_backend(config.model.crf_backend, gpu))
+    return dataclasses.replace(config, model=model, run=resolved_graph(config.run))
 
 
 def open_run(config: Config, world: World) -> RunFolder:

@@ -170,18 +170,23 @@ def refilled(static: Tensor | None, x: Tensor, dtype: torch.dtype | None = None)
 
 
 def resolved_graph(run: RunConfig) -> RunConfig:
-    """Return the options with "on" or "off" for --run.graph auto: on where this process is alone and has a GPU.
+    """Return the options with what "auto" means for --run.graph and --run.fused.
+
+    Graphs where this process is alone and has a GPU; fewer passes where there are graphs, since our kernels, launched
+    one by one, cost the host more than torch's, and not where a compiler fuses.
 
     Raises:
-        UserError: if it is to be on, and the run on a CPU.
+        UserError: if steps are to be graphs, and the run on a CPU.
     """
     if run.graph == "on" and run.device == "cpu":
         raise UserError("--run.graph on: --run.device cpu has no graphs; leave one of them out")
-    if run.graph != "auto":
-        return run
-    alone = find_place().size == 1
-    usable = alone and run.device != "cpu" and torch.cuda.is_available()
-    return dataclasses.replace(run, graph="on" if usable else "off")
+    graph, fused = run.graph, run.fused
+    if graph == "auto":
+        alone = find_place().size == 1
+        graph = "on" if alone and run.device != "cpu" and torch.cuda.is_available() else "off"
+    if fused == "auto":
+        fused = "both" if graph == "on" and not run.compile else "off"
+    return dataclasses.replace(run, graph=graph, fused=fused)
 
 
 def build_graphs(run: RunConfig, world: World) -> Graphs:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfer.batch import Batch, Mix
 from dfer.evaluation import probabilities
+from dfer.model.fused import fuse, why_not
 from dfer.optim.rates import DeviceRates
 from dfer.run.graph import WARM_UP, CapturedCall, Graphs, build_graphs, refilled
 from dfer.state import Job, Step
@@ -39,6 +40,7 @@ class TrainingStep:
     def __init__(self, job: Job, loss_of: LossOfBatch, graphs: Graphs):
         """Take the steps of a job. Clips that are copied are rounded to what the model rounds them to in any case."""
         self.graphs = graphs
+        self.note: str | None = None  # what is to be said besides of the graphs, once
         self.flops_a_clip: float | None = None  # of convolutions and products, forwards and backwards, on a GPU
         self._job, self._loss_of = job, loss_of
         state, device = job.state, job.state.losses.device
@@ -88,8 +90,9 @@ class TrainingStep:
         return self._predict(clips)
 
     def take_note(self) -> str | None:
-        """Return what is to be said of the graphs, once."""
-        return self.graphs.take_note() or self._evaluation.take_note()
+        """Return what is to be said of graphs and kernels, once."""
+        note, self.note = self.note, None
+        return note or self.graphs.take_note() or self._evaluation.take_note()
 
     def _do(self, first: bool, last: bool) -> None:
         """Do all that is captured."""
@@ -146,4 +149,18 @@ def with_step(job: Job, loss_of: LossOfBatch) -> Job:
     graphs, optim = build_graphs(job.config.run, job.world), job.config.optim
     if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
         graphs.note = f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside"
-    return job._replace(step=TrainingStep(job, loss_of, graphs))
+    step = TrainingStep(job, loss_of, graphs)
+    step.note = _fused(job)
+    return job._replace(step=step)
+
+
+def _fused(job: Job) -> str | None:
+    """Have the models of a job take fewer passes, if they are to and the device can; return why it cannot."""
+    run, state, device = job.config.run, job.state, job.precision.device
+    if run.fused in ("auto", "off") or device.type != "cuda":  # auto: of a job that is no run
+        return None
+    if (why := why_not(device, job.precision.dtype or torch.float32)) is not None:
+        return f"--run.fused {run.fused}: {why}; torch's operators are taken"
+    for model in (state.model, state.evaluated_model()):
+        fuse(model, run.fused)
+    return None

@@ -46,6 +46,7 @@ from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
 from dfer.run.profiler import TRACE, Profiler, check_steps
 from dfer.run.provenance import note_start
+from dfer.run.resolving import with_cache
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.run.step import with_step
 from dfer.state import Job, Step, build_state, load_trained
@@ -73,6 +74,7 @@ def main(config: Config) -> int:
     """Run what the configuration says, and return the exit code."""
     distributed.find_place()  # what is wrong with the launcher is said first
     data = read_data(config := started_config(config))
+    config = with_cache(config, data.train_index, data.val_index)
     world = distributed.setup(config.run.device, timedelta(seconds=config.run.timeout))
     with distributed.peers_named(world):
         if (shared := shared_config(config, world)) != config:
@@ -89,7 +91,7 @@ def main(config: Config) -> int:
             state = decode_state(content, config.run.log_dir) if content else None
             if state:
                 config = continued_config(state, config, data, world.size)
-            with chosen_algorithms(config.run), memory_advice(config):
+            with chosen_algorithms(config.run), memory_advice(config, begun=state is not None):
                 code = train(prepare(config, data, world, state), run, state, damage)
     if run and code == 0:
         print_report(run.path, build_loader, load_trained)

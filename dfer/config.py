@@ -21,7 +21,8 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
-from dfer.run.launchers import own_words
+from dfer.run.defaults import STEP_FLAGS, card_memory, settled_as, suited
+from dfer.run.launchers import find_place, own_words
 from dfer.run.values import check_ranges, first_sentence, restored
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
@@ -42,8 +43,8 @@ class DataConfig:
     """Share of the images that a GPU's JPEG engine decodes, where it has one. It frees cores, but see docs/LOG.md."""
     bad_clips: Literal["error", "skip"] = "skip"
     """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
-    cache: Literal["off", "gpu"] = "off"
-    """gpu = hold the whole raw data set in GPU memory."""
+    cache: Literal["off", "gpu", "auto"] = "off"
+    """gpu = hold the whole raw data set in GPU memory; auto = where it fits (docs/speed.md)."""
     size: Annotated[int, Range(32, 1024)] = 112
     """Height and width of a clip in pixels."""
     num_segments: Annotated[int, Range(1, 1024)] = 16
@@ -122,6 +123,8 @@ class RunConfig:
     """torch.compile the model."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Launch a whole step on a GPU at once, as a CUDA graph; auto = where one process trains on one."""
+    threads: Annotated[int, Range(0, 4096)] = 0
+    """Threads of torch on a CPU; 0 = the cores there are. A run keeps their number, as another one rounds otherwise."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time; else a GPU takes those that are the fastest when it starts."""
     channels_last: bool = True
@@ -238,13 +241,24 @@ def parse_config(args: list[str]) -> Config:
     if begun is None and flags != old_word:
         raise UserError("--data.recipe: is --recipe now, and sets optimizer, schedule, batch, epochs and loss too")
     if begun is None:
+        config = _suited(config, flags)
         validate(config)
         return config
     config = _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
-    if config.model.init == "auto":  # typed again: what it was found to mean
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=begun.model.init))
+    config = settled_as(config, begun)  # "auto", typed again: what it was found to mean
+    if config.run.device == "cpu" and begun.run.device != "cpu":  # typed, to go on without a GPU and its graphs
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, graph="off"))
     validate(config)
     return config
+
+
+def _suited(config: Config, flags: list[str]) -> Config:
+    """Return a preset's configuration with batch and learning rate for the GPU at hand, unless words say otherwise."""
+    typed = {flag.split("=")[0].replace("_", "-") for flag in flags}
+    if config.run.device == "cpu" or typed & STEP_FLAGS or not torch.cuda.is_available():
+        return config
+    place = find_place()
+    return suited(config, card_memory(place.local_rank) or 0, place.size)
 
 
 def _parse(words: list[str], default: Config) -> Config:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfer.batch import Batch
-from dfer.cli import EXIT_PEER, UserError, say_error
+from dfer.cli import EXIT_PEER, UserError, say_error, usable_cores
 from dfer.run.launchers import LauncherError, find_place, number
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -39,6 +39,10 @@ class World:
     def is_main(self) -> bool:
         """Return whether this process writes what the run leaves."""
         return self.rank == 0
+
+    def own_cores(self) -> int:
+        """Return the cores for each process on this machine, one at least."""
+        return max(usable_cores() // self.local_size, 1)
 
 
 def keep_freed_memory() -> None:
@@ -64,7 +68,10 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
     rank, size, local_rank, local_size = find_place()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not available:
-        raise UserError("--run.device cuda: no NVIDIA GPU is visible here")
+        raise UserError(
+            "--run.device cuda: no NVIDIA GPU is visible here; --run.device cpu does without, and goes on with "
+            "a run that began on one, in other roundings"
+        )
     here = max(local_size, local_rank + 1)
     if device != "cpu" and 0 < available < here:
         raise UserError(f"{here} processes for {available} GPUs: lower --nproc_per_node or --run.device cpu")

@@ -25,6 +25,7 @@ from dfer.run.folder import continued_config
 from dfer.run.graph import WARM_UP
 from dfer.run.logger import endless_warm_up
 from dfer.run.memory import free_memory
+from dfer.run.resolving import settled
 from dfer.state import Job
 
 STEPS = 5  # of training; the first ones are not measured where there are others
@@ -176,7 +177,7 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
     if config.data.balance != "none":
         table.add_row("balance", describe_draws(train_index.labels, config.data.balance, EMOTIONS))
     if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:
-        differing = "; ".join(differences(begun, config))
+        differing = "; ".join(differences(settled(begun), config))
         outcome = f"is another configuration: {differing}" if differing else _continued(job, val_index)
         table.add_row("name", f"{config.run.name} has begun and {outcome}")
     show_table(table)

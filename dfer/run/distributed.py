@@ -117,18 +117,18 @@ def remembered(world: World, key: str, value: str) -> str:
     return value
 
 
-def share(content: bytes | None, world: World) -> bytes | None:
-    """Return on all ranks what rank 0 has."""
+def share(content: bytes | None, world: World, source: int = 0) -> bytes | None:
+    """Return on all ranks what one of them has."""
     if world.size == 1:
         return content
     size = torch.tensor(-1 if content is None else len(content), device=world.device)
-    dist.broadcast(size, src=0)
+    dist.broadcast(size, src=source)
     if size < 0:
         return None
     shared = torch.empty(int(size), dtype=torch.uint8, device=world.device)
     if content is not None:
         shared.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    dist.broadcast(shared, src=0)
+    dist.broadcast(shared, src=source)
     return shared.cpu().numpy().tobytes()
 
 
@@ -199,6 +199,35 @@ def _exit_with_launcher(world: World) -> NoReturn:
     os._exit(EXIT_PEER)  # not by the interpreter's ways, as a thread still waits for the store
 
 
+def first_failure(why: str | None, world: World) -> str | None:
+    """Return on all ranks, once all have come here, why the first of those that failed did; None if none has."""
+    failed = gather(torch.tensor([why is not None], dtype=torch.uint8, device=world.device), world).tolist()
+    if not any(failed):
+        return None
+    rank = failed.index(1)
+    said = share(why.encode() if why is not None else None, world, rank)
+    assert said is not None
+    return f"rank {rank}: {said.decode()}"
+
+
+def parallel(model: nn.Module, world: World) -> DistributedDataParallel:
+    """Return a model whose gradients are the means over all ranks. All of them call it."""
+    on = [world.local_rank] if world.device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=on, gradient_as_bucket_view=True)
+    # It times some of its steps, which a captured one must not be: the first ten, and each one that this divides.
+    ddp._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+    return ddp
+
+
+def renewed(ddp: DistributedDataParallel, world: World) -> DistributedDataParallel:
+    """Return another one of the same model, where a pass that broke off has left the old one waiting for its end.
+
+    Gradients stay. Its buckets are to be settled.
+    """
+    ddp._remove_autograd_hooks()
+    return parallel(ddp.module, world)
+
+
 def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable[[Batch], Tensor]) -> None:
     """Run one backward pass without effect, before the first step of a process.
 
@@ -206,10 +235,13 @@ def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable
     Without this the first step of a continued run would round like the first step of a run, and not like the step that
     it is.
     """
+    gradients = [p.grad for p in ddp.module.parameters()]
     buffers = [b.clone() for b in ddp.module.buffers()]
     ddp.train()
-    loss_of(batch).backward()
     ddp.zero_grad()
+    loss_of(batch).backward()
+    for parameter, gradient in zip(ddp.module.parameters(), gradients, strict=True):
+        parameter.grad = gradient
     for buffer, before in zip(ddp.module.buffers(), buffers, strict=True):
         buffer.copy_(before)
 

@@ -77,7 +77,12 @@ class DryRun(NamedTuple):
 
 def warm_up(job: Job) -> int:
     """Return after how many steps they take as long as all others: one allocates and compiles, one is captured."""
-    return 1 + WARM_UP if job.step is not None and job.step.graphs.active else 1
+    return 1 + job.step.graphs.warm_up if job.step is not None and job.step.graphs.active else 1
+
+
+def num_steps(job: Job) -> int:
+    """Return how many steps of training are taken, some of them to warm up."""
+    return min(max(STEPS, warm_up(job) + 2), job.schedule.steps_per_epoch)
 
 
 def evaluations(job: Job) -> int:

@@ -189,6 +189,8 @@ class Logger:
             "per_gpu_clips_per_s": rates["total_clips_per_s"] / world.size,
             "step_ms": 1000 * clips_per_step / rates["total_clips_per_s"],
         }
+        if world.device.type == "cpu":  # which works whenever it does not wait
+            rates["busy"] = 1 - rates["data_wait_share"]
         flops_a_clip = job.step.flops_a_clip if job.step is not None else None
         if (share := flop_share(flops_a_clip, rates["per_gpu_clips_per_s"], world.device)) is not None:
             rates["mfu"] = share
@@ -245,6 +247,8 @@ class Logger:
             f"loss {values['train/loss']:.3f}  {values['throughput/total_clips_per_s']:.1f} clips/s  "
             f"data wait {100 * values['throughput/data_wait_share']:.0f} %"
         )
+        if "throughput/busy" in values:
+            rates += f"  busy {100 * values['throughput/busy']:.0f} %"
         if "throughput/mfu" in values:
             rates += f"  {100 * values['throughput/mfu']:.0f} % of the GPU's FLOP/s"
         line = f"epoch {values['epoch']}  step {step}/{self._total_steps}  {rates}"

@@ -118,12 +118,16 @@ class Unchanged:
 class Apart(Recorder):
     """Captures without doing anything, as CUDA does, on one process of several, which exchange in replays alone."""
 
-    def __init__(self, state: Callable[[], list[Tensor]], alone: ProcessGroup, fails_at: str | None = None):
+    def __init__(
+        self, state: Callable[[], list[Tensor]], alone: ProcessGroup, fails_at: str | None = None, number: int = 1
+    ):
+        """Where it is to fail, at an operator, it does so when it captures for the `number`-th time."""
         super().__init__()
-        self._state, self._alone, self._fails_at = state, alone, fails_at
+        self._state, self._alone, self._fails_at, self._number = state, alone, fails_at, number
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        with Unchanged(self._state()), Recording(self._fails_at, self._alone) as recording:
+        fails_at = self._fails_at if self.captured + 1 == self._number else None
+        with Unchanged(self._state()), Recording(fails_at, self._alone) as recording:
             function()
         self.captured += 1
 

@@ -1,8 +1,8 @@
-"""Two processes that train one model by captured steps, beside the eager ones of torch's own DDP: `FILE STORE RANKS N`.
+"""Two processes that train one model by captured steps, beside the eager ones of torch's own DDP.
 
-A fork each, which says why where it is not as it should be. Each of RANKS (such as "none,1") is one training: the rank
-that cannot capture there; "gpu" is one of both processes on one GPU, whose exchange by gloo neither can capture.
-N batches make a step.
+`python tests/two_processes.py STORE RANKS N`: a fork each, which says why where it is not as it should be. Each of RANKS
+(such as "none,1,0:2") is one training: the rank that cannot capture there, or not the second time; "gpu" is one of both
+processes on one GPU, whose exchange by gloo neither can capture. N batches make a step.
 """
 
 import itertools
@@ -34,7 +34,7 @@ from train import training_loss
 NUM_STEPS = WARM_UP_TOGETHER + 3
 
 
-def job_together(config: Config, world: World, reference: bool, fails_at: str | None = None) -> Job:
+def job_together(config: Config, world: World, reference: bool, fails_at: str | None = None, number: int = 1) -> Job:
     """A job of one rank; `reference`: eager, and wrapped as torch's documentation has it."""
     job = job_of(config, None)
     model = DistributedDataParallel(job.model) if reference else distributed.parallel(job.model, world)
@@ -44,7 +44,7 @@ def job_together(config: Config, world: World, reference: bool, fails_at: str | 
     if not reference:
         alone = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
         backend = Apart(lambda: everything(job) + [p.grad for p in job.state.model.parameters() if p.grad is not None],
-                        alone, fails_at)  # fmt: skip
+                        alone, fails_at, number)  # fmt: skip
     return job._replace(step=TrainingStep(job, training_loss, together(backend, world)))
 
 
@@ -64,9 +64,11 @@ def play(rank: int, store: str, cases: str, accumulate: int) -> None:
     want = job_together(config, world, reference=True)
     want_logged = told(want, given(rank, accumulate))
     assert want.state.guard.skipped.tolist() == [2, 0]
-    for failing in cases.split(",") if cases != "gpu" else ():
+    for case in cases.split(",") if cases != "gpu" else ():
+        failing, _, number = case.partition(":")
+        number = int(number or 1)
         fails_at = "native_batch_norm_backward" if failing == str(rank) else None
-        job = job_together(config, world, reference=False, fails_at=fails_at)
+        job = job_together(config, world, reference=False, fails_at=fails_at, number=number)
         backend = job.step.graphs._backend
         logged = told(job, given(rank, accumulate))
         assert_same(job, want)
@@ -77,10 +79,12 @@ def play(rank: int, store: str, cases: str, accumulate: int) -> None:
             assert note is None and job.step.graphs.active
             assert captured == (WARM_UP_TOGETHER * accumulate, accumulate, (NUM_STEPS - WARM_UP_TOGETHER) * accumulate)
         else:
-            what = "a training step" if accumulate == 1 else "the first batch of a training step"
+            what = "the last batch" if number > 1 else "the first batch"
+            what = "a training step" if accumulate == 1 else f"{what} of a training step"
             named = f"--run.graph: {what} cannot be captured (rank {failing}: operation not"
             assert note.startswith(named) and note.endswith("; steps go on without a graph"), note
-            assert not job.step.graphs.active and captured == (WARM_UP_TOGETHER * accumulate, failing != str(rank), 0)
+            assert not job.step.graphs.active
+            assert captured == (WARM_UP_TOGETHER * accumulate, number - (failing == str(rank)), number - 1)
     if cases == "gpu":
         share_a_card(config, rank, accumulate)
     dist.destroy_process_group()

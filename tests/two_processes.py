@@ -1,8 +1,8 @@
 """Two processes that train one model by captured steps, beside the eager ones of torch's own DDP.
 
-`python tests/two_processes.py STORE RANKS N`: a fork each, which says why where it is not as it should be. Each of RANKS
-(such as "none,1,0:2") is one training: the rank that cannot capture there, or not the second time; "gpu" is one of both
-processes on one GPU, whose exchange by gloo neither can capture. N batches make a step.
+`python tests/two_processes.py STORE RANKS N`: a fork each, which says why where it is not as it should be. Each of
+RANKS (such as "none,1,0:2") is one training: the rank that cannot capture there, or not the second time; "gpu" is one
+of both processes on one GPU, whose exchange by gloo neither can capture. N batches make a step.
 """
 
 import itertools

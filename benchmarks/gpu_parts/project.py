@@ -211,7 +211,7 @@ class Step:
 
 
 def join_alone(setting: Setting) -> None:
-    """Make this process the only one of a group, which NCCL takes on one card: all that exchanges gradients is there."""
+    """Make this process the only one of a group, which NCCL takes on one card: it exchanges gradients with itself."""
     if not dist.is_initialized():
         backend = "nccl" if setting.device == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -55,6 +55,7 @@ class TrainingStep:
         self._clock = DeviceClock() if gpu and graphs.active else None
         self._static: Batch | None = None
         self._batch: Batch | None = None  # that is taken
+        self._earlier: list[Tensor | None] = []  # gradients that the batch adds to
         self._diagnostics: dict[str, Tensor] = {}
         self._step: Step | None = None
         predict = partial(probabilities, state.evaluated_model(), job.precision)
@@ -131,6 +132,7 @@ class TrainingStep:
             state.optimizer.zero_grad()
             state.guard.before_forward()
         model = job.model
+        self._earlier = [p.grad for p in state.model.parameters()]
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with record_function("forward"):
                 loss, diagnostics = self._loss_of(job, self._batch)
@@ -163,6 +165,9 @@ class TrainingStep:
 
     def _recover(self) -> None:
         """Forget what a capture that broke off, here or on another rank, has left on the host."""
+        # DDP has moved them into its buckets, and nothing was done there.
+        for parameter, gradient in zip(self._job.state.model.parameters(), self._earlier, strict=True):
+            parameter.grad = gradient
         ddp = self._job.model
         if isinstance(ddp, DistributedDataParallel):  # it waits for the end of the pass that was captured
             self._job = self._job._replace(model=distributed.renewed(ddp, self._job.world))

@@ -210,10 +210,13 @@ def first_failure(why: str | None, world: World) -> str | None:
     return f"rank {rank}: {said.decode()}"
 
 
-def parallel(model: nn.Module, world: World) -> DistributedDataParallel:
-    """Return a model whose gradients are the means over all ranks. All of them call it."""
+def parallel(model: nn.Module, world: World, alike: bool = False) -> DistributedDataParallel:
+    """Return a model whose gradients are the means over all ranks. All of them call it.
+
+    Unless it is `alike` on all of them already, it becomes rank 0's.
+    """
     on = [world.local_rank] if world.device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=on, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(model, device_ids=on, gradient_as_bucket_view=True, init_sync=not alike)
     # It times some of its steps, which a captured one must not be: the first ten, and each one that this divides.
     ddp._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     return ddp
@@ -222,10 +225,10 @@ def parallel(model: nn.Module, world: World) -> DistributedDataParallel:
 def renewed(ddp: DistributedDataParallel, world: World) -> DistributedDataParallel:
     """Return another one of the same model, where a pass that broke off has left the old one waiting for its end.
 
-    Gradients stay. Its buckets are to be settled.
+    Its buckets are to be settled. Gradients that are there now become views of them, and do not last.
     """
     ddp._remove_autograd_hooks()
-    return parallel(ddp.module, world)
+    return parallel(ddp.module, world, alike=True)
 
 
 def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable[[Batch], Tensor]) -> None:
@@ -235,13 +238,10 @@ def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable
     Without this the first step of a continued run would round like the first step of a run, and not like the step that
     it is.
     """
-    gradients = [p.grad for p in ddp.module.parameters()]
     buffers = [b.clone() for b in ddp.module.buffers()]
     ddp.train()
-    ddp.zero_grad()
     loss_of(batch).backward()
-    for parameter, gradient in zip(ddp.module.parameters(), gradients, strict=True):
-        parameter.grad = gradient
+    ddp.zero_grad()
     for buffer, before in zip(ddp.module.buffers(), buffers, strict=True):
         buffer.copy_(before)
 

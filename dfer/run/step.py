@@ -84,7 +84,7 @@ class TrainingStep:
         # Of a step of several batches the first one makes the gradients, and the others add to them.
         name = _NAMES[first, last]
         warm = self._num_steps >= self.graphs.warm_up
-        self.graphs.run(name, partial(self._do, first, last), warm, self._recover)
+        self.graphs.run(name, partial(self._do, first, last), warm, partial(self._recover, first))
         self._num_steps += last
         if last and not self._capturable:
             self._update()
@@ -163,15 +163,20 @@ class TrainingStep:
         self.graphs.close()
         self._evaluation.close()
 
-    def _recover(self) -> None:
-        """Forget what a capture that broke off, here or on another rank, has left on the host."""
-        # DDP has moved them into its buckets, and nothing was done there.
-        for parameter, gradient in zip(self._job.state.model.parameters(), self._earlier, strict=True):
-            parameter.grad = gradient
-        ddp = self._job.model
+    def _recover(self, first: bool) -> None:
+        """Forget what a capture that broke off, here or on another rank, has left on the host.
+
+        `first`: whether it was of the first batch of a step.
+        """
+        model, ddp = self._job.state.model, self._job.model
+        model.zero_grad()
         if isinstance(ddp, DistributedDataParallel):  # it waits for the end of the pass that was captured
-            self._job = self._job._replace(model=distributed.renewed(ddp, self._job.world))
+            ddp = distributed.renewed(ddp, self._job.world)
+            self._job = self._job._replace(model=ddp)
             self.settle(self._batch)
+            ddp.require_forward_param_sync = first  # each rank has had statistics of its own since then
+        for parameter, gradient in zip(model.parameters(), self._earlier, strict=True):
+            parameter.grad = gradient  # DDP had moved it into a bucket, where nothing was done
         torch.manual_seed(torch.initial_seed())  # dropout may have drawn
         scaler = self._job.state.scaler
         if scaler.is_enabled():

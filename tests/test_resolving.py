@@ -23,7 +23,7 @@ from dfer.run.fingerprints import changes
 from dfer.run.folder import RunFolder, started_config
 from dfer.run.launchers import Place
 from dfer.run.memory import memory_advice
-from dfer.run.resolving import in_words, settled, short_of_cores, with_cache
+from dfer.run.resolving import busy_beside, in_words, settled, short_of_cores, with_cache
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -150,6 +150,18 @@ def test_threads_are_those_of_the_run():
     with chosen_algorithms(RunConfig()):
         assert torch.get_num_threads() == before
     assert torch.get_num_threads() == before
+
+
+def test_work_beside_several_threads_is_said(tmp_path):
+    pressure = tmp_path / "cpu"
+    pressure.write_text("some avg10=87.40 avg60=1.00 avg300=0.50 total=7\nfull avg10=0.00 avg60=0.00 total=0\n")
+    two, one, gpu = (RunConfig(device=d, threads=n) for d, n in (("cpu", 2), ("cpu", 1), ("cuda", 2)))
+    configs = [dataclasses.replace(PRESETS["debug"](False), run=run) for run in (two, one, gpu)]
+    said = [busy_beside(config, pressure) for config in configs]
+    assert said[0].startswith("other work waits for these cores 87 % of the time: 2 threads, which wait ")
+    assert said[1:] == [None, None]
+    pressure.write_text("some avg10=24.00 avg60=90.00 avg300=90.50 total=7\n")
+    assert busy_beside(configs[0], pressure) is busy_beside(configs[0], tmp_path / "none") is None
 
 
 def test_what_was_settled_is_one_line(machine):

@@ -28,7 +28,7 @@ from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.continuing import continuing_command
 from dfer.run.predictions import read_predictions
-from dfer.run.resolving import in_words, short_of_cores
+from dfer.run.resolving import busy_beside, in_words, short_of_cores
 from dfer.run.tensorboard_log import TensorBoardLog
 from dfer.run.wandb_log import WandbLog
 from dfer.state import Job
@@ -152,8 +152,9 @@ class Logger:
             f"{num_parameters / 1e6:.1f} M parameters on {world.size} x {world.device.type}"
         )
         self.say(in_words(config, world))
-        if (note := short_of_cores(config)) is not None:
-            self.say(note)
+        for note in (short_of_cores(config), busy_beside(config)):
+            if note is not None:
+                self.say(note)
         if job.state.started:
             self.say(f"starts from {job.state.started}")
         if changes is None and config.recipe != "none":

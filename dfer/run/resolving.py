@@ -1,7 +1,10 @@
 """What this machine settles of a configuration that leaves it open, once, at the first start of a run."""
 
+import contextlib
 import dataclasses
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from dfer.run.defaults import cache_tier, card_memory
 from dfer.run.distributed import World
 from dfer.run.graph import resolved_graph
 from dfer.run.launchers import find_place
+
+_BUSY = 25.0  # percent of the time
 
 
 def settled(config: Config) -> Config:
@@ -88,4 +93,21 @@ def short_of_cores(config: Config) -> str | None:
     return (
         f"--run.threads {threads}, as this run has them, on {cores} usable cores: it goes on with the same bits, "
         f"slowly; --run.threads {cores} is faster and rounds otherwise"
+    )
+
+
+def busy_beside(config: Config, pressure: Path = Path("/proc/pressure/cpu")) -> str | None:
+    """Return what is to be said of a run on several threads where others keep the cores busy; else None.
+
+    By the kernel's own measure: the share of the last ten seconds in which something waited for a core.
+    """
+    waited = 0.0
+    with contextlib.suppress(OSError):  # a kernel that does not measure it
+        found = re.search(r"some avg10=([\d.]+)", pressure.read_text())
+        waited = float(found[1]) if found else 0.0
+    if config.run.device != "cpu" or config.run.threads < 2 or waited < _BUSY:
+        return None
+    return (
+        f"other work waits for these cores {waited:.0f} % of the time: {config.run.threads} threads, which wait for "
+        "each other all the time, may be slower beside it than one: a run that begins with --run.threads 1"
     )

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
@@ -41,11 +40,13 @@ from dfer.run.checkpoint import decode_state, newest_checkpoint
 from dfer.run.continuing import parse_command
 from dfer.run.distributed import World
 from dfer.run.folder import RunFolder, about_run, continued_config, diverged, open_run, shared_config, started_config
+from dfer.run.graph import build_graphs
 from dfer.run.logger import Logger
 from dfer.run.memory import memory_advice
 from dfer.run.predictions import write_predictions
 from dfer.run.profiler import TRACE, Profiler, check_steps
 from dfer.run.provenance import note_start
+from dfer.run.resolving import with_cache
 from dfer.run.signals import EXIT_STOPPED, StopSignals
 from dfer.run.step import with_step
 from dfer.state import Job, Step, build_state, load_trained
@@ -73,6 +74,7 @@ def main(config: Config) -> int:
     """Run what the configuration says, and return the exit code."""
     distributed.find_place()  # what is wrong with the launcher is said first
     data = read_data(config := started_config(config))
+    config = with_cache(config, data.train_index, data.val_index)
     world = distributed.setup(config.run.device, timedelta(seconds=config.run.timeout))
     with distributed.peers_named(world):
         if (shared := shared_config(config, world)) != config:
@@ -89,7 +91,7 @@ def main(config: Config) -> int:
             state = decode_state(content, config.run.log_dir) if content else None
             if state:
                 config = continued_config(state, config, data, world.size)
-            with chosen_algorithms(config.run), memory_advice(config):
+            with chosen_algorithms(config.run), memory_advice(config, begun=state is not None):
                 code = train(prepare(config, data, world, state), run, state, damage)
     if run and code == 0:
         print_report(run.path, build_loader, load_trained)
@@ -112,15 +114,15 @@ def prepare(config: Config, data: Data, world: World, checkpoint: dict[str, Any]
     check_steps(config.profile, schedule.steps_per_epoch)
     precision = build_precision(config.run, world.device)
     state = build_state(config, precision, checkpoint)
-    model = state.model
-    if world.size > 1:
-        model = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
-    objective = data.objective.on(world.device)
-    job = Job(config, world, train_loader, val_loader, state, model, objective, schedule, precision)
-    if isinstance(model, DistributedDataParallel):
-        empty = empty_batch(config.data.batch_size, train_loader.sampler.clip_length, config.data.size, world.device)
-        distributed.settle_buckets(model, empty, lambda batch: training_loss(job, batch)[0])
-    return with_step(job, training_loss)
+    objective, graphs = data.objective.on(world.device), build_graphs(config.run, world)
+    with graphs.stream():
+        model = distributed.parallel(state.model, world) if world.size > 1 else state.model
+        job = Job(config, world, train_loader, val_loader, state, model, objective, schedule, precision)
+        if world.size > 1:
+            size, frames = config.data.size, train_loader.sampler.clip_length
+            empty = empty_batch(config.data.batch_size, frames, size, world.device)
+            distributed.settle_buckets(model, empty, lambda batch: training_loss(job, batch)[0])
+    return with_step(job, training_loss, graphs)
 
 
 def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, damage: list[str]) -> int:
@@ -145,12 +147,14 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
             run.save(state.state_dict() | about | {"wandb_id": logger.wandb_id})
         stop.unsaved = 0
 
-    with stop, contextlib.closing(logger):
+    assert job.step is not None
+    with stop, contextlib.closing(logger), contextlib.closing(job.step):
         logger.announce(job, damage, changes)
         if state.evaluated == config.optim.epochs:
             logger.say(f"{run.path if run else ''}: all {config.optim.epochs} epochs are done; nothing is left to do")
             return 0
-        throughput, result, page = Throughput(world.size), None, LivePage(run.path if run else None, logger.say)
+        throughput, result = Throughput(world.size, job.step.worked_s), None
+        page = LivePage(run.path if run else None, logger.say)
         profiler = Profiler(config.profile if run else 0, config.optim.accumulate, run and run.path / TRACE, logger.say)
         while state.evaluated < config.optim.epochs:
             result = None
@@ -259,12 +263,13 @@ def training_loss(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def try_out(config: Config, data: Data, world: World) -> int:
     """Do everything that a run does but write, in small, and print what the run will take by that."""
     head = data._replace(val_index=data.val_index.head(dry_run.BATCHES * config.data.batch_size * world.size))
-    with StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND) as stop:
+    with StopSignals(world, timedelta(seconds=config.run.timeout), COMMAND) as stop, contextlib.ExitStack() as end:
         stop.saved = True  # there is nothing to save
         job = prepare(dry_run.without_first_weights(shared_config(config, world), world), head, world, None)
+        end.callback(job.step.close)
         disk = dry_run.free_disk(config.run.log_dir, job.state.num_bytes())
         throughput, warm = Throughput(world.size), BEGINNING
-        num_steps = min(dry_run.STEPS, job.schedule.steps_per_epoch)
+        num_steps = dry_run.num_steps(job)
         with contextlib.closing(throughput.timed(epoch_batches(job))) as batches:
             for _ in itertools.islice(train_steps(job, batches), num_steps):
                 if world.device.type == "cuda":

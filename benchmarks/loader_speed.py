@@ -198,7 +198,7 @@ def starve(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     state, loader = build_state(config, precision, None), our_loader(task, args.design)
     objective, schedule = build_objective(config.loss, task.index.records), Schedule(config.optim.lr, 0, 10**6, 10**6)
     job = Job(config, world, loader, loader, state, state.model, objective, schedule, precision)
-    job = train.with_step(job, train.training_loss)
+    job = train.with_step(job, train.training_loss, train.build_graphs(config.run, world))
     loaded = (batch for epoch in itertools.count() for batch in loader(epoch))
     synthetic = itertools.repeat(next(loaded))
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
-from dfer.cli import UserError, usable_cores
+from dfer.cli import UserError
 from dfer.config import Config
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler
@@ -46,7 +46,7 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         cached=data.cache == "gpu",
         rank=world.rank,
         world_size=world.size,
-        num_threads=max(usable_cores() // world.local_size, 1),
+        num_threads=world.own_cores(),
         device_id=world.device.index if gpu else None,
     )
     return ClipLoader(index, sampler, options)

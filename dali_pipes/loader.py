@@ -1,5 +1,6 @@
 """ClipLoader: plans in, batches of torch tensors out, from any source, on either device."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from dali_pipes.sources import BadClip, Images, Shards, source_of
 from dali_pipes.streaming import RawStream, StreamedEpoch
 from dali_pipes.videos import DeviceVideos, feed_of
 from dfer.batch import Batch, mixed
-from dfer.cli import UserError, printable, say_error
+from dfer.cli import UserError, printable, say_error, say_once
 from dfer.lists.index import ClipIndex, Packed
 from dfer.plan.sampling import ClipSampler, EpochPlan, shard
 
@@ -85,6 +86,7 @@ class ClipLoader:
 
     def __init__(self, index: ClipIndex, sampler: ClipSampler, options: LoaderOptions):
         assert sampler.mode == "train" or options.bad_clips == "error", "evaluation counts every clip"
+        options = usable(options, index)
         self.index, self.sampler, self.options = index, sampler, options
         self._device = options.torch_device
         self._resident = ResidentClips(index, self._device) if options.cached else None
@@ -286,3 +288,14 @@ class ClipLoader:
             ids=torch.from_numpy(ids),
         )
         return batch if plan.mix is None else mixed(batch, plan.mix[rows])
+
+
+def usable(options: LoaderOptions, index: ClipIndex) -> LoaderOptions:
+    """Return the options, or, where a GPU's kernel does not do what it should, with DALI's operators; which is said."""
+    if options.device == "cpu" or not (options.cached or options.route(index.source) in ("decoded", "streamed")):
+        return options
+    why = pixels.why_not(options.torch_device)
+    if why is None:
+        return options
+    say_once(f"{why}: DALI's operators make the clips" + ("; none are held in memory" if options.cached else ""))
+    return dataclasses.replace(options, cached=False, graph="operators")

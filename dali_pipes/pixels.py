@@ -8,6 +8,7 @@ the crop already, so that a frame costs no Python and no size has to be the same
 # The types of numba describe Python's side of compiled functions, not the functions.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportIndexIssue=false
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from dali_pipes import kernels, torch_stages
 from dali_pipes.compiling import njit, pointer
-from dfer.plan.sampling import EpochPlan
+from dfer.files import reason
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import EpochPlan, epoch_plan
 
 # Where a frame's parameters have matrices, and of which shape: warp, colour.
 _MATRICES = (kernels.WARP, kernels.BLUR, (2, 3)), (kernels.COLOUR, kernels.YUV, (3, 4))
@@ -136,6 +139,27 @@ def of_decoded(
     cuts = cut_out(pixels.data_ptr() + ends - sizes.prod(2), sizes[:, :, 0], sizes[:, :, 1], plan.box[rows])
     words = torch_stages.upload(pack(cuts, parameters(plan, rows)), pixels.device)
     return clips(*Frames.unpack(words, len(rows), sizes.shape[1]), stages, size, dtype)
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """Return why the kernel is not to be used on a device: it cannot run, or makes other clips than the CPU's."""
+    augmentation = Augmentation(min_crop_area=0.3, max_crop_ratio=1.5, colour=0.3, erase=0.5)
+    plan, rows, found = epoch_plan(0, 0, np.full(4, 2), 2, augmentation=augmentation), np.arange(4), []
+    height, width = 70, 52
+    noise = torch.arange(8 * height * width * 3).mul(7919).remainder(251).to(torch.uint8)
+    try:
+        for place in (torch.device("cpu"), device):
+            memory = noise.to(place)
+            address = memory.data_ptr() + height * width * 3 * np.arange(8).reshape(4, 2)
+            cuts = cut_out(address, np.array([[height]]), np.array([[width]]), plan.box)
+            table = Frames(*(torch_stages.upload(part, place) for part in (cuts, parameters(plan, rows))))
+            there = torch_stages.upload(rows, place)
+            found.append(clips(table, there, torch_stages.Stages(plan), 24, torch.float32).cpu())
+    except Exception as error:  # of Triton, its compiler and the driver, which raise different classes
+        return f"Triton's kernel for clips does not run here ({reason(error)})"
+    off = float((found[0] - found[1]).abs().nan_to_num(torch.inf).max())
+    return None if off <= 1e-3 else f"Triton's kernel for clips is {off:.1e} off the CPU's"
 
 
 def on_gpu(

@@ -21,7 +21,8 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
-from dfer.run.launchers import own_words
+from dfer.run.defaults import STEP_FLAGS, card_memory, settled_as, suited
+from dfer.run.launchers import find_place, own_words
 from dfer.run.values import check_ranges, first_sentence, restored
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
@@ -44,8 +45,8 @@ class DataConfig:
     """What decodes videos for a GPU: the cores, or NVDEC those that it takes. auto = cores, until a card shows more."""
     bad_clips: Literal["error", "skip"] = "skip"
     """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
-    cache: Literal["off", "gpu"] = "off"
-    """gpu = hold the whole raw data set in GPU memory."""
+    cache: Literal["off", "gpu", "auto"] = "off"
+    """gpu = hold the whole raw data set in GPU memory; auto = where it fits (docs/speed.md)."""
     size: Annotated[int, Range(32, 1024)] = 112
     """Height and width of a clip in pixels."""
     num_segments: Annotated[int, Range(1, 1024)] = 16
@@ -66,13 +67,12 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     name: Literal["dfernet", "mean-pool", "r18-lstm", "r18-gru", "r3d-18", "st-former"] = "dfernet"
-    """The full model, or a baseline: the backbone with its frames mean-pooled, or read by an LSTM or a GRU; a ResNet18
-    of 3-D convolutions; a spatial and a temporal transformer after Former-DFER."""
+    """The full model, or a baseline: the mean, an LSTM or a GRU over frames, a 3-D ResNet18, two transformers."""
     backbone: str = "resnet18"
     """Any timm model with feature levels."""
     init: str = "random"
     """Weights to start from: random, timm (its own for the backbone), auto (those if they can be had, else random), or
-    what a run's or export's folder, a file or hf:ORG/NAME holds: all that fits; of backbone:THAT the backbone alone."""
+    those of a run's or export's folder, a file or hf:ORG/NAME: all that fit; of backbone:THAT the backbone's alone."""
     freeze: Literal["none", "backbone"] = "none"
     """What stays as it starts: a frozen backbone gets no gradient and keeps its batch statistics."""
     drop_path: Annotated[float, Range(0.0, 0.9)] = 0.0
@@ -82,8 +82,7 @@ class ModelConfig:
     branches: Literal["static", "dynamic", "both"] = "both"
     """What each frame looks like, how it differs from the rest of its clip, or both."""
     dynamic: Literal["deviation", "difference", "first", "original"] = "deviation"
-    """What the dynamic branch sees: each frame less the clip's mean, less the frame before, less the first one; or the
-    original method's: the next frame less it, and for the last one the first less it."""
+    """What that is: each frame less the clip's mean, the frame before, or the first; or as in the original method."""
     time: Literal["gru", "attention"] = "gru"
     """What reads the frames: a recurrent unit, or convolution and attention with the mean over time."""
     crf: Literal["meanfield", "messages", "gaussian", "none"] = "meanfield"
@@ -126,6 +125,8 @@ class RunConfig:
     """Launch a whole step on a GPU at once, as a CUDA graph; auto = where one process trains on one."""
     fused: Literal["auto", "norm", "pool", "both", "off"] = "auto"
     """Which layers of a ResNet take fewer passes, by Triton kernels on a GPU; auto = both where steps are graphs."""
+    threads: Annotated[int, Range(0, 4096)] = 0
+    """Threads of torch on a CPU; 0 = the cores there are. A run keeps their number, as another one rounds otherwise."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time; else a GPU takes those that are the fastest when it starts."""
     channels_last: bool = True
@@ -173,11 +174,8 @@ def _faces(gpu: bool) -> Config:
     """The embedded data set, the default. On a CPU smaller input and T, so that 2 cores take about 8 minutes."""
     if gpu:
         return Config("faces", optim=OptimConfig(epochs=30, warmup_epochs=2.0))
-    return Config(
-        "faces",
-        data=DataConfig(size=48, num_segments=8, batch_size=16),
-        optim=OptimConfig(epochs=10, warmup_epochs=1.0),
-    )
+    data = DataConfig(size=48, num_segments=8, batch_size=16)
+    return Config("faces", data=data, optim=OptimConfig(epochs=10, warmup_epochs=1.0))
 
 
 def _dfew(gpu: bool) -> Config:
@@ -242,13 +240,24 @@ def parse_config(args: list[str]) -> Config:
     if begun is None and flags != old_word:
         raise UserError("--data.recipe: is --recipe now, and sets optimizer, schedule, batch, epochs and loss too")
     if begun is None:
+        config = _suited(config, flags)
         validate(config)
         return config
     config = _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
-    if config.model.init == "auto":  # typed again: what it was found to mean
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=begun.model.init))
+    config = settled_as(config, begun)  # "auto", typed again: what it was found to mean
+    if config.run.device == "cpu" and begun.run.device != "cpu":  # typed, to go on without a GPU and its graphs
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, graph="off"))
     validate(config)
     return config
+
+
+def _suited(config: Config, flags: list[str]) -> Config:
+    """Return a preset's configuration with batch and learning rate for the GPU at hand, unless words say otherwise."""
+    typed = {flag.split("=")[0].replace("_", "-") for flag in flags}
+    if config.run.device == "cpu" or typed & STEP_FLAGS or not torch.cuda.is_available():
+        return config
+    place = find_place()
+    return suited(config, card_memory(place.local_rank) or 0, place.size)
 
 
 def _parse(words: list[str], default: Config) -> Config:

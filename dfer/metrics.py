@@ -1,8 +1,10 @@
 """WAR and UAR from one confusion matrix; throughput with the wait for data as its own number; memory."""
 
+import contextlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +58,42 @@ class ConfusionMatrix:
         return float(self.per_class_recall().nanmean())
 
 
+class DeviceClock:
+    """Seconds that a GPU works on what is queued between two events, without waiting for it.
+
+    What a stream waits for between them counts as work: it is to be one launch, such as a graph.
+    """
+
+    def __init__(self):
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is queued in here."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._pairs.append((start, end))
+        self._collect()  # else there would be more and more of them between two rows of the log
+
+    def seconds(self) -> float:
+        """Return the seconds of all that is done; what is still queued counts later."""
+        self._collect()
+        return self._seconds
+
+    def _collect(self) -> None:
+        while self._pairs and self._pairs[0][1].query():
+            start, end = self._pairs.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
+
+
 class Snapshot(NamedTuple):
     num_clips: int
     wait_s: float
     total_s: float
+    worked_s: float | None = None  # of the device; None: not known
 
 
 BEGINNING = Snapshot(0, 0.0, 0.0)
@@ -71,8 +105,10 @@ class Throughput:
     The clock runs inside `timed` loops. A batch counts once it is handed out.
     """
 
-    def __init__(self, world_size: int = 1):
+    def __init__(self, world_size: int = 1, worked_s: Callable[[], float | None] = lambda: None):
+        """Count from now on; `worked_s` returns the seconds that the device has worked so far, where that is known."""
         self._world_size, self._num_clips, self._wait_s = world_size, 0, 0.0
+        self._worked_s = worked_s
         self._total_s, self._running_since = 0.0, None
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -97,17 +133,25 @@ class Throughput:
     def snapshot(self) -> Snapshot:
         """Return what was counted and clocked so far."""
         running_s = time.perf_counter() - self._running_since if self._running_since is not None else 0.0
-        return Snapshot(self._num_clips, self._wait_s, self._total_s + running_s)
+        return Snapshot(self._num_clips, self._wait_s, self._total_s + running_s, self._worked_s())
 
     def read(self, since: Snapshot = BEGINNING) -> dict[str, float]:
-        """Return the rates since a snapshot, or since the beginning."""
-        num_clips, wait_s, total_s = (now - then for now, then in zip(self.snapshot(), since, strict=True))
+        """Return the rates since a snapshot, or since the beginning.
+
+        "busy", the share of the time in which the device worked, is there where both know of the device.
+        """
+        now = self.snapshot()
+        num_clips, wait_s, total_s = (a - b for a, b in zip(now[:3], since[:3], strict=True))
         total_s = max(total_s, 1e-9)
-        return {
+        rates = {
             "total_clips_per_s": num_clips / total_s,
             "compute_clips_per_s": num_clips / max(total_s - wait_s, 1e-9),
             "data_wait_share": wait_s / total_s,
         }
+        if now.worked_s is not None and since.worked_s is not None:
+            # A step that is done here may have begun before.
+            rates["busy"] = min((now.worked_s - since.worked_s) / total_s, 1.0)
+        return rates
 
 
 # Dense bf16 FLOP/s of the datasheets, by what a driver calls the card; the first that fits counts.

@@ -1,13 +1,13 @@
 """Mixed precision and memory layout: how every forward pass of a model is computed, in training and everywhere else."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dfer.cli import UserError
-from dfer.config import RunConfig
+from dfer.config import Amp, RunConfig
 from dfer.model import Prediction
 
 
@@ -34,10 +34,22 @@ class Precision(NamedTuple):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
 
+def auto_amp(gpu: bool) -> Literal["bf16", "off"]:
+    """Return what --run.amp auto means here: bfloat16 where the hardware computes it.
+
+    That is on GPUs, and on CPUs with AVX512-BF16 or AMX.
+    """
+    native = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "off"
+
+
+def amp_of_trained(run: RunConfig, device: Literal["cpu", "cuda"]) -> Amp:
+    """Return the --run.amp with which a trained model is computed: its run's, or what suits another kind of device."""
+    return run.amp if run.device in ("auto", device) else "auto"
+
+
 def build_precision(run: RunConfig, device: torch.device) -> Precision:
     """Return the precision that a configuration names.
-
-    "auto" is bfloat16 where the hardware computes it: GPUs, and CPUs with AVX512-BF16 or AMX.
 
     Raises:
         UserError: if fp16 is asked for on a CPU.
@@ -45,7 +57,6 @@ def build_precision(run: RunConfig, device: torch.device) -> Precision:
     gpu = device.type == "cuda"
     if run.amp == "fp16" and not gpu:
         raise UserError("--run.amp fp16: needs a GPU; on a CPU use bf16 or off")
-    native = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    auto = torch.bfloat16 if native else None
-    dtype = {"auto": auto, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
+    amp = auto_amp(gpu) if run.amp == "auto" else run.amp
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     return Precision(device, dtype, run.channels_last)

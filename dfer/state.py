@@ -126,6 +126,14 @@ class StepTaker(Protocol):
         """Return what is to be said of its graphs, once."""
         ...
 
+    def worked_s(self) -> float | None:
+        """Return for how many seconds the device has worked on steps; None where that cannot be told."""
+        ...
+
+    def close(self) -> None:
+        """Free its graphs."""
+        ...
+
 
 class Job(NamedTuple):
     """Everything that training works with, built before its first step."""

@@ -67,6 +67,7 @@ def throughput_panels() -> "list[Panel]":
         lines("step", "clips/s of one GPU", "throughput/per_gpu_clips_per_s"),
         lines("step", "share of the time waiting for data", "throughput/data_wait_share"),
         lines("step", "ms per optimizer step", "throughput/step_ms"),
+        lines("step", "share of the time in which the device worked", "throughput/busy"),
         lines("step", "share of the GPU's peak FLOP/s", "throughput/mfu"),
         lines("step", "peak memory, GB", "throughput/memory_gb"),
         lines("epoch", "evaluation: clips/s, and without waiting for data", *evaluation_rates),

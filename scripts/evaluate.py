@@ -15,12 +15,14 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("evaluate", "torch, DALI and timm")
+import torch
+
 from dfer.cli import Parser, UserError, in_range, one_line_errors, progress
 from dfer.config import Config, RunConfig, config_from_json
 from dfer.evaluation import Watch, evaluate
 from dfer.files import check_output
 from dfer.lists.index import load_index
-from dfer.precision import build_precision
+from dfer.precision import amp_of_trained, build_precision
 from dfer.run import distributed
 from dfer.run.checkpoint import load_checkpoint
 from dfer.run.logger import print_result
@@ -79,7 +81,9 @@ def evaluated_config(config: Config, args: argparse.Namespace) -> Config:
         views=args.views or config.data.views,
         mirror_views=config.data.mirror_views if args.mirror_views is None else args.mirror_views,
     )
-    run = dataclasses.replace(config.run, device=args.device, amp=args.amp or config.run.amp)
+    gpu = args.device != "cpu" and torch.cuda.is_available()
+    amp = args.amp or amp_of_trained(config.run, "cuda" if gpu else "cpu")
+    run = dataclasses.replace(config.run, device=args.device, amp=amp)
     return dataclasses.replace(config, data=data, run=run)
 
 

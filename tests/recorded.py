@@ -4,10 +4,12 @@ As in a graph, Python does not run again: a number that it would read or change 
 is not written into a tensor that was there when the recording was made is lost.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +20,18 @@ def tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def is_group(value: object) -> bool:
+    return isinstance(value, torch.ScriptObject) and value._type().qualified_name().endswith("c10d.ProcessGroup")
+
+
+def done(result: object) -> object:
+    """What an operator has returned, once exchanges between processes have come to their end."""
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, torch.ScriptObject) and hasattr(leaf, "wait"):
+            leaf.wait()
+    return result
+
+
 def storages(found: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in found}
 
@@ -25,16 +39,22 @@ def storages(found: Iterable[Tensor]) -> set[int]:
 class Recording(TorchDispatchMode):
     """Keeps the operators that are called, with all of their tensors."""
 
-    def __init__(self, fails_at: str | None = None):
+    def __init__(self, fails_at: str | None = None, alone: ProcessGroup | None = None):
+        """With a group of this process alone nothing is exchanged meanwhile, as in a capture."""
         super().__init__()
         self.calls = []
-        self._fails_at = fails_at
+        self._fails_at, self._alone = fails_at, alone
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in READS or name == self._fails_at:
             raise RuntimeError(f"operation not permitted when stream is capturing:\n{name}")
         kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            solo = [self._alone.boxed() if self._alone is not None and is_group(arg) else arg for arg in args]
+            out = func(*solo, **kwargs)
+            self.calls.append((func, args, kwargs, []))
+            return out
         out = func(*args, **kwargs)
         is_view = not func._schema.is_mutable and storages(tensors(out)) <= storages(tensors((args, kwargs)))
         if not is_view:
@@ -44,7 +64,8 @@ class Recording(TorchDispatchMode):
     def replay(self) -> None:
         with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
             for func, args, kwargs, outs in self.calls:
-                for old, new in zip(outs, tensors(func(*args, **kwargs)), strict=True):
+                result = done(func(*args, **kwargs))
+                for old, new in zip(outs, tensors(result) if outs else (), strict=True):
                     if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
@@ -54,6 +75,9 @@ class Recorder:
 
     def __init__(self):
         self.warmed, self.captured, self.replayed = 0, 0, 0
+
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def warm_up(self, function: Callable[[], None]) -> None:
         self.warmed += 1
@@ -75,6 +99,45 @@ class Recorder:
         return replay
 
 
+class Unchanged:
+    """Undoes on leaving what was done to tensors and to the generator of random numbers."""
+
+    def __init__(self, state: list[Tensor]):
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._kept, self._seed = [tensor.detach().clone() for tensor in self._state], torch.get_rng_state()
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self._seed)
+        with torch.no_grad():
+            for tensor, before in zip(self._state, self._kept, strict=True):
+                tensor.copy_(before)
+
+
+class Apart(Recorder):
+    """Captures without doing anything, as CUDA does, on one process of several, which exchange in replays alone."""
+
+    def __init__(
+        self, state: Callable[[], list[Tensor]], alone: ProcessGroup, fails_at: str | None = None, number: int = 1
+    ):
+        """Where it is to fail, at an operator, it does so when it captures for the `number`-th time."""
+        super().__init__()
+        self._state, self._alone, self._fails_at, self._number = state, alone, fails_at, number
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        fails_at = self._fails_at if self.captured + 1 == self._number else None
+        with Unchanged(self._state()), Recording(fails_at, self._alone) as recording:
+            function()
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            recording.replay()
+
+        return replay
+
+
 class Refusing(Recorder):
     """Fails at an operator, when it captures for the `number`-th time; what was done till then is undone."""
 
@@ -85,13 +148,6 @@ class Refusing(Recorder):
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         if self.captured + 1 < self._number:
             return super().capture(function)
-        state = self._state()
-        kept = [tensor.detach().clone() for tensor in state]
-        try:
-            with Recording(self._operator):
-                function()
-        finally:
-            with torch.no_grad():
-                for tensor, before in zip(state, kept, strict=True):
-                    tensor.copy_(before)
+        with Unchanged(self._state()), Recording(self._operator):
+            function()
         raise AssertionError(f"{self._operator} was never called")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import loader_speed, peers, quiet, storage
+from benchmarks import busy, loader_speed, peers, quiet, storage
 from benchmarks.loader_speed import Results, main
 from benchmarks.peers import PEERS, Clips, Cuts, Order, Task, encoded_clips, raw_clips, tar_keys
 from dali_pipes import kernels
@@ -254,3 +254,31 @@ def test_peers_cut_where_the_loader_cuts():
         start, length = np.float32(start), np.float32(min(length, 1 - start))
         for size in (10, 97, 224):
             assert peers.pixels_of(start, length, size) == kernels._cut(start, length, size)
+
+
+def test_the_fair_share_beside_busy_processes(monkeypatch, capsys):
+    """Each round measures all alike, beside as many processes as it says; they are gone after it."""
+    assert [busy.fair(36.0, 2, n) for n in (0, 2, 4)] == [36.0, 18.0, 12.0]
+    assert busy.environment("threads", 4) == (1, 4, {}) and busy.environment("threads=3", 4) == (1, 3, {})
+    assert busy.environment("processes", 4) == (4, 1, {})
+    assert busy.environment("nospin", 2) == (1, 2, {"GOMP_SPINCOUNT": "0"})
+    running, started = [], subprocess.Popen
+
+    def start(command, **options):
+        running.append(started(command, **options))
+        return running[-1]
+
+    def clips_per_s(way, cores, seconds):
+        alive = sum(process.poll() is None for process in running)
+        return (10.0 if way == "threads" else 7.0) / (1 + alive)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(busy, "measured", clips_per_s)
+    monkeypatch.setattr(busy, "usable_cores", lambda: 2)
+    assert busy.main(["--neighbours", "1", "--ways", "threads", "threads=1", "--rounds", "2"]) == 0
+    assert len(running) == 4 and all(process.poll() is not None for process in running)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if not line.startswith("{")][1:]
+    assert rows == [["threads", "0", "10.0", "1.00"], ["threads=1", "0", "7.0", "0.70"],
+                    ["threads", "1", "5.0", "0.75"], ["threads=1", "1", "3.5", "0.53"]]  # fmt: skip
+    with pytest.raises(SystemExit):
+        busy.main(["--ways", "thread=1"])

@@ -6,23 +6,34 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfer.batch import Batch, Mix
+from dfer.batch import Batch, Mix, empty_batch
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
 from dfer.losses import Objective, build_objective
 from dfer.optim.options import OptimConfig
 from dfer.optim.schedule import Schedule
 from dfer.precision import Precision
-from dfer.run import graph
+from dfer.run import distributed, graph
 from dfer.run.algorithms import chosen_algorithms
 from dfer.run.distributed import World
-from dfer.run.graph import WARM_UP, CapturedCall, CudaGraphs, Graphs, build_graphs, resolved_graph
+from dfer.run.graph import (
+    WARM_UP,
+    WARM_UP_TOGETHER,
+    CapturedCall,
+    CudaGraphs,
+    Graphs,
+    build_graphs,
+    resolved_graph,
+    together,
+)
 from dfer.run.step import TrainingStep
 from dfer.state import Job, build_state
+from tests.conftest import run_python
 from tests.recorded import Recorder, Refusing
 from train import train_steps, training_loss
 
@@ -170,17 +181,40 @@ def test_an_eager_step_keeps_its_state_where_it_is_and_averages_its_weights():
     torch.testing.assert_close(next(job.state.evaluated_model().parameters()).detach(), mean)
 
 
-def test_flop_are_counted_once_and_change_nothing():
-    """As on a GPU: in the first batch of a process."""
-    job, want = job_of(configured(), None), job_of(configured(), None)
-    job.step._counts = True
-    told(want, batches(2))
-    told(job, batches(2))
-    assert_same(job, want)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"name": "st-former"},
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in ({"crf": "gaussian"}, {"name": "r18-lstm"}, {"time": "attention"})
+        ),
+    ],
+)
+def test_flop_are_counted_without_computing(model):
+    config = dataclasses.replace(configured(), model=dataclasses.replace(SMALL, **model))
+    job = job_of(config, None)
+    before = [t.clone() for t in everything(job)]
+    job.step.count_flops()
+    assert job.step.take_note() is None and all(map(torch.equal, before, everything(job)))
     with FlopCounterMode(display=False) as counter:
-        loss, _ = training_loss(want, next(batches(1)))
+        loss, _ = training_loss(job, next(batches(1)))
         loss.backward()
-    assert job.step.flops_a_clip == counter.get_total_flops() / 2 > 1e6 and want.step.flops_a_clip is None
+    assert job.step.flops_a_clip == counter.get_total_flops() / 2 > 1e6
+
+
+def test_a_model_whose_flop_cannot_be_counted_is_trained(monkeypatch):
+    def refuse(config):
+        raise RuntimeError("aten::x\nneeds its content")
+
+    monkeypatch.setattr("dfer.run.step.flops_a_clip", refuse)
+    job = job_of(configured(), None)
+    job.step.count_flops()
+    note = job.step.take_note()
+    assert note.startswith("the model's FLOP cannot be counted (aten::x needs its content): no share of the GPU's peak")
+    assert job.step.take_note() is None and job.step.flops_a_clip is None
+    told(job, batches(1))
 
 
 @pytest.mark.parametrize(
@@ -276,8 +310,18 @@ def test_a_graph_is_chosen_once(monkeypatch):
 def test_why_there_is_no_graph_is_said():
     assert build_graphs(RunConfig(graph="off"), WORLD).take_note() is None
     assert "there is no GPU here" in build_graphs(RunConfig(graph="on"), WORLD).take_note()
-    two = dataclasses.replace(WORLD, size=2, device=torch.device("cuda", 0))
-    assert "2 processes train together" in build_graphs(RunConfig(graph="on"), two).take_note()
+    two = dataclasses.replace(WORLD, size=2)
+    assert "there is no GPU here" in build_graphs(RunConfig(graph="on"), two).take_note()
+    assert build_graphs(RunConfig(graph="on"), two).warm_up == WARM_UP_TOGETHER > 10 > WARM_UP
+
+
+@pytest.mark.parametrize(
+    ("failing", "accumulate"), [("none,1", "1"), pytest.param("none,0,1:2", "2", marks=pytest.mark.slow)]
+)
+def test_processes_capture_their_steps_together_or_not_at_all(tmp_path, failing, accumulate):
+    """And each is DDP's eager step to the bit: gradients are exchanged in replays, on all ranks or on none."""
+    done = run_python("tests/two_processes.py", str(tmp_path / "store"), failing, accumulate)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- On a card
@@ -343,3 +387,38 @@ def test_on_a_gpu_a_capture_that_fails_leaves_nothing():
     assert graphs.take_note().startswith("--run.graph: it cannot be captured (") and not graphs.active
     again = CapturedCall(Graphs(CudaGraphs(device)), "x", lambda x: x + 1, None)
     assert all(torch.equal(again(x), x + 1) for _ in range(WARM_UP + 2)) and again._graphs.active
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_two_processes_that_cannot_capture_go_on_together(tmp_path):
+    """NCCL takes one process a card, and gloo's exchange is none that a graph could hold."""
+    done = run_python("tests/two_processes.py", str(tmp_path / "store"), "gpu", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_a_gpu_the_step_of_ddp_is_captured_with_its_exchange(tmp_path, accumulate):
+    """Of one process, which NCCL takes on one card: the exchange is in the graph, and gives what eager steps give."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    world = World(0, 1, device.index, 1, device)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
+    config, jobs = configured(accumulate=accumulate), []
+    try:
+        with chosen_algorithms(RunConfig(deterministic=True)):
+            for backend in (None, CudaGraphs(device)):
+                graphs = together(backend, world)
+                with graphs.stream():
+                    job = job_of(config, None, precision=Precision(device, None, True))
+                    job = job._replace(model=distributed.parallel(job.state.model, world))
+                    empty = empty_batch(2, 2, 32, device)
+                    distributed.settle_buckets(job.model, empty, lambda batch, job=job: training_loss(job, batch)[0])
+                jobs.append(job._replace(step=TrainingStep(job, training_loss, graphs)))
+                told(jobs[-1], on_card(batches((WARM_UP_TOGETHER + 40) * accumulate, harmed=(30,))))
+        assert jobs[1].step.take_note() is None and jobs[1].step.graphs.active
+        assert_same(*jobs)
+    finally:
+        for job in jobs:
+            job.step.close()
+        dist.destroy_process_group()

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfer.batch import Batch, empty_batch
 from dfer.evaluation import Evaluation, evaluate
-from dfer.metrics import ConfusionMatrix, Throughput, flop_share
+from dfer.metrics import ConfusionMatrix, DeviceClock, Throughput, flop_share
 from dfer.model import Prediction
 from dfer.optim.average import build_ema
 from dfer.plan.sampling import shard
@@ -129,6 +129,56 @@ def test_throughput_separates_waiting_from_computing():
     assert rates["compute_clips_per_s"] > rates["total_clips_per_s"] > 0
     assert 0.5 < rates["data_wait_share"] <= 1
     assert throughput.read(since=throughput.snapshot())["total_clips_per_s"] == 0  # the clock stands still outside
+
+
+class Card:
+    """Plays a GPU's stream: work is queued by the host at its own time, and takes as long as it says."""
+
+    def __init__(self):
+        self.host = self.free_at = 0.0  # seconds
+
+    def event(self, enable_timing):
+        assert enable_timing
+        card, at = self, []
+        return SimpleNamespace(
+            record=lambda: at.append(max(card.free_at, card.host)),
+            query=lambda: at[0] <= card.host,
+            elapsed_time=lambda end: 1000 * (end.at[0] - at[0]),
+            at=at,
+        )
+
+    def work(self, seconds):
+        self.free_at = max(self.free_at, self.host) + seconds
+
+
+def test_the_busy_share_is_that_of_the_card(monkeypatch):
+    """Against the sum of what it did, with the host waiting for data before some steps, and far ahead in others."""
+    card = Card()
+    monkeypatch.setattr(torch.cuda, "Event", card.event)
+    monkeypatch.setattr("dfer.metrics.time", SimpleNamespace(perf_counter=lambda: card.host))
+    clock = DeviceClock()
+    throughput = Throughput(1, clock.seconds)
+
+    def batches():
+        for number in range(40):
+            card.host += 0.5 if number % 2 else 0.001
+            yield empty_batch(2, 1, 1, torch.device("cpu"))
+
+    began = throughput.snapshot()
+    for _ in throughput.timed(batches()):
+        with clock.running():
+            card.work(0.1)
+        assert len(clock._pairs) <= 3  # and not one for each step of a row
+    card.host = max(card.host, card.free_at)
+    found = throughput.read(since=began)
+    assert found["busy"] == pytest.approx(40 * 0.1 / (20 * 0.501), rel=1e-6) and clock.seconds() == pytest.approx(4.0)
+    assert "busy" not in throughput.read() and "busy" not in Throughput().read(since=Throughput().snapshot())
+
+
+def test_a_card_is_never_busier_than_the_time(monkeypatch):
+    worked = iter((0.0, 9.0))
+    throughput = Throughput(1, lambda: next(worked))
+    assert throughput.read(since=throughput.snapshot())["busy"] == 1.0
 
 
 @pytest.mark.parametrize("warmup", [False, True])

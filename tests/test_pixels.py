@@ -6,6 +6,7 @@ The same checks run in the interpreter and on a GPU. The rules are those of the 
 import dataclasses
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from triton.compiler import ASTSource
 import dali_pipes
 from dali_pipes import pixels, torch_stages
 from dali_pipes.kernels import COLOUR, ERASE, MIRROR, NUM_PARAMETERS, _cut, fused, parameters
+from dali_pipes.loader import usable
+from dali_pipes.options import LoaderOptions
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import EpochPlan, epoch_plan
 from tests.oracle import crop, oracle_clip
@@ -199,3 +202,30 @@ def test_stages_are_those_of_the_plan():
     assert plain.erases and not plain.touches_geometry
     none = dataclasses.replace(drawn(COLOURED, 30, 9), erase=np.zeros((30, 4), np.float32))
     assert not torch_stages.Stages(none).erases
+
+
+def test_a_kernel_that_does_not_do_what_it_should_is_not_used(monkeypatch, capsys):
+    """Whether it runs, or makes something else: it is said, and the clips are made in another way."""
+    pixels.why_not.cache_clear()
+    assert pixels.why_not(torch.device("cpu")) is None
+    real = pixels.clips
+    for wrong in (lambda made: made + 0.01, lambda made: made * torch.nan, lambda made: 1 / 0):
+        number = iter(range(2))
+        monkeypatch.setattr(
+            pixels, "clips", lambda *args, w=wrong, n=number: (w if next(n) else torch.clone)(real(*args))
+        )
+        pixels.why_not.cache_clear()
+        assert "Triton's kernel for clips" in pixels.why_not(torch.device("cpu"))
+    pixels.why_not.cache_clear()
+    options, index = LoaderOptions(2, 8, device="gpu", device_id=0), SimpleNamespace(source="frames")
+    monkeypatch.setattr(pixels, "why_not", lambda device: "it burns")
+    assert usable(options, index) == dataclasses.replace(options, graph="operators")
+    held = dataclasses.replace(options, cached=True)
+    assert usable(held, SimpleNamespace(source="raw")) == dataclasses.replace(options, graph="operators")
+    assert usable(options, SimpleNamespace(source="video")) == options
+    assert capsys.readouterr().err.splitlines() == [
+        "note: it burns: DALI's operators make the clips",
+        "note: it burns: DALI's operators make the clips; none are held in memory",
+    ]
+    monkeypatch.setattr(pixels, "why_not", lambda device: None)
+    assert usable(held, SimpleNamespace(source="raw")) == held

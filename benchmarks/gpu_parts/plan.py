@@ -18,6 +18,8 @@ QUICK_TO_START = {
     "graph": GRAPH,
     "graph + fixed algorithms": GRAPH | FIXED,
     "fixed algorithms": FIXED,
+    "DDP of one process": {"ddp": True},
+    "DDP of one process, graph": {"ddp": True} | GRAPH,
     "graph + Triton CRF + cudnn.benchmark": GRAPH | TRITON | CUDNN,
     "graph + fused + cudnn.benchmark": GRAPH | FUSED | CUDNN,
     "fused": FUSED,

@@ -1,5 +1,6 @@
 """The project as the benchmark uses it: its loader, its model and its training step. All imports of it are here."""
 
+import contextlib
 import gc
 import zlib
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.gpu_parts.card import cuda
@@ -32,9 +34,10 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
 from dfer.plan.transforms import IMAGENET_STD
 from dfer.precision import Precision
+from dfer.run import distributed
 from dfer.run.algorithms import chosen_algorithms
 from dfer.run.distributed import World
-from dfer.run.graph import CudaGraphs, Graphs
+from dfer.run.graph import CudaGraphs, Graphs, together
 from dfer.run.step import TrainingStep
 from dfer.state import Job, TrainState
 
@@ -186,6 +189,9 @@ def loss_of(setting: Setting, config: Config, model: nn.Module, batch: Batch, dt
 class Called:
     """Plays graphs for a test's stub, which has none: what is captured is called."""
 
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
@@ -203,9 +209,15 @@ class Step:
         self.state = TrainState(model, optimizer_of(model), precision.scaler(), None)
         world, schedule = World(0, 1, 0, 1, device), Schedule(1e-3, 0, 10**6, 10**6)
         objective, nothing = build_objective(config.loss, []), cast(Any, None)  # it takes its batches from elsewhere
-        job = Job(config, world, nothing, nothing, self.state, model, objective, schedule, precision)
         backend = CudaGraphs(device) if setting.device == "cuda" else Called()
-        self._take = TrainingStep(job, self._loss_of, Graphs(backend if options.graph else None))
+        graphs = Graphs(backend if options.graph else None)
+        if options.ddp:
+            join_alone(setting)
+            graphs = together(backend if options.graph else None, world)
+            with graphs.stream():
+                model = distributed.parallel(model, world)
+        job = Job(config, world, nothing, nothing, self.state, model, objective, schedule, precision)
+        self._take = TrainingStep(job, self._loss_of, graphs)
         self._algorithms = RunConfig(deterministic=options.deterministic)
 
     def _loss_of(self, job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -234,6 +246,13 @@ class Step:
         self._number = number
 
 
+def join_alone(setting: Setting) -> None:
+    """Make this process the only one of a group, which NCCL takes on one card: it exchanges gradients with itself."""
+    if not dist.is_initialized():
+        backend = "nccl" if setting.device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 class StepOptions(NamedTuple):
     """How a step is taken."""
 
@@ -241,6 +260,7 @@ class StepOptions(NamedTuple):
     bf16_input: bool = False
     graph: bool = False
     deterministic: bool = False
+    ddp: bool = False  # of one process
 
 
 def training_step(

@@ -18,7 +18,7 @@ from dfer.config import Amp, config_from_json
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet
 from dfer.plan.sampling import ClipSampler
-from dfer.precision import build_precision
+from dfer.precision import amp_of_trained, build_precision
 from dfer.predict.inputs import ShowProgress, read_pictures
 from dfer.predict.timeline import Timeline, place_windows
 from dfer.run.checkpoint import load_checkpoint
@@ -123,7 +123,8 @@ class Model:
     def __init__(self, path: Path, device: torch.device, amp: Amp | None, resize: Resize):
         state = load_checkpoint(path)
         config = config_from_json(state["config"], source=path)
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, amp=amp or config.run.amp))
+        amp = amp or amp_of_trained(config.run, "cuda" if device.type == "cuda" else "cpu")
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, amp=amp))
         self.path, self.config, self.step = path, config, state.get("step")
         self.trained_on = trained_on(state.get("faces"), config.data.train_list)
         self._device, self._net, self._resize = device, load_trained(state, config).to(device), resize

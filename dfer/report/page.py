@@ -168,6 +168,10 @@ def _headline(run: Run) -> str:
         contents.append(("", f"{np.nanmedian(rates):.1f}", "clips/s in training (median)"))
     if np.isfinite(waits).any():
         contents.append(("", f"{100 * np.nanmedian(waits):.1f} %", "of it waiting for data (median)"))
+    for key, what in (("busy", "of the time the device worked (median)"), ("mfu", "of the GPU's peak FLOP/s (median)")):
+        _, shares = run.series(f"throughput/{key}")
+        if np.isfinite(shares).any():
+            contents.append(("", f"{100 * np.nanmedian(shares):.1f} %", what))
     return tiles(contents)
 
 

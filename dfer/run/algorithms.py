@@ -1,4 +1,4 @@
-"""Which of several algorithms a GPU's libraries take: those that are the fastest, or those that always round alike."""
+"""How torch computes: with how many threads, and by those algorithms that are the fastest or always round alike."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS, with which its sums have one or
 
 @contextlib.contextmanager
 def chosen_algorithms(run: RunConfig) -> Iterator[None]:
-    """Let torch take what --run.deterministic says. Enter before anything is computed on a GPU.
+    """Let torch take what --run.deterministic and --run.threads say. Enter before anything is computed on a GPU.
 
     Without it cuDNN measures its algorithms for each shape and keeps the fastest: which one may be another in the next
     process, so that a continued run rounds otherwise than the unbroken one would have.
@@ -25,7 +25,8 @@ def chosen_algorithms(run: RunConfig) -> Iterator[None]:
     """
     if run.deterministic and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in _WORKSPACES:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = _WORKSPACES[0]  # cuBLAS reads it when it is first called
-    before = _settings()
+    before, threads = _settings(), torch.get_num_threads()
+    torch.set_num_threads(run.threads or threads)  # another number sums in another order
     # Of the kernels of attention the memory-efficient one alone has a gradient that is an atomic sum. Nothing here
     # reads memory before it is written: filling it first would cost as much as work.
     _set(run.deterministic, run.deterministic, not run.deterministic, not run.deterministic, False)
@@ -41,6 +42,7 @@ def chosen_algorithms(run: RunConfig) -> Iterator[None]:
         ) from None
     finally:
         _set(*before)
+        torch.set_num_threads(threads)
 
 
 def _settings() -> tuple[bool, bool, bool, bool, bool]:

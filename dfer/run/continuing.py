@@ -1,6 +1,7 @@
 """What a command may say differently that continues a run, which run it means if it names none, and how it reads."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dfer.cli import UserError, command_of
-from dfer.config import Config, begun_config, parse_config
+from dfer.config import PRESETS, Config, begun_config, parse_config
 from dfer.run.checkpoint import find_manifests
+from dfer.run.defaults import scaled_lr, settled_as
 
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
 # another decoder or of other kernels. The batch size is checked by `dfer.run.folder.same_global_batch`, which knows the
@@ -18,6 +20,8 @@ from dfer.run.checkpoint import find_manifests
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
 _FREE |= {"run.wandb_project", "run.tensorboard", "run.grace", "run.timeout", "run.graph"}
 _FREE |= {"run.fused", "model.crf_backend", "data.batch_size", "data.jpeg_engine", "data.video_decoder"}
+# They round otherwise, which is said: a machine may lack the GPU, or the cores, that the run began with.
+_FREE |= {"run.device", "run.threads"}
 # Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
 _FREE |= {"data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels"}
 
@@ -48,7 +52,10 @@ def unfinished_run(config: Config) -> Path:
             begun = begun_config(folder)
             if begun is None or _is_finished(folder, begun.optim.epochs):
                 continue
-            differing = differences(begun, config) + _other_data(begun, config)
+            like = config
+            if _suits_its_batch(begun) and _suits_its_batch(config):  # by a preset, each on a card of its own
+                like = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=begun.optim.lr))
+            differing = differences(begun, like) + _other_data(begun, config)
             if not differing:
                 return folder
             others.append(f"; {folder.name} is another: {'; '.join(differing)}")
@@ -67,6 +74,13 @@ def newest_first(log_dir: Path) -> list[Path]:
                 if find_manifests(Path(entry.path, "checkpoints")):
                     found.append((os.stat(Path(entry.path, "checkpoints")).st_mtime_ns, Path(entry.path)))
     return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def _suits_its_batch(config: Config) -> bool:
+    """Return whether the learning rate is the one that the preset has for such a batch on some GPU."""
+    preset = PRESETS[config.preset](True)
+    factor = config.data.batch_size / preset.data.batch_size
+    return config.optim.lr == scaled_lr(preset.optim.lr, config.optim.optimizer, factor)
 
 
 def _is_finished(folder: Path, epochs: int) -> bool:
@@ -115,15 +129,18 @@ def continuing_command(run: Path) -> str:
 
 
 def differences(saved: Config, now: Config) -> list[str]:
-    """Return what keeps a command from continuing a run: `--flag was this, is that`."""
-    was, is_ = json.loads(saved.to_json()), json.loads(now.to_json())
+    """Return what keeps a command from continuing a run: `--flag was this, is that`.
+
+    What the command leaves open is no difference.
+    """
+    was, is_ = json.loads(saved.to_json()), json.loads(settled_as(now, saved).to_json())
     for config in (was, is_):
         if not saved.optim.ema:  # no average, whichever
             del config["optim"]["ema_warmup"]
         # The checkpoint has the weights: which file they came from is of no matter.
         if config["model"]["init"] not in ("random", "timm", "auto"):
             config["model"]["init"] = "a file"
-    if "auto" in (was["model"]["init"], is_["model"]["init"]):  # what the run began with, whichever that was
+    if was["model"]["init"] == "auto":  # what the run began with, whichever that was
         is_["model"]["init"] = was["model"]["init"]
     return _differences(was, is_, "")
 

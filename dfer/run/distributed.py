@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfer.batch import Batch
-from dfer.cli import EXIT_PEER, UserError, say_error
+from dfer.cli import EXIT_PEER, UserError, say_error, usable_cores
 from dfer.run.launchers import LauncherError, find_place, number
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -39,6 +39,10 @@ class World:
     def is_main(self) -> bool:
         """Return whether this process writes what the run leaves."""
         return self.rank == 0
+
+    def own_cores(self) -> int:
+        """Return the cores for each process on this machine, one at least."""
+        return max(usable_cores() // self.local_size, 1)
 
 
 def keep_freed_memory() -> None:
@@ -64,7 +68,10 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
     rank, size, local_rank, local_size = find_place()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not available:
-        raise UserError("--run.device cuda: no NVIDIA GPU is visible here")
+        raise UserError(
+            "--run.device cuda: no NVIDIA GPU is visible here; --run.device cpu does without, and goes on with "
+            "a run that began on one, in other roundings"
+        )
     here = max(local_size, local_rank + 1)
     if device != "cpu" and 0 < available < here:
         raise UserError(f"{here} processes for {available} GPUs: lower --nproc_per_node or --run.device cpu")
@@ -110,18 +117,18 @@ def remembered(world: World, key: str, value: str) -> str:
     return value
 
 
-def share(content: bytes | None, world: World) -> bytes | None:
-    """Return on all ranks what rank 0 has."""
+def share(content: bytes | None, world: World, source: int = 0) -> bytes | None:
+    """Return on all ranks what one of them has."""
     if world.size == 1:
         return content
     size = torch.tensor(-1 if content is None else len(content), device=world.device)
-    dist.broadcast(size, src=0)
+    dist.broadcast(size, src=source)
     if size < 0:
         return None
     shared = torch.empty(int(size), dtype=torch.uint8, device=world.device)
     if content is not None:
         shared.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    dist.broadcast(shared, src=0)
+    dist.broadcast(shared, src=source)
     return shared.cpu().numpy().tobytes()
 
 
@@ -190,6 +197,38 @@ def _exit_with_launcher(world: World) -> NoReturn:
             if os.getppid() == launcher:
                 os.kill(launcher, number)
     os._exit(EXIT_PEER)  # not by the interpreter's ways, as a thread still waits for the store
+
+
+def first_failure(why: str | None, world: World) -> str | None:
+    """Return on all ranks, once all have come here, why the first of those that failed did; None if none has."""
+    failed = gather(torch.tensor([why is not None], dtype=torch.uint8, device=world.device), world).tolist()
+    if not any(failed):
+        return None
+    rank = failed.index(1)
+    said = share(why.encode() if why is not None else None, world, rank)
+    assert said is not None
+    return f"rank {rank}: {said.decode()}"
+
+
+def parallel(model: nn.Module, world: World, alike: bool = False) -> DistributedDataParallel:
+    """Return a model whose gradients are the means over all ranks. All of them call it.
+
+    Unless it is `alike` on all of them already, it becomes rank 0's.
+    """
+    on = [world.local_rank] if world.device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=on, gradient_as_bucket_view=True, init_sync=not alike)
+    # It times some of its steps, which a captured one must not be: the first ten, and each one that this divides.
+    ddp._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+    return ddp
+
+
+def renewed(ddp: DistributedDataParallel, world: World) -> DistributedDataParallel:
+    """Return another one of the same model, where a pass that broke off has left the old one waiting for its end.
+
+    Its buckets are to be settled. Gradients that are there now become views of them, and do not last.
+    """
+    ddp._remove_autograd_hooks()
+    return parallel(ddp.module, world, alike=True)
 
 
 def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable[[Batch], Tensor]) -> None:

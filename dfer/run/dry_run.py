@@ -25,6 +25,7 @@ from dfer.run.folder import continued_config
 from dfer.run.graph import WARM_UP
 from dfer.run.logger import endless_warm_up
 from dfer.run.memory import free_memory
+from dfer.run.resolving import settled
 from dfer.state import Job
 
 STEPS = 5  # of training; the first ones are not measured where there are others
@@ -76,7 +77,12 @@ class DryRun(NamedTuple):
 
 def warm_up(job: Job) -> int:
     """Return after how many steps they take as long as all others: one allocates and compiles, one is captured."""
-    return 1 + WARM_UP if job.step is not None and job.step.graphs.active else 1
+    return 1 + job.step.graphs.warm_up if job.step is not None and job.step.graphs.active else 1
+
+
+def num_steps(job: Job) -> int:
+    """Return how many steps of training are taken, some of them to warm up."""
+    return min(max(STEPS, warm_up(job) + 2), job.schedule.steps_per_epoch)
 
 
 def evaluations(job: Job) -> int:
@@ -176,7 +182,7 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
     if config.data.balance != "none":
         table.add_row("balance", describe_draws(train_index.labels, config.data.balance, EMOTIONS))
     if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:
-        differing = "; ".join(differences(begun, config))
+        differing = "; ".join(differences(settled(begun), config))
         outcome = f"is another configuration: {differing}" if differing else _continued(job, val_index)
         table.add_row("name", f"{config.run.name} has begun and {outcome}")
     show_table(table)

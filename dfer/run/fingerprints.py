@@ -18,8 +18,10 @@ from dfer.lists.hashes import SIZE
 from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
 from dfer.losses import Objective
+from dfer.run.defaults import is_open
 
 DataOfRun = tuple[ClipIndex, ClipIndex, Objective]  # to train on, to evaluate on, to minimise
+ROUNDING = ("run.device", "run.threads")  # may be others where a run goes on
 PLACES = ("data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels")  # and not what lies there
 
 
@@ -156,6 +158,10 @@ def changes(state: dict[str, Any], config: Config, now: dict[str, Any]) -> list[
     if "data" not in state:
         same = "an older version began the run, and whether evaluation list and votes are the same cannot be told"
     lines = [f"{'; '.join(moved)}: {same}"] * bool(moved)
+    for name in ROUNDING:
+        was, now_ = _get(begun, name), _get(config, name)
+        if was != now_ and not is_open(name, was):
+            lines.append(f"{_flag(name)} was {was}, is {now_}: it rounds otherwise than it would have")
     if begun.model.init != config.model.init:
         lines.append(f"--model.init {config.model.init} is not read: the checkpoint has all weights")
     for key in ("train_list", "val_list") if "data" in state else ():

@@ -21,7 +21,6 @@ from torch import Tensor
 from dfer.batch import Batch
 from dfer.cli import UserError
 from dfer.config import Config, begun_config, config_from_json
-from dfer.crf.backends import resolve_backend
 from dfer.files import free_bytes, read_file, reason, write_whole
 from dfer.lists.annotations import EMOTIONS, listed_faces
 from dfer.lists.index import ClipIndex
@@ -31,7 +30,7 @@ from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
-from dfer.run.graph import resolved_graph
+from dfer.run.resolving import settled
 from dfer.run.tensorboard_log import check_tensorboard
 from dfer.run.wandb_log import check_settings
 from dfer.run.weight_files import save_weights
@@ -120,7 +119,7 @@ class RunFolder:
             if others and not (self.path / "config.json").exists():
                 raise UserError(f"{self.path}: holds {others[0]}, which is no run; choose another --run.name")
             return  # it never took a step: there is nothing to protect
-        if differing := differences(begun, config):
+        if differing := differences(settled(begun), config):
             raise UserError(
                 f"{self.path}: holds a run of another configuration: {'; '.join(differing)}; "
                 "continue it with its own or choose another --run.name"
@@ -183,7 +182,8 @@ class RunFolder:
 def started_config(config: Config) -> Config:
     """Return the configuration that a run is begun with, once this machine has what it takes.
 
-    What it starts from is saved as what was found, and so are the CRF's backend and whether its steps are to be graphs.
+    What it leaves open is saved as what was found: weights to start from, device, precision, threads and so on; a run
+    that has begun has it from then. `dfer.run.resolving.with_cache` settles what depends on the clips.
 
     Raises:
         UserError: if random weights would be frozen, W&B's settings here cannot be used, TensorBoard is asked for and
@@ -191,9 +191,7 @@ def started_config(config: Config) -> Config:
     """
     check_settings(config)
     check_tensorboard(config.run.tensorboard)
-    gpu = config.run.device != "cpu" and torch.cuda.is_available()
-    model = dataclasses.replace(resolved(config.model), crf_backend=resolve_backend(config.model.crf_backend, gpu))
-    return dataclasses.replace(config, model=model, run=resolved_graph(config.run))
+    return settled(dataclasses.replace(config, model=resolved(config.model)))
 
 
 def open_run(config: Config, world: World) -> RunFolder:

@@ -6,7 +6,8 @@ on the host. The same function is called without a graph too, so that both canno
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,17 +16,23 @@ from torch.profiler import record_function
 
 from dfer.cli import UserError
 from dfer.config import RunConfig
-from dfer.run.distributed import World
+from dfer.run.distributed import World, first_failure
 from dfer.run.launchers import find_place
 
 WARM_UP = 2  # calls before the one that is captured: state is made in the first, algorithms are chosen
+WARM_UP_TOGETHER = 11  # of several processes: DDP times its first ten
 
 Function = Callable[[], None]
+Agree = Callable[[str | None], str | None]
 
 
 @runtime_checkable
 class Backend(Protocol):
     """What captures: CUDA, or in tests a stub that calls the function again."""
+
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which work is queued where it will be captured."""
+        ...
 
     def warm_up(self, function: Function) -> None:
         """Call a function as it will be captured."""
@@ -50,13 +57,19 @@ class CudaGraphs:
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, function: Function) -> None:
-        """Call a function on the stream of capture, between what was queued before and what will be after."""
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """Queue work on the stream of capture, between what was queued before and what will be after."""
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            function()
+            yield
         here.wait_stream(self._stream)
+
+    def warm_up(self, function: Function) -> None:
+        """Call a function on the stream of capture."""
+        with self.stream():
+            function()
 
     def capture(self, function: Function) -> Function:
         """Return the replay of a function that was captured.
@@ -86,9 +99,16 @@ class CudaGraphs:
 class Graphs:
     """Captured functions that belong together: once one of them cannot be captured, none is replayed any more."""
 
-    def __init__(self, backend: Backend | None):
-        """Have functions captured by a backend; without one they are called."""
-        self._backend = backend
+    def __init__(self, backend: Backend | None, warm_up: int = WARM_UP, agree: Agree = lambda why: why):
+        """Have functions captured by a backend; without one they are called.
+
+        Args:
+            backend: what captures.
+            warm_up: how often each function is called before it is captured.
+            agree: gets why this process cannot capture, or None, waits for all, and returns why the first one of them
+                cannot, so that they go on without graphs together: one alone would leave the others waiting for it.
+        """
+        self._backend, self.warm_up, self._agree = backend, warm_up, agree
         self._replays: dict[str, Function] = {}
         self.note: str | None = None  # what is to be said, once
 
@@ -101,13 +121,17 @@ class Graphs:
         """Return whether functions are given static tensors, as they are captured or will be."""
         return self._backend is not None
 
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which to make what remembers its stream and will be captured."""
+        return self._backend.stream() if self._backend is not None else contextlib.nullcontext()
+
     def run(self, name: str, function: Function, warm: bool, recover: Function = lambda: None) -> None:
         """Do the work of a function: call it, or capture it once it is warm, and replay it from then on.
 
         Args:
             name: by which a function is known. All its calls have to be of the same tensors.
             function: of static tensors.
-            warm: whether it was called WARM_UP times, and what it adds to is captured already or will stay where it is.
+            warm: whether it was called `warm_up` times, and what it adds to is captured or will stay where it is.
             recover: undoes what a capture that fails may have left on the host.
         """
         if self._backend is None:
@@ -118,16 +142,31 @@ class Graphs:
         elif not warm:
             self._backend.warm_up(function)
         else:
-            try:
-                self._replays[name] = self._backend.capture(function)
-            except RuntimeError as error:  # of CUDA, of torch, of memory that runs out
-                why = " ".join(str(error).split())[:200]
-                self.note = f"--run.graph: {name} cannot be captured ({why}); steps go on without a graph"
-                self._backend = None
-                recover()
-                function()
-            else:
-                self._replays[name]()
+            self._begin(name, function, recover)
+
+    def _begin(self, name: str, function: Function, recover: Function) -> None:
+        """Capture a function and replay it; where one process cannot, none does, and all call it."""
+        assert self._backend is not None
+        self._agree(None)  # all are here: none is still busy with an exchange that another waits for
+        replay = why = None
+        try:
+            replay = self._backend.capture(function)
+        except RuntimeError as error:  # of CUDA, of torch, of memory that runs out
+            why = " ".join(str(error).split())[:200]
+        why = self._agree(why)
+        if replay is not None and why is None:
+            self._replays[name] = replay
+            replay()
+            return
+        self.note = f"--run.graph: {name} cannot be captured ({why}); steps go on without a graph"
+        self.close()
+        recover()
+        function()
+
+    def close(self) -> None:
+        """Free what was captured. From now on functions are called."""
+        self._replays.clear()
+        self._backend = None
 
     def take_note(self) -> str | None:
         """Return what is to be said, the first time that it is asked for."""
@@ -191,10 +230,14 @@ def resolved_graph(run: RunConfig) -> RunConfig:
 
 def build_graphs(run: RunConfig, world: World) -> Graphs:
     """Return what captures the steps of a run on this process's device, if they are to be captured and can be."""
-    if run.graph != "on":
-        return Graphs(None)
-    graphs = Graphs(CudaGraphs(world.device) if world.size == 1 and world.device.type == "cuda" else None)
-    if not graphs.active:
-        why = f"{world.size} processes train together" if world.size > 1 else "there is no GPU here"
-        graphs.note = f"--run.graph on: {why}; steps go without a graph"
+    wanted = run.graph == "on"
+    backend = CudaGraphs(world.device) if wanted and world.device.type == "cuda" else None
+    graphs = Graphs(backend) if world.size == 1 else together(backend, world)
+    if wanted and backend is None:
+        graphs.note = "--run.graph on: there is no GPU here; steps go without a graph"
     return graphs
+
+
+def together(backend: Backend | None, world: World) -> Graphs:
+    """Return the graphs of one process of several, which capture their steps together or not at all."""
+    return Graphs(backend, WARM_UP_TOGETHER, partial(first_failure, world=world))

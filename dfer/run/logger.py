@@ -28,6 +28,7 @@ from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.continuing import continuing_command
 from dfer.run.predictions import read_predictions
+from dfer.run.resolving import busy_beside, in_words, short_of_cores
 from dfer.run.tensorboard_log import TensorBoardLog
 from dfer.run.wandb_log import WandbLog
 from dfer.state import Job
@@ -150,6 +151,10 @@ class Logger:
             f"{job.train_loader.sampler.clip_length} frames of {data.size} px; {config.model.name} with "
             f"{num_parameters / 1e6:.1f} M parameters on {world.size} x {world.device.type}"
         )
+        self.say(in_words(config, world))
+        for note in (short_of_cores(config), busy_beside(config)):
+            if note is not None:
+                self.say(note)
         if job.state.started:
             self.say(f"starts from {job.state.started}")
         if changes is None and config.recipe != "none":
@@ -185,6 +190,8 @@ class Logger:
             "per_gpu_clips_per_s": rates["total_clips_per_s"] / world.size,
             "step_ms": 1000 * clips_per_step / rates["total_clips_per_s"],
         }
+        if world.device.type == "cpu":  # which works whenever it does not wait
+            rates["busy"] = 1 - rates["data_wait_share"]
         flops_a_clip = job.step.flops_a_clip if job.step is not None else None
         if (share := flop_share(flops_a_clip, rates["per_gpu_clips_per_s"], world.device)) is not None:
             rates["mfu"] = share
@@ -241,6 +248,8 @@ class Logger:
             f"loss {values['train/loss']:.3f}  {values['throughput/total_clips_per_s']:.1f} clips/s  "
             f"data wait {100 * values['throughput/data_wait_share']:.0f} %"
         )
+        if "throughput/busy" in values:
+            rates += f"  busy {100 * values['throughput/busy']:.0f} %"
         if "throughput/mfu" in values:
             rates += f"  {100 * values['throughput/mfu']:.0f} % of the GPU's FLOP/s"
         line = f"epoch {values['epoch']}  step {step}/{self._total_steps}  {rates}"

@@ -9,13 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
-from torch.utils.flop_counter import FlopCounterMode
 
 from dfer.batch import Batch, Mix
 from dfer.evaluation import probabilities
+from dfer.metrics import DeviceClock
 from dfer.model.fused import fuse, why_not
 from dfer.optim.rates import DeviceRates
-from dfer.run.graph import WARM_UP, CapturedCall, Graphs, build_graphs, refilled
+from dfer.run import distributed
+from dfer.run.flops import flops_a_clip
+from dfer.run.graph import CapturedCall, Graphs, refilled
 from dfer.state import Job, Step
 
 LossOfBatch = Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]  # its loss, and the model's diagnostics
@@ -40,20 +42,21 @@ class TrainingStep:
     def __init__(self, job: Job, loss_of: LossOfBatch, graphs: Graphs):
         """Take the steps of a job. Clips that are copied are rounded to what the model rounds them to in any case."""
         self.graphs = graphs
+        self.flops_a_clip: float | None = None  # of convolutions and products, forwards and backwards; on a GPU
         self.note: str | None = None  # what is to be said besides of the graphs, once
-        self.flops_a_clip: float | None = None  # of convolutions and products, forwards and backwards, on a GPU
         self._job, self._loss_of = job, loss_of
         state, device = job.state, job.state.losses.device
         gpu = device.type == "cuda"
-        self._counts = gpu and not job.config.run.compile  # a compiled model is not looked into
         self._dtype = job.precision.dtype if gpu else None
         self._capturable = bool(state.optimizer.capturable)  # type: ignore[attr-defined]
         # On a GPU without graphs too, so that both round alike. A CPU has them where a test has it play a GPU.
         on_device = self._capturable and (gpu or graphs.active)
         self._rates = DeviceRates(state.optimizer, device) if on_device else None
         self._num_steps = 0  # of this process
+        self._clock = DeviceClock() if gpu and graphs.active else None
         self._static: Batch | None = None
         self._batch: Batch | None = None  # that is taken
+        self._earlier: list[Tensor | None] = []  # gradients that the batch adds to
         self._diagnostics: dict[str, Tensor] = {}
         self._step: Step | None = None
         predict = partial(probabilities, state.evaluated_model(), job.precision)
@@ -65,6 +68,14 @@ class TrainingStep:
 
         The learning rate and the seed of dropout have to be set.
         """
+        with self._clock.running() if self._clock is not None and self.graphs.active else contextlib.nullcontext():
+            return self._take(batch, first, last)
+
+    def worked_s(self) -> float | None:
+        """Return for how many seconds the device has worked on steps; None where there are no graphs to say it by."""
+        return self._clock.seconds() if self._clock is not None and self.graphs.active else None
+
+    def _take(self, batch: Batch, first: bool, last: bool) -> Step | None:
         batch = self._job.objective.labelled(batch)
         self._batch = self._placed(batch) if self.graphs.active else batch
         if last and self._rates is not None:
@@ -73,12 +84,8 @@ class TrainingStep:
             self._job.state.ema.advance()
         # Of a step of several batches the first one makes the gradients, and the others add to them.
         name = _NAMES[first, last]
-        warm = self._num_steps >= WARM_UP
-        uncounted = self._counts and self.flops_a_clip is None
-        with FlopCounterMode(display=False) if uncounted else contextlib.nullcontext() as counter:
-            self.graphs.run(name, partial(self._do, first, last), warm, self._recover)
-        if counter is not None:
-            self.flops_a_clip = counter.get_total_flops() / len(batch.labels)
+        warm = self._num_steps >= self.graphs.warm_up
+        self.graphs.run(name, partial(self._do, first, last), warm, partial(self._recover, first))
         self._num_steps += last
         if last and not self._capturable:
             self._update()
@@ -89,8 +96,15 @@ class TrainingStep:
         """Return the probabilities of clips by what is evaluated. The next call may overwrite them."""
         return self._predict(clips)
 
+    def settle(self, batch: Batch | None) -> None:
+        """Have DDP sort its buckets by a batch, whatever is in it, and change nothing else; without DDP do nothing."""
+        job = self._job
+        if isinstance(job.model, DistributedDataParallel):
+            assert batch is not None
+            distributed.settle_buckets(job.model, batch, lambda batch: self._loss_of(job, batch)[0])
+
     def take_note(self) -> str | None:
-        """Return what is to be said of graphs and kernels, once."""
+        """Return what is to be said of graphs and kernels, or of what could not be counted, once."""
         note, self.note = self.note, None
         return note or self.graphs.take_note() or self._evaluation.take_note()
 
@@ -119,6 +133,7 @@ class TrainingStep:
             state.optimizer.zero_grad()
             state.guard.before_forward()
         model = job.model
+        self._earlier = [p.grad for p in state.model.parameters()]
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with record_function("forward"):
                 loss, diagnostics = self._loss_of(job, self._batch)
@@ -136,21 +151,48 @@ class TrainingStep:
                 state.ema.update(state.model)
         self._step = Step(grad_norm, self._diagnostics)
 
-    def _recover(self) -> None:
-        """Forget what a capture that broke off has left on the host."""
+    def count_flops(self) -> None:
+        """Count what the model computes for a clip; where that cannot be done, have a note say why, and no more."""
+        try:
+            self.flops_a_clip = flops_a_clip(self._job.config)
+        except (RuntimeError, TypeError) as error:  # of an operator that cannot go without content
+            why = " ".join(str(error).split())[:200]
+            self.note = f"the model's FLOP cannot be counted ({why}): no share of the GPU's peak is logged"
+
+    def close(self) -> None:
+        """Free the graphs: they hold what the processes exchange by, and so have to go first."""
+        self.graphs.close()
+        self._evaluation.close()
+
+    def _recover(self, first: bool) -> None:
+        """Forget what a capture that broke off, here or on another rank, has left on the host.
+
+        `first`: whether it was of the first batch of a step.
+        """
+        model, ddp = self._job.state.model, self._job.model
+        model.zero_grad()
+        if isinstance(ddp, DistributedDataParallel):  # it waits for the end of the pass that was captured
+            ddp = distributed.renewed(ddp, self._job.world)
+            self._job = self._job._replace(model=ddp)
+            self.settle(self._batch)
+            ddp.require_forward_param_sync = first  # each rank has had statistics of its own since then
+        for parameter, gradient in zip(model.parameters(), self._earlier, strict=True):
+            parameter.grad = gradient  # DDP had moved it into a bucket, where nothing was done
         torch.manual_seed(torch.initial_seed())  # dropout may have drawn
         scaler = self._job.state.scaler
         if scaler.is_enabled():
             scaler._per_optimizer_states.clear()  # which of its calls are done
 
 
-def with_step(job: Job, loss_of: LossOfBatch) -> Job:
+def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     """Return a job with what takes its steps."""
-    graphs, optim = build_graphs(job.config.run, job.world), job.config.optim
+    optim = job.config.optim
     if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
         graphs.note = f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside"
     step = TrainingStep(job, loss_of, graphs)
     step.note = _fused(job)
+    if job.world.is_main and job.world.device.type == "cuda":  # whose peak it is held against
+        step.count_flops()
     return job._replace(step=step)
 
 

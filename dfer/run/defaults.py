@@ -1,0 +1,115 @@
+"""What a configuration leaves open, and the rules by which a machine settles it.
+
+What is open is settled at the first start of a run, saved with it, and obeyed wherever the run goes on.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, TypeVar
+
+import torch
+
+Section = TypeVar("Section", bound=Any)
+
+# Options that may be left open -> the value that says so.
+OPEN: dict[str, str | int] = {
+    "data.cache": "auto",
+    "data.video_decoder": "auto",
+    "model.init": "auto",
+    "model.crf_backend": "auto",
+    "run.device": "auto",
+    "run.amp": "auto",
+    "run.graph": "auto",
+    "run.fused": "auto",
+    "run.threads": 0,
+}
+
+# Whoever types one of these chooses the step: nothing of it is then made to suit a card.
+STEP_FLAGS = {"--data.batch-size", "--optim.lr", "--optim.accumulate", "--recipe"}
+
+# Clips of a step over all processes that a preset does not exceed by itself, so that an epoch keeps some 20 steps.
+MOST_CLIPS = {"faces": 64, "dfew": 512, "ferv39k": 1024}
+_FACTORS = ((32e9, 1), (64e9, 2), (math.inf, 4))  # of a preset's batch, on a card with less memory than that
+_SMALL, _SMALL_BATCH = 12e9, 16  # a card with less memory takes no more clips
+
+
+def is_open(name: str, value: object) -> bool:
+    """Return whether a value of an option, such as "run.device", leaves it open."""
+    return OPEN.get(name) == value
+
+
+def settled_as(config: Section, begun: Any) -> Section:
+    """Return a configuration that has, wherever it leaves an option open, what another one has there."""
+    for name, value in OPEN.items():
+        section, field = name.split(".")
+        part = getattr(config, section)
+        if getattr(part, field) == value:
+            part = dataclasses.replace(part, **{field: getattr(getattr(begun, section), field)})
+            config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def suited(config: Section, memory: int, world_size: int) -> Section:
+    """Return a preset's configuration with batch and learning rate for a card with so many bytes of memory.
+
+    The rule is of the default model, whose memory was measured, and of the presets that it names; all else stays.
+    """
+    data, model, optim = config.data, config.model, config.optim
+    if config.preset not in MOST_CLIPS or (model.name, model.backbone) != ("dfernet", "resnet18"):
+        return config
+    pixels = data.num_segments * data.frames_per_segment * data.size**2
+    share = max(pixels / (16 * 112**2), 1)
+    factor = batch_factor(memory / share, data.batch_size, MOST_CLIPS[config.preset], world_size)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, batch_size=round(factor * data.batch_size)),
+        optim=dataclasses.replace(optim, lr=scaled_lr(optim.lr, optim.optimizer, factor)),
+    )
+
+
+def batch_factor(memory: int | float, clips: int, most: int, world_size: int) -> int | float:
+    """Return what a preset's batch is multiplied with on a card.
+
+    Args:
+        memory: the card's, in bytes, for clips of 16 frames of 112 px; for larger ones a part of it.
+        clips: the preset's own, of a process and step.
+        most: clips of a step over all processes that are not exceeded, but by the preset itself.
+        world_size: the number of processes.
+    """
+    if memory < _SMALL:
+        return min(1.0, _SMALL_BATCH / clips)
+    factor = next(factor for limit, factor in _FACTORS if memory < limit)
+    while factor > 1 and clips * factor * world_size > most:
+        factor //= 2
+    return factor
+
+
+def scaled_lr(lr: float, optimizer: str, factor: int | float) -> float:
+    """Return the learning rate for a batch `factor` times as large, to three digits.
+
+    SGD's grows like the batch, those of the others, whose updates are of one size, like its root.
+    """
+    return float(f"{lr * (factor if optimizer == 'sgd' else math.sqrt(factor)):.3g}")
+
+
+def cache_tier(pictures: int, memory: int, local_size: int) -> Literal["gpu", "shares", "off"]:
+    """Return where raw pictures are best kept: whole on each card, in shares over those of a machine, or on disk.
+
+    What training itself takes is left free: 16 GB, and a quarter of the card at least (for a small card, half of it).
+
+    Args:
+        pictures: bytes of those of both lists.
+        memory: bytes of a card.
+        local_size: processes on this machine, each with a card of its own.
+    """
+    room = memory - max(min(16e9, memory / 2), memory / 4)
+    if pictures <= room:
+        return "gpu"
+    return "shares" if local_size > 1 and pictures <= local_size * room else "off"
+
+
+def card_memory(local_rank: int) -> int | None:
+    """Return the bytes of memory of a process's GPU; None where there is none. Nothing is made on it."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(min(local_rank, torch.cuda.device_count() - 1)).total_memory

@@ -1,0 +1,117 @@
+"""What this machine settles of a configuration that leaves it open, once, at the first start of a run."""
+
+import contextlib
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dfer.cli import say_once, usable_cores
+from dfer.config import Config
+from dfer.crf.backends import resolve_backend
+from dfer.lists.index import ClipIndex
+from dfer.lists.packed import Packed
+from dfer.precision import auto_amp
+from dfer.run.defaults import cache_tier, card_memory
+from dfer.run.distributed import World
+from dfer.run.graph import resolved_graph
+from dfer.run.launchers import find_place
+
+_BUSY = 25.0  # percent of the time
+
+
+def settled(config: Config) -> Config:
+    """Return a configuration with what this machine has for each option that is open, but for weights and the cache.
+
+    Raises:
+        UserError: if steps of a CPU are to be graphs.
+    """
+    gpu = config.run.device != "cpu" and torch.cuda.is_available()
+    run = config.run
+    if run.device == "auto":
+        run = dataclasses.replace(run, device="cuda" if gpu else "cpu")
+    if run.amp == "auto":
+        run = dataclasses.replace(run, amp=auto_amp(gpu))
+    if run.threads == 0 and run.device == "cpu":  # a GPU's numbers do not depend on them
+        run = dataclasses.replace(run, threads=threads_here())
+    model = dataclasses.replace(config.model, crf_backend=resolve_backend(config.model.crf_backend, gpu))
+    data = config.data
+    if data.video_decoder == "auto":  # until a card has shown NVDEC to be faster
+        data = dataclasses.replace(data, video_decoder="cores")
+    return dataclasses.replace(config, data=data, model=model, run=resolved_graph(run))
+
+
+def threads_here() -> int:
+    """Return the threads that torch computes with here: OMP_NUM_THREADS, else no more than there are cores to use."""
+    threads = torch.get_num_threads()
+    return threads if "OMP_NUM_THREADS" in os.environ else min(threads, usable_cores())
+
+
+def with_cache(config: Config, train: ClipIndex, val: ClipIndex) -> Config:
+    """Return a configuration with "gpu" or "off" for --data.cache auto, by the clips of both lists."""
+    if config.data.cache != "auto":
+        return config
+    tier = "off"
+    if config.run.device == "cuda":
+        place, pictures = find_place(), [raw_bytes(index) for index in (train, val)]
+        memory = card_memory(place.local_rank)
+        if memory is not None and None not in pictures:
+            tier = cache_tier(sum(n or 0 for n in pictures), memory, place.local_size)
+    if tier == "shares":
+        say_once("--data.cache auto: the clips fit the GPUs of this machine only in shares, which are not held: off")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache="gpu" if tier == "gpu" else "off"))
+
+
+def raw_bytes(index: ClipIndex) -> int | None:
+    """Return the bytes of all pictures of raw clips of one size; None of any others, which no GPU holds."""
+    store = index.store
+    if index.source != "raw" or not isinstance(store, Packed):
+        return None
+    if len(np.unique(np.stack([store.height, store.width], axis=1), axis=0)) > 1:
+        return None
+    return 3 * int(store.first[-1]) * int(store.height[0]) * int(store.width[0])
+
+
+def in_words(config: Config, world: World) -> str:
+    """Return in a line what a run computes with: all that was settled for it, and what loads its clips here."""
+    data, run = config.data, config.run
+    if run.device == "cpu":
+        more = f"{run.threads} threads of torch"
+    else:
+        more = f"cache {data.cache}, JPEG engine {data.jpeg_engine:g}, videos by {data.video_decoder}, "
+        more += f"graph {run.graph}, fused {run.fused}"
+    return (
+        f"settled for this run: {run.device}, amp {run.amp}, CRF {config.model.crf_backend}, {more}, batches of "
+        f"{data.batch_size} clips, peak rate {config.optim.lr:g}; here {world.own_cores()} threads load clips"
+    )
+
+
+def short_of_cores(config: Config) -> str | None:
+    """Return what is to be said of a run that takes more threads than this machine has cores for it; else None."""
+    threads, cores = config.run.threads, usable_cores()
+    if config.run.device != "cpu" or threads <= cores:
+        return None
+    return (
+        f"--run.threads {threads}, as this run has them, on {cores} usable cores: it goes on with the same bits, "
+        f"slowly; --run.threads {cores} is faster and rounds otherwise"
+    )
+
+
+def busy_beside(config: Config, pressure: Path = Path("/proc/pressure/cpu")) -> str | None:
+    """Return what is to be said of a run on several threads where others keep the cores busy; else None.
+
+    By the kernel's own measure: the share of the last ten seconds in which something waited for a core.
+    """
+    waited = 0.0
+    with contextlib.suppress(OSError):  # a kernel that does not measure it
+        found = re.search(r"some avg10=([\d.]+)", pressure.read_text())
+        waited = float(found[1]) if found else 0.0
+    if config.run.device != "cpu" or config.run.threads < 2 or waited < _BUSY:
+        return None
+    return (
+        f"other work waits for these cores {waited:.0f} % of the time: {config.run.threads} threads, which wait for "
+        "each other all the time, may be slower beside it than one: a run that begins with --run.threads 1"
+    )

@@ -1,0 +1,294 @@
+"""What is open is settled at the first start of a run, by a stated rule, and stays so wherever the run goes on."""
+
+import dataclasses
+import json
+from datetime import timedelta
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dfer.cli import UserError
+from dfer.config import PRESETS, RunConfig, parse_config
+from dfer.lists.index import ClipIndex
+from dfer.lists.packed import Packed
+from dfer.precision import amp_of_trained
+from dfer.run import defaults, distributed, resolving
+from dfer.run.algorithms import chosen_algorithms
+from dfer.run.continuing import differences, parse_command
+from dfer.run.defaults import MOST_CLIPS, batch_factor, cache_tier, scaled_lr, suited
+from dfer.run.distributed import World
+from dfer.run.fingerprints import changes
+from dfer.run.folder import RunFolder, started_config
+from dfer.run.launchers import Place
+from dfer.run.memory import memory_advice
+from dfer.run.resolving import busy_beside, in_words, settled, short_of_cores, with_cache
+
+CPU = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that gives this process a GPU with so many GB, or none, and so many cores."""
+
+    def give(gb: float | None = None, cores: int = 8) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gb is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gb is not None))
+        properties = SimpleNamespace(total_memory=int(1e9 * (gb or 0)))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(resolving, "usable_cores", lambda: cores)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    give()
+    return give
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """A function that leaves the run that some words begin here, as after its first step; what it has is returned."""
+
+    def leave(*words):
+        config = started_config(parse_config([*words, "--run.log-dir", str(tmp_path), "--run.name", "a"]))
+        (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "a" / "config.json").write_text(config.to_json())
+        (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
+        return config
+
+    return leave
+
+
+def again(tmp_path, *words):
+    return started_config(parse_config([*words, "--run.log-dir", str(tmp_path), "--run.name", "a"]))
+
+
+def computing(config):
+    run = config.run
+    return run.device, run.amp, run.graph, run.threads, config.model.crf_backend
+
+
+def test_what_is_open_is_what_the_machine_has(machine, monkeypatch):
+    machine(None, cores=3)
+    assert computing(settled(parse_config(["debug"]))) == ("cpu", "off", "off", 3, "dense")
+    machine(80)
+    assert computing(settled(parse_config(["debug"]))) == ("cuda", "bf16", "on", 0, "dense")
+    assert computing(settled(parse_config(["debug", "--run.device", "cpu"]))) == ("cpu", "off", "off", 8, "dense")
+    typed = parse_config(["debug", "--run.amp", "fp16", "--run.graph", "off", "--model.crf-backend", "sdpa"])
+    assert computing(settled(typed)) == ("cuda", "fp16", "off", 0, "sdpa")
+    machine(None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")  # who says it is obeyed
+    assert settled(parse_config(["debug"])).run.threads == 16
+    assert settled(parse_config(["debug", "--run.threads", "2"])).run.threads == 2
+
+
+def test_nothing_stays_open_but_the_cache(machine):
+    """Another option that is "auto" has to be settled, or said to depend on no machine."""
+    machine(80)
+    found = json.loads(settled(parse_config(["debug", "--data.cache", "auto"])).to_json())
+    still = {f"{s}.{k}" for s in ("data", "model", "run", "optim") for k, v in found[s].items() if v == "auto"}
+    assert still == {"data.source", "data.cache"}
+    assert set(defaults.OPEN) >= {"run.device", "run.amp", "run.graph", "model.crf_backend", "data.cache"}
+
+
+@pytest.mark.parametrize("words", [(), ("debug",), ("debug", "--run.device", "auto", "--run.amp", "auto")])
+def test_a_run_goes_on_as_it_was_settled(machine, begin, tmp_path, words):
+    machine(None, cores=6)
+    config = begin("debug")
+    assert config.run.threads == 6
+    machine(80, cores=2)  # to which all would be another
+    now = again(tmp_path, *words)
+    assert computing(now) == computing(config) and differences(config, now) == []
+    RunFolder(now, "a").close()
+    assert short_of_cores(now).startswith("--run.threads 6, as this run has them, on 2 usable cores: ")
+    assert short_of_cores(settled(parse_config(["debug", "--run.device", "cpu"]))) is None
+
+
+def test_a_run_of_a_gpu_goes_on_without_one_where_that_is_said(machine, begin, tmp_path):
+    machine(80)
+    config = begin("debug")
+    machine(None)
+    now = again(tmp_path, "debug")
+    assert computing(now) == computing(config)
+    with pytest.raises(UserError, match=r"--run\.device cuda: no NVIDIA GPU is visible here; --run\.device cpu does "):
+        distributed.setup(now.run.device, timedelta(seconds=1))
+    now = again(tmp_path, "debug", "--run.device", "cpu", "--run.threads", "2")
+    assert computing(now) == ("cpu", "bf16", "off", 2, "dense") and differences(config, now) == []
+    state = {"config": config.to_json(), "data": {k: {"source": "raw", "bytes": None, "listed": ""}
+             for k in ("train_list", "val_list")}}  # fmt: skip
+    assert changes(state, now, state["data"]) == [
+        "--run.device was cuda, is cpu: it rounds otherwise than it would have"
+    ]
+    now = again(tmp_path, "debug", "--run.device", "cpu", "--run.amp", "off")
+    assert differences(config, now) == ["--run.amp was bf16, is off"]
+
+
+def test_a_run_that_left_all_open_is_settled_at_each_start(machine, begin, tmp_path):
+    """As older versions did: it goes on wherever it can."""
+    begin("debug")
+    path = tmp_path / "a" / "config.json"
+    saved = json.loads(path.read_text())
+    saved["run"] |= {"device": "auto", "amp": "auto", "graph": "off"}
+    saved["model"]["crf_backend"] = "auto"
+    del saved["run"]["threads"]
+    path.write_text(json.dumps(saved))
+    for gb, found in ((80, ("cuda", "bf16", "off", 0, "dense")), (None, ("cpu", "off", "off", 8, "dense"))):
+        machine(gb)
+        now = again(tmp_path, "debug")
+        assert computing(now) == found
+        RunFolder(now, "a").close()
+    with pytest.raises(UserError, match=r"--run\.amp was off, is bf16"):
+        RunFolder(again(tmp_path, "debug", "--run.amp", "bf16"), "a")
+
+
+def test_threads_are_those_of_the_run():
+    before = torch.get_num_threads()
+    with chosen_algorithms(RunConfig(threads=before + 2)):
+        assert torch.get_num_threads() == before + 2
+    with chosen_algorithms(RunConfig()):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
+
+
+def test_work_beside_several_threads_is_said(tmp_path):
+    pressure = tmp_path / "cpu"
+    pressure.write_text("some avg10=87.40 avg60=1.00 avg300=0.50 total=7\nfull avg10=0.00 avg60=0.00 total=0\n")
+    two, one, gpu = (RunConfig(device=d, threads=n) for d, n in (("cpu", 2), ("cpu", 1), ("cuda", 2)))
+    configs = [dataclasses.replace(PRESETS["debug"](False), run=run) for run in (two, one, gpu)]
+    said = [busy_beside(config, pressure) for config in configs]
+    assert said[0].startswith("other work waits for these cores 87 % of the time: 2 threads, which wait ")
+    assert said[1:] == [None, None]
+    pressure.write_text("some avg10=24.00 avg60=90.00 avg300=90.50 total=7\n")
+    assert busy_beside(configs[0], pressure) is busy_beside(configs[0], tmp_path / "none") is None
+
+
+def test_what_was_settled_is_one_line(machine):
+    machine(None, cores=3)
+    line = in_words(settled(parse_config(["debug"])), CPU)
+    assert line.startswith(
+        "settled for this run: cpu, amp off, CRF dense, 3 threads of torch, batches of 8 clips, peak rate 0.001; here "
+    )
+    machine(80)
+    line = in_words(settled(parse_config(["dfew"])), CPU)
+    assert (
+        "cuda, amp bf16, CRF dense, cache off, JPEG engine 0, graph on, batches of 128 clips, peak rate 0.002" in line
+    )
+
+
+def test_a_run_that_has_begun_is_not_told_to_change_its_step():
+    config = parse_config(["debug"])
+    for begun, words in ((False, "halve --data.batch-size"), (True, "continue it on more processes")):
+        with pytest.raises(UserError, match=words), memory_advice(config, begun=begun):
+            raise torch.OutOfMemoryError
+
+
+def test_a_trained_model_is_computed_as_its_run_on_such_a_device():
+    gpu = RunConfig(device="cuda", amp="bf16")
+    assert [amp_of_trained(gpu, "cuda"), amp_of_trained(gpu, "cpu")] == ["bf16", "auto"]
+    assert amp_of_trained(RunConfig(amp="bf16"), "cpu") == "bf16"  # of an older version
+
+
+# ---- Batch and learning rate
+
+
+# Memory in GB -> batches of a process under 1, 2, 4, 8, 16 and 64 processes, as docs/speed.md has them.
+BATCHES = {
+    "faces": {8: (16,) * 6, 24: (16,) * 6, 40: (32, 32, 16, 16, 16, 16), 80: (64, 32, 16, 16, 16, 16)},
+    "dfew": {
+        8: (16,) * 6, 12: (32,) * 6, 24: (32,) * 6, 40: (64, 64, 64, 64, 32, 32), 80: (128, 128, 128, 64, 32, 32),
+        141: (128, 128, 128, 64, 32, 32),
+    },
+    "ferv39k": {8: (16,) * 6, 24: (32,) * 6, 40: (64,) * 5 + (32,), 80: (128, 128, 128, 128, 64, 32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", BATCHES)
+def test_batches_suit_the_card(preset):
+    anchor = PRESETS[preset](True)
+    for gb, batches in BATCHES[preset].items():
+        for size, batch in zip((1, 2, 4, 8, 16, 64), batches, strict=True):
+            config = suited(anchor, int(1e9 * gb), size)
+            assert config.data.batch_size == batch and batch % 2 == 0
+            assert config.optim.lr == pytest.approx(1e-3 * (batch / anchor.data.batch_size) ** 0.5, rel=5e-3)
+            assert batch * size <= max(MOST_CLIPS[preset], anchor.data.batch_size * size)
+            as_before = dataclasses.replace(config, data=anchor.data, optim=anchor.optim)
+            assert as_before == anchor  # nothing else has changed
+
+
+def test_rates_grow_as_their_optimizer_does():
+    assert [scaled_lr(1e-3, name, 4) for name in ("adamw", "lion", "muon", "sgd")] == [2e-3, 2e-3, 2e-3, 4e-3]
+    assert [scaled_lr(1e-3, "adamw", factor) for factor in (0.5, 1, 2)] == [7.07e-4, 1e-3, 1.41e-3]
+    assert batch_factor(100e9, 32, 10**9, 1) == 4
+
+
+def test_what_is_typed_wins(machine):
+    machine(80)
+
+    def step(*words):
+        config = parse_config(["dfew", *words])
+        return config.data.batch_size, config.optim.lr
+
+    assert step() == (128, 2e-3)
+    assert step("--data.batch-size", "16") == step("--data.batch_size=16") == (16, 1e-3)
+    assert step("--optim.lr", "3e-4") == (32, 3e-4) and step("--optim.accumulate", "2") == (32, 1e-3)
+    assert step("--optim.optimizer", "sgd") == (128, 4e-3)
+    assert step("--recipe", "ial") == (32, 1e-3) and step("--recipe", "m3dfel") == (256, 5e-4)
+    assert step("--data.size", "224") == (32, 1e-3)  # four times the memory: as on 20 GB
+    assert step("--model.name", "st-former") == step("--model.backbone", "resnet34") == (32, 1e-3)
+    assert step("--run.device", "cpu") == (32, 1e-3)
+    assert parse_config(["debug"]).data.batch_size == 8
+    machine(None)
+    assert step() == (32, 1e-3) and parse_config(["faces"]).data.batch_size == 16
+
+
+def test_a_run_keeps_its_batch_and_is_found_on_another_card(machine, begin, tmp_path, preset="dfew"):
+    machine(80)
+    begun = begin(preset)
+    (tmp_path / "a" / "checkpoints" / "step-00000001.json").write_text("{}")
+    machine(24)
+    other = parse_config([preset])
+    assert other.optim.lr == 1e-3 != begun.optim.lr
+    found = parse_command([preset, "--resume", "--run.log-dir", str(tmp_path)])
+    assert (found.run.name, found.data.batch_size, found.optim.lr) == ("a", begun.data.batch_size, 2e-3)
+    with pytest.raises(UserError, match=r"--optim\.lr was 0\.002, is 0\.001"):
+        parse_command(
+            [preset, "--resume", "--run.log-dir", str(tmp_path), "--optim.lr", "1e-3", "--data.batch-size", "64"]
+        )
+    typed = again(tmp_path, preset, "--optim.lr", "1e-3")
+    assert differences(begun, typed) == ["--optim.lr was 0.002, is 0.001"]
+
+
+# ---- The cache
+
+
+def test_pictures_are_held_where_they_fit():
+    dfew, ferv39k = int(44e9), int(54e9)
+    found = [cache_tier(dfew, int(memory), 1) for memory in (24e9, 42e9, 80e9, 141e9)]
+    assert found == ["off", "off", "gpu", "gpu"] and cache_tier(ferv39k, int(80e9), 1) == "gpu"
+    assert [cache_tier(dfew, int(42e9), n) for n in (1, 2, 4)] == ["off", "shares", "shares"]
+    assert cache_tier(int(4e9), int(8e9), 1) == "gpu" and cache_tier(int(4e9) + 1, int(8e9), 1) == "off"
+
+
+def index_of(kind="raw", widths=(10, 10)):
+    """Two videos, a million frames of 300 bytes together."""
+    heights, first, two = np.full(2, 10, np.int32), np.array([0, 3, 10**6]), np.zeros(2, np.int64)
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.int32)
+    store = Packed(kind, [], np.zeros(2, np.int32), first, *nothing, heights, np.array(widths, np.int32))
+    return ClipIndex([], two, two, store)
+
+
+def test_the_cache_is_settled_by_the_clips(machine, capsys, monkeypatch):
+    def tier(train, *words, gb=2):
+        machine(gb)
+        return with_cache(settled(parse_config(["debug", *words])), train, index_of()).data.cache
+
+    auto = ("--data.cache", "auto")
+    assert tier(index_of()) == "off" and tier(index_of(), "--data.cache", "gpu", gb=0.01) == "gpu"
+    assert tier(index_of(), *auto) == "gpu"  # 2 lists of 300 MB
+    assert tier(index_of(), *auto, gb=1.1) == "off" and tier(index_of(), *auto, gb=None) == "off"
+    assert tier(index_of("shards"), *auto) == tier(index_of(widths=(10, 11)), *auto) == "off"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(resolving, "find_place", lambda: Place(0, 2, 0, 2))
+    assert tier(index_of(), *auto, gb=1.1) == "off" and "only in shares, which are not held" in capsys.readouterr().err

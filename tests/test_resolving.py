@@ -74,7 +74,7 @@ def test_what_is_open_is_what_the_machine_has(machine, monkeypatch):
     machine(None, cores=3)
     assert computing(settled(parse_config(["debug"]))) == ("cpu", "off", "off", 3, "dense")
     machine(80)
-    assert computing(settled(parse_config(["debug"]))) == ("cuda", "bf16", "on", 0, "dense")
+    assert computing(settled(parse_config(["debug"]))) == ("cuda", "bf16", "on", 0, "triton")
     assert computing(settled(parse_config(["debug", "--run.device", "cpu"]))) == ("cpu", "off", "off", 8, "dense")
     typed = parse_config(["debug", "--run.amp", "fp16", "--run.graph", "off", "--model.crf-backend", "sdpa"])
     assert computing(settled(typed)) == ("cuda", "fp16", "off", 0, "sdpa")
@@ -115,7 +115,7 @@ def test_a_run_of_a_gpu_goes_on_without_one_where_that_is_said(machine, begin, t
     with pytest.raises(UserError, match=r"--run\.device cuda: no NVIDIA GPU is visible here; --run\.device cpu does "):
         distributed.setup(now.run.device, timedelta(seconds=1))
     now = again(tmp_path, "debug", "--run.device", "cpu", "--run.threads", "2")
-    assert computing(now) == ("cpu", "bf16", "off", 2, "dense") and differences(config, now) == []
+    assert computing(now) == ("cpu", "bf16", "off", 2, "triton") and differences(config, now) == []
     state = {"config": config.to_json(), "data": {k: {"source": "raw", "bytes": None, "listed": ""}
              for k in ("train_list", "val_list")}}  # fmt: skip
     assert changes(state, now, state["data"]) == [
@@ -173,7 +173,8 @@ def test_what_was_settled_is_one_line(machine):
     machine(80)
     line = in_words(settled(parse_config(["dfew"])), CPU)
     assert (
-        "cuda, amp bf16, CRF dense, cache off, JPEG engine 0, graph on, batches of 128 clips, peak rate 0.002" in line
+        "cuda, amp bf16, CRF triton, cache off, JPEG engine 0, videos by cores, graph on, fused both, batches of 128 clips, "
+        "peak rate 0.002" in line
     )
 
 

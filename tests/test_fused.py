@@ -350,6 +350,7 @@ def test_what_is_no_plain_residual_block_is_left_alone():
 
 def test_why_the_kernels_are_not_used_is_said(monkeypatch):
     """On a device that cannot run them, and on one where they are wrong."""
+    from dfer.run.graph import build_graphs
     from dfer.run.step import with_step  # here, as the interpreter's process need not wait for the loader
     from tests.test_graph import configured, job_of
     from train import training_loss
@@ -364,7 +365,7 @@ def test_why_the_kernels_are_not_used_is_said(monkeypatch):
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, fused="norm"))
     job = job_of(config, None)
     on_card = job._replace(config=config, precision=job.precision._replace(device=torch.device("cuda")))
-    note = with_step(on_card, training_loss).step.take_note()
+    note = with_step(on_card, training_loss, build_graphs(config.run, job.world)).step.take_note()
     assert note.startswith("--run.fused norm: Triton's kernels do not run here") and note.endswith(
         "operators are taken"
     )

@@ -75,6 +75,8 @@ class Ranks:
             def __call__(self, epoch: int):
                 return batches(epoch)
 
+            def prepare(self, epoch: int, start_step: int = 0) -> None: ...
+
             def __len__(self) -> int:
                 return len(ids)
 

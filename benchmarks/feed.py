@@ -123,7 +123,7 @@ def repeated(index: ClipIndex, times: int) -> ClipIndex:
 def measure(list_path: Path, batch_size: int, frames: int, seconds: float) -> dict[str, float]:
     """Return clips/s, by the clock and by the processor's time, and where the microseconds of a clip go."""
     sampler = ClipSampler(0, frames, augmentation=Augmentation(min_crop_area=0.5))
-    with mock.patch.object(graphs, "fused", inputs_alone), mock.patch("dali_pipes.loader.Feed", WithoutPixels):
+    with mock.patch.object(graphs, "fused", inputs_alone), mock.patch("dali_pipes.videos.Feed", WithoutPixels):
         index = load_index(list_path)
         index = repeated(index, -(-64 * batch_size // len(index)))
         loader = ClipLoader(index, sampler, LoaderOptions(batch_size, 1, num_threads=1))

@@ -21,7 +21,7 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
-from dfer.run.defaults import STEP_FLAGS, card_memory, settled_as, suited
+from dfer.run.defaults import STEP_FLAGS, at_this_place, card_memory, settled_as, suited
 from dfer.run.launchers import find_place, own_words
 from dfer.run.values import check_ranges, first_sentence, restored
 
@@ -243,10 +243,8 @@ def parse_config(args: list[str]) -> Config:
         config = _suited(config, flags)
         validate(config)
         return config
-    config = _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
-    config = settled_as(config, begun)  # "auto", typed again: what it was found to mean
-    if config.run.device == "cpu" and begun.run.device != "cpu":  # typed, to go on without a GPU and its graphs
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, graph="off"))
+    typed, config = config, _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
+    config = at_this_place(settled_as(config, begun), typed)  # "auto", typed again, is what it was found to mean
     validate(config)
     return config
 

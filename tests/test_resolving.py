@@ -143,6 +143,66 @@ def test_a_run_that_left_all_open_is_settled_at_each_start(machine, begin, tmp_p
         RunFolder(again(tmp_path, "debug", "--run.amp", "bf16"), "a")
 
 
+def leave_open(tmp_path, **run):
+    """As an older version saved a run."""
+    path = tmp_path / "a" / "config.json"
+    saved = json.loads(path.read_text())
+    saved["run"] |= {"device": "auto", "amp": "auto"} | run
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize("words", [(), ("--run.device", "cpu"), ("--run.graph", "off"), ("--run.graph", "auto")])
+def test_a_run_that_left_its_device_open_goes_on_without_a_gpu_and_its_graphs(machine, begin, tmp_path, words):
+    machine(80)
+    begin("debug")
+    leave_open(tmp_path, graph="on", fused="both")
+    assert again(tmp_path, "debug").run.graph == "on"
+    machine(None)
+    now = again(tmp_path, "debug", *words)
+    assert (now.run.device, now.run.amp, now.run.graph) == ("cpu", "off", "off")
+    RunFolder(now, "a").close()
+    machine(80)  # and beside one that is not to be used
+    if words[:1] != ("--run.graph",):
+        now = again(tmp_path, "debug", "--run.device", "cpu")
+        assert (now.run.device, now.run.amp, now.run.graph) == ("cpu", "off", "off")
+        RunFolder(now, "a").close()
+
+
+def test_a_graph_that_is_typed_is_refused_where_there_is_none(machine, begin, tmp_path):
+    machine(80)
+    begin("debug")
+    for gb, words in ((80, ("--run.device", "cpu")), (None, ("--run.device", "cpu"))):
+        machine(gb)
+        with pytest.raises(UserError, match=r"--run\.graph on: --run\.device cpu has no graphs"):
+            again(tmp_path, "debug", "--run.graph", "on", *words)
+
+
+def test_several_processes_go_on_with_graphs_where_that_is_typed(machine, begin, tmp_path, monkeypatch):
+    machine(80)
+    config = begin("debug")
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    found = [again(tmp_path, "debug", *typed).run for typed in ((), ("--run.graph", "on"), ("--run.graph", "auto"))]
+    assert [run.graph for run in found] == ["off", "on", "off"]
+    assert [run.fused for run in found] == [config.run.fused] * 3 == ["both"] * 3
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert again(tmp_path, "debug").run.graph == "on"
+
+
+def test_a_run_is_not_tied_to_a_card_that_held_its_clips(machine, begin, tmp_path):
+    machine(80)
+    config = begin("debug", "--data.cache", "gpu")
+    assert again(tmp_path, "debug").data.cache == "gpu"
+    machine(24)
+    now = again(tmp_path, "debug", "--data.cache", "off")
+    assert now.data.cache == "off" and differences(config, now) == []
+    RunFolder(now, "a").close()
+    machine(None)
+    now = again(tmp_path, "debug", "--run.device", "cpu")
+    assert now.data.cache == "off" and differences(config, now) == []
+    assert again(tmp_path, "debug", "--run.device", "cpu", "--data.cache", "gpu").data.cache == "gpu"  # which is refused
+
+
 def test_threads_are_those_of_the_run():
     before = torch.get_num_threads()
     with chosen_algorithms(RunConfig(threads=before + 2)):

@@ -44,6 +44,12 @@ def settled(config: Config) -> Config:
     return dataclasses.replace(config, data=data, model=model, run=resolved_graph(run))
 
 
+def settled_for(begun: Config, now: Config) -> Config:
+    """Return what a run was begun with, as the command that continues it would have what is open in it settled."""
+    there = dataclasses.replace(begun.run, device=now.run.device, graph=now.run.graph)
+    return settled(dataclasses.replace(begun, run=there))
+
+
 def threads_here() -> int:
     """Return the threads that torch computes with here: OMP_NUM_THREADS, else no more than there are cores to use."""
     threads = torch.get_num_threads()

@@ -200,7 +200,30 @@ def test_a_run_is_not_tied_to_a_card_that_held_its_clips(machine, begin, tmp_pat
     machine(None)
     now = again(tmp_path, "debug", "--run.device", "cpu")
     assert now.data.cache == "off" and differences(config, now) == []
-    assert again(tmp_path, "debug", "--run.device", "cpu", "--data.cache", "gpu").data.cache == "gpu"  # which is refused
+    assert (
+        again(tmp_path, "debug", "--run.device", "cpu", "--data.cache", "gpu").data.cache == "gpu"
+    )  # which is refused
+
+
+def test_what_no_cpu_has_may_be_left_out_there(machine, begin, tmp_path, monkeypatch):
+    machine(80)
+    config = begin("debug", "--run.amp", "fp16", "--run.sync-bn")
+    machine(None)
+    cpu = ("--run.device", "cpu", "--run.amp", "off", "--run.no-sync-bn")
+    now = again(tmp_path, *cpu)
+    RunFolder(now, "a").close()
+    assert differences(config, now) == []
+    state = {"config": config.to_json(), "data": {k: {"source": "raw", "bytes": None, "listed": ""}
+             for k in ("train_list", "val_list")}}  # fmt: skip
+    assert [line.split(":")[0] for line in changes(state, now, state["data"])] == [
+        "--run.device was cuda, is cpu", "--run.amp was fp16, is off", "--run.sync-bn was True, is False"
+    ]  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each of whose batch statistics would be of its own clips
+    assert differences(config, now) == ["--run.sync-bn was True, is False"]
+    monkeypatch.delenv("WORLD_SIZE")
+    machine(80)  # where nothing speaks for another one
+    with pytest.raises(UserError, match=r"--run\.amp was fp16, is off; --run\.sync-bn was True, is False"):
+        RunFolder(again(tmp_path, "--run.amp", "off", "--run.no-sync-bn"), "a")
 
 
 def test_threads_are_those_of_the_run():

@@ -13,6 +13,7 @@ from dfer.cli import UserError, command_of
 from dfer.config import PRESETS, Config, begun_config, parse_config
 from dfer.run.checkpoint import find_manifests
 from dfer.run.defaults import scaled_lr, settled_as
+from dfer.run.launchers import number
 
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
 # another decoder or of other kernels. The batch size is checked by `dfer.run.folder.same_global_batch`, which knows the
@@ -141,6 +142,10 @@ def differences(saved: Config, now: Config) -> list[str]:
         # The checkpoint has the weights: which file they came from is of no matter.
         if config["model"]["init"] not in ("random", "timm", "auto"):
             config["model"]["init"] = "a file"
+    if now.run.device == "cpu" and saved.run.amp == "fp16":  # which no CPU has
+        was["run"]["amp"] = is_["run"]["amp"]
+    if now.run.device == "cpu" and number("WORLD_SIZE", 1) == 1:  # one process has all clips of a step by itself
+        was["run"]["sync_bn"] = is_["run"]["sync_bn"] = False
     if was["model"]["init"] == "auto":  # what the run began with, whichever that was
         is_["model"]["init"] = was["model"]["init"]
     return _differences(was, is_, "")

@@ -21,7 +21,7 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
-from dfer.run.defaults import STEP_FLAGS, at_this_place, card_memory, settled_as, suited
+from dfer.run.defaults import at_this_place, card_memory, chooses_the_step, settled_as, suited
 from dfer.run.launchers import find_place, own_words
 from dfer.run.values import check_ranges, first_sentence, restored
 
@@ -251,8 +251,7 @@ def parse_config(args: list[str]) -> Config:
 
 def _suited(config: Config, flags: list[str]) -> Config:
     """Return a preset's configuration with batch and learning rate for the GPU at hand, unless words say otherwise."""
-    typed = {flag.split("=")[0].replace("_", "-") for flag in flags}
-    if config.run.device == "cpu" or typed & STEP_FLAGS or not torch.cuda.is_available():
+    if config.run.device == "cpu" or chooses_the_step(flags) or not torch.cuda.is_available():
         return config
     place = find_place()
     return suited(config, card_memory(place.local_rank) or 0, place.size)

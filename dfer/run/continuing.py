@@ -55,7 +55,7 @@ def unfinished_run(config: Config) -> Path:
             if begun is None or _is_finished(folder, begun.optim.epochs):
                 continue
             like = config
-            if _suits_its_batch(begun) and _suits_its_batch(config):  # by a preset, each on a card of its own
+            if suits_its_batch(begun) and suits_its_batch(config):  # by a preset, each on a card of its own
                 like = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=begun.optim.lr))
             differing = differences(begun, like) + _other_data(begun, config)
             if not differing:
@@ -78,7 +78,7 @@ def newest_first(log_dir: Path) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _suits_its_batch(config: Config) -> bool:
+def suits_its_batch(config: Config) -> bool:
     """Return whether the learning rate is the one that the preset has for such a batch on some GPU."""
     preset = PRESETS[config.preset](True)
     factor = config.data.batch_size / preset.data.batch_size

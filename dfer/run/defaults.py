@@ -5,6 +5,7 @@ What is open is settled at the first start of a run, saved with it, and obeyed w
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -33,6 +34,11 @@ STEP_FLAGS = {"--data.batch-size", "--optim.lr", "--optim.accumulate", "--recipe
 MOST_CLIPS = {"faces": 64, "dfew": 512, "ferv39k": 1024}
 _FACTORS = ((32e9, 1), (64e9, 2), (math.inf, 4))  # of a preset's batch, on a card with less memory than that
 _SMALL, _SMALL_BATCH = 12e9, 16  # a card with less memory takes no more clips
+
+
+def chooses_the_step(words: Iterable[str]) -> bool:
+    """Return whether one of a command's words is a flag by which nothing of its step is made to suit a card."""
+    return any(word.split("=")[0].replace("_", "-") in STEP_FLAGS for word in words)
 
 
 def is_open(name: str, value: object) -> bool:

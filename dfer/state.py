@@ -170,7 +170,9 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     started = None if checkpoint else start(model, config.model, num_frames)
     if config.run.sync_bn:
         if device.type != "cuda":
-            raise UserError("--run.sync-bn: torch synchronises batch norm between GPUs only; --run.no-sync-bn does without")
+            raise UserError(
+                "--run.sync-bn: torch synchronises batch norm between GPUs only; --run.no-sync-bn does without"
+            )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     _check_values_per_channel(model, config)
     model.to(device)

@@ -21,25 +21,28 @@ from dfer.run.defaults import MOST_CLIPS, batch_factor, cache_tier, scaled_lr, s
 from dfer.run.distributed import World
 from dfer.run.fingerprints import changes
 from dfer.run.folder import RunFolder, started_config
+from dfer.run.folds import fold_runs, with_one_start
 from dfer.run.launchers import Place
 from dfer.run.memory import memory_advice
-from dfer.run.resolving import busy_beside, in_words, settled, short_of_cores, with_cache
+from dfer.run.resolving import busy_beside, in_words, raw_bytes, settled, short_of_cores, with_cache
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that gives this process a GPU with so many GB, or none, and so many cores."""
+    """A function that gives this process a GPU with so many GB, free ones, or none, and so many cores."""
 
-    def give(gb: float | None = None, cores: int = 8) -> None:
+    def give(gb: float | None = None, cores: int = 8, free: float = 1000) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gb is not None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gb is not None))
         properties = SimpleNamespace(total_memory=int(1e9 * (gb or 0)))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(1e9 * free), properties.total_memory))
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(resolving, "usable_cores", lambda: cores)
+        monkeypatch.setattr(distributed, "usable_cores", lambda: cores)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -102,8 +105,12 @@ def test_a_run_goes_on_as_it_was_settled(machine, begin, tmp_path, words):
     now = again(tmp_path, *words)
     assert computing(now) == computing(config) and differences(config, now) == []
     RunFolder(now, "a").close()
-    assert short_of_cores(now).startswith("--run.threads 6, as this run has them, on 2 usable cores: ")
-    assert short_of_cores(settled(parse_config(["debug", "--run.device", "cpu"]))) is None
+    assert short_of_cores(now, CPU).startswith("--run.threads 6, as this run has them, on 2 usable cores of a process")
+    assert short_of_cores(settled(parse_config(["debug", "--run.device", "cpu"])), CPU) is None
+    machine(None, cores=6)
+    assert short_of_cores(now, CPU) is None
+    beside = dataclasses.replace(CPU, size=4, local_size=2)  # two processes share the cores of each of two machines
+    assert "on 3 usable cores of a process" in short_of_cores(now, beside)
 
 
 def test_a_run_of_a_gpu_goes_on_without_one_where_that_is_said(machine, begin, tmp_path):
@@ -272,6 +279,9 @@ def test_a_trained_model_is_computed_as_its_run_on_such_a_device():
     gpu = RunConfig(device="cuda", amp="bf16")
     assert [amp_of_trained(gpu, "cuda"), amp_of_trained(gpu, "cpu")] == ["bf16", "auto"]
     assert amp_of_trained(RunConfig(amp="bf16"), "cpu") == "bf16"  # of an older version
+    full = RunConfig(device="cuda", amp="off")  # which was typed, as it is no GPU's by itself
+    assert [amp_of_trained(full, "cuda"), amp_of_trained(full, "cpu")] == ["off", "off"]
+    assert amp_of_trained(RunConfig(device="cpu", amp="off"), "cuda") == "auto"
 
 
 # ---- Batch and learning rate
@@ -344,6 +354,29 @@ def test_a_run_keeps_its_batch_and_is_found_on_another_card(machine, begin, tmp_
     assert differences(begun, typed) == ["--optim.lr was 0.002, is 0.001"]
 
 
+def test_folds_go_on_with_one_batch_and_rate_on_another_card(machine, tmp_path):
+    words = ["--model.init", "random"]
+    folds = [(tmp_path / f"set_{fold}_train.txt", tmp_path / f"set_{fold}_test.txt") for fold in (1, 2)]
+
+    def runs(*typed):
+        config, told = with_one_start(parse_config(["dfew", *words, *typed]), [*words, *typed], tmp_path)
+        return told, fold_runs(config, folds, 1, tmp_path, ["dfew", *told])
+
+    machine(80)
+    told, (first, _) = runs()
+    assert told == words
+    first.path.mkdir()
+    (first.path / "config.json").write_text(settled(first.config).to_json())
+    (first.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    machine(24)
+    told, both = runs()
+    assert [(run.config.data.batch_size, run.config.optim.lr) for run in both] == [(128, 2e-3)] * 2
+    assert told == [*words, "--data.batch-size", "128", "--optim.lr", "0.002"]
+    with pytest.raises(UserError, match=r"--optim\.lr was 0\.002, is 0\.001"):
+        runs("--data.batch_size=128")
+    assert runs("--optim.lr", "1e-3")[0] == [*words, "--optim.lr", "1e-3"]  # which a checkpoint of the first refuses
+
+
 # ---- The cache
 
 
@@ -363,16 +396,26 @@ def index_of(kind="raw", widths=(10, 10)):
     return ClipIndex([], two, two, store)
 
 
+def test_the_bytes_of_raw_clips_are_those_of_each_of_its_frames():
+    widths, frames = (10, 4000), (3, 10**6 - 3)
+    expected = sum(count * 3 * 10 * width for count, width in zip(frames, widths, strict=True))
+    assert raw_bytes(index_of(widths=widths)) == expected > 2**36
+    assert raw_bytes(index_of()) == 300 * 10**6 and raw_bytes(index_of("shards")) is None
+
+
 def test_the_cache_is_settled_by_the_clips(machine, capsys, monkeypatch):
-    def tier(train, *words, gb=2):
-        machine(gb)
+    def tier(train, *words, gb=2, free=1000):
+        machine(gb, free=free)
         return with_cache(settled(parse_config(["debug", *words])), train, index_of()).data.cache
 
     auto = ("--data.cache", "auto")
     assert tier(index_of()) == "off" and tier(index_of(), "--data.cache", "gpu", gb=0.01) == "gpu"
     assert tier(index_of(), *auto) == "gpu"  # 2 lists of 300 MB
     assert tier(index_of(), *auto, gb=1.1) == "off" and tier(index_of(), *auto, gb=None) == "off"
-    assert tier(index_of("shards"), *auto) == tier(index_of(widths=(10, 11)), *auto) == "off"
+    assert tier(index_of(), *auto, free=1.1) == "off"  # other work has the rest
+    assert tier(index_of("shards"), *auto) == "off" and tier(index_of(widths=(10, 11)), *auto) == "gpu"
+    large = index_of(widths=(10, 30))  # 900 MB
+    assert tier(large, *auto) == "off" and tier(large, *auto, gb=2.5) == "gpu"
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(resolving, "find_place", lambda: Place(0, 2, 0, 2))
     assert tier(index_of(), *auto, gb=1.1) == "off" and "only in shares, which are not held" in capsys.readouterr().err

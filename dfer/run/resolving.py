@@ -101,8 +101,8 @@ def short_of_cores(config: Config, world: World) -> str | None:
     if config.run.device != "cpu" or threads <= cores:
         return None
     return (
-        f"--run.threads {threads}, as this run has them, on {cores} usable cores of a process: it goes on with the same bits, "
-        f"slowly; --run.threads {cores} is faster and rounds otherwise"
+        f"--run.threads {threads}, as this run has them, on {cores} usable cores of a process: it goes on with the "
+        f"same bits, slowly; --run.threads {cores} is faster and rounds otherwise"
     )
 
 

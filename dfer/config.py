@@ -21,7 +21,7 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
-from dfer.run.defaults import STEP_FLAGS, card_memory, settled_as, suited
+from dfer.run.defaults import at_this_place, card_memory, chooses_the_step, settled_as, suited
 from dfer.run.launchers import find_place, own_words
 from dfer.run.values import check_ranges, first_sentence, restored
 
@@ -243,18 +243,15 @@ def parse_config(args: list[str]) -> Config:
         config = _suited(config, flags)
         validate(config)
         return config
-    config = _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
-    config = settled_as(config, begun)  # "auto", typed again: what it was found to mean
-    if config.run.device == "cpu" and begun.run.device != "cpu":  # typed, to go on without a GPU and its graphs
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, graph="off"))
+    typed, config = config, _parse(flags, _continued(begun, config, preset_typed=args[:1] == [preset]))
+    config = at_this_place(settled_as(config, begun), typed)  # "auto", typed again, is what it was found to mean
     validate(config)
     return config
 
 
 def _suited(config: Config, flags: list[str]) -> Config:
     """Return a preset's configuration with batch and learning rate for the GPU at hand, unless words say otherwise."""
-    typed = {flag.split("=")[0].replace("_", "-") for flag in flags}
-    if config.run.device == "cpu" or typed & STEP_FLAGS or not torch.cuda.is_available():
+    if config.run.device == "cpu" or chooses_the_step(flags) or not torch.cuda.is_available():
         return config
     place = find_place()
     return suited(config, card_memory(place.local_rank) or 0, place.size)

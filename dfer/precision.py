@@ -44,8 +44,11 @@ def auto_amp(gpu: bool) -> Literal["bf16", "off"]:
 
 
 def amp_of_trained(run: RunConfig, device: Literal["cpu", "cuda"]) -> Amp:
-    """Return the --run.amp with which a trained model is computed: its run's, or what suits another kind of device."""
-    return run.amp if run.device in ("auto", device) else "auto"
+    """Return the --run.amp with which a trained model is computed: its run's, or what suits another kind of device.
+
+    A GPU's run has "off" only where that was typed: it holds on a CPU too.
+    """
+    return run.amp if run.device in ("auto", device) or (run.device, run.amp) == ("cuda", "off") else "auto"
 
 
 def build_precision(run: RunConfig, device: torch.device) -> Precision:

@@ -89,7 +89,8 @@ class TrainState:
         if self.ema is not None:
             load_weights(self.ema, state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where a run in fp16 has gone on without it: its scale is found again
+            self.scaler.load_state_dict(state["scaler"])
         self.guard.skipped.copy_(state["skipped"])
         self.losses.copy_(state["losses"])
         self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
@@ -169,7 +170,9 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
     started = None if checkpoint else start(model, config.model, num_frames)
     if config.run.sync_bn:
         if device.type != "cuda":
-            raise UserError("--run.sync-bn: torch synchronises batch norm between GPUs only")
+            raise UserError(
+                "--run.sync-bn: torch synchronises batch norm between GPUs only; --run.no-sync-bn does without"
+            )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     _check_values_per_channel(model, config)
     model.to(device)

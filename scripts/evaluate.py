@@ -77,6 +77,7 @@ def evaluated_config(config: Config, args: argparse.Namespace) -> Config:
         source="auto" if args.list else config.data.source,
         cache="off",  # each clip is read once, from whatever this list points at
         jpeg_engine=0.0,  # decodes like any, and mixes no pixels (docs/LOG.md)
+        video_decoder="cores" if config.preset == "exported" else config.data.video_decoder,  # its file names none
         batch_size=args.batch_size or config.data.batch_size,
         views=args.views or config.data.views,
         mirror_views=config.data.mirror_views if args.mirror_views is None else args.mirror_views,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dali_pipes.build import build_loader
-from dfer.config import Config, DataConfig, ModelConfig, RunConfig
+from dfer.config import Config, DataConfig, ModelConfig, RunConfig, config_from_json
 from dfer.evaluation import evaluate
 from dfer.lists.annotations import EMOTIONS, read_annotations
 from dfer.lists.index import build_index
@@ -119,6 +119,18 @@ def test_the_runs_own_list_is_read_as_the_run_reads_it(config, tmp_path):
     args.list = tmp_path / "other.txt"
     data = evaluated_config(config, args).data
     assert (data.source, data.root, data.val_list) == ("auto", None, args.list)
+
+
+def test_videos_are_decoded_as_the_run_did_and_of_an_export_by_the_cores(config, tmp_path):
+    """An export's file has no decoder, as files of runs that knew none but NVDEC have none."""
+    args = argparse.Namespace(
+        list=tmp_path / "a.txt", root=None, device="cpu", batch_size=None, views=None, mirror_views=None, amp=None
+    )
+    for preset, decoder in (("faces", "nvdec"), ("exported", "cores")):
+        text = json.dumps({"preset": preset, "data": {"size": 48, "train_list": "a", "val_list": "b"}})
+        saved = config_from_json(text, tmp_path)
+        assert saved.data.video_decoder == "nvdec"
+        assert evaluated_config(saved, args).data.video_decoder == decoder
 
 
 @pytest.mark.parametrize(

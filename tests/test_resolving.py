@@ -21,25 +21,28 @@ from dfer.run.defaults import MOST_CLIPS, batch_factor, cache_tier, scaled_lr, s
 from dfer.run.distributed import World
 from dfer.run.fingerprints import changes
 from dfer.run.folder import RunFolder, started_config
+from dfer.run.folds import fold_runs, with_one_start
 from dfer.run.launchers import Place
 from dfer.run.memory import memory_advice
-from dfer.run.resolving import busy_beside, in_words, settled, short_of_cores, with_cache
+from dfer.run.resolving import busy_beside, in_words, raw_bytes, settled, short_of_cores, with_cache
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that gives this process a GPU with so many GB, or none, and so many cores."""
+    """A function that gives this process a GPU with so many GB, free ones, or none, and so many cores."""
 
-    def give(gb: float | None = None, cores: int = 8) -> None:
+    def give(gb: float | None = None, cores: int = 8, free: float = 1000) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gb is not None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gb is not None))
         properties = SimpleNamespace(total_memory=int(1e9 * (gb or 0)))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(1e9 * free), properties.total_memory))
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(resolving, "usable_cores", lambda: cores)
+        monkeypatch.setattr(distributed, "usable_cores", lambda: cores)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -102,8 +105,12 @@ def test_a_run_goes_on_as_it_was_settled(machine, begin, tmp_path, words):
     now = again(tmp_path, *words)
     assert computing(now) == computing(config) and differences(config, now) == []
     RunFolder(now, "a").close()
-    assert short_of_cores(now).startswith("--run.threads 6, as this run has them, on 2 usable cores: ")
-    assert short_of_cores(settled(parse_config(["debug", "--run.device", "cpu"]))) is None
+    assert short_of_cores(now, CPU).startswith("--run.threads 6, as this run has them, on 2 usable cores of a process")
+    assert short_of_cores(settled(parse_config(["debug", "--run.device", "cpu"])), CPU) is None
+    machine(None, cores=6)
+    assert short_of_cores(now, CPU) is None
+    beside = dataclasses.replace(CPU, size=4, local_size=2)  # two processes share the cores of each of two machines
+    assert "on 3 usable cores of a process" in short_of_cores(now, beside)
 
 
 def test_a_run_of_a_gpu_goes_on_without_one_where_that_is_said(machine, begin, tmp_path):
@@ -141,6 +148,89 @@ def test_a_run_that_left_all_open_is_settled_at_each_start(machine, begin, tmp_p
         RunFolder(now, "a").close()
     with pytest.raises(UserError, match=r"--run\.amp was off, is bf16"):
         RunFolder(again(tmp_path, "debug", "--run.amp", "bf16"), "a")
+
+
+def leave_open(tmp_path, **run):
+    """As an older version saved a run."""
+    path = tmp_path / "a" / "config.json"
+    saved = json.loads(path.read_text())
+    saved["run"] |= {"device": "auto", "amp": "auto"} | run
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize("words", [(), ("--run.device", "cpu"), ("--run.graph", "off"), ("--run.graph", "auto")])
+def test_a_run_that_left_its_device_open_goes_on_without_a_gpu_and_its_graphs(machine, begin, tmp_path, words):
+    machine(80)
+    begin("debug")
+    leave_open(tmp_path, graph="on", fused="both")
+    assert again(tmp_path, "debug").run.graph == "on"
+    machine(None)
+    now = again(tmp_path, "debug", *words)
+    assert (now.run.device, now.run.amp, now.run.graph) == ("cpu", "off", "off")
+    RunFolder(now, "a").close()
+    machine(80)  # and beside one that is not to be used
+    if words[:1] != ("--run.graph",):
+        now = again(tmp_path, "debug", "--run.device", "cpu")
+        assert (now.run.device, now.run.amp, now.run.graph) == ("cpu", "off", "off")
+        RunFolder(now, "a").close()
+
+
+def test_a_graph_that_is_typed_is_refused_where_there_is_none(machine, begin, tmp_path):
+    machine(80)
+    begin("debug")
+    for gb, words in ((80, ("--run.device", "cpu")), (None, ("--run.device", "cpu"))):
+        machine(gb)
+        with pytest.raises(UserError, match=r"--run\.graph on: --run\.device cpu has no graphs"):
+            again(tmp_path, "debug", "--run.graph", "on", *words)
+
+
+def test_several_processes_go_on_with_graphs_where_that_is_typed(machine, begin, tmp_path, monkeypatch):
+    machine(80)
+    config = begin("debug")
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    found = [again(tmp_path, "debug", *typed).run for typed in ((), ("--run.graph", "on"), ("--run.graph", "auto"))]
+    assert [run.graph for run in found] == ["off", "on", "off"]
+    assert [run.fused for run in found] == [config.run.fused] * 3 == ["both"] * 3
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert again(tmp_path, "debug").run.graph == "on"
+
+
+def test_a_run_is_not_tied_to_a_card_that_held_its_clips(machine, begin, tmp_path):
+    machine(80)
+    config = begin("debug", "--data.cache", "gpu")
+    assert again(tmp_path, "debug").data.cache == "gpu"
+    machine(24)
+    now = again(tmp_path, "debug", "--data.cache", "off")
+    assert now.data.cache == "off" and differences(config, now) == []
+    RunFolder(now, "a").close()
+    machine(None)
+    now = again(tmp_path, "debug", "--run.device", "cpu")
+    assert now.data.cache == "off" and differences(config, now) == []
+    assert (
+        again(tmp_path, "debug", "--run.device", "cpu", "--data.cache", "gpu").data.cache == "gpu"
+    )  # which is refused
+
+
+def test_what_no_cpu_has_may_be_left_out_there(machine, begin, tmp_path, monkeypatch):
+    machine(80)
+    config = begin("debug", "--run.amp", "fp16", "--run.sync-bn")
+    machine(None)
+    cpu = ("--run.device", "cpu", "--run.amp", "off", "--run.no-sync-bn")
+    now = again(tmp_path, *cpu)
+    RunFolder(now, "a").close()
+    assert differences(config, now) == []
+    state = {"config": config.to_json(), "data": {k: {"source": "raw", "bytes": None, "listed": ""}
+             for k in ("train_list", "val_list")}}  # fmt: skip
+    assert [line.split(":")[0] for line in changes(state, now, state["data"])] == [
+        "--run.device was cuda, is cpu", "--run.amp was fp16, is off", "--run.sync-bn was True, is False"
+    ]  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each of whose batch statistics would be of its own clips
+    assert differences(config, now) == ["--run.sync-bn was True, is False"]
+    monkeypatch.delenv("WORLD_SIZE")
+    machine(80)  # where nothing speaks for another one
+    with pytest.raises(UserError, match=r"--run\.amp was fp16, is off; --run\.sync-bn was True, is False"):
+        RunFolder(again(tmp_path, "--run.amp", "off", "--run.no-sync-bn"), "a")
 
 
 def test_threads_are_those_of_the_run():
@@ -189,6 +279,9 @@ def test_a_trained_model_is_computed_as_its_run_on_such_a_device():
     gpu = RunConfig(device="cuda", amp="bf16")
     assert [amp_of_trained(gpu, "cuda"), amp_of_trained(gpu, "cpu")] == ["bf16", "auto"]
     assert amp_of_trained(RunConfig(amp="bf16"), "cpu") == "bf16"  # of an older version
+    full = RunConfig(device="cuda", amp="off")  # which was typed, as it is no GPU's by itself
+    assert [amp_of_trained(full, "cuda"), amp_of_trained(full, "cpu")] == ["off", "off"]
+    assert amp_of_trained(RunConfig(device="cpu", amp="off"), "cuda") == "auto"
 
 
 # ---- Batch and learning rate
@@ -261,6 +354,29 @@ def test_a_run_keeps_its_batch_and_is_found_on_another_card(machine, begin, tmp_
     assert differences(begun, typed) == ["--optim.lr was 0.002, is 0.001"]
 
 
+def test_folds_go_on_with_one_batch_and_rate_on_another_card(machine, tmp_path):
+    words = ["--model.init", "random"]
+    folds = [(tmp_path / f"set_{fold}_train.txt", tmp_path / f"set_{fold}_test.txt") for fold in (1, 2)]
+
+    def runs(*typed):
+        config, told = with_one_start(parse_config(["dfew", *words, *typed]), [*words, *typed], tmp_path)
+        return told, fold_runs(config, folds, 1, tmp_path, ["dfew", *told])
+
+    machine(80)
+    told, (first, _) = runs()
+    assert told == words
+    first.path.mkdir()
+    (first.path / "config.json").write_text(settled(first.config).to_json())
+    (first.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    machine(24)
+    told, both = runs()
+    assert [(run.config.data.batch_size, run.config.optim.lr) for run in both] == [(128, 2e-3)] * 2
+    assert told == [*words, "--data.batch-size", "128", "--optim.lr", "0.002"]
+    with pytest.raises(UserError, match=r"--optim\.lr was 0\.002, is 0\.001"):
+        runs("--data.batch_size=128")
+    assert runs("--optim.lr", "1e-3")[0] == [*words, "--optim.lr", "1e-3"]  # which a checkpoint of the first refuses
+
+
 # ---- The cache
 
 
@@ -280,16 +396,26 @@ def index_of(kind="raw", widths=(10, 10)):
     return ClipIndex([], two, two, store)
 
 
+def test_the_bytes_of_raw_clips_are_those_of_each_of_its_frames():
+    widths, frames = (10, 4000), (3, 10**6 - 3)
+    expected = sum(count * 3 * 10 * width for count, width in zip(frames, widths, strict=True))
+    assert raw_bytes(index_of(widths=widths)) == expected > 2**36
+    assert raw_bytes(index_of()) == 300 * 10**6 and raw_bytes(index_of("shards")) is None
+
+
 def test_the_cache_is_settled_by_the_clips(machine, capsys, monkeypatch):
-    def tier(train, *words, gb=2):
-        machine(gb)
+    def tier(train, *words, gb=2, free=1000):
+        machine(gb, free=free)
         return with_cache(settled(parse_config(["debug", *words])), train, index_of()).data.cache
 
     auto = ("--data.cache", "auto")
     assert tier(index_of()) == "off" and tier(index_of(), "--data.cache", "gpu", gb=0.01) == "gpu"
     assert tier(index_of(), *auto) == "gpu"  # 2 lists of 300 MB
     assert tier(index_of(), *auto, gb=1.1) == "off" and tier(index_of(), *auto, gb=None) == "off"
-    assert tier(index_of("shards"), *auto) == tier(index_of(widths=(10, 11)), *auto) == "off"
+    assert tier(index_of(), *auto, free=1.1) == "off"  # other work has the rest
+    assert tier(index_of("shards"), *auto) == "off" and tier(index_of(widths=(10, 11)), *auto) == "gpu"
+    large = index_of(widths=(10, 30))  # 900 MB
+    assert tier(large, *auto) == "off" and tier(large, *auto, gb=2.5) == "gpu"
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(resolving, "find_place", lambda: Place(0, 2, 0, 2))
     assert tier(index_of(), *auto, gb=1.1) == "off" and "only in shares, which are not held" in capsys.readouterr().err

@@ -54,3 +54,15 @@ def test_every_model_can_be_trained(name):
     data = dataclasses.replace(SMALL.data, num_segments=4, batch_size=2)
     config = dataclasses.replace(SMALL, data=data, model=dataclasses.replace(SMALL.model, name=name))
     assert build_state(config, FLOAT32, None).step == 0
+
+
+def test_a_run_in_fp16_comes_back_to_it_from_where_there_is_none():
+    config = dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, batch_size=2))
+    half = FLOAT32._replace(dtype=torch.float16)
+    alone, scaled = build_state(config, FLOAT32, None).state_dict(), build_state(config, half, None)
+    scaled.scaler.load_state_dict(
+        {"scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5} | {"growth_interval": 9, "_growth_tracker": 0}
+    )
+    assert build_state(config, half, scaled.state_dict()).scaler.get_scale() == 8
+    assert build_state(config, half, alone).scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+    assert not build_state(config, FLOAT32, scaled.state_dict()).scaler.is_enabled()

@@ -13,13 +13,15 @@ from dfer.cli import UserError, command_of
 from dfer.config import PRESETS, Config, begun_config, parse_config
 from dfer.run.checkpoint import find_manifests
 from dfer.run.defaults import scaled_lr, settled_as
+from dfer.run.launchers import number
 
 # What may differ in the command that continues a run: nothing that is trained depends on it, but for the rounding of
 # another decoder or of other kernels. The batch size is checked by `dfer.run.folder.same_global_batch`, which knows the
 # number of processes.
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
 _FREE |= {"run.wandb_project", "run.tensorboard", "run.grace", "run.timeout", "run.graph"}
-_FREE |= {"run.fused", "model.crf_backend", "data.batch_size", "data.jpeg_engine", "data.video_decoder"}
+_FREE |= {"run.fused", "model.crf_backend"}
+_FREE |= {"data.batch_size", "data.jpeg_engine", "data.video_decoder", "data.cache"}
 # They round otherwise, which is said: a machine may lack the GPU, or the cores, that the run began with.
 _FREE |= {"run.device", "run.threads"}
 # Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.
@@ -53,7 +55,7 @@ def unfinished_run(config: Config) -> Path:
             if begun is None or _is_finished(folder, begun.optim.epochs):
                 continue
             like = config
-            if _suits_its_batch(begun) and _suits_its_batch(config):  # by a preset, each on a card of its own
+            if suits_its_batch(begun) and suits_its_batch(config):  # by a preset, each on a card of its own
                 like = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=begun.optim.lr))
             differing = differences(begun, like) + _other_data(begun, config)
             if not differing:
@@ -76,7 +78,7 @@ def newest_first(log_dir: Path) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _suits_its_batch(config: Config) -> bool:
+def suits_its_batch(config: Config) -> bool:
     """Return whether the learning rate is the one that the preset has for such a batch on some GPU."""
     preset = PRESETS[config.preset](True)
     factor = config.data.batch_size / preset.data.batch_size
@@ -140,6 +142,10 @@ def differences(saved: Config, now: Config) -> list[str]:
         # The checkpoint has the weights: which file they came from is of no matter.
         if config["model"]["init"] not in ("random", "timm", "auto"):
             config["model"]["init"] = "a file"
+    if now.run.device == "cpu" and saved.run.amp == "fp16":  # which no CPU has
+        was["run"]["amp"] = is_["run"]["amp"]
+    if now.run.device == "cpu" and number("WORLD_SIZE", 1) == 1:  # one process has all clips of a step by itself
+        was["run"]["sync_bn"] = is_["run"]["sync_bn"] = False
     if was["model"]["init"] == "auto":  # what the run began with, whichever that was
         is_["model"]["init"] = was["model"]["init"]
     return _differences(was, is_, "")

@@ -5,9 +5,12 @@ What is open is settled at the first start of a run, saved with it, and obeyed w
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 import torch
+
+from dfer.run.launchers import number
 
 Section = TypeVar("Section", bound=Any)
 
@@ -33,6 +36,11 @@ _FACTORS = ((32e9, 1), (64e9, 2), (math.inf, 4))  # of a preset's batch, on a ca
 _SMALL, _SMALL_BATCH = 12e9, 16  # a card with less memory takes no more clips
 
 
+def chooses_the_step(words: Iterable[str]) -> bool:
+    """Return whether one of a command's words is a flag by which nothing of its step is made to suit a card."""
+    return any(word.split("=")[0].replace("_", "-") in STEP_FLAGS for word in words)
+
+
 def is_open(name: str, value: object) -> bool:
     """Return whether a value of an option, such as "run.device", leaves it open."""
     return OPEN.get(name) == value
@@ -47,6 +55,25 @@ def settled_as(config: Section, begun: Any) -> Section:
             part = dataclasses.replace(part, **{field: getattr(getattr(begun, section), field)})
             config = dataclasses.replace(config, **{section: part})
     return config
+
+
+def at_this_place(config: Section, typed: Any) -> Section:
+    """Return a run's configuration without what it has by itself and cannot have where it goes on.
+
+    On a CPU that is what a GPU held and launched. Several processes capture their steps only where that is asked for.
+    What is typed stays, and is refused where it cannot be.
+
+    Args:
+        config: what the run was begun with, under the flags of the command that continues it.
+        typed: what those flags make of a preset.
+    """
+    data, run = config.data, config.run
+    cpu = run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available())
+    if run.graph == "on" and typed.run.graph != "on" and (cpu or (number("WORLD_SIZE", 1) or 1) > 1):
+        run = dataclasses.replace(run, graph="off")
+    if data.cache == "gpu" and typed.data.cache != "gpu" and cpu:
+        data = dataclasses.replace(data, cache="off")
+    return dataclasses.replace(config, data=data, run=run)
 
 
 def suited(config: Section, memory: int, world_size: int) -> Section:

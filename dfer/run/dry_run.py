@@ -25,7 +25,7 @@ from dfer.run.folder import continued_config
 from dfer.run.graph import WARM_UP
 from dfer.run.logger import endless_warm_up
 from dfer.run.memory import free_memory
-from dfer.run.resolving import settled
+from dfer.run.resolving import settled_for
 from dfer.state import Job
 
 STEPS = 5  # of training; the first ones are not measured where there are others
@@ -182,7 +182,7 @@ def print_table(job: Job, val_index: ClipIndex, result: DryRun) -> None:
     if config.data.balance != "none":
         table.add_row("balance", describe_draws(train_index.labels, config.data.balance, EMOTIONS))
     if config.run.name and (begun := begun_config(config.run.log_dir / config.run.name)) is not None:
-        differing = "; ".join(differences(settled(begun), config))
+        differing = "; ".join(differences(settled_for(begun, config), config))
         outcome = f"is another configuration: {differing}" if differing else _continued(job, val_index)
         table.add_row("name", f"{config.run.name} has begun and {outcome}")
     show_table(table)

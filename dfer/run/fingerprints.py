@@ -21,7 +21,7 @@ from dfer.losses import Objective
 from dfer.run.defaults import is_open
 
 DataOfRun = tuple[ClipIndex, ClipIndex, Objective]  # to train on, to evaluate on, to minimise
-ROUNDING = ("run.device", "run.threads")  # may be others where a run goes on
+ROUNDING = ("run.device", "run.threads", "run.amp", "run.sync_bn")  # may be others where a run goes on
 PLACES = ("data.train_list", "data.val_list", "data.root", "data.source", "loss.soft_labels")  # and not what lies there
 
 

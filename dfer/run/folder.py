@@ -30,7 +30,7 @@ from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
-from dfer.run.resolving import settled
+from dfer.run.resolving import settled, settled_for
 from dfer.run.tensorboard_log import check_tensorboard
 from dfer.run.wandb_log import check_settings
 from dfer.run.weight_files import save_weights
@@ -119,7 +119,7 @@ class RunFolder:
             if others and not (self.path / "config.json").exists():
                 raise UserError(f"{self.path}: holds {others[0]}, which is no run; choose another --run.name")
             return  # it never took a step: there is nothing to protect
-        if differing := differences(settled(begun), config):
+        if differing := differences(settled_for(begun, config), config):
             raise UserError(
                 f"{self.path}: holds a run of another configuration: {'; '.join(differing)}; "
                 "continue it with its own or choose another --run.name"

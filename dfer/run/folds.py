@@ -20,7 +20,8 @@ from dfer.config import Config, begun_config, config_from_json, parse_config
 from dfer.lists.index import load_index
 from dfer.losses import build_objective
 from dfer.run.checkpoint import decode_state, newest_checkpoint
-from dfer.run.continuing import differences
+from dfer.run.continuing import differences, suits_its_batch
+from dfer.run.defaults import chooses_the_step
 from dfer.run.fingerprints import check_data, data_fingerprints
 from dfer.run.folder import same_global_batch, started_config
 from dfer.run.launchers import own_environment
@@ -53,19 +54,28 @@ class FoldJob(NamedTuple):
 
 
 def with_one_start(config: Config, words: Sequence[str], folder: Path) -> tuple[Config, list[str]]:
-    """Return configuration and words with what all runs start from: where that is left open, what any began with.
+    """Return configuration and words with what all runs have alike: where that is left open, what any began with.
+
+    That is what they start from, and the batch and rate of a step, which would suit the card at hand.
 
     Args:
         config: what train.py makes of the words.
         words: of its command line.
         folder: of all runs.
     """
-    if config.model.init != "auto":
-        return config, list(words)
-    begun = (begun_config(path) for path in sorted(folder.glob("seed*-fold*")))
-    init = next((saved.model.init for saved in begun if saved is not None), None) or started_config(config).model.init
-    model = dataclasses.replace(config.model, init=init)
-    return dataclasses.replace(config, model=model), [*words, "--model.init", init]
+    found = (begun_config(path) for path in sorted(folder.glob("seed*-fold*")))
+    begun, words = next((saved for saved in found if saved is not None), None), list(words)
+    if begun is not None and not chooses_the_step(words) and suits_its_batch(begun) and suits_its_batch(config):
+        batch, lr = begun.data.batch_size, begun.optim.lr
+        if (batch, lr) != (config.data.batch_size, config.optim.lr):
+            data, optim = dataclasses.replace(config.data, batch_size=batch), dataclasses.replace(config.optim, lr=lr)
+            config = dataclasses.replace(config, data=data, optim=optim)
+            words += ["--data.batch-size", str(batch), "--optim.lr", str(lr)]
+    if config.model.init == "auto":
+        init = begun.model.init if begun is not None else started_config(config).model.init
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=init))
+        words += ["--model.init", init]
+    return config, words
 
 
 def fold_runs(

@@ -152,7 +152,7 @@ class Logger:
             f"{num_parameters / 1e6:.1f} M parameters on {world.size} x {world.device.type}"
         )
         self.say(in_words(config, world))
-        for note in (short_of_cores(config), busy_beside(config)):
+        for note in (short_of_cores(config, world), busy_beside(config)):
             if note is not None:
                 self.say(note)
         if job.state.started:

@@ -19,6 +19,7 @@ from dfer.run.defaults import cache_tier, card_memory
 from dfer.run.distributed import World
 from dfer.run.graph import resolved_graph
 from dfer.run.launchers import find_place
+from dfer.run.memory import free_memory
 
 _BUSY = 25.0  # percent of the time
 
@@ -44,6 +45,12 @@ def settled(config: Config) -> Config:
     return dataclasses.replace(config, data=data, model=model, run=resolved_graph(run))
 
 
+def settled_for(begun: Config, now: Config) -> Config:
+    """Return what a run was begun with, as the command that continues it would have what is open in it settled."""
+    there = dataclasses.replace(begun.run, device=now.run.device, graph=now.run.graph)
+    return settled(dataclasses.replace(begun, run=there))
+
+
 def threads_here() -> int:
     """Return the threads that torch computes with here: OMP_NUM_THREADS, else no more than there are cores to use."""
     threads = torch.get_num_threads()
@@ -59,20 +66,19 @@ def with_cache(config: Config, train: ClipIndex, val: ClipIndex) -> Config:
         place, pictures = find_place(), [raw_bytes(index) for index in (train, val)]
         memory = card_memory(place.local_rank)
         if memory is not None and None not in pictures:
-            tier = cache_tier(sum(n or 0 for n in pictures), memory, place.local_size)
+            free = free_memory(torch.device("cuda", min(place.local_rank, torch.cuda.device_count() - 1)))
+            tier = cache_tier(sum(n or 0 for n in pictures), min(memory, free), place.local_size)
     if tier == "shares":
         say_once("--data.cache auto: the clips fit the GPUs of this machine only in shares, which are not held: off")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, cache="gpu" if tier == "gpu" else "off"))
 
 
 def raw_bytes(index: ClipIndex) -> int | None:
-    """Return the bytes of all pictures of raw clips of one size; None of any others, which no GPU holds."""
+    """Return the bytes of all pictures of raw clips; None of any others, which no GPU holds."""
     store = index.store
     if index.source != "raw" or not isinstance(store, Packed):
         return None
-    if len(np.unique(np.stack([store.height, store.width], axis=1), axis=0)) > 1:
-        return None
-    return 3 * int(store.first[-1]) * int(store.height[0]) * int(store.width[0])
+    return int((np.diff(store.first) * (3 * store.height.astype(np.int64) * store.width)).sum())
 
 
 def in_words(config: Config, world: World) -> str:
@@ -89,14 +95,14 @@ def in_words(config: Config, world: World) -> str:
     )
 
 
-def short_of_cores(config: Config) -> str | None:
-    """Return what is to be said of a run that takes more threads than this machine has cores for it; else None."""
-    threads, cores = config.run.threads, usable_cores()
+def short_of_cores(config: Config, world: World) -> str | None:
+    """Return what is to be said of a run that takes more threads than a process has cores here; else None."""
+    threads, cores = config.run.threads, world.own_cores()
     if config.run.device != "cpu" or threads <= cores:
         return None
     return (
-        f"--run.threads {threads}, as this run has them, on {cores} usable cores: it goes on with the same bits, "
-        f"slowly; --run.threads {cores} is faster and rounds otherwise"
+        f"--run.threads {threads}, as this run has them, on {cores} usable cores of a process: it goes on with the "
+        f"same bits, slowly; --run.threads {cores} is faster and rounds otherwise"
     )
 
 

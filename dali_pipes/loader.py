@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from dali_pipes import pixels, torch_stages
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
-from dali_pipes.feeding import Epoch
+from dali_pipes.feeding import Epoch, Refused
 from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Reading, Rooms
@@ -254,7 +254,7 @@ class ClipLoader:
             return self._feed.zeros(len(batch.rows)), batch.good
         try:
             pictures = self._feed.pictures()
-        except RuntimeError as error:
+        except Refused as error:
             message = " ".join(str(error).split())
         else:
             if batch.room is not None:

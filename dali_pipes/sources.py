@@ -119,6 +119,10 @@ class Images(abc.ABC):
         self._refused.add((video, frame))
         return self._for_dali(video, frame, data)
 
+    def has_refused(self, video: int, frames: Int64[np.ndarray, " T"]) -> bool:
+        """Return whether DALI has refused one of these frames."""
+        return any((video, frame) in self._refused for frame in frames.tolist())
+
     def _for_dali(self, video: int, frame: int, data: UInt8[np.ndarray, " _"]) -> UInt8[np.ndarray, " _"]:
         if is_plain(data) and not (self._refused and (video, frame) in self._refused):
             return data

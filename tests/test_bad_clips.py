@@ -16,10 +16,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 import dali_pipes.bad_clips
 import dfer.video.random_access
+from dali_pipes import pixels
+from dali_pipes.feeding import Refused
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
@@ -521,7 +524,7 @@ def test_evaluation_leaves_nothing_out(clips):
 
 def test_an_error_that_is_no_clips_fault_is_not_blamed_on_one(clips, monkeypatch):
     loader = clip_loader(index_of(clips, "frames"), "skip")
-    failures = iter([RuntimeError("out of\nmemory")])
+    failures = iter([Refused("out of\nmemory")])
     real = loader._feed.pictures
 
     def pictures() -> torch.Tensor:
@@ -533,6 +536,34 @@ def test_an_error_that_is_no_clips_fault_is_not_blamed_on_one(clips, monkeypatch
     monkeypatch.setattr(loader._feed, "pictures", pictures)
     with pytest.raises(ValueError, match=r"not of any one clip, in the batch of .*: out of memory"):
         list(loader(0))
+    assert not loader.bad_clips
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, torch.AcceleratorError])
+@pytest.mark.parametrize("graph", ["decoded", "operators", "video"])
+def test_only_what_dali_refuses_is_a_clips_fault(clips, monkeypatch, graph, error):
+    """Neither a kernel nor an upload that fails, nor a full GPU: a good clip is not blamed, the run ends with it."""
+
+    def fail(*args, **kwargs):
+        raise error("of no clip")
+
+    def fail_once(*args, **kwargs):
+        monkeypatch.setattr(*place, real)
+        fail()
+
+    if error is not RuntimeError:
+        place = Pipeline, "outputs"
+    elif graph == "decoded":
+        place = pixels, "of_decoded"
+    else:
+        place = torch, "from_dlpack"
+    real = getattr(*place)
+    options = {"graph": "operators", "video_decoder": "nvdec"} if graph == "video" else {"graph": graph}
+    loader = clip_loader(index_of(clips, "video" if graph == "video" else "frames"), "skip", **options)
+    for failure in (fail_once, fail):
+        monkeypatch.setattr(*place, failure)
+        with pytest.raises(error, match="^of no clip$"):
+            list(loader(0))
     assert not loader.bad_clips
 
 

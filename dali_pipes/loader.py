@@ -1,6 +1,7 @@
 """ClipLoader: plans in, batches of torch tensors out, from any source, on either device."""
 
 import dataclasses
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class _Started(NamedTuple):
 
 
 class _Pass:
-    """An epoch that is being loaded: what is read, and what the graph has. `close` ends its threads."""
+    """An epoch that is being loaded: what is read, and what the graph has. `close` ends its threads, as its end does."""
 
     def __init__(self, key: tuple[int, int], drawn: Epoch, steps: np.ndarray, valid: np.ndarray, readers: Readers):
         self.key, self.drawn = key, drawn  # key: epoch and first step
@@ -47,10 +48,7 @@ class _Pass:
         self.read: deque[tuple[np.ndarray, np.ndarray, Reading]] = deque()
         self.started: deque[_Started] = deque()
         self.readers = readers
-
-    def close(self) -> None:
-        """End its threads."""
-        self.readers.close()
+        self.close = weakref.finalize(self, readers.close)  # threads hold the readers, and what is read; not this
 
 
 class _Streamed(NamedTuple):

@@ -215,21 +215,18 @@ class RawStream:
 
 
 class StreamedEpoch:
-    """The batches of an epoch: iterated over once, or closed."""
+    """The batches of an epoch: iterated over once. `close` ends the threads that read, as its own end does."""
 
     def __init__(self, stream: RawStream, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]):
         self._stream, self._plan, self._left = stream, plan, iter(steps)
         self._readers = Readers(stream.num_threads)
+        self.close = weakref.finalize(self, self._readers.close)
         self._ahead: deque[_Reading] = deque()
         self._read_on()
 
     def _read_on(self) -> None:
         rows = islice(self._left, AHEAD - len(self._ahead))
         self._ahead.extend(self._stream.read(self._readers, self._plan, batch) for batch in rows)
-
-    def close(self) -> None:
-        """End the threads that read."""
-        self._readers.close()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Bool[np.ndarray, " B"]]]:
         """Yield the clips of each step, (B, T, S, S, 3), and which of them are their own.

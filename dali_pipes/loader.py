@@ -40,7 +40,7 @@ class _Started(NamedTuple):
 
 
 class _Pass:
-    """An epoch that is being loaded: what is read, and what the graph has. `close` ends its threads, as its end does."""
+    """An epoch being loaded: what is read, and what the graph has. `close` ends its threads, as does its end."""
 
     def __init__(self, key: tuple[int, int], drawn: Epoch, steps: np.ndarray, valid: np.ndarray, readers: Readers):
         self.key, self.drawn = key, drawn  # key: epoch and first step

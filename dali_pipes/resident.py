@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dali_pipes import pixels
 from dali_pipes.native import DONE
-from dali_pipes.streaming import close_shards, open_shards, read_clips
+from dali_pipes.shard_files import close_shards, open_shards
+from dali_pipes.streaming import read_clips
 from dali_pipes.torch_stages import upload
 from dfer.cli import UserError, command_of
 from dfer.lists.index import ClipIndex, Packed

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import struct
 from dataclasses import replace
@@ -26,7 +27,7 @@ from dali_pipes.feeding import Refused
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
-from dali_pipes.sources import MAX_BYTES, _read
+from dali_pipes.sources import MAX_BYTES, _read, source_of
 from dfer.images import MAX_PIXELS, BadImage, decode_image
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.augmentation import Augmentation
@@ -562,7 +563,7 @@ def test_only_what_dali_refuses_is_a_clips_fault(clips, monkeypatch, graph, erro
     loader = clip_loader(index_of(clips, "video" if graph == "video" else "frames"), "skip", **options)
     for failure in (fail_once, fail):
         monkeypatch.setattr(*place, failure)
-        with pytest.raises(error, match="^of no clip$"):
+        with pytest.raises(error, match=r"^of no clip$"):
             list(loader(0))
     assert not loader.bad_clips
 
@@ -724,9 +725,52 @@ def test_hashes_that_cannot_be_written_and_shards_that_cannot_be_mapped_are_one_
     monkeypatch.setattr("dfer.lists.hashes.write_whole", raising(OSError(28, "No space left on device")))
     assert hash_clips.main([str(clips / "list.txt")]) == 2
     assert capsys.readouterr().err == "hash_clips: cannot write: No space left on device\n"
-    monkeypatch.setattr("dali_pipes.sources.mmap.mmap", raising(OSError(12, "Cannot allocate memory")))
-    assert hash_clips.main([str(clips / "tar" / "list.txt")]) == 2
-    assert capsys.readouterr().err == "hash_clips: cannot read: Cannot allocate memory\n"
+    raw, arguments = clips / "raw", ["--format", "raw", "--size", "48", "--workers", "1"]
+    assert pack.main([str(clips / "list.txt"), "--out", str(raw), *arguments]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("dali_pipes.shard_files.mmap.mmap", raising(OSError(12, "Cannot allocate memory")))
+    assert hash_clips.main([str(raw / "list.txt")]) == 2
+    assert capsys.readouterr().err == f"hash_clips: {raw / 'list-00000.raw'}: Cannot allocate memory\n"
+
+
+@pytest.mark.parametrize("source", ["tar", "raw"])
+def test_a_pack_of_more_shards_than_may_be_open_is_one_line(clips, source, monkeypatch):
+    """And what was opened is closed again; one descriptor a shard of files, two of pixels."""
+    arguments = ["--workers", "1", "--shard-size", "1", *(["--format", "raw"] if source == "raw" else [])]
+    assert pack.main([str(clips / "list.txt"), "--out", str(clips / "many" / source), *arguments]) == 0
+    index = load_index(clips / "many" / source / "list.txt")
+    index = replace(index, store=replace(index.store, paths=index.store.paths * 30))  # as if there were many
+    number = len(index.store.paths)
+    before = len(os.listdir("/proc/self/fd"))
+    held = source_of(index)
+    assert len(os.listdir("/proc/self/fd")) - before == number * (2 if source == "raw" else 1)
+    if source == "raw":
+        streamed = clip_loader(index, "error", graph="streamed")
+        assert len(os.listdir("/proc/self/fd")) - before == 4 * number
+        del streamed
+    del held
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for room in (number // 2, number + number // 2)[: 2 if source == "raw" else 1]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, limits[1]))
+        try:
+            with pytest.raises(ValueError) as error:
+                source_of(index)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert re.fullmatch(
+            rf".*list-00000.{source}: Too many open files, as one of {number} shards: ulimit -n 4096, "
+            "or pack the list again with a larger --shard-size",
+            str(error.value),
+        )
+        del error  # and what its frames hold
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_files_of_a_pack_that_fail_while_they_are_read_are_named(clips, monkeypatch):
+    source = source_of(index_of(clips, "shards"))
+    monkeypatch.setattr("dali_pipes.sources.os.pread", raising(OSError(5, "Input/output error")))
+    with pytest.raises(ValueError, match=r"list.txt:\d+: bad frame 1 of clip 2 in .*\.tar: Input/output error$"):
+        source.stored(BAD, np.array([1, 3]))
 
 
 def raising(error: Exception):

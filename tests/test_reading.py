@@ -287,12 +287,16 @@ def ends(what) -> bool:
 
 
 def test_a_thread_that_waits_holds_nothing_of_its_last_job():
+    def hold(begun, release):
+        begun.set()
+        return release.wait(60)
+
     readers = Readers(1)
     for closed in (False, True):
         memory, begun, release = np.zeros(9), threading.Event(), threading.Event()
         held = weakref.ref(memory)
         if closed:
-            blocked = readers.submit(lambda: begun.set() or release.wait(60))
+            blocked = readers.submit(hold, begun, release)
             assert begun.wait(60)
         waits = readers.submit(np.sum, memory)
         del memory

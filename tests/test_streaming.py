@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipes import resident, streaming
+from dali_pipes import resident, sources, streaming
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dali_pipes.resident import ResidentClips
@@ -137,14 +137,15 @@ def fails_for(monkeypatch, video: int, index: ClipIndex) -> None:
 
     files_of = {shard: [] for shard in range(len(store.paths))}  # several loaders open them
     monkeypatch.setattr(streaming, "read_clips", read)
-    opened = streaming.os.open
+    opened = sources.open_shards
 
-    def open_(path, flags):
-        file = opened(path, flags)
-        files_of[store.paths.index(path)].append(file)
-        return file
+    def open_shards(store):
+        files = opened(store)
+        for shard, file in enumerate(files):
+            files_of[shard].append(file)
+        return files
 
-    monkeypatch.setattr(streaming.os, "open", open_)
+    monkeypatch.setattr(sources, "open_shards", open_shards)
 
 
 def test_a_clip_that_could_not_be_read_for_once_is_a_good_one(index, monkeypatch):

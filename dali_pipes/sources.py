@@ -226,13 +226,23 @@ class Shards(Images):
             self._part(video, frame, start, end)
             for frame, start, end in zip(frames.tolist(), store.offset[rows].tolist(), ends, strict=True)
         ]
-        for frame, view in zip(frames.tolist(), views, strict=True) if self.index.hashes is not None else ():
-            problem = _changed(self.index, video, frame, view)
-            if problem is not None:
-                raise BadClip(f"{self.name(video, frame)}: {problem}")
+        self.verify(video, frames, views)
         if self.kind == "images":
             return views
         return [view.reshape(store.height[video], store.width[video], 3) for view in views]
+
+    def verify(self, video: int, frames: Int64[np.ndarray, " T"], parts: Iterable[UInt8[np.ndarray, " _"]]) -> None:
+        """Check the hashes of frames, if there are any.
+
+        Raises:
+            BadClip: if one differs.
+        """
+        if self.index.hashes is None:
+            return
+        for frame, part in zip(frames.tolist(), parts, strict=True):
+            problem = _changed(self.index, video, frame, part)
+            if problem is not None:
+                raise BadClip(f"{self.name(video, frame)}: {problem}")
 
     def _part(self, video: int, frame: int, start: int, end: int) -> UInt8[np.ndarray, " _"]:
         """Return the bytes of a frame."""

@@ -1,5 +1,6 @@
 """Clips that cannot be read, from every source: named, left out or fatal, and never anybody else's harm."""
 
+import ctypes
 import functools
 import hashlib
 import io
@@ -28,6 +29,7 @@ from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dali_pipes.sources import MAX_BYTES, _read, source_of
+from dali_pipes.streaming import read_clips
 from dfer.images import MAX_PIXELS, BadImage, decode_image
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.augmentation import Augmentation
@@ -649,7 +651,28 @@ def test_a_data_set_in_memory_is_verified_as_it_is_loaded(clips, capsys):
         (batch,), (want,) = skipping(epoch), whole(epoch)
         assert batch.clips.isfinite().all() and torch.equal(batch.valid, batch.ids != BAD) and want.valid.all()
         assert torch.equal(batch.clips[batch.valid], want.clips[batch.valid])
-    assert capsys.readouterr().err.count("clip left out") == 1
+        assert torch.equal(batch.clips[batch.ids == BAD][0], batch.clips[batch.valid][0])  # another one stands in
+    for batch in clip_loader(index, "skip", 1, cached=True)(0):
+        assert bool(batch.valid) == bool(batch.ids != BAD) == bool(batch.clips.any())  # zeros, as none is good
+    assert capsys.readouterr().err.count("clip left out") == 2
+
+
+def test_hashes_of_a_data_set_in_memory_are_of_what_is_held(clips, monkeypatch):
+    """Not of what a second look at the files finds."""
+    arguments = ["--format", "raw", "--size", "48", "--workers", "1"]
+    assert pack.main([str(clips / "list.txt"), "--out", str(clips / "raw48"), *arguments]) == 0
+    list_path = clips / "raw48" / "list.txt"
+    assert hash_clips.main([str(list_path)]) == 0
+    index = load_index(list_path)
+    row = index.store.first[BAD] + FRAME
+
+    def read(files, offset, size, address, states):
+        read_clips(files, offset, size, address, states)
+        (ctypes.c_uint8 * 1).from_address(int(address[BAD] + index.store.offset[row] - offset[BAD, 0]))[0] ^= 1
+
+    monkeypatch.setattr("dali_pipes.resident.read_clips", read)
+    with pytest.raises(ValueError, match=r"bad frame 3 of clip 2 in .*list-00000.raw: its bytes"):
+        clip_loader(index, "error", cached=True)
 
 
 def test_hashes_are_those_of_the_files(clips):

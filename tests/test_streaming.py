@@ -270,7 +270,8 @@ def test_a_batch_is_copied_while_the_gpu_works(index):
 @pytest.mark.parametrize("part", [1, 30_000, 2**28])
 def test_what_is_held_in_memory_is_read_in_parts(index, monkeypatch, part):
     monkeypatch.setattr(resident, "_PART", part)
-    held = ResidentClips(index, torch.device("cpu"))
+    told = []
+    held = ResidentClips(index, torch.device("cpu"), lambda video, frames: told.append((video, frames.copy())))
     want = [np.fromfile(path, dtype=np.uint8) for path in index.store.paths]
     store, begin = index.store, 0
     for video, shard in enumerate(store.shard.tolist()):
@@ -278,10 +279,14 @@ def test_what_is_held_in_memory_is_read_in_parts(index, monkeypatch, part):
             frame = want[shard][store.offset[row] : store.offset[row] + store.length[row]]
             assert np.array_equal(held.pictures[begin : begin + len(frame)].numpy(), frame)
             begin += len(frame)
-    assert begin == len(held.pictures)
+            assert np.array_equal(told[video][1][row - store.first[video]], frame)
+    assert begin == len(held.pictures) and [video for video, _ in told] == list(range(CLIPS))
+    told.clear()
+    ResidentClips(index.head(3), torch.device("cpu"), lambda video, frames: told.append(video))
+    assert told == [0, 1, 2]
 
 
 def test_a_shard_that_was_cut_is_not_held(index):
     store = replace(index.store, offset=index.store.offset + 10**9)
     with pytest.raises(ValueError, match=r"list-0000\d\.raw: cannot be read as far as it was packed; copy it again"):
-        ResidentClips(replace(index, store=store), torch.device("cpu"))
+        ResidentClips(replace(index, store=store), torch.device("cpu"), lambda *args: None)

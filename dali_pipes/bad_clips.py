@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 
-from dali_pipes.feeding import Epoch, Feed
+from dali_pipes.feeding import Epoch, Feed, Refused
 from dali_pipes.sources import BadClip, Images
 from dali_pipes.videos import AnyFeed, VideoFeed
 from dfer.cli import UserError, printable, say_error
@@ -99,7 +99,7 @@ class BadClips:
         return torch.cat([clips.get(place, stand_in) for place in range(len(rows))]), good
 
     def _decode_alone(self, feed: AnyFeed, row: int, epoch: Epoch) -> tuple[torch.Tensor, bool]:
-        """Return the pictures of a row's clip, and whether DALI has refused frames of it, which are decoded here now.
+        """Return the pictures of a row's clip, and whether DALI has refused frames of it, now or before.
 
         Raises:
             BadClip: if it cannot be decoded; its message names the frame, if the source has frames.
@@ -109,8 +109,10 @@ class BadClips:
         video, frames, rows = int(epoch.plan.video[row]), epoch.plan.frames[row], np.array([row])
         clip = feed.source.fetch(video, frames)
         try:
-            return feed.alone(clip, rows, epoch), False
-        except RuntimeError as error:
+            pictures = feed.alone(clip, rows, epoch)
+            # Perhaps the batch was read before another one showed that DALI refuses a frame of this clip.
+            return pictures, isinstance(feed.source, Images) and feed.source.has_refused(video, frames)
+        except Refused as error:
             message = " ".join(str(error).split())
         if isinstance(feed.source, Images) and feed.source.kind == "images":
             refused = [place for place, data in enumerate(clip) if not _decodes(feed, data, rows, epoch)]
@@ -122,7 +124,7 @@ class BadClips:
                     self._frames[video, frame] = str(error)
                     raise
             if refused:
-                with contextlib.suppress(RuntimeError):
+                with contextlib.suppress(Refused):
                     return feed.alone(clip, rows, epoch), True
         record = self._index.records[video]
         raise BadClip(f"{record.source}: decoding clip {record.name} ({record.path}) failed: {message}")
@@ -132,7 +134,7 @@ def _decodes(feed: Feed, data: np.ndarray, rows: Int64[np.ndarray, " 1"], epoch:
     """Return whether the graph takes an image alone."""
     try:
         feed.alone([data], rows, epoch)
-    except RuntimeError:
+    except Refused:
         return False
     return True
 

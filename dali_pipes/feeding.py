@@ -25,6 +25,10 @@ from dfer.video.colour import yuv_to_rgb
 _STORED_AS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.uint8: "uint8"}  # by the kernel
 
 
+class Refused(RuntimeError):
+    """A batch that DALI has refused. No other error is a clip's fault: not that of a full GPU, nor of our kernels."""
+
+
 class Epoch(NamedTuple):
     """What is drawn for one epoch."""
 
@@ -94,7 +98,7 @@ class Feed:
         """Return the pictures of clips or frames, past the batches that were started, on an idle pipeline.
 
         Raises:
-            RuntimeError: as `pictures`.
+            Refused: as `pictures`.
         """
         samples = self._as_fed(samples)
         inputs = self._inputs(samples, rows, epoch)
@@ -139,7 +143,7 @@ class Feed:
         """Return the pictures of the batch that was started, (F, S, S, 3) or (B, T, S, S, 3), once they are done.
 
         Raises:
-            RuntimeError: if DALI refuses the batch, which it does as a whole; the pipeline is built anew.
+            Refused: if DALI refuses the batch, which it does as a whole; the pipeline is built anew.
         """
         pipeline, rows, epoch, *_held = self._in_flight.popleft()
         self._idle.append(pipeline)
@@ -147,12 +151,14 @@ class Feed:
 
     def _outputs(self, pipeline: int, rows: _Rows, epoch: Epoch) -> torch.Tensor:
         device = self._options.torch_device
-        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         try:
             (pictures,) = self._pipelines[pipeline].outputs(cuda_stream=stream)
-        except RuntimeError:
-            self._pipelines[pipeline] = self._build()  # what a pipeline does after an error is not documented
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
+        except RuntimeError as error:
+            self._pipelines[pipeline] = self._build()  # what a pipeline does after an error is not documented
+            raise Refused(*error.args) from error
         if epoch.stages is None:
             return torch.from_dlpack(pictures.as_tensor())
         return pixels.of_decoded(pictures, epoch.plan, rows, epoch.stages, self._options.size, self._options.dtype)
@@ -160,7 +166,7 @@ class Feed:
     def drain(self) -> None:
         """Throw away batches that were started and never asked for."""
         while self._in_flight:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(Refused):
                 self.pictures()
 
     def zeros(self, num_clips: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """ClipLoader: plans in, batches of torch tensors out, from any source, on either device."""
 
 import dataclasses
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt8
 from torch.profiler import record_function
 
 from dali_pipes import pixels, torch_stages
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
-from dali_pipes.feeding import Epoch
+from dali_pipes.feeding import Epoch, Refused
 from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Reading, Rooms
@@ -39,7 +40,7 @@ class _Started(NamedTuple):
 
 
 class _Pass:
-    """An epoch that is being loaded: what is read, and what the graph has. `close` ends its threads."""
+    """An epoch being loaded: what is read, and what the graph has. `close` ends its threads, as does its end."""
 
     def __init__(self, key: tuple[int, int], drawn: Epoch, steps: np.ndarray, valid: np.ndarray, readers: Readers):
         self.key, self.drawn = key, drawn  # key: epoch and first step
@@ -47,10 +48,7 @@ class _Pass:
         self.read: deque[tuple[np.ndarray, np.ndarray, Reading]] = deque()
         self.started: deque[_Started] = deque()
         self.readers = readers
-
-    def close(self) -> None:
-        """End its threads."""
-        self.readers.close()
+        self.close = weakref.finalize(self, readers.close)  # threads hold the readers, and what is read; not this
 
 
 class _Streamed(NamedTuple):
@@ -89,7 +87,6 @@ class ClipLoader:
         options = usable(options, index)
         self.index, self.sampler, self.options = index, sampler, options
         self._device = options.torch_device
-        self._resident = ResidentClips(index, self._device) if options.cached else None
         self._bad = BadClips(index, options.bad_clips)
         self.bad_clips: dict[int, str] = self._bad.found  # row of the index -> why it was left out
         for video, reason in index.bad.items():
@@ -100,9 +97,9 @@ class ClipLoader:
         on_device = index.source == "video" and not options.fused
         self._source = DeviceVideos(index, options) if on_device else source_of(index)
         self._told = False
-        self._stream = None
+        self._stream, self._resident = None, None
         if options.cached:
-            self._verify_all()
+            self._resident = ResidentClips(index, self._device, self._verify)
         elif self._route == "streamed":
             assert index.source == "raw" and isinstance(self._source, Shards), index.source
             self._stream = RawStream(index, self._source, self._bad, options)
@@ -208,20 +205,19 @@ class ClipLoader:
         steps, valid = self._shard(plan)
         frames, stages, options = resident.frames(plan), torch_stages.Stages(plan), self.options
         for rows, rows_valid in zip(steps[start_step:], valid[start_step:], strict=True):
-            there = torch_stages.upload(rows, self._device)
             good = ~np.isin(plan.video[rows], list(self.bad_clips))
+            there = torch_stages.upload(stand_ins(rows, good), self._device)
             clips = pixels.clips(frames, there, stages, options.size, options.dtype)
+            clips = clips if good.any() else torch.zeros_like(clips)
             yield self._batch(clips, plan, rows, rows_valid & good)
 
-    def _verify_all(self) -> None:
-        """Check the hashes of a data set that is held in memory, as nothing is read again later."""
-        if self.index.hashes is None:
-            return
-        for video, num_frames in enumerate(self.index.num_frames.tolist()):
-            try:
-                self._source.fetch(video, np.arange(num_frames))
-            except BadClip as error:
-                self._bad.add(video, error, tell=self.options.rank == 0)
+    def _verify(self, video: int, pictures: UInt8[np.ndarray, "N _"]) -> None:
+        """Check the hashes of a video whose pictures are held in memory, as nothing is read again later."""
+        assert isinstance(self._source, Shards)
+        try:
+            self._source.verify(video, np.arange(len(pictures)), pictures)
+        except BadClip as error:
+            self._bad.add(video, error, tell=self.options.rank == 0)
 
     @record_function("reading")
     def _schedule(self, reading: Reading, rows: Int64[np.ndarray, " B"], drawn: Epoch) -> Bool[np.ndarray, " B"]:
@@ -254,7 +250,7 @@ class ClipLoader:
             return self._feed.zeros(len(batch.rows)), batch.good
         try:
             pictures = self._feed.pictures()
-        except RuntimeError as error:
+        except Refused as error:
             message = " ".join(str(error).split())
         else:
             if batch.room is not None:

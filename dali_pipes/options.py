@@ -30,7 +30,8 @@ class LoaderOptions:
     jpeg_engine: float = 0.0
     # What decodes videos for a GPU: the cores, or NVDEC those that it takes; "auto" is the cores.
     video_decoder: Literal["auto", "cores", "nvdec"] = "auto"
-    nvdec_sessions: int = 1  # DALI pipelines, each of which keeps one of NVDEC's engines busy
+    # Of NVDEC, beside each other: sessions x depth DALI pipelines. Only benchmarks/gpu.py sets it; a run has one.
+    nvdec_sessions: int = 1
     cached: bool = False  # hold all pictures of a raw source in the device's memory; nothing is loaded after the start
     num_threads: int = 2  # of the graph
     rank: int = 0

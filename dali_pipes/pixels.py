@@ -30,14 +30,18 @@ _PARAMETER_WORDS = kernels.NUM_PARAMETERS // 2  # of 8 bytes
 
 
 class Decoded(Protocol):
-    """Decoded frames, one after another in memory without gaps: a TensorList of DALI that a pipeline has returned."""
+    """Decoded frames, each without gaps: a TensorList of DALI that a pipeline has returned."""
 
     def shape(self) -> list[tuple[int, ...]]:
         """Return the shape of each frame."""
         ...
 
     def as_reshaped_tensor(self, shape: list[int]) -> Any:
-        """Return all of them as one tensor; an error if they do not lie so."""
+        """Return all of them as one tensor; a RuntimeError if they do not lie one after another."""
+        ...
+
+    def __getitem__(self, place: int) -> Any:
+        """Return one of them, which has a `data_ptr`."""
         ...
 
 
@@ -135,8 +139,15 @@ def of_decoded(
     """
     sizes = np.array(decoded.shape(), dtype=np.int64).reshape(len(rows), -1, 3)
     ends = np.cumsum(sizes.prod(2)).reshape(sizes.shape[:2])
-    pixels = torch.from_dlpack(decoded.as_reshaped_tensor([int(ends[-1, -1])]))
-    cuts = cut_out(pixels.data_ptr() + ends - sizes.prod(2), sizes[:, :, 0], sizes[:, :, 1], plan.box[rows])
+    try:
+        whole = decoded.as_reshaped_tensor([int(ends[-1, -1])])
+    except RuntimeError:  # they lie apart, as DALI does not promise that they never do: a call for each of them
+        pixels = torch.from_dlpack(decoded[0])
+        address = np.array([decoded[place].data_ptr() for place in range(ends.size)]).reshape(ends.shape)
+    else:
+        pixels = torch.from_dlpack(whole)
+        address = pixels.data_ptr() + ends - sizes.prod(2)
+    cuts = cut_out(address, sizes[:, :, 0], sizes[:, :, 1], plan.box[rows])
     words = torch_stages.upload(pack(cuts, parameters(plan, rows)), pixels.device)
     return clips(*Frames.unpack(words, len(rows), sizes.shape[1]), stages, size, dtype)
 

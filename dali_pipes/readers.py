@@ -34,10 +34,13 @@ class Readers:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            future, function, args = job
-            if self._closed:
-                continue
-            try:
-                future.set_result(function(*args))
-            except BaseException as error:  # of any kind: it is raised where the result is asked for
-                future.set_exception(error)
+            if not self._closed:
+                _do(*job)
+            del job  # a thread that waits must not hold the memory that its last job read into
+
+
+def _do(future: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        future.set_result(function(*args))
+    except BaseException as error:  # of any kind: it is raised where the result is asked for
+        future.set_exception(error)

@@ -1,5 +1,8 @@
 """A raw data set held whole in the memory of a device: clips are cut out of it, nothing is loaded after the start."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
@@ -7,11 +10,15 @@ from torch import Tensor
 
 from dali_pipes import pixels
 from dali_pipes.native import DONE
-from dali_pipes.streaming import close_shards, open_shards, read_clips
+from dali_pipes.shard_files import close_shards, open_shards
+from dali_pipes.streaming import read_clips
 from dali_pipes.torch_stages import upload
 from dfer.cli import UserError, command_of
 from dfer.lists.index import ClipIndex, Packed
 from dfer.plan.sampling import EpochPlan
+
+# Told each video and its frames' bytes, (N, bytes), before they are copied to the device.
+Check: TypeAlias = Callable[[int, UInt8[np.ndarray, "N _"]], None]
 
 _PART = 2**28  # bytes that are read, and copied to the device, at a time
 
@@ -19,11 +26,16 @@ _PART = 2**28  # bytes that are read, and copied to the device, at a time
 class ResidentClips:
     """All pictures of a raw source on one device, of any sizes.
 
+    Args:
+        index: the videos.
+        device: where the pictures are held.
+        check: called with what was read of each video.
+
     Raises:
         UserError: if the source is not raw, or the memory does not hold them.
     """
 
-    def __init__(self, index: ClipIndex, device: torch.device):
+    def __init__(self, index: ClipIndex, device: torch.device, check: Check):
         store = index.store
         if index.source != "raw" or not isinstance(store, Packed):
             raise UserError(
@@ -32,7 +44,7 @@ class ResidentClips:
         self._store, self._device = store, device
         frames, sizes = store.first[1:] - store.first[:-1], 3 * store.height.astype(np.int64) * store.width
         self._start = np.concatenate([[0], np.cumsum(frames * sizes)])  # of each video; its frames follow each other
-        self.pictures = _load(store, self._start, device)
+        self.pictures = _load(index, store, self._start, device, check)
 
     def frames(self, plan: EpochPlan) -> pixels.Frames:
         """Return where the frames of all rows of a plan lie, for as long as this lives; nothing is waited for."""
@@ -44,7 +56,9 @@ class ResidentClips:
         return pixels.Frames(upload(cuts, self._device), upload(parameters, self._device))
 
 
-def _load(store: Packed, start: Int64[np.ndarray, " _"], device: torch.device) -> UInt8[Tensor, " _"]:
+def _load(
+    index: ClipIndex, store: Packed, start: Int64[np.ndarray, " _"], device: torch.device, check: Check
+) -> UInt8[Tensor, " _"]:
     """Return all pictures of a pack on a device, video after video."""
     needed = int(start[-1])
     if device.type == "cuda":
@@ -70,6 +84,10 @@ def _load(store: Packed, start: Int64[np.ndarray, " _"], device: torch.device) -
                 raise UserError(
                     f"{path}: cannot be read as far as it was packed; copy it again, or pack the list again"
                 )
+            for video in range(first, min(last, len(index))):  # a store may hold more videos than the index
+                begin, end = (start[video : video + 2] - start[first]).tolist()
+                size = 3 * int(store.height[video]) * int(store.width[video])
+                check(video, part.numpy()[begin:end].reshape(-1, size))
             pictures[int(start[first]) : int(start[last])].copy_(part, non_blocking=True)
             first = last
     finally:

@@ -7,7 +7,6 @@ does the same for many clips at once, in compiled code, as far as there is nothi
 import abc
 import itertools
 import math
-import mmap
 import os
 import weakref
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from jaxtyping import Float32, Int64, UInt8
 from dali_pipes import native
 from dali_pipes.headers import is_plain, refusal
 from dali_pipes.options import Kind
+from dali_pipes.shard_files import close_shards, map_shards, open_shards
 from dfer.cli import UserError
 from dfer.files import reason
 from dfer.images import MAX_BYTES, BadImage, decode_image, encode_plain
@@ -119,6 +119,10 @@ class Images(abc.ABC):
         self._refused.add((video, frame))
         return self._for_dali(video, frame, data)
 
+    def has_refused(self, video: int, frames: Int64[np.ndarray, " T"]) -> bool:
+        """Return whether DALI has refused one of these frames."""
+        return any((video, frame) in self._refused for frame in frames.tolist())
+
     def _for_dali(self, video: int, frame: int, data: UInt8[np.ndarray, " _"]) -> UInt8[np.ndarray, " _"]:
         if is_plain(data) and not (self._refused and (video, frame) in self._refused):
             return data
@@ -178,18 +182,22 @@ class FrameFolders(Images):
 
 
 class Shards(Images):
-    """Image files, or pixels, inside packed files that are mapped into memory: `stored` returns views of them."""
+    """Image files, or pixels, inside packed files. Those of pixels are mapped into memory: `stored` returns views.
+
+    `files` are their descriptors. A map keeps another one of each.
+
+    Raises:
+        UserError: if a shard cannot be opened.
+    """
 
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, Packed)
         super().__init__(index)
         self.store = index.store
         self.kind = "images" if self.store.kind == "shards" else "pixels"
-        self._maps = [_map(path) for path in self.store.paths]
-        self._bytes = [np.frombuffer(whole, dtype=np.uint8) for whole in self._maps]
-        self._files = [os.open(path, os.O_RDONLY) for path in self.store.paths]
-        for file in self._files:
-            weakref.finalize(self, os.close, file)
+        self.files = open_shards(self.store)
+        weakref.finalize(self, close_shards, self.files)
+        self._bytes = [] if self.kind == "images" else map_shards(self.store, self.files)
 
     def _read(self, videos: Any, frames: Any, out: Any, states: Any) -> None:
         if self.kind == "images":
@@ -199,30 +207,52 @@ class Shards(Images):
 
     @cached_property
     def _ranges(self) -> native.Ranges:
-        store, files = self.store, np.array(self._files, dtype=np.int32)
+        store = self.store
         address = np.array([whole.ctypes.data for whole in self._bytes], dtype=np.int64)
         places = store.shard, store.offset, store.length, store.height, store.width, store.first
-        return native.Ranges(files, address, *places)
+        return native.Ranges(self.files, address, *places)
 
     def stored(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "..."]]:
-        """Return the T image files (tar) or the T pictures (raw), (H, W, 3), as views of the file."""
-        store, shard = self.store, self.store.shard[video]
-        data, rows = self._bytes[shard], store.first[video] + frames
+        """Return the T image files (tar), or the T pictures (raw), (H, W, 3), as views of the file."""
+        store, shard, rows = self.store, self.store.shard[video], self.store.first[video] + frames
         ends = (store.offset[rows] + store.length[rows]).tolist()
         # A process that reads a map behind the end of its file is killed. This check takes half a microsecond; reading
         # instead of mapping would take a quarter of a raw clip's time.
-        size = self._maps[shard].size()  # of the file, as it is now
+        size = os.fstat(int(self.files[shard])).st_size  # as it is now
         for frame, end in zip(frames.tolist(), ends, strict=True) if max(ends) > size else ():
             if end > size:
                 raise BadClip(f"{self.name(video, frame)}: the file was cut to {size:,} bytes after the run had begun")
-        views = [data[start:end] for start, end in zip(store.offset[rows].tolist(), ends, strict=True)]
-        for frame, view in zip(frames.tolist(), views, strict=True) if self.index.hashes is not None else ():
-            problem = _changed(self.index, video, frame, view)
-            if problem is not None:
-                raise BadClip(f"{self.name(video, frame)}: {problem}")
+        views = [
+            self._part(video, frame, start, end)
+            for frame, start, end in zip(frames.tolist(), store.offset[rows].tolist(), ends, strict=True)
+        ]
+        self.verify(video, frames, views)
         if self.kind == "images":
             return views
         return [view.reshape(store.height[video], store.width[video], 3) for view in views]
+
+    def verify(self, video: int, frames: Int64[np.ndarray, " T"], parts: Iterable[UInt8[np.ndarray, " _"]]) -> None:
+        """Check the hashes of frames, if there are any.
+
+        Raises:
+            BadClip: if one differs.
+        """
+        if self.index.hashes is None:
+            return
+        for frame, part in zip(frames.tolist(), parts, strict=True):
+            problem = _changed(self.index, video, frame, part)
+            if problem is not None:
+                raise BadClip(f"{self.name(video, frame)}: {problem}")
+
+    def _part(self, video: int, frame: int, start: int, end: int) -> UInt8[np.ndarray, " _"]:
+        """Return the bytes of a frame."""
+        shard = self.store.shard[video]
+        if self._bytes:
+            return self._bytes[shard][start:end]
+        try:
+            return np.frombuffer(os.pread(int(self.files[shard]), end - start, start), dtype=np.uint8)
+        except OSError as error:
+            raise BadClip(f"{self.name(video, frame)}: {reason(error)}") from None
 
     def place(self, video: int, frame: int) -> str:
         """Return where a frame lies."""
@@ -322,12 +352,6 @@ def _texts(texts: Iterable[str]) -> tuple[UInt8[np.ndarray, " _"], Int64[np.ndar
     """Return texts as bytes that end with 0, and where each begins."""
     data = np.frombuffer(os.fsencode("\0".join(texts)) + b"\0", dtype=np.uint8)
     return data, np.concatenate([[0], np.flatnonzero(data == 0)[:-1] + 1])
-
-
-def _map(path: Path) -> mmap.mmap:
-    """Return a file as read-only memory."""
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_video(index: ClipIndex, video: int) -> UInt8[np.ndarray, " _"]:

@@ -12,14 +12,14 @@ import contextlib
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int32, Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from numba import types
 from torch.profiler import record_function
 
@@ -31,9 +31,8 @@ from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.sources import BadClip, Shards
 from dali_pipes.torch_stages import Stages
-from dfer.cli import UserError
 from dfer.files import reason
-from dfer.lists.index import ClipIndex, Packed
+from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import EpochPlan
 
 AHEAD = 2  # batches that are read before their turn
@@ -78,9 +77,6 @@ class RawStream:
         source: of `index`; it finds out what is wrong with a clip.
         bad: where bad clips are told.
         options: of the loader.
-
-    Raises:
-        UserError: if a shard cannot be opened.
     """
 
     def __init__(self, index: ClipIndex, source: Shards, bad: BadClips, options: LoaderOptions):
@@ -89,8 +85,7 @@ class RawStream:
         self.num_threads = max(options.num_threads, 4)  # storage is waited for, not computed with
         self._gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._gpu else None
-        self._files = open_shards(self._store)
-        weakref.finalize(self, close_shards, self._files)
+        self._files = source.files
 
     def begin(self, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]) -> "StreamedEpoch":
         """Return the batches of an epoch, of which the first are read from now on."""
@@ -215,21 +210,18 @@ class RawStream:
 
 
 class StreamedEpoch:
-    """The batches of an epoch: iterated over once, or closed."""
+    """The batches of an epoch: iterated over once. `close` ends the threads that read, as its own end does."""
 
     def __init__(self, stream: RawStream, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]):
         self._stream, self._plan, self._left = stream, plan, iter(steps)
         self._readers = Readers(stream.num_threads)
+        self.close = weakref.finalize(self, self._readers.close)
         self._ahead: deque[_Reading] = deque()
         self._read_on()
 
     def _read_on(self) -> None:
         rows = islice(self._left, AHEAD - len(self._ahead))
         self._ahead.extend(self._stream.read(self._readers, self._plan, batch) for batch in rows)
-
-    def close(self) -> None:
-        """End the threads that read."""
-        self._readers.close()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Bool[np.ndarray, " B"]]]:
         """Yield the clips of each step, (B, T, S, S, 3), and which of them are their own.
@@ -255,28 +247,6 @@ class StreamedEpoch:
                 yield now.clips, now.good
         finally:
             self.close()
-
-
-def open_shards(store: Packed) -> Int32[np.ndarray, " S"]:
-    """Return the file descriptors of the shards.
-
-    Raises:
-        UserError: if one cannot be opened.
-    """
-    files: list[int] = []
-    for path in store.paths:
-        try:
-            files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            close_shards(files)
-            raise UserError(f"{path}: {reason(error)}") from None
-    return np.array(files, dtype=np.int32)
-
-
-def close_shards(files: Iterable[int]) -> None:
-    """Close file descriptors."""
-    for file in files:
-        os.close(int(file))
 
 
 @njit(nogil=True)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from dali_pipes.feeding import Epoch, Feed
+from dali_pipes.feeding import Epoch, Feed, Refused
 from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Samples
 from dali_pipes.sources import Source, VideoBytes, VideoFiles
@@ -186,15 +186,15 @@ class VideoFeed:
         """Return the pictures of the batch that was started first.
 
         Raises:
-            RuntimeError: if DALI refuses clips of it.
+            Refused: if DALI refuses clips of it.
         """
         batch = self._in_flight.popleft()
         parts: list[tuple[Int64[np.ndarray, " b"], Tensor]] = []
-        refusals: list[RuntimeError] = []
+        refusals: list[Refused] = []
         for places, feed in batch.sessions:  # all of them: a batch that comes later must find none of this one
             try:
                 parts.append((places, feed.pictures()))
-            except RuntimeError as error:
+            except Refused as error:
                 refusals.append(error)
         if refusals:
             raise refusals[0]
@@ -222,7 +222,7 @@ class VideoFeed:
         if isinstance(sample, np.ndarray):
             try:
                 return self._sessions[0].alone([sample], rows, epoch), False
-            except RuntimeError:
+            except Refused:
                 self.source.refused.add(video)
             (sample,) = self.source.fetch(video, epoch.plan.frames[row])
             if not self._told:

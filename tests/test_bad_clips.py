@@ -1,5 +1,6 @@
 """Clips that cannot be read, from every source: named, left out or fatal, and never anybody else's harm."""
 
+import ctypes
 import functools
 import hashlib
 import io
@@ -7,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import struct
 from dataclasses import replace
@@ -16,14 +18,18 @@ import av
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 import dali_pipes.bad_clips
 import dfer.video.random_access
+from dali_pipes import pixels
+from dali_pipes.feeding import Refused
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
-from dali_pipes.sources import MAX_BYTES, _read
+from dali_pipes.sources import MAX_BYTES, _read, source_of
+from dali_pipes.streaming import read_clips
 from dfer.images import MAX_PIXELS, BadImage, decode_image
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.augmentation import Augmentation
@@ -521,7 +527,7 @@ def test_evaluation_leaves_nothing_out(clips):
 
 def test_an_error_that_is_no_clips_fault_is_not_blamed_on_one(clips, monkeypatch):
     loader = clip_loader(index_of(clips, "frames"), "skip")
-    failures = iter([RuntimeError("out of\nmemory")])
+    failures = iter([Refused("out of\nmemory")])
     real = loader._feed.pictures
 
     def pictures() -> torch.Tensor:
@@ -533,6 +539,34 @@ def test_an_error_that_is_no_clips_fault_is_not_blamed_on_one(clips, monkeypatch
     monkeypatch.setattr(loader._feed, "pictures", pictures)
     with pytest.raises(ValueError, match=r"not of any one clip, in the batch of .*: out of memory"):
         list(loader(0))
+    assert not loader.bad_clips
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, torch.AcceleratorError])
+@pytest.mark.parametrize("graph", ["decoded", "operators", "video"])
+def test_only_what_dali_refuses_is_a_clips_fault(clips, monkeypatch, graph, error):
+    """Neither a kernel nor an upload that fails, nor a full GPU: a good clip is not blamed, the run ends with it."""
+
+    def fail(*args, **kwargs):
+        raise error("of no clip")
+
+    def fail_once(*args, **kwargs):
+        monkeypatch.setattr(*place, real)
+        fail()
+
+    if error is not RuntimeError:
+        place = Pipeline, "outputs"
+    elif graph == "decoded":
+        place = pixels, "of_decoded"
+    else:
+        place = torch, "from_dlpack"
+    real = getattr(*place)
+    options = {"graph": "operators", "video_decoder": "nvdec"} if graph == "video" else {"graph": graph}
+    loader = clip_loader(index_of(clips, "video" if graph == "video" else "frames"), "skip", **options)
+    for failure in (fail_once, fail):
+        monkeypatch.setattr(*place, failure)
+        with pytest.raises(error, match=r"^of no clip$"):
+            list(loader(0))
     assert not loader.bad_clips
 
 
@@ -617,7 +651,28 @@ def test_a_data_set_in_memory_is_verified_as_it_is_loaded(clips, capsys):
         (batch,), (want,) = skipping(epoch), whole(epoch)
         assert batch.clips.isfinite().all() and torch.equal(batch.valid, batch.ids != BAD) and want.valid.all()
         assert torch.equal(batch.clips[batch.valid], want.clips[batch.valid])
-    assert capsys.readouterr().err.count("clip left out") == 1
+        assert torch.equal(batch.clips[batch.ids == BAD][0], batch.clips[batch.valid][0])  # another one stands in
+    for batch in clip_loader(index, "skip", 1, cached=True)(0):
+        assert bool(batch.valid) == bool(batch.ids != BAD) == bool(batch.clips.any())  # zeros, as none is good
+    assert capsys.readouterr().err.count("clip left out") == 2
+
+
+def test_hashes_of_a_data_set_in_memory_are_of_what_is_held(clips, monkeypatch):
+    """Not of what a second look at the files finds."""
+    arguments = ["--format", "raw", "--size", "48", "--workers", "1"]
+    assert pack.main([str(clips / "list.txt"), "--out", str(clips / "raw48"), *arguments]) == 0
+    list_path = clips / "raw48" / "list.txt"
+    assert hash_clips.main([str(list_path)]) == 0
+    index = load_index(list_path)
+    row = index.store.first[BAD] + FRAME
+
+    def read(files, offset, size, address, states):
+        read_clips(files, offset, size, address, states)
+        (ctypes.c_uint8 * 1).from_address(int(address[BAD] + index.store.offset[row] - offset[BAD, 0]))[0] ^= 1
+
+    monkeypatch.setattr("dali_pipes.resident.read_clips", read)
+    with pytest.raises(ValueError, match=r"bad frame 3 of clip 2 in .*list-00000.raw: its bytes"):
+        clip_loader(index, "error", cached=True)
 
 
 def test_hashes_are_those_of_the_files(clips):
@@ -693,9 +748,52 @@ def test_hashes_that_cannot_be_written_and_shards_that_cannot_be_mapped_are_one_
     monkeypatch.setattr("dfer.lists.hashes.write_whole", raising(OSError(28, "No space left on device")))
     assert hash_clips.main([str(clips / "list.txt")]) == 2
     assert capsys.readouterr().err == "hash_clips: cannot write: No space left on device\n"
-    monkeypatch.setattr("dali_pipes.sources.mmap.mmap", raising(OSError(12, "Cannot allocate memory")))
-    assert hash_clips.main([str(clips / "tar" / "list.txt")]) == 2
-    assert capsys.readouterr().err == "hash_clips: cannot read: Cannot allocate memory\n"
+    raw, arguments = clips / "raw", ["--format", "raw", "--size", "48", "--workers", "1"]
+    assert pack.main([str(clips / "list.txt"), "--out", str(raw), *arguments]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("dali_pipes.shard_files.mmap.mmap", raising(OSError(12, "Cannot allocate memory")))
+    assert hash_clips.main([str(raw / "list.txt")]) == 2
+    assert capsys.readouterr().err == f"hash_clips: {raw / 'list-00000.raw'}: Cannot allocate memory\n"
+
+
+@pytest.mark.parametrize("source", ["tar", "raw"])
+def test_a_pack_of_more_shards_than_may_be_open_is_one_line(clips, source, monkeypatch):
+    """And what was opened is closed again; one descriptor a shard of files, two of pixels."""
+    arguments = ["--workers", "1", "--shard-size", "1", *(["--format", "raw"] if source == "raw" else [])]
+    assert pack.main([str(clips / "list.txt"), "--out", str(clips / "many" / source), *arguments]) == 0
+    index = load_index(clips / "many" / source / "list.txt")
+    index = replace(index, store=replace(index.store, paths=index.store.paths * 30))  # as if there were many
+    number = len(index.store.paths)
+    before = len(os.listdir("/proc/self/fd"))
+    held = source_of(index)
+    assert len(os.listdir("/proc/self/fd")) - before == number * (2 if source == "raw" else 1)
+    if source == "raw":
+        streamed = clip_loader(index, "error", graph="streamed")
+        assert len(os.listdir("/proc/self/fd")) - before == 4 * number
+        del streamed
+    del held
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for room in (number // 2, number + number // 2)[: 2 if source == "raw" else 1]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, limits[1]))
+        try:
+            with pytest.raises(ValueError) as error:
+                source_of(index)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert re.fullmatch(
+            rf".*list-00000.{source}: Too many open files, as one of {number} shards: ulimit -n 4096, "
+            "or pack the list again with a larger --shard-size",
+            str(error.value),
+        )
+        del error  # and what its frames hold
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_files_of_a_pack_that_fail_while_they_are_read_are_named(clips, monkeypatch):
+    source = source_of(index_of(clips, "shards"))
+    monkeypatch.setattr("dali_pipes.sources.os.pread", raising(OSError(5, "Input/output error")))
+    with pytest.raises(ValueError, match=r"list.txt:\d+: bad frame 1 of clip 2 in .*\.tar: Input/output error$"):
+        source.stored(BAD, np.array([1, 3]))
 
 
 def raising(error: Exception):

@@ -293,6 +293,31 @@ def test_what_dali_alone_refuses_is_decoded_here_from_then_on(tmp_path, monkeypa
     assert len(built) == 3  # the batch, the clip, the frame
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("bad, batch_size", [(0, 2), (1, 1)])
+def test_what_dali_refuses_is_no_riddle_in_a_batch_that_was_read_before(tmp_path, monkeypatch, bad, batch_size, depth):
+    """Not where it pads the last batch, nor in the next epoch."""
+    monkeypatch.setattr(LoaderOptions, "depth", property(lambda self: depth))
+    spoilt = DAMAGED["png, CRC of pixels"]()
+    files = {name: jpeg(picture(number)) for number, name in enumerate("abc")}
+    files["abc"[bad]] = encode_plain(decode_image(spoilt))
+    index, sampler = write_clips(tmp_path, files), ClipSampler(0, 2, mode="eval", augmentation=WHOLE)
+    clean = list(ClipLoader(index, sampler, LoaderOptions(batch_size, SIZE))(0))
+    assert torch.cat([batch.ids for batch in clean]).tolist() == [0, 1, 2, *[0] * (batch_size - 1)]
+    (tmp_path / str(bad) / "1.png").write_bytes(spoilt)
+    loader = ClipLoader(index, sampler, LoaderOptions(batch_size, SIZE))
+    batches = loader(0)
+    found = [next(batches)]
+    assert bool(loader._source._refused) == (bad == 0)
+    loader.prepare(1)
+    for _, _, reading in loader._prepared.read:
+        assert reading.wait(60) is None
+    found += [*batches, *loader(1)]
+    assert loader._source._refused == {(bad, 0)}
+    for got, want in zip(found, [*clean, *clean], strict=True):
+        assert torch.equal(got.clips, want.clips) and torch.equal(got.valid, want.valid)
+
+
 def test_hashes_are_of_the_files_and_not_of_what_dali_is_given(tmp_path):
     write_clips(tmp_path, {"a": jpeg(), "b": ODD["jpeg, XMP 6"](), "c": DAMAGED["png, CRC of pixels"]()})
     assert hash_clips.main([str(tmp_path / "list.txt")]) == 0

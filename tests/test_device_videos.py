@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dali_pipes import videos
-from dali_pipes.feeding import Epoch, Feed
+from dali_pipes.feeding import Epoch, Feed, Refused
 from dali_pipes.kernels import fused
 from dali_pipes.options import LoaderOptions
 from dali_pipes.sources import VideoFiles
@@ -162,7 +162,7 @@ def test_batches_in_flight_come_in_turn(mixed, monkeypatch):
     start(1, damaged=True)
     start(0)
     start(2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(Refused):
         feed.pictures()
     assert torch.equal(feed.alone(4, epoch)[0], want[4])  # as the clips of a refused batch are tried
     assert torch.equal(feed.pictures(), want[0]) and torch.equal(feed.pictures(), want[2])

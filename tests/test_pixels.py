@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -125,6 +126,20 @@ def test_the_table_on_a_cpu_gives_the_clips_of_its_kernel():
     assert np.array_equal(got.numpy(), pictures.by_the_cpu()[[4, 0, 4]])
     half = pixels.clips(pictures.table(memory), torch.tensor([4, 0, 4]), stages, 10, torch.bfloat16)
     assert torch.equal(half, got.bfloat16())
+
+
+@pytest.mark.parametrize("one_piece", [True, False])
+def test_decoded_frames_may_lie_apart(one_piece):
+    """DALI's own lists of both kinds."""
+    pictures, stages = Pictures(SMALL, EVERYTHING, 10), torch_stages.Stages(drawn(EVERYTHING, len(SMALL), 10))
+    rows = pictures.rows[::-1].copy()
+    frames = [TensorCPU(frame, "HWC") for row in rows for frame in pictures.frames[row]]
+    decoded = TensorListCPU(frames, "HWC", one_piece)
+    if not one_piece:
+        with pytest.raises(RuntimeError, match="contiguous"):
+            decoded.as_reshaped_tensor([int(pictures.sizes.prod(2).sum()) * 3])
+    got = pixels.of_decoded(decoded, pictures.plan, rows, stages, 10, torch.float32)
+    assert np.array_equal(got.numpy(), pictures.by_the_cpu()[::-1])
 
 
 def test_cuts_are_those_of_the_oracle_and_of_the_kernel():

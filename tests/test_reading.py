@@ -3,18 +3,22 @@
 import os
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from dali_pipes import loader as loader_module
 from dali_pipes import native
 from dali_pipes.headers import is_plain
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
+from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Pictures, Rooms
 from dali_pipes.sources import BadClip, source_of
+from dali_pipes.streaming import RawStream
 from dfer.lists.index import load_index
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
@@ -275,6 +279,57 @@ def test_what_is_prepared_is_what_is_asked_for(root):
     while threading.active_count() > before and (deadline := deadline - 1):
         threading.Event().wait(0.01)
     assert threading.active_count() <= before
+
+
+def ends(what) -> bool:
+    """Whether something is so before long; threads end when they are given a core."""
+    return any(what() or threading.Event().wait(0.01) for _ in range(1000))
+
+
+def test_a_thread_that_waits_holds_nothing_of_its_last_job():
+    def hold(begun, release):
+        begun.set()
+        return release.wait(60)
+
+    readers = Readers(1)
+    for closed in (False, True):
+        memory, begun, release = np.zeros(9), threading.Event(), threading.Event()
+        held = weakref.ref(memory)
+        if closed:
+            blocked = readers.submit(hold, begun, release)
+            assert begun.wait(60)
+        waits = readers.submit(np.sum, memory)
+        del memory
+        if closed:
+            readers.close()  # with a job that was never begun
+            release.set()
+            assert blocked.result(60)
+        else:
+            assert waits.result(60) == 0
+        assert ends(lambda held=held: held() is None)
+
+
+@pytest.mark.parametrize("graph", ["fused", "streamed"])
+def test_an_epoch_that_nobody_asks_for_ends_with_its_loader(root, graph, monkeypatch):
+    """And one whose first batches there is no memory for."""
+    index = packed(root, "raw")
+    before = threading.active_count()
+    loader = batches_of(index, (), graph=graph)[0]
+    loader.prepare(0)
+    assert threading.active_count() > before
+    del loader
+    assert ends(lambda: threading.active_count() <= before)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("of pinned memory")
+
+    loader = batches_of(index, (), graph=graph)[0]
+    where = (loader_module, "Reading") if graph == "fused" else (RawStream, "read")
+    monkeypatch.setattr(*where, full)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        loader.prepare(0)
+    del error
+    assert ends(lambda: threading.active_count() <= before)
 
 
 def python_operations(index, batch_size, length) -> int:

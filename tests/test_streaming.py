@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipes import resident, streaming
+from dali_pipes import resident, sources, streaming
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dali_pipes.resident import ResidentClips
@@ -137,14 +137,15 @@ def fails_for(monkeypatch, video: int, index: ClipIndex) -> None:
 
     files_of = {shard: [] for shard in range(len(store.paths))}  # several loaders open them
     monkeypatch.setattr(streaming, "read_clips", read)
-    opened = streaming.os.open
+    opened = sources.open_shards
 
-    def open_(path, flags):
-        file = opened(path, flags)
-        files_of[store.paths.index(path)].append(file)
-        return file
+    def open_shards(store):
+        files = opened(store)
+        for shard, file in enumerate(files):
+            files_of[shard].append(file)
+        return files
 
-    monkeypatch.setattr(streaming.os, "open", open_)
+    monkeypatch.setattr(sources, "open_shards", open_shards)
 
 
 def test_a_clip_that_could_not_be_read_for_once_is_a_good_one(index, monkeypatch):
@@ -269,7 +270,8 @@ def test_a_batch_is_copied_while_the_gpu_works(index):
 @pytest.mark.parametrize("part", [1, 30_000, 2**28])
 def test_what_is_held_in_memory_is_read_in_parts(index, monkeypatch, part):
     monkeypatch.setattr(resident, "_PART", part)
-    held = ResidentClips(index, torch.device("cpu"))
+    told = []
+    held = ResidentClips(index, torch.device("cpu"), lambda video, frames: told.append((video, frames.copy())))
     want = [np.fromfile(path, dtype=np.uint8) for path in index.store.paths]
     store, begin = index.store, 0
     for video, shard in enumerate(store.shard.tolist()):
@@ -277,10 +279,14 @@ def test_what_is_held_in_memory_is_read_in_parts(index, monkeypatch, part):
             frame = want[shard][store.offset[row] : store.offset[row] + store.length[row]]
             assert np.array_equal(held.pictures[begin : begin + len(frame)].numpy(), frame)
             begin += len(frame)
-    assert begin == len(held.pictures)
+            assert np.array_equal(told[video][1][row - store.first[video]], frame)
+    assert begin == len(held.pictures) and [video for video, _ in told] == list(range(CLIPS))
+    told.clear()
+    ResidentClips(index.head(3), torch.device("cpu"), lambda video, frames: told.append(video))
+    assert told == [0, 1, 2]
 
 
 def test_a_shard_that_was_cut_is_not_held(index):
     store = replace(index.store, offset=index.store.offset + 10**9)
     with pytest.raises(ValueError, match=r"list-0000\d\.raw: cannot be read as far as it was packed; copy it again"):
-        ResidentClips(replace(index, store=store), torch.device("cpu"))
+        ResidentClips(replace(index, store=store), torch.device("cpu"), lambda *args: None)

@@ -1,6 +1,7 @@
 """`pip install .` gives the commands that a checkout has, and the files of the container say what they should."""
 
 import ast
+import contextlib
 import http.client
 import importlib
 import os
@@ -241,9 +242,9 @@ def use_from_elsewhere(bin_folder: Path, here: Path) -> None:
     )  # fmt: skip
     try:
         assert any(line.startswith(f"http://127.0.0.1:{port} shows") for line in page.stdout)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("GET", "/")
-        assert "dfer" in connection.getresponse().read().decode()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            connection.request("GET", "/")
+            assert "dfer" in connection.getresponse().read().decode()
         page.send_signal(signal.SIGTERM)
         assert page.wait(60) == 0
     finally:

@@ -266,7 +266,6 @@ def test_on_a_cpu_the_backend_of_a_gpu_is_dense_without_a_word(capsys):
 
 
 def test_where_triton_does_not_run_dense_pairs_are_taken_and_it_is_said(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # a CPU is a device with kernels then
     monkeypatch.setattr(backends, "triton_runs", functools.cache(backends.triton_runs.__wrapped__))
     monkeypatch.setattr(backends, "trouble", lambda device, operands: "its kernels burn")
     check_taken_as_dense()

@@ -22,6 +22,7 @@ from dfer.crf.pairs import DifferentiablePairs
 from dfer.files import reason
 
 Backend = Literal["auto", "dense", "triton", "sdpa"]
+NO_GPU = "there is no GPU here"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -41,10 +42,8 @@ def triton_runs(device: torch.device, operands: torch.dtype) -> bool:
 
     On a CPU they are not, without a word: a model that was trained on a GPU is looked at there.
     """
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
     why = trouble(device, operands)
-    if why is not None:
+    if why not in (None, NO_GPU):
         say_once(f"--model.crf-backend triton: {why}; dense is taken")
     return why is None
 
@@ -55,6 +54,8 @@ def trouble(device: torch.device, operands: torch.dtype) -> str | None:
 
     They are compiled there, which takes a C compiler, and do with a few points what dense pairs do.
     """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return NO_GPU
     try:
         off = _distance(device, operands)
     except Exception as error:  # of Triton, its compiler and the driver, which raise different classes

@@ -152,7 +152,7 @@ class Graphs:
         replay = why = None
         try:
             replay = self._backend.capture(function)
-        # Whatever it is, the others wait to hear of it. What is not the capture's fault is raised again by the call below.
+        # Whatever it is, the others wait to hear of it. What is no fault of the capture, the call below raises again.
         except Exception as error:
             name_of = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
             why = f"{name_of}{reason(error)}"[:200]

@@ -348,6 +348,17 @@ def test_where_one_rank_s_kernels_fail_all_take_torch_s_operators(monkeypatch):
     ]
 
 
+def test_an_optimizer_outside_of_the_graph_is_said_though_the_capture_fails():
+    """As in a dry run, which says all at its end."""
+    job = job_of(configured(optimizer="muon", ema=0.0), None)
+    graphs = Graphs(Refusing(list, "native_batch_norm", 1))
+    job = with_step(job, training_loss, graphs)
+    told(job, batches(WARM_UP + 1))
+    notes = [job.step.take_note() for _ in range(3)]
+    assert notes[0] == "--run.graph: muon reads its learning rate on the host; its step runs outside"
+    assert notes[1].startswith("--run.graph: a training step cannot be captured (") and notes[2] is None
+
+
 def test_training_on_a_cpu_says_that_the_kernels_of_a_gpu_are_not_taken():
     job = job_of(dataclasses.replace(configured(), model=dataclasses.replace(SMALL, crf_backend="triton")), None)
     note = with_step(job, training_loss, Graphs(None)).step.take_note()

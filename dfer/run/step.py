@@ -189,10 +189,10 @@ class TrainingStep:
 def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     """Return a job with what takes its steps."""
     optim = job.config.optim
-    if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
-        graphs.note = f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside"
     step = TrainingStep(job, loss_of, graphs)
     step.notes += [note for note in (_fused(job), _crf(job)) if note is not None]
+    if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
+        step.notes.append(f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside")
     if job.world.is_main and job.world.device.type == "cuda":  # whose peak it is held against
         step.count_flops()
     return job._replace(step=step)

@@ -198,7 +198,7 @@ def train_epoch(
     try:
         for step in train_steps(job, batches):
             logger.step_done(state.step)
-            if note := job.step.take_note():
+            while note := job.step.take_note():
                 logger.say(note)
             stop.unsaved += 1
             done = job.steps_done
@@ -285,7 +285,7 @@ def try_out(config: Config, data: Data, world: World) -> int:
                 return EXIT_STOPPED
     measured = dry_run.measured(job, len(data.val_index), throughput.read(since=warm), result.throughput, disk)
     if world.is_main:
-        if note := job.step.take_note():
+        while note := job.step.take_note():
             print(note)
         dry_run.print_table(job._replace(config=config), data.val_index, measured)
     return 0

@@ -156,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--camera {args.camera} and CLIP {args.clips[0]}: one or the other")
     if args.clips and not args.out:
         parser.error("no --out: name a folder for the results")
+    if args.seconds < math.inf and not args.camera:
+        parser.error("--seconds: is how long a --camera is shown, and there is none; leave it out")
     return one_line_errors("predict", lambda: run(args), "interrupted; what is written is whole")
 
 

@@ -39,16 +39,18 @@ def storages(found: Iterable[Tensor]) -> set[int]:
 class Recording(TorchDispatchMode):
     """Keeps the operators that are called, with all of their tensors."""
 
-    def __init__(self, fails_at: str | None = None, alone: ProcessGroup | None = None):
+    def __init__(
+        self, fails_at: str | None = None, alone: ProcessGroup | None = None, error: type[Exception] = RuntimeError
+    ):
         """With a group of this process alone nothing is exchanged meanwhile, as in a capture."""
         super().__init__()
         self.calls = []
-        self._fails_at, self._alone = fails_at, alone
+        self._fails_at, self._alone, self._error = fails_at, alone, error
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in READS or name == self._fails_at:
-            raise RuntimeError(f"operation not permitted when stream is capturing:\n{name}")
+            raise self._error(f"operation not permitted when stream is capturing:\n{name}")
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             solo = [self._alone.boxed() if self._alone is not None and is_group(arg) else arg for arg in args]
@@ -119,15 +121,17 @@ class Apart(Recorder):
     """Captures without doing anything, as CUDA does, on one process of several, which exchange in replays alone."""
 
     def __init__(
-        self, state: Callable[[], list[Tensor]], alone: ProcessGroup, fails_at: str | None = None, number: int = 1
-    ):
+        self, state: Callable[[], list[Tensor]], alone: ProcessGroup, fails_at: str | None = None, number: int = 1,
+        error: type[Exception] = RuntimeError,
+    ):  # fmt: skip
         """Where it is to fail, at an operator, it does so when it captures for the `number`-th time."""
         super().__init__()
         self._state, self._alone, self._fails_at, self._number = state, alone, fails_at, number
+        self._error = error
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         fails_at = self._fails_at if self.captured + 1 == self._number else None
-        with Unchanged(self._state()), Recording(fails_at, self._alone) as recording:
+        with Unchanged(self._state()), Recording(fails_at, self._alone, self._error) as recording:
             function()
         self.captured += 1
 

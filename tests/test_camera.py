@@ -208,6 +208,27 @@ def test_a_face_is_said_what_a_list_of_its_window_s_frames_is(run: Path) -> None
         lv.LivePredictor(predictor_of(run, stride=Duration(20, False)), FPS)
 
 
+@pytest.mark.parametrize(
+    ("window", "every", "first"),
+    [(1, 1, 0), (2, 1, 1), (3, 1, 2), (1, 3, 0), (2, 3, 3), (6, 8, 8)],  # each frame is looked at, or few of them
+)
+def test_a_window_of_few_frames_has_numbers(window: int, every: int, first: int, run: Path) -> None:
+    live = lv.LivePredictor(predictor_of(run, window=Duration(window, False)), FPS)
+    live._predict = lambda pictures: np.full(7, 1 / 7)
+    times = [i for i in range(0, 20, every) if live.see(i / FPS, pictures(1)[0])[0].probabilities is not None]
+    assert times == list(range(first, 20, every))
+
+
+def test_a_camera_that_is_stopped_before_its_first_frame_is_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, go = scripted(monkeypatch, 1)
+    go.set()
+    with Camera("0") as camera:
+        assert given.wait(60)
+        camera.stop()
+        watched = lv.watch(camera, predictor_of(run), print, print, print)
+    assert str(watched) == "0.0 s: it ended before a picture was shown" and watched.came == 1
+
+
 def watch_boxes(run: Path, rows_of_boxes: list[list[tuple[float, ...]]], **options: object) -> list[list[SeenFace]]:
     """What is seen where the detector finds these boxes, one search after the other; a frame each."""
     found = iter(rows_of_boxes)
@@ -240,6 +261,13 @@ def test_faces_keep_their_numbers_and_are_predicted_on_one_per_frame(run: Path) 
         for earlier, faces in itertools.pairwise(seen)
     ]
     assert max(changed) == 1 and sum(changed) > 5  # each is due in each frame
+
+
+def test_a_face_that_comes_back_has_no_new_numbers_until_half_a_window_of_it_was_seen(run: Path) -> None:
+    seen = watch_boxes(run, [*[[LEFT]] * 4, [], [], [], *[[LEFT]] * 4])
+    assert seen[5:7] == [[], []]
+    before, *after = (faces[0].probabilities for faces in (seen[4], *seen[7:]))
+    assert before is not None and [now is before for now in after] == [True, True, False, False]
 
 
 def test_the_main_face_is_the_largest_and_most_central_one(run: Path) -> None:
@@ -370,6 +398,12 @@ def test_nothing_is_written_that_was_not_asked_for(
         pr.main([str(videos / "one.mp4"), *flags])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "predict: no --out: name a folder for the results\n"
+    with pytest.raises(SystemExit) as stop:
+        pr.main([str(videos / "one.mp4"), *flags, "--out", "out"])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == (
+        "predict: --seconds: is how long a --camera is shown, and there is none; leave it out\n"
+    )
 
 
 def test_a_face_in_words() -> None:

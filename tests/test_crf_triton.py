@@ -91,6 +91,25 @@ def check_everything(device: str) -> None:
     check_blocks(device)
     check_gaussian(device)
     check_layer(device)
+    check_trust(device)
+
+
+def check_trust(device: str) -> None:
+    """Kernels that are right are trusted for each type of operands, and what is wrong in any of them is seen."""
+    where = torch.device(device)
+    for operands in CHECKS_PER_OPERANDS:
+        assert backends.trouble(where, operands) is None
+    for name in ("_scale_kernel", "_sweep_kernel", "_step_kernel", "_gradient_kernel"):
+        wrong = functools.partialmethod(launched_wrong, TritonPairs._launch, getattr(dfer.crf.triton, name))
+        with mock.patch.object(TritonPairs, "_launch", wrong):
+            assert "off dense pairs" in backends.trouble.__wrapped__(where, torch.bfloat16), name
+
+
+def launched_wrong(pairs: TritonPairs, right, wrong, kernel, *tensors, **constants) -> None:
+    """Launch a kernel; one of them writes a tenth too much into the last of its outputs."""
+    right(pairs, kernel, *tensors, **constants)
+    if kernel is wrong:
+        tensors[-1].mul_(1.1)
 
 
 def check_bits(device: str) -> None:
@@ -181,8 +200,7 @@ def record(self, kernel, *tensors, block=None, **constants):
         "N": self.points.shape[1], "D": self.points.shape[2], "BLOCK": block, "NEVER": kernels.NEVER, "WIDEN": False,
         "PRECISION": "ieee"}))
 
-backends.triton_runs.cache_clear()
-backends._trouble = lambda device: None  # though there is no GPU
+backends.triton_runs = lambda device, operands: True  # though there is no GPU
 kernels.TritonPairs._launch = record  # nothing is computed: what the launches would be is what matters
 names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 operands, capability = getattr(torch, sys.argv[1]), int(sys.argv[2])
@@ -233,23 +251,30 @@ def test_auto_is_triton_on_a_gpu(monkeypatch):
     assert backends.resolve_backend("auto", True) == "dense"
 
 
-@pytest.mark.parametrize("trouble", ["there is no GPU here", "its kernels do not run here (no compiler)"])
-def test_where_triton_does_not_run_dense_pairs_are_taken_and_it_is_said(trouble, monkeypatch, capsys):
-    """A run of a GPU, with the backend that was chosen there, is looked at on a CPU."""
-    monkeypatch.setattr(backends, "triton_runs", functools.cache(backends.triton_runs.__wrapped__))
-    if "compiler" in trouble:
-        monkeypatch.setattr(backends, "_trouble", lambda device: trouble)
+def check_taken_as_dense(times: int = 2) -> None:
     tensors = small()
     want = run(tensors, "dense", torch.float32)
-    for _ in range(2):
+    for _ in range(times):
         for name, x in run(tensors, "triton", torch.float32).items():
             assert torch.equal(x, want[name]), name
-    assert capsys.readouterr().err == f"note: --model.crf-backend triton: {trouble}; dense is taken\n"
+
+
+def test_on_a_cpu_the_backend_of_a_gpu_is_dense_without_a_word(capsys):
+    """A run of a GPU, with the backend that was chosen there, is looked at."""
+    check_taken_as_dense()
+    assert capsys.readouterr().err == ""
+
+
+def test_where_triton_does_not_run_dense_pairs_are_taken_and_it_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "triton_runs", functools.cache(backends.triton_runs.__wrapped__))
+    monkeypatch.setattr(backends, "trouble", lambda device, operands: "its kernels burn")
+    check_taken_as_dense()
+    assert capsys.readouterr().err == "note: --model.crf-backend triton: its kernels burn; dense is taken\n"
 
 
 @pytest.mark.gpu
 def test_this_gpu_is_trusted():
-    assert backends._trouble(torch.device("cuda")) is None
+    check_trust("cuda")
 
 
 class RoundedAttention(torch.autograd.Function):

@@ -94,8 +94,11 @@ def test_nothing_is_written_and_the_whole_run_is_told(unpacked):
 
 def test_several_processes(unpacked):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = validate_only(unpacked, "--run.name", "here", "--run.log-dir", str(unpacked), launcher=launcher)
+    words = ("--run.name", "here", "--run.log-dir", str(unpacked), "--model.crf-backend", "triton")
+    done = validate_only(unpacked, *words, launcher=launcher)
     assert done.returncode == 0, done.stderr
+    said = "--model.crf-backend triton: rank 0: there is no GPU here; dense is taken\n"
+    assert done.stdout.count(said) == 1 and said not in done.stderr
     assert done.stdout.count("debug on 2 x cpu: a run could begin") == 1 and "2 of 2 steps of 8 clips" in done.stdout
 
 

@@ -5,8 +5,9 @@ The same checks run in the interpreter and on a GPU, against torch's own operato
 
 import copy
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from unittest import mock
 
 import pytest
@@ -205,11 +206,32 @@ def check_network(device: str, model: nn.Module, clips: Tensor) -> None:
 def check_trust(device: str) -> None:
     """Kernels that are right are trusted, and what is wrong in any of them is seen."""
     where = torch.device(device)
-    assert fused.why_not(where, torch.bfloat16) is None
-    for name, wrong in (("normalise", lambda y: 1.1 * y), ("gradients", lambda made: (1.1 * made[0], *made[1:]))):
-        right = getattr(launches, name)
-        with mock.patch.object(launches, name, lambda *given, right=right, wrong=wrong: wrong(right(*given))):
-            assert "off torch's operators" in fused.why_not(where, torch.float32), name
+    assert fused.why_not(where, torch.float32) is None
+    for (function, case), affected in WRONG.items():
+        wrong = functools.partial(tenth_too_much, getattr(launches, function), affected)
+        with mock.patch.object(launches, function, wrong):
+            assert fused._distance(where, torch.float32, case) > 0.05, (function, case)
+
+
+WRONG = {  # which launches of a function are wrong, by what they are given; and where it is seen
+    ("normalise", "norm"): lambda x, norm, shortcut, relu: not relu,
+    ("normalise", "rectified"): lambda x, norm, shortcut, relu: norm.eps is not None,
+    ("normalise", "sum"): lambda x, norm, shortcut, relu: norm.eps is not None,
+    ("gradients", "norm"): lambda to_y, x, norm, y, index, relu: not relu,
+    ("gradients", "rectified"): lambda to_y, x, norm, y, index, relu: y is None,
+    ("gradients", "sum"): lambda to_y, x, norm, y, index, relu: y is not None,
+    ("pool", "stem"): lambda x, norm: norm.eps is not None,
+    ("pool", "pool"): lambda x, norm: norm is None,
+    ("unpool", "pool"): lambda *given: True,
+}
+
+
+def tenth_too_much(function: Callable, affected: Callable[..., bool], *given: object) -> object:
+    """Return what a function does; where it is affected, the first of it too large."""
+    made = function(*given)
+    if not affected(*given):
+        return made
+    return (1.1 * made[0], *made[1:]) if isinstance(made, tuple) else 1.1 * made
 
 
 CHECKS = "import torch; import tests.test_fused as t; "
@@ -355,7 +377,7 @@ def test_why_the_kernels_are_not_used_is_said(monkeypatch):
     from tests.test_graph import configured, job_of
     from train import training_loss
 
-    monkeypatch.setattr(fused, "_distance", mock.Mock(side_effect=[0.0, 0.001, 0.0, 0.2]))
+    monkeypatch.setattr(fused, "_distance", mock.Mock(side_effect=[*[0.001] * 9, 0.2]))
     assert fused.why_not(torch.device("cpu"), torch.bfloat16) == "Triton's kernels are 2.0e-01 off torch's operators"
     monkeypatch.setattr(fused, "_distance", mock.Mock(return_value=0.001))
     assert fused.why_not(torch.device("cpu"), torch.bfloat16) is None

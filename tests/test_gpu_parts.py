@@ -229,6 +229,15 @@ def test_each_clip_that_is_held_comes_eight_times(toy):
     assert project.clip_loader(toy, "raw128", where="cpu", listed="held").options.cached is False
 
 
+def test_a_loader_that_took_other_options_has_no_figures(toy, monkeypatch):
+    """As where the card's kernel fails, and DALI's operators make the clips."""
+    monkeypatch.setattr(project.pixels, "why_not", lambda device: "the kernel burns")
+    other = lambda options, index: dataclasses.replace(options, graph="operators")  # noqa: E731
+    monkeypatch.setattr("dali_pipes.loader.usable", other)
+    with pytest.raises(RuntimeError, match="the kernel burns"):
+        project.clip_loader(toy, "raw128", where="cpu", listed="short")
+
+
 def test_wrong_clips_are_seen(toy, monkeypatch):
     real = checks.clip_loader
 

@@ -31,7 +31,7 @@ from dfer.run.graph import (
     resolved_graph,
     together,
 )
-from dfer.run.step import TrainingStep
+from dfer.run.step import TrainingStep, with_step
 from dfer.state import Job, build_state
 from tests.conftest import run_python
 from tests.recorded import Recorder, Refusing
@@ -204,15 +204,21 @@ def test_flop_are_counted_without_computing(model):
     assert job.step.flops_a_clip == counter.get_total_flops() / 2 > 1e6
 
 
-def test_a_model_whose_flop_cannot_be_counted_is_trained(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError])
+def test_a_model_whose_flop_cannot_be_counted_is_trained(error, monkeypatch):
+    """Whatever torch raises; and what else there is to say is said too."""
+
     def refuse(config):
-        raise RuntimeError("aten::x\nneeds its content")
+        raise error("aten::x needs its\ncontent")
 
     monkeypatch.setattr("dfer.run.step.flops_a_clip", refuse)
     job = job_of(configured(), None)
+    job.step.notes.append("kernels are not taken")
     job.step.count_flops()
+    assert job.step.take_note() == "kernels are not taken"
     note = job.step.take_note()
-    assert note.startswith("the model's FLOP cannot be counted (aten::x needs its content): no share of the GPU's peak")
+    assert note.startswith("the model's FLOP cannot be counted (") and "): no share of the GPU's peak" in note
+    assert "aten::x needs its" in note and "\n" not in note
     assert job.step.take_note() is None and job.step.flops_a_clip is None
     told(job, batches(1))
 
@@ -315,8 +321,53 @@ def test_why_there_is_no_graph_is_said():
     assert build_graphs(RunConfig(graph="on"), two).warm_up == WARM_UP_TOGETHER > 10 > WARM_UP
 
 
+def test_where_one_rank_s_kernels_fail_all_take_torch_s_operators(monkeypatch):
+    """And say which rank's. This rank is the first of two; its own kernels are right."""
+    config = configured()
+    config = dataclasses.replace(config, model=dataclasses.replace(SMALL, crf_backend="triton"))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, fused="both"))
+    monkeypatch.setattr("dfer.run.step.why_not", lambda device, dtype: None)
+    monkeypatch.setattr("dfer.run.step.trouble", lambda device, operands: None)
+    found = {}
+    for burnt in (None, "rank 1: it burns"):
+        job = job_of(config, None)
+        job = job._replace(config=config, precision=CPU._replace(device=torch.device("cuda")))
+        job = job._replace(world=dataclasses.replace(WORLD, size=2))
+        asked = []
+        monkeypatch.setattr(distributed, "first_failure", lambda why, world: asked.append(why) or burnt)  # noqa: B023
+        step = with_step(job, training_loss, Graphs(None)).step
+        assert asked == [None, None]
+        kinds = {type(m).__name__ for m in job.state.evaluated_model().modules()}
+        found[burnt] = ["FusedNorm" in kinds, job.state.model.crf.backend, step.take_note(), step.take_note()]
+    assert found[None] == [True, "triton", None, None]
+    assert found["rank 1: it burns"] == [
+        False,
+        "dense",
+        "--run.fused both: rank 1: it burns; torch's operators are taken",
+        "--model.crf-backend triton: rank 1: it burns; dense is taken",
+    ]
+
+
+def test_an_optimizer_outside_of_the_graph_is_said_though_the_capture_fails():
+    """As in a dry run, which says all at its end."""
+    job = job_of(configured(optimizer="muon", ema=0.0), None)
+    graphs = Graphs(Refusing(list, "native_batch_norm", 1))
+    job = with_step(job, training_loss, graphs)
+    told(job, batches(WARM_UP + 1))
+    notes = [job.step.take_note() for _ in range(3)]
+    assert notes[0] == "--run.graph: muon reads its learning rate on the host; its step runs outside"
+    assert notes[1].startswith("--run.graph: a training step cannot be captured (") and notes[2] is None
+
+
+def test_training_on_a_cpu_says_that_the_kernels_of_a_gpu_are_not_taken():
+    job = job_of(dataclasses.replace(configured(), model=dataclasses.replace(SMALL, crf_backend="triton")), None)
+    note = with_step(job, training_loss, Graphs(None)).step.take_note()
+    assert note == "--model.crf-backend triton: there is no GPU here; dense is taken"
+    assert job.state.model.crf.backend == job.state.evaluated_model().crf.backend == "dense"
+
+
 @pytest.mark.parametrize(
-    ("failing", "accumulate"), [("none,1", "1"), pytest.param("none,0,1:2", "2", marks=pytest.mark.slow)]
+    ("failing", "accumulate"), [("none,odd1", "1"), pytest.param("none,0,1:2", "2", marks=pytest.mark.slow)]
 )
 def test_processes_capture_their_steps_together_or_not_at_all(tmp_path, failing, accumulate):
     """And each is DDP's eager step to the bit: gradients are exchanged in replays, on all ranks or on none."""

@@ -1,8 +1,9 @@
 """Two processes that train one model by captured steps, beside the eager ones of torch's own DDP.
 
 `python tests/two_processes.py STORE RANKS N`: a fork each, which says why where it is not as it should be. Each of
-RANKS (such as "none,1,0:2") is one training: the rank that cannot capture there, or not the second time; "gpu" is one
-of both processes on one GPU, whose exchange by gloo neither can capture. N batches make a step.
+RANKS (such as "none,1,0:2,odd1") is one training: the rank that cannot capture there, or not the second time, or for a
+reason that is no RuntimeError, as Triton has them; "gpu" is one of both processes on one GPU, whose exchange by gloo
+neither can capture. N batches make a step.
 """
 
 import itertools
@@ -34,7 +35,14 @@ from train import training_loss
 NUM_STEPS = WARM_UP_TOGETHER + 3
 
 
-def job_together(config: Config, world: World, reference: bool, fails_at: str | None = None, number: int = 1) -> Job:
+class OutOfResources(Exception):
+    """What a kernel may raise that Triton cannot launch."""
+
+
+def job_together(
+    config: Config, world: World, reference: bool, fails_at: str | None = None, number: int = 1,
+    error: type[Exception] = RuntimeError,
+) -> Job:  # fmt: skip
     """A job of one rank; `reference`: eager, and wrapped as torch's documentation has it."""
     job = job_of(config, None)
     model = DistributedDataParallel(job.model) if reference else distributed.parallel(job.model, world)
@@ -44,7 +52,7 @@ def job_together(config: Config, world: World, reference: bool, fails_at: str | 
     if not reference:
         alone = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
         backend = Apart(lambda: everything(job) + [p.grad for p in job.state.model.parameters() if p.grad is not None],
-                        alone, fails_at, number)  # fmt: skip
+                        alone, fails_at, number, error)  # fmt: skip
     return job._replace(step=TrainingStep(job, training_loss, together(backend, world)))
 
 
@@ -66,9 +74,11 @@ def play(rank: int, store: str, cases: str, accumulate: int) -> None:
     assert want.state.guard.skipped.tolist() == [2, 0]
     for case in cases.split(",") if cases != "gpu" else ():
         failing, _, number = case.partition(":")
-        number = int(number or 1)
+        number, odd = int(number or 1), failing.startswith("odd")
+        failing = failing.removeprefix("odd")
         fails_at = "native_batch_norm_backward" if failing == str(rank) else None
-        job = job_together(config, world, reference=False, fails_at=fails_at, number=number)
+        error = OutOfResources if odd else RuntimeError
+        job = job_together(config, world, False, fails_at, number, error)
         backend = job.step.graphs._backend
         logged = told(job, given(rank, accumulate))
         assert_same(job, want)
@@ -81,7 +91,7 @@ def play(rank: int, store: str, cases: str, accumulate: int) -> None:
         else:
             what = "the last batch" if number > 1 else "the first batch"
             what = "a training step" if accumulate == 1 else f"{what} of a training step"
-            named = f"--run.graph: {what} cannot be captured (rank {failing}: operation not"
+            named = f"--run.graph: {what} cannot be captured (rank {failing}: {'OutOfResources: ' * odd}operation not"
             assert note.startswith(named) and note.endswith("; steps go on without a graph"), note
             assert not job.step.graphs.active
             assert captured == (WARM_UP_TOGETHER * accumulate, number - (failing == str(rank)), number - 1)

@@ -107,7 +107,10 @@ def clip_loader(
         device_id=0 if gpu else None,
     )
     listed = listed or ("held" if held else "long")
-    return ClipLoader(index_of(setting, source, listed), sampler_of(setting), options)
+    loader = ClipLoader(index_of(setting, source, listed), sampler_of(setting), options)
+    if loader.options != options:  # figures of DALI's operators would be taken for those of the kernel
+        raise RuntimeError(pixels.why_not(options.torch_device))
+    return loader
 
 
 def pixel_stages(setting: Setting, side: int, dtype: torch.dtype) -> tuple[Callable[[], int], float]:

@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dfer.cli import say_once
-from dfer.crf.dense import dense_groups
+from dfer.crf.dense import DensePairs, dense_groups
 from dfer.crf.pairs import DifferentiablePairs
 from dfer.files import reason
 
 Backend = Literal["auto", "dense", "triton", "sdpa"]
+NO_GPU = "there is no GPU here"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -36,30 +37,52 @@ def resolve_backend(backend: Backend, gpu: bool = False) -> Literal["dense", "tr
 
 
 @functools.cache
-def triton_runs(device: torch.device) -> bool:
-    """Return whether Triton's kernels can be trusted on a device; the first time it is said if they cannot.
+def triton_runs(device: torch.device, operands: torch.dtype) -> bool:
+    """Return whether Triton's kernels are taken on a device; the first time it is said if it cannot run them.
 
-    They are compiled there, which takes a C compiler, and sweep a few points as dense pairs do.
+    On a CPU they are not, without a word: a model that was trained on a GPU is looked at there.
     """
-    why = _trouble(device)
-    if why is not None:
+    why = trouble(device, operands)
+    if why not in (None, NO_GPU):
         say_once(f"--model.crf-backend triton: {why}; dense is taken")
     return why is None
 
 
-def _trouble(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "there is no GPU here"
-    points = torch.arange(2 * 70 * 8, device=device).view(2, 70, 8).mul(0.7).sin()
-    try:
-        from dfer.crf.triton import TritonPairs
+@functools.cache
+def trouble(device: torch.device, operands: torch.dtype) -> str | None:
+    """Return why Triton's kernels cannot be trusted on a device with operands of a type.
 
-        (_, dense), *_ = dense_groups(points, torch.float32, torch.float32, None)
-        want = dense.sweep(points)
-        off = float((TritonPairs(points, torch.float32, None).sweep(points)[: len(want)] - want).abs().max())
+    They are compiled there, which takes a C compiler, and do with a few points what dense pairs do.
+    """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return NO_GPU
+    try:
+        off = _distance(device, operands)
     except Exception as error:  # of Triton, its compiler and the driver, which raise different classes
         return f"its kernels do not run here ({reason(error)})"
-    return None if off <= 1e-2 else f"its kernels are {off:.1e} off dense pairs"  # of sums of at most 1
+    # A term of a sum has two rounded factors or three, and terms that cancel are a few times as large as their sum.
+    # Exponents are float32 always: the logarithm of a pair is off by some units of its half norms.
+    allowed = 8 * torch.finfo(operands).eps / 2 + 1e-5
+    return None if off <= allowed else f"its kernels are {off:.1e} off dense pairs"
+
+
+def _distance(device: torch.device, operands: torch.dtype) -> float:
+    """Return how far a step and a gradient are from dense pairs in float64, as a share of the largest element."""
+    from dfer.crf.triton import TritonPairs  # here, because Triton is not installed everywhere
+
+    waves = torch.arange(2 * 70 * 8).view(2, 70, 8).mul(0.7).sin().to(operands).double()  # points are rounded anyway
+    shares = waves.abs()
+    compatibility, eta = shares[0, :8] / 8, torch.tensor([1.0, 0.6]).double()
+    step = (waves.softmax(-1), waves, waves.flip(0), shares.flip(1), compatibility, eta, shares)
+    left, right = waves, waves.flip(1)
+    dense = DensePairs(waves, torch.float64, torch.float64, None, None)
+    gradient = (left, right, (right * dense.sweep(left)).sum(-1))
+    pairs = TritonPairs(waves.float().to(device), operands, None)
+    want = [*dense.step(*step), dense.gradient(*gradient)]
+    step, gradient = ([x.float().to(device) for x in given] for given in (step, gradient))
+    got = [*pairs.step(*step), pairs.gradient(*gradient)]
+    apart = [(a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(got, want, strict=True)]
+    return float(torch.stack(apart).nan_to_num(torch.inf).max())
 
 
 def grouped(
@@ -80,8 +103,8 @@ def grouped(
         accumulate: type of the sums.
         scale: 1 / sqrt(degree) if it is known already, from the forward pass.
     """
-    if backend == "triton" and triton_runs(points.device):
-        from dfer.crf.triton import TritonPairs  # here, because Triton is not installed everywhere
+    if backend == "triton" and triton_runs(points.device, operands):
+        from dfer.crf.triton import TritonPairs  # here too
 
         yield slice(None), TritonPairs(points, operands, scale)
         return

@@ -332,38 +332,53 @@ def _subclass(base: type, forward: Any) -> type:
 # ---- Whether a device can be trusted with it.
 
 
+# What the kernels are launched for, by norm, pool, maps and shortcut: ours, and the same of torch's operators.
+_CASES: dict[str, tuple[Any, Any]] = {
+    "norm": (lambda norm, _, x, __: norm(x), lambda norm, _, x, __: norm(x)),
+    "rectified": (lambda norm, _, x, __: norm(x, relu=True), lambda norm, _, x, __: norm(x).relu()),
+    "sum": (lambda norm, _, x, also: norm(x, also, relu=True), lambda norm, _, x, also: (norm(x) + also).relu()),
+    "stem": (lambda norm, pool, x, _: pool(x, norm), lambda norm, pool, x, _: pool(norm(x).relu())),
+    "pool": (lambda _, pool, x, __: pool(x), lambda _, pool, x, __: pool(x)),
+}
+
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the kernels are not to be used: they cannot run, or make something else of a few maps than torch."""
     try:
-        off = max(_distance(device, kind, parts) for kind in {dtype, torch.float32} for parts in ("norm", "pool"))
+        off = max(_distance(device, kind, case) for kind in {dtype, torch.float32} for case in _CASES)
     except Exception as error:  # of Triton, its compiler and the driver, which raise different classes
         return f"Triton's kernels do not run here ({reason(error)})"
     return None if off <= 0.05 else f"Triton's kernels are {off:.1e} off torch's operators"
 
 
-def _distance(device: torch.device, dtype: torch.dtype, parts: Literal["norm", "pool"]) -> float:
+def _distance(device: torch.device, dtype: torch.dtype, case: str) -> float:
     """Return how far a layer's outputs and gradients are from torch's on a CPU, as a share of the largest element.
 
-    A GPU's own are no measure in its deterministic mode, where torch may refuse a pool's gradient.
+    Those of training, and then the outputs of evaluation. A GPU's own are no measure in its deterministic mode, where
+    torch may refuse a pool's gradient.
     """
     layers: Any = (nn.BatchNorm2d(72), nn.MaxPool2d(3, 2, 1))
     ours: Any = copy.deepcopy(layers)
     fuse(nn.ModuleList(ours), "both")
     waves = torch.arange(2 * 6 * 7 * 72).view(2, 6, 7, 72).permute(0, 3, 1, 2).mul(0.7).sin().to(dtype)
     found = []
-    for norm, pool in (ours, layers):
+    for (norm, pool), layer in zip((ours, layers), _CASES[case], strict=True):
         x = waves.to(device) if norm is ours[0] else waves.float()
         norm.to(x.device)
         x.requires_grad_()
         shortcut = x.detach().flip(0).contiguous(memory_format=torch.channels_last).requires_grad_()
-        if parts == "pool":
-            y = pool(x, norm) if norm is ours[0] else pool(norm(x).relu())
-        else:
-            y = norm(x, shortcut, relu=True) if norm is ours[0] else (norm(x) + shortcut).relu()
+        y = layer(norm, pool, x, shortcut)
         # Rounding makes cells of a window equal, whose gradient goes to another one of them then.
-        leaves = [norm.weight, norm.bias] + [x, shortcut] * (parts == "norm")
-        leaves += [x] * (parts == "pool" and dtype is torch.float32)
-        made = [y, norm.running_mean, norm.running_var, *torch.autograd.grad(y.square().sum(), leaves)]
+        leaves = [x] * (case != "stem" or dtype is torch.float32) + [shortcut] * (case == "sum")
+        made = [y]
+        if case != "pool":
+            leaves += [norm.weight, norm.bias]
+            made += [norm.running_mean, norm.running_var]
+        # 0 at the edge of a ReLU, which rounding moves; and without negative ones, as y's own would have no gradient.
+        made += torch.autograd.grad(y, leaves, y.detach().relu())
+        norm.eval()
+        with torch.no_grad():
+            made.append(layer(norm, pool, x, shortcut))
         found.append([tensor.detach().float().cpu() for tensor in made])
     apart = [(a - b).abs().max() / b.abs().max() for a, b in zip(*found, strict=True)]
     return float(torch.stack(apart).nan_to_num(torch.inf).max())

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import signal
 import time
 from collections import deque
@@ -34,13 +35,16 @@ class _Face:
     pictures: deque[tuple[float, UInt8[np.ndarray, "_ _ 3"]]] = field(default_factory=deque)  # of the last window
     probabilities: Float64[np.ndarray, " K"] | None = None
     due: float = 0.0  # when it is to be predicted on again
+    since: float = 0.0  # when it came, or came back
+    seen: float = -math.inf  # in which frame, last
 
 
 class LivePredictor:
     """Follows the faces in frames that come one by one, some left out, and predicts on the last window of each.
 
-    A face has numbers as soon as half a window of it was seen; they belong to the last window, and are new after each
-    stride. Of several faces that are due, one is predicted on per frame, so that no frame waits for more than that.
+    A face has numbers as soon as half a window of it was seen without a break, of a window of one frame at once; they
+    belong to the last window, and are new after each stride. Of several faces that are due, one is predicted on per
+    frame, so that no frame waits for more than that.
 
     Args:
         predictor: the models, their windows and the detector.
@@ -53,6 +57,9 @@ class LivePredictor:
         self.stride = predictor.stride.seconds(fps) if predictor.stride else self.window / 4
         if self.stride > self.window:
             raise UserError(f"--stride: {self.stride:g} s are more than the window's {self.window:g}")
+        # A picture lasts: n of them are n - 1 frames apart. Cameras' clocks round.
+        self._enough = min(self.window / 2, self.window - 1 / fps) - 1e-6
+        self._before = 0.0  # when the frame before came
         self._linker, self._searches, self._search_due = Linker(), 0, 0.0
         self._faces: dict[int, _Face] = {}
 
@@ -60,10 +67,14 @@ class LivePredictor:
         """Return the faces in the next frame, at `now` seconds, in the order of their numbers."""
         faces = self._follow(now, frame)
         for face in faces:
+            if face.seen < self._before:
+                face.since = now
+            face.seen = now
             face.pictures.append((now, self._crop(face, frame)))
-            while face.pictures[0][0] <= now - self.window + 1e-6:  # cameras' clocks round
+            while face.pictures[0][0] <= now - self.window + 1e-6:
                 face.pictures.popleft()
-        waiting = [f for f in faces if now >= f.due and now - f.pictures[0][0] >= self.window / 2]
+        waiting = [f for f in faces if now >= f.due and now - f.since >= self._enough]
+        self._before = now
         if waiting:
             face = min(waiting, key=lambda f: f.due)
             face.probabilities = self._predict([picture for _, picture in face.pictures])
@@ -115,6 +126,8 @@ class Watched(NamedTuple):
     delays: list[float]  # of each frame that was shown, from when it was decoded, s
 
     def __str__(self) -> str:
+        if not self.delays:
+            return f"{self.seconds:.1f} s: it ended before a picture was shown"
         return (
             f"{self.seconds:.1f} s: of {self.came} frames {self.shown} were shown, {self.came - self.shown} dropped, "
             f"as a newer one had come; from camera to page {1000 * np.median(self.delays):.0f} ms typically, "

@@ -16,7 +16,7 @@ def flops_a_clip(config: Config) -> float:
     They are counted on tensors without content: nothing lies on a GPU, and nothing that a step does is touched.
 
     Raises:
-        RuntimeError: if some operator cannot be done without content.
+        Exception: of whatever class, if some operator cannot be done without content.
     """
     data = config.data
     num_frames = data.num_segments * data.frames_per_segment

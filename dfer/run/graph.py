@@ -16,6 +16,7 @@ from torch.profiler import record_function
 
 from dfer.cli import UserError
 from dfer.config import RunConfig
+from dfer.files import reason
 from dfer.run.distributed import World, first_failure
 from dfer.run.launchers import find_place
 
@@ -42,7 +43,7 @@ class Backend(Protocol):
         """Return what does the work of a function, without having done it.
 
         Raises:
-            RuntimeError: if it cannot be captured.
+            Exception: if it cannot be captured, of whatever class: CUDA, torch and Triton have their own.
         """
         ...
 
@@ -75,7 +76,7 @@ class CudaGraphs:
         """Return the replay of a function that was captured.
 
         Raises:
-            RuntimeError: if it cannot be captured.
+            Exception: if it cannot be captured, of whatever class: CUDA, torch and Triton have their own.
         """
         graph = torch.cuda.CUDAGraph()
         # Other threads, DALI's among them, may allocate and wait meanwhile: that is no error of this one.
@@ -83,7 +84,7 @@ class CudaGraphs:
         try:
             with torch.cuda.stream(torch.cuda.current_stream()), capturing:  # the first goes back, whatever happens
                 function()
-        except RuntimeError:
+        except Exception:
             self._end_capture()
             raise
         return graph.replay
@@ -151,8 +152,10 @@ class Graphs:
         replay = why = None
         try:
             replay = self._backend.capture(function)
-        except RuntimeError as error:  # of CUDA, of torch, of memory that runs out
-            why = " ".join(str(error).split())[:200]
+        # Whatever it is, the others wait to hear of it. What is no fault of the capture, the call below raises again.
+        except Exception as error:
+            name_of = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+            why = f"{name_of}{reason(error)}"[:200]
         why = self._agree(why)
         if replay is not None and why is None:
             self._replays[name] = replay

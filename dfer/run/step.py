@@ -11,7 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from dfer.batch import Batch, Mix
+from dfer.crf.backends import trouble
+from dfer.crf.layers import GaussianCRF, MeanFieldCRF
 from dfer.evaluation import probabilities
+from dfer.files import reason
 from dfer.metrics import DeviceClock
 from dfer.model.fused import fuse, why_not
 from dfer.optim.rates import DeviceRates
@@ -43,7 +46,7 @@ class TrainingStep:
         """Take the steps of a job. Clips that are copied are rounded to what the model rounds them to in any case."""
         self.graphs = graphs
         self.flops_a_clip: float | None = None  # of convolutions and products, forwards and backwards; on a GPU
-        self.note: str | None = None  # what is to be said besides of the graphs, once
+        self.notes: list[str] = []  # what is to be said besides of the graphs, each once
         self._job, self._loss_of = job, loss_of
         state, device = job.state, job.state.losses.device
         gpu = device.type == "cuda"
@@ -104,9 +107,8 @@ class TrainingStep:
             distributed.settle_buckets(job.model, batch, lambda batch: self._loss_of(job, batch)[0])
 
     def take_note(self) -> str | None:
-        """Return what is to be said of graphs and kernels, or of what could not be counted, once."""
-        note, self.note = self.note, None
-        return note or self.graphs.take_note() or self._evaluation.take_note()
+        """Return the next thing to be said of graphs and kernels, or of what could not be counted, each once."""
+        return self.notes.pop(0) if self.notes else self.graphs.take_note() or self._evaluation.take_note()
 
     def _do(self, first: bool, last: bool) -> None:
         """Do all that is captured."""
@@ -155,9 +157,9 @@ class TrainingStep:
         """Count what the model computes for a clip; where that cannot be done, have a note say why, and no more."""
         try:
             self.flops_a_clip = flops_a_clip(self._job.config)
-        except (RuntimeError, TypeError) as error:  # of an operator that cannot go without content
-            why = " ".join(str(error).split())[:200]
-            self.note = f"the model's FLOP cannot be counted ({why}): no share of the GPU's peak is logged"
+        except Exception as error:  # of whatever cannot go without content: a number in the log must not end a run
+            why = reason(error)[:200]
+            self.notes.append(f"the model's FLOP cannot be counted ({why}): no share of the GPU's peak is logged")
 
     def close(self) -> None:
         """Free the graphs: they hold what the processes exchange by, and so have to go first."""
@@ -187,22 +189,43 @@ class TrainingStep:
 def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     """Return a job with what takes its steps."""
     optim = job.config.optim
-    if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
-        graphs.note = f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside"
     step = TrainingStep(job, loss_of, graphs)
-    step.note = _fused(job)
+    step.notes += [note for note in (_fused(job), _crf(job)) if note is not None]
+    if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
+        step.notes.append(f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside")
     if job.world.is_main and job.world.device.type == "cuda":  # whose peak it is held against
         step.count_flops()
     return job._replace(step=step)
 
 
 def _fused(job: Job) -> str | None:
-    """Have the models of a job take fewer passes, if they are to and the device can; return why it cannot."""
+    """Have the models of a job take fewer passes, if they are to and all ranks can; return why one cannot."""
     run, state, device = job.config.run, job.state, job.precision.device
     if run.fused in ("auto", "off") or device.type != "cuda":  # auto: of a job that is no run
         return None
-    if (why := why_not(device, job.precision.dtype or torch.float32)) is not None:
+    if (why := _agreed(why_not(device, _operands(job)), job)) is not None:
         return f"--run.fused {run.fused}: {why}; torch's operators are taken"
     for model in (state.model, state.evaluated_model()):
         fuse(model, run.fused)
     return None
+
+
+def _crf(job: Job) -> str | None:
+    """Have the CRFs of a job take dense pairs if not all ranks can take Triton's; return why one cannot."""
+    models = (job.state.model, job.state.evaluated_model())
+    crfs = [m for model in models for m in model.modules() if isinstance(m, (MeanFieldCRF, GaussianCRF))]
+    crfs = [crf for crf in crfs if crf.backend == "triton"]
+    if not crfs or (why := _agreed(trouble(job.precision.device, _operands(job)), job)) is None:
+        return None
+    for crf in crfs:
+        crf.backend = "dense"
+    return f"--model.crf-backend triton: {why}; dense is taken"
+
+
+def _operands(job: Job) -> torch.dtype:
+    return job.precision.dtype or torch.float32
+
+
+def _agreed(why: str | None, job: Job) -> str | None:
+    """Return on all ranks why the first of those cannot that cannot: they compute alike, and rank 0 alone speaks."""
+    return why if job.world.size == 1 else distributed.first_failure(why, job.world)

@@ -94,8 +94,12 @@ def spdl(setting: Setting) -> Iterator[Row]:
     """SPDL's batched nvJPEG, which resizes as well: it has no way not to."""
     try:
         import spdl.io
+
+        spdl.io.cuda_config  # noqa: B018: its libraries are loaded now
     except ImportError as error:
         raise NotHere(f"not installed: {error.name}") from None
+    except RuntimeError as error:  # it finds none of the FFmpeg that it was built for
+        raise NotHere(f"not to be loaded: {str(error).splitlines()[0][:200]}") from None
     size = {"width": setting.size, "height": setting.size}
 
     def decode(images: Sequence[np.ndarray]) -> object:

@@ -95,15 +95,14 @@ def spdl(setting: Setting) -> Iterator[Row]:
     try:
         import spdl.io
 
-        spdl.io.cuda_config  # noqa: B018: its libraries are loaded now
+        config = spdl.io.cuda_config(device_index=0)  # only now does it load its libraries
     except ImportError as error:
         raise NotHere(f"not installed: {error.name}") from None
     except RuntimeError as error:  # it finds none of the FFmpeg that it was built for
-        raise NotHere(f"not to be loaded: {str(error).splitlines()[0][:200]}") from None
+        raise NotHere(f"not installed as a whole: {str(error).splitlines()[0][:200]}") from None
     size = {"width": setting.size, "height": setting.size}
 
     def decode(images: Sequence[np.ndarray]) -> object:
-        config = spdl.io.cuda_config(device_index=0)
         return spdl.io.load_image_batch_nvjpeg([image.tobytes() for image in images], device_config=config, **size)
 
     yield from told(setting, "SPDL, resized too", decode)

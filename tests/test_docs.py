@@ -125,7 +125,8 @@ def test_the_commands_of_the_guides_run_one_after_the_other(checkout):
         if words[0] == "sbatch":
             continue  # tests/test_slurm.py
         if words[0] != "awk":
-            command += f" {SMALLER.get(words[script_of(words)], '')}"
+            smaller = SMALLER.get(words[script_of(words)], "")
+            command += f" {smaller.removeprefix('-- ') if '--' in words else smaller}"
         shell = ["bash", "-c", command]
         done = subprocess.run(shell, cwd=checkout, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

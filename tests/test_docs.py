@@ -29,6 +29,7 @@ SMALLER = {  # what is added to a command to make it small, by its script
     "scripts/prepare_dfew.py": "--allow-missing",  # a miniature of the release
     "scripts/prepare_ferv39k.py": "--allow-missing",
     "benchmarks/loader_speed.py": "--clips 24 --frames 2 --size 32 --batch-size 2 --rounds 1 --seconds .1 --patience 0",
+    "benchmarks/busy.py": "--ways threads --rounds 1 --seconds 1",
     "benchmarks/crf_speed.py": "--tokens 104 --batches 1 --rounds 1 --patience 0",
     "benchmarks/model_comparison.py": f"--models both-t3 none-t3 --seeds 1 --file runs.jsonl -- {TINY}",
 }

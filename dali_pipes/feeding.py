@@ -63,12 +63,7 @@ class Feed:
         num_samples = options.batch_size * (1 if source.kind == "videos" else clip_length)
         if options.fused:
             self._build = partial(
-                graphs.fused,
-                source.kind,
-                num_samples,
-                options.size,
-                self._stored_as,
-                options.num_threads,
+                graphs.fused, source.kind, num_samples, options.size, self._stored_as, options.num_threads
             )
         elif options.route(index.source) == "decoded":
             gpu = options.device, options.device_id, options.jpeg_engine

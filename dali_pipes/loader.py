@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from dali_pipes import pixels, torch_stages
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.feeding import Epoch, Refused
-from dali_pipes.options import LoaderOptions
+from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Reading, Rooms
 from dali_pipes.resident import ResidentClips
@@ -26,8 +26,6 @@ from dfer.batch import Batch, mixed
 from dfer.cli import UserError, printable, say_error, say_once
 from dfer.lists.index import ClipIndex, Packed
 from dfer.plan.sampling import ClipSampler, EpochPlan, shard
-
-AHEAD = 2  # batches that are read, and videos decoded, before the graph needs them
 
 
 class _Started(NamedTuple):

@@ -182,6 +182,26 @@ def find_pixels(table, digests, videos, frames, out, states):
 
 
 @njit(nogil=True)
+def check_hashes(digests, videos, frames, address, size, states):
+    """Make ODD what is DONE of clips in memory, but has a frame without its hash.
+
+    Args:
+        digests: Digests.
+        videos: (B,) int64.
+        frames: (B, T) int64.
+        address: (B,) int64, of clips whose frames follow each other.
+        size: (B,) int64, bytes of a frame.
+        states: (B,) uint8.
+    """
+    for clip in range(len(videos)):
+        for i in range(frames.shape[1]):
+            if states[clip] == DONE:
+                place = address[clip] + i * size[clip]
+                if not _fits(place, size[clip], digests, videos[clip], frames[clip, i]):
+                    states[clip] = ODD
+
+
+@njit(nogil=True)
 def _is_good(data, digests, video, frame):
     if digests.function != 0 and not _fits(data.ctypes.data, len(data), digests, video, frame):
         return False

@@ -10,6 +10,7 @@ from dfer.lists.index import Source
 # How clips are made: by the CPU's kernel in DALI's graph; by DALI's operators; decoded by DALI, the rest by one kernel
 # (pixels.py); of raw clips without DALI, read into one buffer a batch (streaming.py).
 Graph = Literal["fused", "operators", "decoded", "streamed"]
+AHEAD = 2  # batches that are read, and videos decoded, before their turn
 Kind = Literal["images", "pixels", "videos"]  # of a source: encoded images, uint8 pictures, encoded video files
 
 

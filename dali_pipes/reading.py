@@ -121,7 +121,7 @@ class Reading:
     ):
         self._source, self._videos, self._frames = source, videos, np.ascontiguousarray(frames)
         self._states = np.full(len(videos), native.ODD if listed else native.WAITING, np.uint8)
-        self._pictures = np.zeros((frames.size, native.COLUMNS), np.int64)
+        self._pictures = np.zeros((frames.size if room is None and not listed else 0, native.COLUMNS), np.int64)
         self._listed, self.room = listed, room
         self._apart: dict[int, list[Any]] = {}  # place in the batch -> what was fetched, where it is in no room
         self.bad: dict[int, BadClip] = {}  # place -> why it cannot be read

@@ -71,7 +71,7 @@ class Images(abc.ABC):
         """
         videos, frames, out, states = args
         hashes = self.index.hashes
-        if hashes is not None and not self._digests.function:  # this machine's Python has no such function
+        if hashes is not None and not self.digests.function:  # this machine's Python has no such function
             return
         if self._refused:
             known = np.array(sorted(self._refused))
@@ -84,7 +84,8 @@ class Images(abc.ABC):
         """Do what `read` does of frames that DALI has never refused."""
 
     @cached_property
-    def _digests(self) -> native.Digests:
+    def digests(self) -> native.Digests:
+        """Return the hashes that frames must have, for compiled code."""
         hashes = self.index.hashes
         if hashes is None:
             return native.NO_DIGESTS
@@ -160,7 +161,7 @@ class FrameFolders(Images):
         return images
 
     def _read(self, videos: Any, frames: Any, out: Any, states: Any) -> None:
-        native.read_files(self._files, self._digests, videos, frames, *out, states)
+        native.read_files(self._files, self.digests, videos, frames, *out, states)
 
     @cached_property
     def _files(self) -> native.Files:
@@ -201,9 +202,9 @@ class Shards(Images):
 
     def _read(self, videos: Any, frames: Any, out: Any, states: Any) -> None:
         if self.kind == "images":
-            native.read_ranges(self._ranges, self._digests, videos, frames, *out, states)
+            native.read_ranges(self._ranges, self.digests, videos, frames, *out, states)
         else:
-            native.find_pixels(self._ranges, self._digests, videos, frames, out, states)
+            native.find_pixels(self._ranges, self.digests, videos, frames, out, states)
 
     @cached_property
     def _ranges(self) -> native.Ranges:

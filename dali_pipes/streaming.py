@@ -1,6 +1,6 @@
 """Raw clips for a GPU, without DALI: compiled code reads a batch into pinned memory, one copy and one kernel follow.
 
-No Python runs for a clip or a frame, but where one is bad or its hash is to be checked. Later batches are read, copied
+No Python runs for a clip or a frame, but where one is bad. Later batches are read, copied
 and made beside the consumer's work, on the GPU on a stream of their own. Where clips end up on a CPU, as in the tests,
 all is the same but for pinned memory, the stream, and the kernel.
 """
@@ -26,16 +26,14 @@ from torch.profiler import record_function
 from dali_pipes import pixels
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.compiling import njit
-from dali_pipes.native import DONE, ODD, WAITING
-from dali_pipes.options import LoaderOptions
+from dali_pipes.native import DONE, ODD, WAITING, check_hashes
+from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.sources import BadClip, Shards
 from dali_pipes.torch_stages import Stages
 from dfer.files import reason
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import EpochPlan
-
-AHEAD = 2  # batches that are read before their turn
 
 # The C library's, which every process has. Unlike memory that a file is mapped to, it survives a file that is cut, or a
 # disk that fails, and what it copies lies where the GPU can fetch it.
@@ -117,20 +115,12 @@ class RawStream:
         files = self._files[store.shard[videos[part]]]
         offset = store.offset[store.first[videos[part]][:, None] + frames[part]]
         address = reading.buffer.data_ptr() + reading.position[part]
-        if self._index.hashes is None:
-            read_clips(files, offset, reading.size[part], address, reading.states[part])
-            return
-        read = np.zeros(end - begin, dtype=np.uint8)
-        read_clips(files, offset, reading.size[part], address, read)
-        for place in range(begin, end):
-            fits = read[place - begin] == DONE and self._fit(reading, place, int(videos[place]), frames[place])
-            reading.states[place] = DONE if fits else ODD
-
-    def _fit(self, reading: _Reading, place: int, video: int, frames: Int64[np.ndarray, " T"]) -> bool:
-        """Return whether the frames of a clip have their hashes. Python's hashing holds no lock."""
-        pictures, hashes = self._pictures(reading, place, len(frames)), self._index.hashes
-        assert hashes is not None
-        return all(hashes.fit(video, int(frame), data) for frame, data in zip(frames, pictures, strict=True))
+        states, digests = reading.states[part], self._source.digests
+        read_clips(files, offset, reading.size[part], address, states)
+        if digests.function:
+            check_hashes(digests, videos[part], frames[part], address, reading.size[part], states)
+        elif self._index.hashes is not None:  # this machine's Python has no such function: one by one
+            states[:] = ODD
 
     def _pictures(self, reading: _Reading, place: int, num_frames: int) -> UInt8[np.ndarray, "T _"]:
         """Return the part of the buffer that holds a clip."""

@@ -43,7 +43,7 @@ from dali_pipes.torch_stages import resize
 from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable
 from dfer.files import reason
 from dfer.predict.inputs import find_videos
-from dfer.predict.live import LivePredictor, in_words, stopped_by_signals, watch
+from dfer.predict.live import LivePredictor, in_words, stopped_by_signals, warm_up, watch
 from dfer.predict.live_page import LivePage
 from dfer.predict.options import add_arguments, build_predictor
 from dfer.predict.output import PURPOSE, Annotate, describe, write_outputs
@@ -86,6 +86,7 @@ def watch_camera(camera: Camera, predictor: Predictor, about: list[str], recordi
     """Show what a camera sees until it ends or is ended. Returns the exit code."""
     if recording:
         make_folder(recording.parent)
+    warm_up(predictor)
 
     def begin_showing(live: LivePredictor) -> None:
         numbers = f"numbers are of the last {live.window:g} s, new every {live.stride:g} s"

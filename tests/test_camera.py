@@ -212,11 +212,26 @@ def test_a_face_is_said_what_a_list_of_its_window_s_frames_is(run: Path) -> None
     ("window", "every", "first"),
     [(1, 1, 0), (2, 1, 1), (3, 1, 2), (1, 3, 0), (2, 3, 3), (6, 8, 8)],  # each frame is looked at, or few of them
 )
-def test_a_window_of_few_frames_has_numbers(window: int, every: int, first: int, run: Path) -> None:
+def test_a_window_of_few_frames_has_numbers(
+    window: int, every: int, first: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     live = lv.LivePredictor(predictor_of(run, window=Duration(window, False)), FPS)
-    live._predict = lambda pictures: np.full(7, 1 / 7)
+    monkeypatch.setattr(lv, "_predict", lambda predictor, pictures: np.full(7, 1 / 7))
     times = [i for i in range(0, 20, every) if live.see(i / FPS, pictures(1)[0])[0].probabilities is not None]
     assert times == list(range(first, 20, every))
+
+
+def test_what_is_done_once_is_done_before_a_frame_comes(run: Path) -> None:
+    """By the detector and by each model; neither remembers it."""
+    seen: list[tuple[int, ...]] = []
+    predictor = predictor_of(run, detect=lambda frame: seen.append(frame.shape) or np.empty((0, 4)))
+    (model,), window = predictor.models, pictures(3)
+    before = lv._predict(predictor, window)
+    passes = model._net.register_forward_hook(lambda *_: seen.append(()))
+    lv.warm_up(predictor)
+    assert seen == [(lv.CROP_SIZE, lv.CROP_SIZE, 3), ()]
+    passes.remove()
+    np.testing.assert_array_equal(lv._predict(predictor, window), before)
 
 
 def test_a_camera_that_is_stopped_before_its_first_frame_is_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

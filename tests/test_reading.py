@@ -161,6 +161,8 @@ def test_a_wrong_hash_is_found_in_compiled_code_and_by_machines_without_the_func
         packed(root, kind)
     assert hash_clips.main([str(path)]) == 0
     index = load_index(path)
+    whole = index
+    want = list(ClipLoader(replace(whole, hashes=None), ClipSampler(0, FRAMES, mode="eval"), LoaderOptions(4, SIZE))(0))
     digests = bytearray(index.hashes.digests)
     digests[native.SIZE * (2 * FRAMES + 1) + 15] ^= 1
     index = replace(index, hashes=replace(index.hashes, digests=bytes(digests)))
@@ -168,9 +170,11 @@ def test_a_wrong_hash_is_found_in_compiled_code_and_by_machines_without_the_func
     assert (read(index, videos, frames)[0] == np.where(videos == 2, native.ODD, native.DONE)).all()
     for address in (native.sha256_address(), 0):
         monkeypatch.setattr(native, "sha256_address", lambda address=address: address)
-        loader = ClipLoader(index, ClipSampler(0, FRAMES, mode="eval"), LoaderOptions(4, SIZE))
-        with pytest.raises(BadClip, match="its bytes are not those"):
-            list(loader(0))
+        for graph in ("fused", *(["streamed"] if kind == "raw" else [])):
+            loader = ClipLoader(index, ClipSampler(0, FRAMES, mode="eval"), LoaderOptions(4, SIZE, graph=graph))
+            with pytest.raises(BadClip, match=r"(frame 1|c2/2\.jpg) of clip c2.*its bytes are not those"):
+                list(loader(0))
+            assert_same(list(ClipLoader(whole, loader.sampler, loader.options)(0)), want)
 
 
 def batches_of(index, epochs=(0,), **options):

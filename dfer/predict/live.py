@@ -77,7 +77,7 @@ class LivePredictor:
         self._before = now
         if waiting:
             face = min(waiting, key=lambda f: f.due)
-            face.probabilities = self._predict([picture for _, picture in face.pictures])
+            face.probabilities = _predict(self._predictor, [picture for _, picture in face.pictures])
             face.due = now + self.stride - 1e-6
         return [SeenFace(face.number, face.box, face.probabilities) for face in faces]
 
@@ -105,16 +105,25 @@ class LivePredictor:
     def _crop(self, face: _Face, frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "_ _ 3"]:
         return frame if face.box is None else crop_face(frame, face.box, CROP_SIZE)
 
-    def _predict(self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float64[np.ndarray, " K"]:
-        """Return what the models say of one window, on average, as of a video's."""
-        window, means = np.array([[0, len(pictures)]]), []
-        for model in self._predictor.models:
-            timeline = Timeline(len(pictures), window, model.sampler, model.prepare, model.predict, 1)
-            for number, picture in enumerate(pictures):
-                if timeline.wants(number):
-                    timeline.add(number, picture)
-            means.append(timeline.probabilities()[0])
-        return np.mean(means, axis=0)
+
+def warm_up(predictor: Predictor) -> None:
+    """Have the detector and the models look at a black picture: what they do once, no frame then waits for."""
+    black = np.zeros((CROP_SIZE, CROP_SIZE, 3), np.uint8)
+    if predictor.detect is not None:
+        predictor.detect(black)
+    _predict(predictor, [black])
+
+
+def _predict(predictor: Predictor, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float64[np.ndarray, " K"]:
+    """Return what the models say of one window, on average, as of a video's."""
+    window, means = np.array([[0, len(pictures)]]), []
+    for model in predictor.models:
+        timeline = Timeline(len(pictures), window, model.sampler, model.prepare, model.predict, 1)
+        for number, picture in enumerate(pictures):
+            if timeline.wants(number):
+                timeline.add(number, picture)
+        means.append(timeline.probabilities()[0])
+    return np.mean(means, axis=0)
 
 
 class Watched(NamedTuple):

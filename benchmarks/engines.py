@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -238,6 +239,25 @@ def converted(task: Task, library: str, source: str, write: Callable[[Iterator[d
     return str(folder)
 
 
+def clips_of(stored_videos: Any, task: Task, source: str) -> Any:
+    """A library's data set of whole videos as one of clips, of a pass after the other."""
+
+    class Clips(stored_videos):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.made, self.passes = Sampled(task, Cuts(task), source == "raw128"), -1
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+        def __getitem__(self, index):
+            stored = super().__getitem__(index)
+            return self.made.clip(self.passes, int(stored["video"]), stored["frames"], np.asarray(stored["lengths"]))
+
+    return Clips
+
+
 def litdata(task: Task, source: str) -> Iterator[Tensor]:
     """litdata: chunks that are shuffled as it shuffles them; workers that live on."""
     from litdata import StreamingDataLoader, StreamingDataset
@@ -251,20 +271,9 @@ def litdata(task: Task, source: str) -> Iterator[Tensor]:
         writer.done()
         writer.merge(1)
 
-    class Clips(StreamingDataset):
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.made, self.passes = Sampled(task, Cuts(task), source == "raw128"), -1
-
-        def __iter__(self):
-            self.passes += 1
-            return super().__iter__()
-
-        def __getitem__(self, index):
-            stored = super().__getitem__(index)
-            return self.made.clip(self.passes, int(stored["video"]), stored["frames"], np.asarray(stored["lengths"]))
-
-    data = Clips(input_dir=converted(task, "litdata", source, write), shuffle=True, drop_last=True)
+    data = clips_of(StreamingDataset, task, source)(
+        input_dir=converted(task, "litdata", source, write), shuffle=True, drop_last=True
+    )
     loader = StreamingDataLoader(
         data, batch_size=task.batch_size, num_workers=task.workers, persistent_workers=True, worker_init_fn=one_thread
     )
@@ -282,21 +291,10 @@ def streaming(task: Task, source: str) -> Iterator[Tensor]:
             for video in videos:
                 writer.write(video)
 
-    class Clips(StreamingDataset):
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.made, self.passes = Sampled(task, Cuts(task), source == "raw128"), -1
-
-        def __iter__(self):
-            self.passes += 1
-            return super().__iter__()
-
-        def __getitem__(self, at):
-            stored = super().__getitem__(at)
-            return self.made.clip(self.passes, stored["video"], stored["frames"], stored["lengths"])
-
     clean_stale_shared_memory()
-    data = Clips(local=converted(task, "streaming", source, write), shuffle=True, batch_size=task.batch_size)
+    data = clips_of(StreamingDataset, task, source)(
+        local=converted(task, "streaming", source, write), shuffle=True, batch_size=task.batch_size
+    )
     loader = DataLoader(
         data,
         batch_size=task.batch_size,

@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks" / "results" / "model_comparison.jsonl"
 PAGE = ROOT / "docs" / "comparison.md"
 DRAWN = {"faces": "normal", "faces-hard": "hard"}
+WATCHED = 64  # clips of the test list that a training is evaluated on after each epoch; all, when it is over
 RUNNING: set[subprocess.Popen] = set()  # what is ended when this process is
 ENDING = threading.Event()
 COUNTING = threading.Lock()
@@ -60,6 +61,7 @@ class Data(NamedTuple):
     name: str
     train: Path
     test: Path
+    watched: Path  # the first clips of the test list
     clips: int  # to train on
     fingerprint: dict[str, str]
 
@@ -107,7 +109,8 @@ def find_data(words: list[str], clips: int | None, log_dir: Path) -> Data:
             raise UserError(f"--clips {clips}: {train} has only {len(records)}")
         train = first_clips(records[:clips], log_dir / "lists" / f"{name.replace('/', '-')}-first-{clips}.txt")
     prints = {"test": data_fingerprint(test), "train": data_fingerprint(train)}
-    return Data(name, train, test, clips or len(records), prints)
+    watched = first_clips(read_annotations(test)[:WATCHED], log_dir / "lists" / f"watched-{prints['test'][:10]}.txt")
+    return Data(name, train, test, watched, clips or len(records), prints)
 
 
 def first_clips(records: list[VideoRecord], path: Path) -> Path:
@@ -130,7 +133,7 @@ def plan(args: argparse.Namespace, data: Data) -> list[Run]:
         if unknown := set(args.models) - names.keys():
             raise UserError(f"--models {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
         names = {name: names[name] for name in args.models}
-    lists = ["--data.train-list", str(data.train), "--data.val-list", str(data.test), "--run.wandb", "off"]
+    lists = ["--data.train-list", str(data.train), "--data.val-list", str(data.watched), "--run.wandb", "off"]
     runs = []
     for seed in range(args.seeds):
         for row, words in names.items():
@@ -168,11 +171,11 @@ def call(command: list[str], threads: int, output: Any) -> int:
             RUNNING.discard(child)
 
 
-def evaluate(folder: Path, segments: list[int], threads: int) -> dict[int, dict[str, Any]]:
-    """Return WAR, UAR and the confusion matrix of a run on its test list, cut into each number of segments."""
+def evaluate(folder: Path, test: Path, segments: list[int], threads: int) -> dict[int, dict[str, Any]]:
+    """Return WAR, UAR and the confusion matrix of a run on a list, its clips cut into each number of segments."""
     script, out = str(ROOT / "scripts" / "evaluate.py"), folder.with_name(f"{folder.name}.evaluation")
     with open(out, "wb") as output:
-        words = ["--json", "--segments", *map(str, segments)]
+        words = ["--json", "--list", str(test), "--segments", *map(str, segments)]
         code = call([sys.executable, script, str(folder), *words], threads, output)
     lines = out.read_text(errors="replace").splitlines()
     if code:
@@ -203,7 +206,7 @@ def finish(run: Run, data: Data, args: argparse.Namespace, folder: Path, threads
     epochs = run.config.optim.epochs
     speeds = [r["throughput/total_clips_per_s"] for r in rows if "train/loss" in r and r["epoch"] > min(1, epochs - 1)]
     trained = run.config.data.num_segments
-    found = evaluate(folder, sorted({trained, *tables.SEGMENTS}), threads)
+    found = evaluate(folder, data.test, sorted({trained, *tables.SEGMENTS}), threads)
     counts = found[trained]["confusion"]
     present = [k for k in range(len(EMOTIONS)) if sum(counts[k])]
     parameters, flops = cost(run.config)

@@ -16,6 +16,7 @@ from benchmarks import model_comparison as mc
 from benchmarks.comparison import faults, page, record, tables
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig, parse_config
+from dfer.lists.annotations import read_annotations
 from tests.conftest import ROOT
 
 DATA = {"train": "a", "test": "b"}
@@ -65,6 +66,12 @@ def test_a_run_is_found_by_what_was_trained_on_what():
     assert record.find_result(runs, config, DATA | {"train": "other pixels"}) is None
     # An option that did not exist then, at what its default means; and a default that has changed since.
     older = runs[1] | {"config": {**runs[1]["config"], "loss": {"label_smoothing": 0.1}}}
+    assert record.find_result([older], config, DATA) is older
+    # What a saved run without them did on a GPU ("fused": off, videos by NVDEC) is no other model.
+    saved = {name: runs[1]["config"][name].copy() for name in ("data", "run")}
+    for section, name in (("data", "video_decoder"), ("data", "jpeg_engine"), ("run", "fused"), ("run", "graph")):
+        del saved[section][name]
+    older = runs[1] | {"config": {**runs[1]["config"], **saved}}
     assert record.find_result([older], config, DATA) is older
     changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.04))
     assert record.find_result(runs, changed, DATA) is None
@@ -151,6 +158,7 @@ def test_the_first_clips_of_a_list(clips, tmp_path):
     rows = [line for line in data.train.read_text().splitlines() if not line.startswith("#")]
     whole = [line for line in (clips / "train.txt").read_text().splitlines() if not line.startswith("#")]
     assert rows == whole[:5] and data.clips == 5
+    assert [r.name for r in read_annotations(data.watched)] == [r.name for r in read_annotations(data.test)][:64]
     with pytest.raises(UserError, match=r"--clips 9999: .*train\.txt has only 20"):
         mc.find_data([str(clips / "train.txt"), str(clips / "test.txt")], 9999, tmp_path)
     with pytest.raises(UserError, match="--data face: must be one of faces, faces-hard, order"):
@@ -218,7 +226,7 @@ def test_a_run_that_was_cut_off_is_found_again(monkeypatch, clips, tmp_path):
 
     monkeypatch.setattr(mc, "train", train)
     args = argparse.Namespace(log_dir=tmp_path, budget="short", jobs=1)
-    data = mc.Data("faces", clips / "train.txt", clips / "test.txt", 20, DATA)
+    data = mc.Data("faces", clips / "train.txt", clips / "test.txt", clips / "test.txt", 20, DATA)
     moved = data._replace(train=tmp_path / "train.txt")
     config = record.recorded_config(result("dfernet", 0, 0.0))
     assert config is not None

@@ -51,9 +51,9 @@ def append_result(path: Path, result: Result) -> None:
 
 
 def portable(config: Config) -> Config:
-    """Return a configuration without what does not change a result: places, names, the device and the log."""
-    nowhere = {name: DataConfig.__dataclass_fields__[name].default for name in ("train_list", "val_list", "root")}
-    data = dataclasses.replace(config.data, **nowhere)
+    """Return a configuration without what does not change a result: places, names, the device, decoders and the log."""
+    where = ("train_list", "val_list", "root", "source", "cache", "jpeg_engine", "video_decoder")
+    data = dataclasses.replace(config.data, **{name: DataConfig.__dataclass_fields__[name].default for name in where})
     run = RunConfig(amp=config.run.amp, channels_last=config.run.channels_last)
     return dataclasses.replace(config, data=data, run=run)
 
@@ -68,14 +68,14 @@ def find_result(results: list[Result], config: Config, data: dict[str, str]) -> 
 
 
 def recorded_config(result: Result) -> Config | None:
-    """Return the configuration of a recorded run; None if this version has no such configuration."""
+    """Return the portable configuration of a recorded run; None if this version has no such configuration."""
     return _config(json.dumps(result["config"]))
 
 
 @functools.cache
 def _config(text: str) -> Config | None:
     try:
-        return config_from_json(text, Path("record"))
+        return portable(config_from_json(text, Path("record")))
     except UserError:
         return None
 

@@ -19,12 +19,8 @@ from tests.test_demo import Browser
 
 IMAGES = ROOT / "docs" / "img"
 COLOURS = 128  # of a picture: a third of the bytes, and nothing to be seen of it
-WIDTH, HEIGHT, SHOWN, GIF_WIDTH = (
-    1280,
-    1010,
-    1100,
-    300,
-)  # px of the browser's window, of a picture's width in README, of the GIF's
+WIDTH, HEIGHT = 1280, 1010  # px of the browser's window
+SHOWN, GIF_WIDTH = 1100, 300  # px of a picture's width in README
 
 
 def shot(browser: Browser, path: Path, scheme: str, element: str | None = None) -> Image.Image:

@@ -431,6 +431,13 @@ def test_values_that_are_not_finite(tmp_path):
     assert "metrics.jsonl holds no finite value of train/loss or val/loss" in page.text
 
 
+@pytest.mark.parametrize(("busy", "said"), [(0.9, False), (0.7, True)])  # waiting takes 0.1, as some_rows says
+def test_how_busy_a_device_was_is_said_unless_waiting_tells_it(busy, said, tmp_path):
+    rows = some_rows(2, **{"throughput/busy": busy})
+    page = write_page(write_run(tmp_path / "run", Config(), some_predictions(30, 0), rows), num_clips=0)
+    assert "waiting for data" in page.text and ("the device worked" in page.text) == said
+
+
 def test_rows_that_are_torn(tmp_path):
     folder = write_run(tmp_path / "run", Config(), some_predictions(9, 0), some_rows())
     with open(folder / "metrics.jsonl", "ab") as file:

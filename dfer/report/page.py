@@ -170,7 +170,8 @@ def _headline(run: Run) -> str:
         contents.append(("", f"{100 * np.nanmedian(waits):.1f} %", "of it waiting for data (median)"))
     for key, what in (("busy", "of the time the device worked (median)"), ("mfu", "of the GPU's peak FLOP/s (median)")):
         _, shares = run.series(f"throughput/{key}")
-        if np.isfinite(shares).any():
+        told = shares.shape == waits.shape and np.allclose(shares + waits, 1, atol=0.01, equal_nan=True)  # on a CPU
+        if np.isfinite(shares).any() and not told:
             contents.append(("", f"{100 * np.nanmedian(shares):.1f} %", what))
     return tiles(contents)
 

@@ -192,7 +192,7 @@ def train_epoch(
     save: Callable[[], None],
 ) -> bool:
     """Train for the rest of an epoch, log and save. Return False if a signal ended it."""
-    config, state, steps_per_epoch = job.config, job.state, job.schedule.steps_per_epoch
+    state, steps_per_epoch = job.state, job.schedule.steps_per_epoch
     row_began = throughput.snapshot()
     batches = profiler.watch(throughput.timed(epoch_batches(job)), steps_per_epoch - job.steps_done)
     try:
@@ -202,7 +202,7 @@ def train_epoch(
                 logger.say(note)
             stop.unsaved += 1
             done = job.steps_done
-            if done % config.run.log_every == 0 or done == steps_per_epoch:
+            if job.logs(done):
                 logger.steps(job, step.grad_norm, step.diagnostics, throughput.read(since=row_began))
                 row_began = throughput.snapshot()
             if stop.requested():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfer.crf.layers import cell_positions
-from dfer.crf.meanfield import Features, MeanField, certified_damping, curvature_bounds, meanfield
+from dfer.crf.meanfield import Features, MeanField, Sums, certified_damping, curvature_bounds, meanfield
 from dfer.crf.pairs import Smoothness, normalised_kernel
 
 STATES, VALUES, ITERATIONS, WIDTH = 16, 64, 3, 256
@@ -65,8 +65,7 @@ def ours(problem: Problem, backend: str, operands: torch.dtype) -> tuple[Tensor,
         compatibility,
         ITERATIONS,
         values=values,
-        backend=backend,
-        operands=operands,
+        sums=Sums(backend, operands),
     )
     return field.marginals, field.values
 

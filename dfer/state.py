@@ -155,6 +155,10 @@ class Job(NamedTuple):
         """Return the steps taken of the epoch that is not evaluated yet: all of them if only its evaluation is left."""
         return self.state.step - self.state.evaluated * self.schedule.steps_per_epoch
 
+    def logs(self, step: int) -> bool:
+        """Return whether a step has a row in the log, by its number in the epoch, from 1 on."""
+        return step % self.config.run.log_every == 0 or step == self.schedule.steps_per_epoch
+
 
 def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any] | None) -> TrainState:
     """Return the state that training begins with, or that a checkpoint has.

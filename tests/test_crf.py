@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dfer.crf.backends import grouped
 from dfer.crf.dense import PAIRS_AT_ONCE, DensePairs
 from dfer.crf.layers import cell_positions
-from dfer.crf.meanfield import Features, MeanField, certified_damping, curvature_bounds, meanfield
+from dfer.crf.meanfield import Features, MeanField, Sums, certified_damping, curvature_bounds, meanfield
 from dfer.crf.pairs import Smoothness, normalised_kernel
 from tests import crf_oracle
 
@@ -75,7 +75,8 @@ class Problem:
         features = Features(*(f.to(dtype) for f in self.features(smooth, **p) if f is not None))
         matrices = p["compatibility"] if smooth else p["compatibility"][:1]
         inputs = (p["unary"].to(dtype), features, matrices.to(dtype), iterations)
-        return meanfield(*inputs, values=p["values"].to(dtype), **options)
+        sums = Sums(**{name: options.pop(name) for name in Sums._fields if name in options})
+        return meanfield(*inputs, values=p["values"].to(dtype), sums=sums, **options)
 
     def slow_kernels(self, clip: int = 0, smooth: bool = True) -> list[list[list[float]]]:
         position = [[*t, *c] for t in self.time.tolist() for c in self.cells.tolist()]
@@ -476,7 +477,7 @@ class FullSize:
         inputs = self.inputs(dtype)
         unary, points, frames, cells, compatibility, values = inputs
         features = Features(points, frames, cells)
-        options = {"values": values, "backend": backend, "operands": operands}
+        options = {"values": values, "sums": Sums(backend, operands)}
         field = meanfield(unary, features, compatibility, 3, **options)
         total = sum((w.to(dtype) * x).sum() for w, x in zip(self.weights, field[:2], strict=True))
         return [x.detach() for x in field[:2]], torch.autograd.grad(factor * total, inputs)
@@ -539,7 +540,7 @@ def saved_bytes(problem: FullSize, operands: torch.dtype, with_values: bool) -> 
     unary, points, frames, cells, compatibility, values = problem.inputs(torch.float32)
     values = values.detach().to(operands).requires_grad_() if with_values else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        meanfield(unary, Features(points, frames, cells), compatibility, 3, values=values, operands=operands)
+        meanfield(unary, Features(points, frames, cells), compatibility, 3, values=values, sums=Sums(operands=operands))
     return sum(storages.values())
 
 

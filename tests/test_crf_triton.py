@@ -16,7 +16,7 @@ from dfer.crf import backends
 from dfer.crf.backends import grouped
 from dfer.crf.gaussian import gaussian_field
 from dfer.crf.layers import MeanFieldCRF
-from dfer.crf.meanfield import Features, meanfield
+from dfer.crf.meanfield import Features, Sums, meanfield
 from dfer.crf.triton import TritonPairs
 from tests.conftest import run_python
 from tests.test_crf import FullSize, Problem, error
@@ -55,8 +55,7 @@ def run(
         2,
         damping=damping,
         values=leaves.get("values"),
-        backend=backend,
-        operands=operands,
+        sums=Sums(backend, operands),
     )
     generator, total = torch.Generator().manual_seed(1), 0
     for x in field[:2]:
@@ -119,8 +118,8 @@ def check_bits(device: str) -> None:
     for name, x in first.items():
         assert torch.equal(x, again[name]), name
     alone = {name: x[1:] if x.shape[0] == 2 and name != "compatibility" else x for name, x in tensors.items()}
-    both = meanfield(*inputs_of(tensors, device), 2, values=tensors["values"].to(device).float(), backend="triton")
-    single = meanfield(*inputs_of(alone, device), 2, values=alone["values"].to(device).float(), backend="triton")
+    both = meanfield(*inputs_of(tensors, device), 2, values=tensors["values"].to(device).float(), sums=Sums("triton"))
+    single = meanfield(*inputs_of(alone, device), 2, values=alone["values"].to(device).float(), sums=Sums("triton"))
     for a, b in zip(both, single, strict=True):
         assert torch.equal(a[1:], b)
 
@@ -384,7 +383,7 @@ def test_memory_on_a_gpu_is_linear_in_the_tokens():
         before = torch.cuda.memory_allocated()
         field = meanfield(
             unary, Features(points, frames_, cells), compatibility, 3, values=values,
-            backend="triton", operands=torch.bfloat16,
+            sums=Sums("triton", torch.bfloat16),
         )  # fmt: skip
         (field.marginals.square().sum() + field.values.square().sum()).backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)

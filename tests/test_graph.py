@@ -45,7 +45,8 @@ NUM_STEPS = WARM_UP + 3
 
 def configured(**optim) -> Config:
     options = OptimConfig(**({"lr": 0.01, "ema": 0.9, "clip_norm": 1.0} | optim))
-    return Config(data=DataConfig(size=32, num_segments=2, batch_size=2), model=SMALL, optim=options)
+    data, run = DataConfig(size=32, num_segments=2, batch_size=2), RunConfig(log_every=1)
+    return Config(data=data, model=SMALL, optim=options, run=run)
 
 
 def job_of(
@@ -140,6 +141,37 @@ def test_captured_steps_are_eager_ones(name, scaled, mixed):
     for a, b in zip(logged, want_logged, strict=True):
         assert len(a) > 5 and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
     assert_same(job, want)
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_steps_that_are_not_logged_leave_out_the_diagnostics_and_nothing_else(accumulate):
+    """They are another graph than those that are, and both write what is asked for."""
+    config = configured(accumulate=accumulate)
+    some = dataclasses.replace(config, run=dataclasses.replace(config.run, log_every=2))
+    found = []
+    for each, backend in ((config, None), (some, None), (some, recorder := Recorder())):
+        job = job_of(each, backend)
+        found.append((job, told(job, batches((NUM_STEPS + 2) * accumulate))))
+    (want, whole), *others = found
+    assert len(whole) == 7 and all(len(step) == 9 for step in whole)
+    for job, logged in others:
+        for a, b in zip(everything(job), everything(want), strict=True):
+            assert torch.equal(a, b)
+        # The first two are warm-up, which calls whatever will be captured.
+        assert [len(step) for step in logged] == [9, 9, 1, 9, 1, 9, 1]
+        for step, a in zip(logged, whole, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(step, a[: len(step)], strict=True))
+    assert recorder.captured == 2 * accumulate - (accumulate - 1)
+    with torch.inference_mode():
+        job.step.predict(next(batches(1)).clips)
+    assert not any(crf.diagnosed for crf in job.step._crfs)
+
+
+def test_an_optimizer_that_takes_gradients_from_the_host_has_one_graph():
+    config = dataclasses.replace(configured(optimizer="lion"), run=RunConfig(log_every=2))
+    job = job_of(config, recorder := Recorder())
+    assert [len(step) for step in told(job, batches(NUM_STEPS))] == [9] * NUM_STEPS
+    assert recorder.captured == 1
 
 
 def test_captured_steps_go_on_where_a_kill_has_left_them():
@@ -248,8 +280,8 @@ def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(accumulate, number
     graphs._backend = Refusing(harmed, operator, number)
     told(job, iter(given[at:]))
     note = graphs.take_note()
-    what = {(1, 1): "a training step", (2, 1): "the first batch of a training step"}
-    name = what.get((accumulate, number), "the last batch of a training step")
+    what = {(1, 1): "a training step that is logged", (2, 1): "the first batch of a training step"}
+    name = what.get((accumulate, number), "the last batch of a training step that is logged")
     assert note.startswith(f"--run.graph: {name} cannot be captured (") and f"stream is capturing: {operator}" in note
     assert "\n" not in note and graphs.take_note() is None and not graphs.active
     assert_same(job, want)
@@ -296,9 +328,9 @@ def test_a_step_reads_no_value(monkeypatch, optimizer):
         step, (batch,) = job.step, batches(1)
         for first, last in ((True, False), (False, True), (True, True)):
             step._batch = batch
-            step._do(first, last)
+            step._do(first, last, "a step")
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            float(step._step.grad_norm)
+            float(step._steps["a step"].grad_norm)
 
 
 def test_a_graph_is_chosen_once(monkeypatch):

@@ -91,6 +91,7 @@ def play(rank: int, store: str, cases: str, accumulate: int) -> None:
         else:
             what = "the last batch" if number > 1 else "the first batch"
             what = "a training step" if accumulate == 1 else f"{what} of a training step"
+            what += "" if (accumulate, number) == (2, 1) else " that is logged"
             named = f"--run.graph: {what} cannot be captured (rank {failing}: {'OutOfResources: ' * odd}operation not"
             assert note.startswith(named) and note.endswith("; steps go on without a graph"), note
             assert not job.step.graphs.active

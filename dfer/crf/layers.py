@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dfer.crf.backends import Backend
 from dfer.crf.gaussian import gaussian_field
-from dfer.crf.meanfield import Features, MeanField, meanfield
+from dfer.crf.meanfield import Features, MeanField, Sums, meanfield
 from dfer.crf.pairs import normalised_kernel
 
 STATES_PER_CLASS = 2
@@ -150,6 +150,7 @@ class MeanFieldCRF(TokenGraph):
         super().__init__(dim, strides, (num_states, EMBEDDING_DIM * has_pairs, VALUE_DIM * has_values), num_frames)
         self.num_classes, self.iterations = num_classes, iterations
         self.backend: Backend = backend
+        self.diagnosed = True  # the output has diagnostics; training wants them of the steps that it logs
         self.max_coupling, self.num_states = max_coupling, num_states
         self.adds_labels, self.adds_values = readout in ("labels", "both"), has_values
         if iterations > 0:
@@ -186,10 +187,9 @@ class MeanFieldCRF(TokenGraph):
                     compatibility,
                     self.iterations,
                     values=values if self.adds_values else None,
-                    backend=self.backend,
-                    operands=embedding.dtype,
+                    sums=Sums(self.backend, embedding.dtype, self.diagnosed),
                 )
-            if self.iterations:
+            if self.iterations and self.diagnosed:
                 diagnostics = _diagnostics(field, compatibility)
         q = unary.softmax(-1) if field is None else field.marginals
         update = [q] if self.adds_labels else []
@@ -323,6 +323,7 @@ def cell_positions(sizes: list[torch.Size], strides: tuple[int, ...], device: to
 @torch.no_grad()
 def _diagnostics(field: MeanField, compatibility: Float[Tensor, "2 L L"]) -> dict[str, Tensor]:
     """Return scalars for the log. They stay on the device, so that nothing waits for it."""
+    assert field.energies is not None and field.residual is not None
     q, to_itself = field.marginals, field.scale.square()
     num_tokens = torch.full((), q.shape[1], device=q.device)  # a tensor: CUDA divides by a Python number less exactly
     entropy = -torch.special.xlogy(q, q).sum(-1).sum(1) / num_tokens

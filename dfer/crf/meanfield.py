@@ -25,6 +25,16 @@ class Features(NamedTuple):
     cells: Float[Tensor, "P P"] | None = None  # diagonal; the message of a token to itself is subtracted again
 
 
+class Sums(NamedTuple):
+    """How `meanfield` sums; of what it returns that changes the rounding alone, and whether it is diagnosed."""
+
+    backend: Backend = "auto"  # see backends.py
+    # Type to which operands of matrix products are rounded (points, marginals, values); that of `unary` if not given.
+    # The kernel is that of the rounded points, so every guarantee holds for it.
+    operands: torch.dtype | None = None
+    diagnosed: bool = True  # residual and energies are made: some passes over the marginals of all iterations
+
+
 class MeanField(NamedTuple):
     """The result of `meanfield`. Only marginals and values carry a gradient."""
 
@@ -32,8 +42,8 @@ class MeanField(NamedTuple):
     values: Float[Tensor, "B N C"] | None  # S values: one sweep of the appearance kernel
     scale: Float[Tensor, "B N"]  # 1 / sqrt(degree) in the appearance kernel
     damping: Float[Tensor, " B"]
-    residual: Float[Tensor, " B"]  # largest change of a marginal in the last iteration
-    energies: Float[Tensor, "B I"]  # free energy before each iteration, in nats
+    residual: Float[Tensor, " B"] | None  # largest change of a marginal in the last iteration; None: not diagnosed
+    energies: Float[Tensor, "B I"] | None  # free energy before each iteration, in nats; None: not diagnosed
 
 
 def meanfield(
@@ -43,8 +53,7 @@ def meanfield(
     iterations: int,
     damping: Float[Tensor, " B"] | Literal["certified", "indefinite"] = "certified",
     values: Float[Tensor, "B N C"] | None = None,
-    backend: Backend = "auto",
-    operands: torch.dtype | None = None,
+    sums: Sums | None = None,
 ) -> MeanField:
     """Return the marginals after parallel updates, damped in log space (proximal in Kullback-Leibler divergence).
 
@@ -59,25 +68,29 @@ def meanfield(
         damping: rho >= 0 of each clip; or the least one under which the free energy provably never increases, for
             positive semi-definite ("certified") or for any symmetric M ("indefinite").
         values: swept once by the appearance kernel.
-        backend: see backends.py.
-        operands: type to which operands of matrix products are rounded (points, marginals, values); that of `unary` if
-            not given. The kernel is that of the rounded points, so every guarantee holds for it.
+        sums: how it is computed, if not as `Sums` has it by default.
     """
     assert iterations >= 0 and len(compatibility) == (1 if features.frames is None else 2)
-    backend = resolve_backend(backend, unary.is_cuda and unary.dtype is torch.float32)  # its kernels sum in float32
-    operands = unary.dtype if operands is None else operands
+    sums = Sums() if sums is None else sums
+    backend = resolve_backend(sums.backend, unary.is_cuda and unary.dtype is torch.float32)  # whose kernels sum in it
+    operands = unary.dtype if sums.operands is None else sums.operands
     given = None if isinstance(damping, str) else damping
     bounds = curvature_bounds(compatibility.detach(), indefinite=damping == "indefinite" if given is None else False)
     points, frames, cells = features
     if backend == "sdpa":
-        problem = _Problem(unary, frames, cells, compatibility, values, iterations, operands)
+        problem = _Problem(unary, frames, cells, compatibility, values, iterations, operands, sums.diagnosed)
         outputs = _infer(SdpaPairs(points, operands), problem, given, bounds)
     else:
         outputs = _meanfield_op(
-            unary, points, frames, cells, compatibility, given, bounds, values, iterations, backend, operands
-        )
-    marginals, swept, *diagnostics = outputs
-    return MeanField(marginals, swept if values is not None else None, *(x.detach() for x in diagnostics))
+            unary, points, frames, cells, compatibility, given, bounds, values,
+            iterations, backend, operands, sums.diagnosed,
+        )  # fmt: skip
+    marginals, swept, *others = outputs
+    scale, rho, residual, energies = (x.detach() for x in others)
+    swept = swept if values is not None else None
+    if not sums.diagnosed:
+        return MeanField(marginals, swept, scale, rho, None, None)
+    return MeanField(marginals, swept, scale, rho, residual, energies)
 
 
 def curvature_bounds(compatibility: Float[Tensor, "H L L"], indefinite: bool) -> Float[Tensor, "H 2"]:
@@ -129,6 +142,7 @@ class _Problem(NamedTuple):
     values: Tensor | None
     iterations: int
     operands: torch.dtype
+    diagnosed: bool = False
 
     def group(self, clips: slice) -> "_Problem":
         frames, values = (None if x is None else x[clips] for x in (self.frames, self.values))
@@ -139,7 +153,10 @@ class _Problem(NamedTuple):
 
 
 def _infer(pairs: Pairs, problem: _Problem, damping: Tensor | None, bounds: Tensor) -> _Outputs:
-    """Return the fields of MeanField, in order; torch operators throughout, so that autograd can follow `sdpa`."""
+    """Return the fields of MeanField, in order, the last two of no element if they are not to be diagnosed.
+
+    Torch operators throughout, so that autograd can follow `sdpa`.
+    """
     unary, compatibility, values = problem.unary.contiguous(), problem.compatibility, problem.values
     smoothness = problem.smoothness()
     with torch.no_grad():
@@ -157,15 +174,18 @@ def _infer(pairs: Pairs, problem: _Problem, damping: Tensor | None, bounds: Tens
     for iteration in range(problem.iterations):
         smooth = None if smoothness is None else smoothness.sweep(q) @ compatibility[1]
         first = values if iteration == 0 else None
-        marginals.append(q)
+        before = q
         logits, q, message, swept_now = pairs.step(q, logits, unary, smooth, compatibility[0], eta, first)
-        messages.append(message)
+        if problem.diagnosed:
+            marginals.append(before)
+            messages.append(message)
         swept = swept_now if iteration == 0 else swept
     if values is not None and problem.iterations == 0:
         swept = pairs.sweep(values)
-    with torch.no_grad():
-        residual = (q - (marginals[-1] if marginals else q)).abs().amax((1, 2))
-        if marginals:
+    residual = unary.new_zeros(unary.shape[0] if problem.diagnosed else 0)
+    if marginals:
+        with torch.no_grad():
+            residual = (q - marginals[-1]).abs().amax((1, 2))
             energies = free_energy(unary[:, None], torch.stack(marginals, dim=1), torch.stack(messages, dim=1))
     swept = unary.new_zeros(*unary.shape[:2], 0) if swept is None else swept
     return q, swept, pairs.scale, damping, residual, energies
@@ -188,9 +208,10 @@ def _meanfield_op(
     iterations: int,
     backend: str,
     operands: torch.dtype,
+    diagnosed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what `_infer` does, of all clips."""
-    problem = _Problem(unary, frames, cells, compatibility, values, iterations, operands)
+    problem = _Problem(unary, frames, cells, compatibility, values, iterations, operands, diagnosed)
     parts = []
     with torch.autocast(points.device.type, enabled=False):
         for clips, pairs in grouped(backend, points, operands, unary.dtype):
@@ -201,7 +222,7 @@ def _meanfield_op(
 
 @_meanfield_op.register_fake
 def _(*inputs):
-    unary, *_, values, iterations, _backend, _operands = inputs
+    unary, *_, values, iterations, _backend, _operands, diagnosed = inputs
     batch, num_tokens, _ = unary.shape
     width = 0 if values is None else values.shape[-1]
     per_clip = unary.new_empty(batch)
@@ -210,8 +231,8 @@ def _(*inputs):
         unary.new_empty(batch, num_tokens, width),
         unary.new_empty(batch, num_tokens),
         per_clip,
-        torch.empty_like(per_clip),
-        unary.new_empty(batch, iterations),
+        torch.empty_like(per_clip) if diagnosed else unary.new_empty(0),
+        unary.new_empty(batch, iterations if diagnosed else 0),
     )
 
 
@@ -341,7 +362,7 @@ def _softmax_adjoint(q: Tensor, adjoint: Tensor) -> Tensor:
 
 
 def _keep(ctx, inputs, output):
-    unary, points, frames, cells, compatibility, _, _, values, *options = inputs
+    unary, points, frames, cells, compatibility, _, _, values, *options, _ = inputs
     result, _, scale, damping, residual, energies = output
     short = options[-1].itemsize < unary.dtype.itemsize
     points = points.to(options[-1])  # the kernel is that of the rounded points
@@ -360,7 +381,7 @@ def _backward(ctx, to_marginals, to_swept, *_):
     )  # fmt: skip
     to_frames, to_cells = (None, None) if frames is None else (to_frames, to_cells)
     to_values = None if values is None else to_values
-    return to_unary, to_points, to_frames, to_cells, to_compatibility, None, None, to_values, None, None, None
+    return to_unary, to_points, to_frames, to_cells, to_compatibility, None, None, to_values, None, None, None, None
 
 
 _meanfield_op.register_autograd(_backward, setup_context=_keep)

@@ -32,6 +32,7 @@ _NAMES = {  # of what is captured, by whether a batch is the first one and the l
     (False, False): "a batch of a training step",
     (False, True): "the last batch of a training step",
 }
+_LOGGED = " that is logged"  # with the CRF's diagnostics
 
 
 class TrainingStep:
@@ -61,7 +62,8 @@ class TrainingStep:
         self._batch: Batch | None = None  # that is taken
         self._earlier: list[Tensor | None] = []  # gradients that the batch adds to
         self._diagnostics: dict[str, Tensor] = {}
-        self._step: Step | None = None
+        self._steps: dict[str, Step] = {}  # what was done last, of each kind: what a graph replays, it writes there
+        self._crfs = [crf for crf in _crfs_of(job) if isinstance(crf, MeanFieldCRF)]
         predict = partial(probabilities, state.evaluated_model(), job.precision)
         self._evaluation = graphs.beside()
         self._predict = CapturedCall(self._evaluation, "an evaluated batch", predict, self._dtype)
@@ -88,15 +90,28 @@ class TrainingStep:
         # Of a step of several batches the first one makes the gradients, and the others add to them.
         name = _NAMES[first, last]
         warm = self._num_steps >= self.graphs.warm_up
-        self.graphs.run(name, partial(self._do, first, last), warm, partial(self._recover, first))
+        if self._diagnose(last and (self._job.logs(self._job.steps_done + 1) or not warm)):
+            name += _LOGGED
+        self.graphs.run(name, partial(self._do, first, last, name), warm, partial(self._recover, first))
         self._num_steps += last
         if last and not self._capturable:
-            self._update()
+            self._update(name)
         self._batch = None
-        return self._step if last else None
+        return self._steps[name] if last else None
+
+    def _diagnose(self, wanted: bool) -> bool:
+        """Have the CRFs diagnosed or not; return whether that makes it another graph than the one without.
+
+        An optimizer that is not captured takes gradients from one graph alone, and a compiler would compile again.
+        """
+        one = (self.graphs.active and not self._capturable) or self._job.config.run.compile
+        for crf in self._crfs:
+            crf.diagnosed = wanted or one
+        return wanted and not one
 
     def predict(self, clips: Float[Tensor, "B T 3 H W"]) -> Float[Tensor, "B K"]:
         """Return the probabilities of clips by what is evaluated. The next call may overwrite them."""
+        self._diagnose(False)
         return self._predict(clips)
 
     def settle(self, batch: Batch | None) -> None:
@@ -110,11 +125,11 @@ class TrainingStep:
         """Return the next thing to be said of graphs and kernels, or of what could not be counted, each once."""
         return self.notes.pop(0) if self.notes else self.graphs.take_note() or self._evaluation.take_note()
 
-    def _do(self, first: bool, last: bool) -> None:
+    def _do(self, first: bool, last: bool, name: str) -> None:
         """Do all that is captured."""
         self._gradients(first, last)
         if last and self._capturable:
-            self._update()
+            self._update(name)
 
     def _placed(self, batch: Batch) -> Batch:
         """Return the static batch with the content of one; ids stay on the host."""
@@ -143,7 +158,7 @@ class TrainingStep:
                 state.backward(loss, job.config.optim.accumulate)
         self._diagnostics = diagnostics
 
-    def _update(self) -> None:
+    def _update(self, name: str) -> None:
         """Change weights, batch statistics and the average as the gradients say, or nothing if they are not finite."""
         state = self._job.state
         with record_function("optimizer"):
@@ -151,7 +166,7 @@ class TrainingStep:
                 grad_norm = state.guard.step(self._job.config.optim.clip_norm)
             if state.ema is not None:
                 state.ema.update(state.model)
-        self._step = Step(grad_norm, self._diagnostics)
+        self._steps[name] = Step(grad_norm, self._diagnostics)
 
     def count_flops(self) -> None:
         """Count what the model computes for a clip; where that cannot be done, have a note say why, and no more."""
@@ -212,14 +227,17 @@ def _fused(job: Job) -> str | None:
 
 def _crf(job: Job) -> str | None:
     """Have the CRFs of a job take dense pairs if not all ranks can take Triton's; return why one cannot."""
-    models = (job.state.model, job.state.evaluated_model())
-    crfs = [m for model in models for m in model.modules() if isinstance(m, (MeanFieldCRF, GaussianCRF))]
-    crfs = [crf for crf in crfs if crf.backend == "triton"]
+    crfs = [crf for crf in _crfs_of(job) if crf.backend == "triton"]
     if not crfs or (why := _agreed(trouble(job.precision.device, _operands(job)), job)) is None:
         return None
     for crf in crfs:
         crf.backend = "dense"
     return f"--model.crf-backend triton: {why}; dense is taken"
+
+
+def _crfs_of(job: Job) -> list[MeanFieldCRF | GaussianCRF]:
+    models = (job.state.model, job.state.evaluated_model())
+    return [m for model in models for m in model.modules() if isinstance(m, (MeanFieldCRF, GaussianCRF))]
 
 
 def _operands(job: Job) -> torch.dtype:

@@ -22,6 +22,7 @@ from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.plan.sampling import EpochPlan
 from dfer.video.colour import yuv_to_rgb
 
+HELD = 4  # batches of decoded pixels that a GPU has yet to read, at most: the host is no further ahead
 _STORED_AS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.uint8: "uint8"}  # by the kernel
 
 
@@ -75,8 +76,11 @@ class Feed:
         self._pipelines = [self._build() for _ in range(options.depth)]
         self._idle = deque(range(options.depth))
         self._in_flight: deque[tuple[int, _Rows, Epoch, _Inputs, Samples]] = deque()  # pipeline, and what must be held
-        # Our kernel reads memory whose addresses it was given: it must have ended before that is released.
-        weakref.finalize(self, _end, self._pipelines, self._in_flight, source)
+        # What DALI has decoded for our kernel, and when that has read it, as DALI's memory knows nothing of torch's
+        # streams. Handed over as a tensor, it has a thread of DALI's wait for the whole device when that is dropped.
+        self._read: deque[tuple[torch.cuda.Event, object]] = deque()
+        # Our kernels read memory whose addresses they were given: they must have ended before that is released.
+        weakref.finalize(self, _end, self._pipelines, self._read, self._in_flight, source)
 
     def start(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> None:
         """Start the graph on one clip for each of these rows of the plan, or on one frame for each.
@@ -156,7 +160,19 @@ class Feed:
             raise Refused(*error.args) from error
         if epoch.stages is None:
             return torch.from_dlpack(pictures.as_tensor())
-        return pixels.of_decoded(pictures, epoch.plan, rows, epoch.stages, self._options.size, self._options.dtype)
+        size, dtype = self._options.size, self._options.dtype
+        clips = pixels.of_decoded(pictures, epoch.plan, rows, epoch.stages, size, dtype, device)
+        if device.type == "cuda":
+            self._hold(pictures)
+        return clips
+
+    def _hold(self, pictures: object) -> None:
+        """Keep what the current stream's work reads until it has, of several batches at most."""
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._options.torch_device))
+        self._read.append((done, pictures))
+        while self._read and (self._read[0][0].query() or len(self._read) > HELD):
+            self._read.popleft()[0].synchronize()
 
     def drain(self) -> None:
         """Throw away batches that were started and never asked for."""
@@ -191,8 +207,10 @@ def _schedule(pipeline: Pipeline, inputs: _Inputs) -> None:
     pipeline.schedule_run()
 
 
-def _end(pipelines: list[Pipeline], *_: object) -> None:
+def _end(pipelines: list[Pipeline], read: deque[tuple[torch.cuda.Event, object]], *_: object) -> None:
     """End pipelines, which wait for what they are doing, before the other arguments are released."""
+    while read:
+        read.popleft()[0].synchronize()
     pipelines.clear()
 
 

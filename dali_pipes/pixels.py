@@ -37,7 +37,7 @@ class Decoded(Protocol):
         ...
 
     def as_reshaped_tensor(self, shape: list[int]) -> Any:
-        """Return all of them as one tensor; a RuntimeError if they do not lie one after another."""
+        """Return all of them as one tensor, which has a `data_ptr`; a RuntimeError if they do not lie one by one."""
         ...
 
     def __getitem__(self, place: int) -> Any:
@@ -132,23 +132,22 @@ def of_decoded(
     stages: torch_stages.Stages,
     size: int,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Float[Tensor, "B T S S 3"]:
-    """Return the clips of some rows of a plan, of whose frames, T of each, `decoded` has all pixels.
+    """Return the clips of some rows of a plan, of whose frames, T of each, `decoded` has all pixels, on this device.
 
-    On the stream for which the pipeline was asked for them: DALI uses their memory again when that has come so far.
+    On a GPU they are being made when this returns: `decoded` has to be held until the current stream has come so far.
     """
     sizes = np.array(decoded.shape(), dtype=np.int64).reshape(len(rows), -1, 3)
     ends = np.cumsum(sizes.prod(2)).reshape(sizes.shape[:2])
     try:
-        whole = decoded.as_reshaped_tensor([int(ends[-1, -1])])
+        first = decoded.as_reshaped_tensor([int(ends[-1, -1])]).data_ptr()
     except RuntimeError:  # they lie apart, as DALI does not promise that they never do: a call for each of them
-        pixels = torch.from_dlpack(decoded[0])
         address = np.array([decoded[place].data_ptr() for place in range(ends.size)]).reshape(ends.shape)
     else:
-        pixels = torch.from_dlpack(whole)
-        address = pixels.data_ptr() + ends - sizes.prod(2)
+        address = first + ends - sizes.prod(2)
     cuts = cut_out(address, sizes[:, :, 0], sizes[:, :, 1], plan.box[rows])
-    words = torch_stages.upload(pack(cuts, parameters(plan, rows)), pixels.device)
+    words = torch_stages.upload(pack(cuts, parameters(plan, rows)), device)
     return clips(*Frames.unpack(words, len(rows), sizes.shape[1]), stages, size, dtype)
 
 

@@ -113,7 +113,7 @@ def _blur(clips: Float[Tensor, "B T S S 3"], blur: Float[Tensor, " B"], largest:
 def _erase(clips: Float[Tensor, "B T S S 3"], erase: Float[Tensor, "B 4"]) -> Float[Tensor, "B T S S 3"]:
     """Return clips with their rectangle of `EpochPlan.erase` set to 0."""
     size = clips.shape[2]
-    n = torch.tensor(size, dtype=torch.float32, device=clips.device)
+    n = torch.full((), size, dtype=torch.float32, device=clips.device)  # `torch.tensor` would wait for a GPU
     start, stop = torch.round(erase[:, :2] * n), torch.round((erase[:, :2] + erase[:, 2:]) * n)
     pixel = torch.arange(size, device=clips.device)
     inside = (pixel >= start[..., None]) & (pixel < stop[..., None])  # (B, 2, S)

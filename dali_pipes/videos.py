@@ -5,6 +5,7 @@ of kernels.py. All of it runs on any device, which is how it is tested.
 """
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -31,6 +32,8 @@ DALI_ON_A_CPU: Rule = {"vp8": 1, "vp9": 1, "mjpeg": 1}  # stands in for NVDEC in
 CORES: Rule = {}  # decode everything
 LONGEST = 4096  # px of a side that NVDEC takes of H.264; of others more
 _PLANAR = ("yuv420p", "yuvj420p")
+PINNED = 2**32  # bytes of page-locked memory for decoded frames, at most
+_AT_A_TIME = 8  # batches that have some: read ahead, decoded, uploaded, and as much again by rounding to powers of two
 _AT_ONCE = 2**26  # pixels that are floats at a time: 256 MiB, and as much again on the way
 
 
@@ -80,7 +83,9 @@ class DeviceVideos:
     def __init__(self, index: ClipIndex, options: LoaderOptions):
         assert isinstance(index.store, VideoStore)
         self.index, self.files, self.frames = index, VideoBytes(index), VideoFiles(index)
-        self._rule, self._pin = rule_of(options), options.device == "gpu"
+        self._rule = rule_of(options)
+        # Pinned memory is never given back: of clips that are large, batches of it would be most of a machine's.
+        self._pinned = PINNED // (options.batch_size * _AT_A_TIME) if options.device == "gpu" else 0
         self._store = index.store
         self._chosen: dict[int, bool] = {}  # video -> whether the rule gives it to NVDEC
         self.refused: set[int] = set()  # by NVDEC all the same: left to the cores
@@ -123,7 +128,8 @@ class DeviceVideos:
         found = []
         for shape in dict.fromkeys(frame.shape for frame in frames):
             places = [place for place, frame in enumerate(frames) if frame.shape == shape]
-            pixels = torch.empty((len(places), *shape), dtype=torch.uint8, pin_memory=self._pin)
+            pinned = len(places) * math.prod(shape) <= self._pinned
+            pixels = torch.empty((len(places), *shape), dtype=torch.uint8, pin_memory=pinned)
             np.stack([frames[place] for place in places], out=pixels.numpy())
             found.append(Decoded(pixels, places))
         return found
@@ -208,7 +214,7 @@ class VideoFeed:
             return parts[0][1]
         whole = self.zeros(sum(len(places) for places, _ in parts))
         for places, clips in parts:
-            whole[torch.from_numpy(places).to(self._device)] = clips
+            whole[self._put(places)] = clips
         return whole
 
     def alone(self, row: int, epoch: Epoch) -> tuple[Float[Tensor, "1 T S S 3"], bool]:
@@ -260,8 +266,8 @@ class VideoFeed:
                 places = np.array([place for place, _ in jobs])
                 pixels = torch.stack([part.pixels.to(self._device, non_blocking=True) for _, part in jobs])
                 rgb = self._resized(pixels, epoch, rows[places])
-                frames = torch.tensor([part.places for _, part in jobs])
-                clips[self._put(places)[:, None], frames.to(self._device)] = rgb
+                frames = self._put(np.array([part.places for _, part in jobs]))
+                clips[self._put(places)[:, None], frames] = rgb
         if on_device.touches_geometry:  # what must be warped or blurred first gets its colours after that
             return clips
         colour = self._put(plan.colour[rows])

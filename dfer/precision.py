@@ -13,7 +13,7 @@ from dfer.model import Prediction
 
 class Precision(NamedTuple):
     device: torch.device
-    dtype: torch.dtype | None  # of autocast; None: float32 throughout
+    dtype: torch.dtype | None  # of autocast; None: float32, which cuDNN's convolutions round to TF32 on a GPU
     channels_last: bool
 
     def forward(self, model: nn.Module, clips: Float[Tensor, "B T 3 H W"]) -> Prediction:

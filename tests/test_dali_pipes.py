@@ -398,6 +398,22 @@ def test_raw_clips_on_a_gpu_are_those_of_the_cpu(indexes, augmentation, cached):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("source", ["frames", "shards", "raw", "held", "video"])
+def test_making_a_batch_waits_for_nothing_that_the_gpu_does(indexes, source, tmp_path):
+    """But for DALI, of whose waiting torch does not hear."""
+    held = "raw" if source == "held" else source
+    index = write_videos(tmp_path / "videos", "h264", 1) if source == "video" else indexes[held, "train"]
+    options = {"augmentation": EVERYTHING, "batch_size": 2, "cached": source == "held"}
+    batches = loader(index, device="gpu", device_id=0, **options)(1)
+    next(batches)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_streamed_clips_are_right_while_the_gpu_is_busy(indexes):
     """Whoever takes a batch late, or keeps it, finds it as it was made."""
     index, big = indexes["raw", "train"], torch.randn(4096, 4096, device="cuda")

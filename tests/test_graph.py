@@ -15,6 +15,7 @@ from dfer.batch import Batch, Mix, empty_batch
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
 from dfer.losses import Objective, build_objective
+from dfer.optim import average
 from dfer.optim.options import OptimConfig
 from dfer.optim.schedule import Schedule
 from dfer.precision import Precision
@@ -308,6 +309,69 @@ def test_an_evaluation_that_cannot_be_captured_leaves_steps_their_graph():
             assert torch.equal(job.step.predict(batch.clips), job.state.model(batch.clips).logits.softmax(1))
     assert job.step.take_note().startswith("--run.graph: an evaluated batch cannot be captured (")
     assert job.step.graphs.active and job.step.take_note() is None
+
+
+def test_a_capture_is_tried_twice_and_done_once():
+    """A thread that waits for the whole device breaks the first one off."""
+    config, given = configured(accumulate=2), list(batches(2 * NUM_STEPS))
+    want = job_of(config, None)
+    told(want, iter(given))
+    job = job_of(config, None)
+    told(job, iter(given[: 2 * WARM_UP]))
+    harmed = lambda: everything(job) + [p.grad for p in job.state.model.parameters() if p.grad is not None]  # noqa: E731
+
+    class Disturbed(Recorder):
+        tries = 0
+
+        def capture(self, function):
+            self.tries += 1
+            if self.tries % 2:
+                return Refusing(harmed, "_fused_adamw_" if self.tries > 2 else "native_batch_norm", 1).capture(function)
+            return super().capture(function)
+
+    graphs = job.step.graphs
+    graphs._backend = disturbed = Disturbed()
+    job.step._rates = TrainingStep(job, training_loss, graphs)._rates
+    told(job, iter(given[2 * WARM_UP :]))
+    assert (disturbed.tries, disturbed.captured) == (4, 2) and graphs.active and graphs.take_note() is None
+    assert_same(job, want)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_seeds_of_others():
+    ones, out = torch.ones(1000, device="cuda"), torch.empty(1000, device="cuda")
+    graphs = Graphs(CudaGraphs(torch.device("cuda", 0)))
+
+    def masks() -> list[Tensor]:
+        found = []
+        for seed in (3, 4, 3):
+            torch.manual_seed(seed)
+            graphs.run("drop", lambda: out.copy_(torch.nn.functional.dropout(ones, 0.5)), warm=True)
+            found.append(out.clone())
+        return found
+
+    before, other = masks(), graphs.beside()
+    other.run("read", lambda: float(ones.sum()), warm=True)
+    assert "cannot be captured" in other.take_note() and graphs.take_note() is None
+    after = masks()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(after[0], after[2]) and not torch.equal(after[0], after[1])
+
+
+def test_the_average_of_a_gpu_is_that_of_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    old, new = ([torch.randn(shape, generator=generator) for shape in ((3,), (4, 5), ())] for _ in range(2))
+    shares = torch.tensor([0.9, 0.1])
+    made = []
+    for move in (average._move, average._move_at_once):
+        pairs = [(a.clone(), b) for a, b in zip(old, new, strict=True)]
+        move(pairs, *shares)
+        made.append([a.clone() for a, _ in pairs])
+        move(pairs, *torch.tensor([0.0, 1.0]))
+        assert all(torch.equal(a, b) for a, b in pairs)
+    for a, b, c, d in zip(*made, old, new, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(a, 0.9 * c + 0.1 * d, rtol=1e-6, atol=1e-7)
 
 
 def test_a_shape_that_was_not_captured_is_no_broadcast():

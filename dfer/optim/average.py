@@ -1,5 +1,7 @@
 """The moving average of weights."""
 
+from typing import TypeAlias
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -31,9 +33,10 @@ class MovingAverage(AveragedModel):
         """Move the average towards a model's weights."""
         kept, new = self._shares.unbind()
         averaged, current = _tensors(self.module), _tensors(model)
-        floats = [(a, b) for a, b in zip(averaged, current, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], [new] * len(floats))
-        for a, b in zip(averaged, current, strict=True):
+        pairs = list(zip(averaged, current, strict=True))
+        move = _move_at_once if self._shares.is_cuda else _move
+        move([(a, b) for a, b in pairs if a.is_floating_point()], kept, new)
+        for a, b in pairs:
             if not a.is_floating_point():  # counts of batches
                 a.copy_(a * kept + b * new)
 
@@ -50,6 +53,21 @@ def build_ema(model: nn.Module, decay: float, warmup: bool) -> MovingAverage | N
     the last tenth of a run that is shorter than 1 / (1 - decay) steps, instead of staying at its first weights.
     """
     return MovingAverage(model, decay, warmup) if decay else None
+
+
+_Pairs: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]  # of the average, and of the weights
+
+
+def _move(pairs: _Pairs, kept: torch.Tensor, new: torch.Tensor) -> None:
+    """Set the first of each pair to kept * first + new * second, where both shares sum to 1."""
+    torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], [new] * len(pairs))
+
+
+def _move_at_once(pairs: _Pairs, kept: torch.Tensor, new: torch.Tensor) -> None:
+    """Do the same with a few kernels: by weights on the device a lerp takes one for each tensor of a GPU."""
+    ours = [a for a, _ in pairs]
+    torch._foreach_mul_(ours, kept)
+    torch._foreach_add_(ours, torch._foreach_mul([b for _, b in pairs], new))
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ on the host. The same function is called without a graph too, so that both canno
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -79,28 +80,54 @@ class CudaGraphs:
             Exception: if it cannot be captured, of whatever class: CUDA, torch and Triton have their own.
         """
         graph = torch.cuda.CUDAGraph()
+        drawn = self._generator().graphsafe_get_state()  # what the graph draws by, whatever the generator has later
         # Other threads, DALI's among them, may allocate and wait meanwhile: that is no error of this one.
         capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.stream(torch.cuda.current_stream()), capturing:  # the first goes back, whatever happens
+            # The first goes back, whatever happens. What is collected meanwhile might free memory of other libraries.
+            with torch.cuda.stream(torch.cuda.current_stream()), _nothing_collected(), capturing:
                 function()
         except Exception:
             self._end_capture()
             raise
-        return graph.replay
+
+        def replay() -> None:
+            drawn.manual_seed(torch.initial_seed())  # as `torch.manual_seed` has done with the generator's state of now
+            graph.replay()
+
+        return replay
+
+    def _generator(self) -> torch.Generator:
+        return torch.cuda.default_generators[torch.cuda.current_device()]
 
     def _end_capture(self) -> None:
         """Undo what torch leaves of a capture that broke off: its generator and allocator still wait for the end."""
         fresh = torch.Generator(self._device).manual_seed(torch.initial_seed())
-        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
+        self._generator().graphsafe_set_state(fresh.graphsafe_get_state())
         with contextlib.suppress(RuntimeError):  # it did come to its end
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = torch.cuda.graph_pool_handle()  # newer versions of torch still fill the old one for that graph
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Collect garbage now, and none until the end."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Graphs:
     """Captured functions that belong together: once one of them cannot be captured, none is replayed any more."""
 
-    def __init__(self, backend: Backend | None, warm_up: int = WARM_UP, agree: Agree = lambda why: why):
+    def __init__(
+        self, backend: Backend | None, warm_up: int = WARM_UP, agree: Agree = lambda why: why, attempts: int = 2
+    ):
         """Have functions captured by a backend; without one they are called.
 
         Args:
@@ -108,8 +135,9 @@ class Graphs:
             warm_up: how often each function is called before it is captured.
             agree: gets why this process cannot capture, or None, waits for all, and returns why the first one of them
                 cannot, so that they go on without graphs together: one alone would leave the others waiting for it.
+            attempts: to capture a function. Another thread that waits for the whole device may break one off.
         """
-        self._backend, self.warm_up, self._agree = backend, warm_up, agree
+        self._backend, self.warm_up, self._agree, self._attempts = backend, warm_up, agree, attempts
         self._replays: dict[str, Function] = {}
         self.note: str | None = None  # what is to be said, once
 
@@ -121,6 +149,10 @@ class Graphs:
     def active(self) -> bool:
         """Return whether functions are given static tensors, as they are captured or will be."""
         return self._backend is not None
+
+    def captured(self, name: str) -> bool:
+        """Return whether a function is replayed, which is one launch."""
+        return name in self._replays
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which to make what remembers its stream and will be captured."""
@@ -137,7 +169,7 @@ class Graphs:
         """
         if self._backend is None:
             function()
-        elif name in self._replays:
+        elif self.captured(name):
             with record_function("graph"):
                 self._replays[name]()
         elif not warm:
@@ -147,24 +179,32 @@ class Graphs:
 
     def _begin(self, name: str, function: Function, recover: Function) -> None:
         """Capture a function and replay it; where one process cannot, none does, and all call it."""
+        why = None
+        for left in reversed(range(self._attempts)):
+            replay, why = self._captured(function)
+            if replay is not None and why is None:
+                self._replays[name] = replay
+                replay()
+                return
+            if left:
+                recover()
+        self.note = f"--run.graph: {name} cannot be captured ({why}); steps go on without a graph"
+        self.close()
+        recover()
+        function()
+
+    def _captured(self, function: Function) -> tuple[Function | None, str | None]:
+        """Return the replay of a function if it could be captured, and why one of the processes cannot."""
         assert self._backend is not None
         self._agree(None)  # all are here: none is still busy with an exchange that another waits for
         replay = why = None
         try:
             replay = self._backend.capture(function)
-        # Whatever it is, the others wait to hear of it. What is no fault of the capture, the call below raises again.
+        # Whatever it is, the others wait to hear of it. What is no fault of the capture, the next call raises again.
         except Exception as error:
             name_of = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
             why = f"{name_of}{reason(error)}"[:200]
-        why = self._agree(why)
-        if replay is not None and why is None:
-            self._replays[name] = replay
-            replay()
-            return
-        self.note = f"--run.graph: {name} cannot be captured ({why}); steps go on without a graph"
-        self.close()
-        recover()
-        function()
+        return replay, self._agree(why)
 
     def close(self) -> None:
         """Free what was captured. From now on functions are called."""
@@ -243,4 +283,5 @@ def build_graphs(run: RunConfig, world: World) -> Graphs:
 
 def together(backend: Backend | None, world: World) -> Graphs:
     """Return the graphs of one process of several, which capture their steps together or not at all."""
-    return Graphs(backend, WARM_UP_TOGETHER, partial(first_failure, world=world))
+    # At once: recovering exchanges too, and takes another DDP.
+    return Graphs(backend, WARM_UP_TOGETHER, partial(first_failure, world=world), attempts=1)

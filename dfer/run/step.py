@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from dfer.batch import Batch, Mix
+from dfer.cli import say_once
 from dfer.crf.backends import trouble
 from dfer.crf.layers import GaussianCRF, MeanFieldCRF
 from dfer.evaluation import probabilities
@@ -73,14 +74,6 @@ class TrainingStep:
 
         The learning rate and the seed of dropout have to be set.
         """
-        with self._clock.running() if self._clock is not None and self.graphs.active else contextlib.nullcontext():
-            return self._take(batch, first, last)
-
-    def worked_s(self) -> float | None:
-        """Return for how many seconds the device has worked on steps; None where there are no graphs to say it by."""
-        return self._clock.seconds() if self._clock is not None and self.graphs.active else None
-
-    def _take(self, batch: Batch, first: bool, last: bool) -> Step | None:
         batch = self._job.objective.labelled(batch)
         self._batch = self._placed(batch) if self.graphs.active else batch
         if last and self._rates is not None:
@@ -92,12 +85,19 @@ class TrainingStep:
         warm = self._num_steps >= self.graphs.warm_up
         if self._diagnose(last and (self._job.logs(self._job.steps_done + 1) or not warm)):
             name += _LOGGED
-        self.graphs.run(name, partial(self._do, first, last, name), warm, partial(self._recover, first))
+        # A step without a graph, and the capture of one, have gaps, which the clock would take for work.
+        clock = self._clock if self.graphs.captured(name) else None
+        with clock.running() if clock is not None else contextlib.nullcontext():
+            self.graphs.run(name, partial(self._do, first, last, name), warm, partial(self._recover, first))
         self._num_steps += last
         if last and not self._capturable:
             self._update(name)
         self._batch = None
         return self._steps[name] if last else None
+
+    def worked_s(self) -> float | None:
+        """Return for how many seconds the device has worked on steps; None where there are no graphs to say it by."""
+        return self._clock.seconds() if self._clock is not None and self.graphs.active else None
 
     def _diagnose(self, wanted: bool) -> bool:
         """Have the CRFs diagnosed or not; return whether that makes it another graph than the one without.
@@ -205,6 +205,8 @@ def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     """Return a job with what takes its steps."""
     optim = job.config.optim
     step = TrainingStep(job, loss_of, graphs)
+    if job.world.is_main and job.world.device.type == "cuda":
+        say_once("Triton compiles kernels for this GPU, which takes up to a minute the first time")
     step.notes += [note for note in (_fused(job), _crf(job)) if note is not None]
     if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
         step.notes.append(f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside")

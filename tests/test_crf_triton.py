@@ -112,7 +112,7 @@ def launched_wrong(pairs: TritonPairs, right, wrong, kernel, *tensors, **constan
 
 
 def check_bits(device: str) -> None:
-    """The same to the bit: repeated, and clip by clip."""
+    """The same to the bit: repeated, and clip by clip, but for products of a GPU's library, which sum by their size."""
     tensors = small()
     first, again = (run(tensors, "triton", torch.bfloat16, device=device) for _ in range(2))
     for name, x in first.items():
@@ -120,8 +120,9 @@ def check_bits(device: str) -> None:
     alone = {name: x[1:] if x.shape[0] == 2 and name != "compatibility" else x for name, x in tensors.items()}
     both = meanfield(*inputs_of(tensors, device), 2, values=tensors["values"].to(device).float(), sums=Sums("triton"))
     single = meanfield(*inputs_of(alone, device), 2, values=alone["values"].to(device).float(), sums=Sums("triton"))
-    for a, b in zip(both, single, strict=True):
-        assert torch.equal(a[1:], b)
+    bound = 0.0 if device == "cpu" else 1e-6
+    for name, a, b in zip(both._fields, both, single, strict=True):
+        assert torch.equal(a[1:], b) or (name != "scale" and (a[1:] - b).abs().max() <= bound * a.abs().max()), name
 
 
 def inputs_of(tensors: dict[str, torch.Tensor], device: str) -> tuple:

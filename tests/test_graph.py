@@ -94,11 +94,12 @@ def everything(job: Job) -> list[Tensor]:
     return found + (list(state.ema.state_dict().values()) if state.ema is not None else [])
 
 
-def assert_same(job: Job, want: Job) -> None:
+def assert_same(job: Job, want: Job, gradients: bool = True) -> None:
+    """Gradients too, unless steps of two graphs took turns: they lie where the one that was captured later has them."""
     for a, b in zip(everything(job), everything(want), strict=True):
         assert torch.equal(a, b)
     assert job.state.scaler.state_dict() == want.state.scaler.state_dict() and job.state.step == want.state.step
-    for a, b in zip(job.state.model.parameters(), want.state.model.parameters(), strict=True):
+    for a, b in () if not gradients else zip(job.state.model.parameters(), want.state.model.parameters(), strict=True):
         assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
 
 
@@ -156,8 +157,7 @@ def test_steps_that_are_not_logged_leave_out_the_diagnostics_and_nothing_else(ac
     (want, whole), *others = found
     assert len(whole) == 7 and all(len(step) == 9 for step in whole)
     for job, logged in others:
-        for a, b in zip(everything(job), everything(want), strict=True):
-            assert torch.equal(a, b)
+        assert_same(job, want, gradients=False)
         # The first two are warm-up, which calls whatever will be captured.
         assert [len(step) for step in logged] == [9, 9, 1, 9, 1, 9, 1]
         for step, a in zip(logged, whole, strict=True):
@@ -483,13 +483,14 @@ def on_card(given: Iterator[Batch]) -> Iterator[Batch]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "three batches a step"])
-def test_on_a_gpu_graphs_are_eager_steps_over_200_steps_and_a_kill(name, dtype):
-    """Eager steps are eager ones too, with fixed algorithms; a step is skipped, and dropout drawn in each."""
+def test_on_a_gpu_graphs_are_eager_steps_over_some_steps_and_a_kill(name, dtype):
+    """Eager steps are eager ones too, with fixed algorithms; a step is skipped, dropout drawn in each, some logged."""
     device = torch.device("cuda", torch.cuda.current_device())
     config, precision = configured(**CASES[name]), Precision(device, dtype, True)
+    config = dataclasses.replace(config, run=RunConfig(log_every=7))
     accumulate = config.optim.accumulate
-    given = list(on_card(batches(200, harmed=(60,)))) * accumulate
-    half = 100 * accumulate
+    half = (100 if (name, dtype) == ("adamw", torch.bfloat16) else 20) * accumulate
+    given = list(on_card(batches(2 * half // accumulate, harmed=(12,)))) * accumulate
     with chosen_algorithms(RunConfig(deterministic=True)):
         jobs = []
         for backend in (None, None, CudaGraphs(device)):
@@ -502,7 +503,7 @@ def test_on_a_gpu_graphs_are_eager_steps_over_200_steps_and_a_kill(name, dtype):
         told(jobs[-1], iter(given[half:]))
     assert jobs[2].step.graphs.active and jobs[2].step.graphs.take_note() is None
     for job in jobs[1:]:
-        assert_same(job, jobs[0])
+        assert_same(job, jobs[0], gradients=False)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from scripts.make_faces import COLUMN, EMOTION_AUS, NEUTRAL, NORMAL, PLAIN, SPLI
 
 SIZE = 64  # px of the frames that are written
 STILL = replace(NORMAL, turning=0.0, talking=0.0, flashing=0.0, occluded=0.0, drift=0.0)
-MISLEADING = replace(NORMAL, turning=0.0, looks=0.7, intensity=(0.35, 0.7))
+MISLEADING = replace(STILL, looks=0.7)
 Clip = tuple[list[np.ndarray], int]  # frames (S, S) or (S, S, 3) BGR, label
 
 

@@ -218,13 +218,13 @@ def train_epoch(
 def epoch_batches(job: Job) -> Iterator[Batch]:
     """Yield the batches that are left of the epoch that the state is in.
 
-    Before the last one, what comes next begins to be read: the clips to evaluate, and the next epoch's.
+    Before the end, what comes next begins to be read, and then to be made: the clips to evaluate, the next epoch's.
     """
     epoch, accumulate = job.state.evaluated, job.config.optim.accumulate
     first, last = job.steps_done * accumulate, job.schedule.steps_per_epoch * accumulate
     batches = itertools.islice(job.train_loader(epoch, first), last - first)
     for number, batch in enumerate(batches, start=first):
-        if number == max(first, last - 2):
+        if number >= last - 2:
             job.val_loader.prepare(0)
             if epoch + 1 < job.config.optim.epochs:
                 job.train_loader.prepare(epoch + 1)

@@ -2,12 +2,15 @@
 
 from typing import Literal
 
+import torch
+
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dfer.cli import UserError
 from dfer.config import Config
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler
+from dfer.precision import build_precision
 from dfer.run.distributed import World
 
 
@@ -48,5 +51,18 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         world_size=world.size,
         num_threads=world.own_cores(),
         device_id=world.device.index if gpu else None,
+        dtype=type_of_clips(config, mode, world.device),
     )
     return ClipLoader(index, sampler, options)
+
+
+def type_of_clips(config: Config, mode: Literal["train", "eval"], device: torch.device) -> torch.dtype:
+    """Return the type in which clips are made.
+
+    On a GPU that to which the first convolution rounds them in any case: half the bytes. But clips that are to be mixed
+    are rounded after that.
+    """
+    drawn = config.data.augmentation
+    if device.type == "cpu" or (mode == "train" and (drawn.mixup or drawn.cutmix)):
+        return torch.float32
+    return build_precision(config.run, device).dtype or torch.float32

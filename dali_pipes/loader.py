@@ -67,8 +67,8 @@ class ClipLoader:
     """Batches of one rank, epoch by epoch: `for batch in loader(epoch): ...`.
 
     At most AHEAD + depth + 2 batches exist at a time: AHEAD as they are stored (of videos: their decoded frames),
-    `options.depth` in the graph, one made, one with the consumer; and AHEAD of the next epoch where `prepare` was
-    called.
+    `options.depth` in the graph, one made, one with the consumer. Where `prepare` was called there are AHEAD more as
+    they are stored, and those in the graph may be of the epoch that it has named.
 
     Args:
         index: the videos and where their frames lie, which decides the source.
@@ -106,6 +106,7 @@ class ClipLoader:
         longest = int(index.store.length.max()) if isinstance(index.store, Packed) else None
         self._rooms = Rooms(options.batch_size * sampler.clip_length, longest, self._device)
         self._prepared: _Pass | _Streamed | None = None
+        self._on: _Pass | None = None  # whose batches are taken from the graph
 
     def __len__(self) -> int:
         """Return the steps per epoch, the same on every rank."""
@@ -131,7 +132,10 @@ class ClipLoader:
                 for (pictures, good), rows, valid in zip(run.made, run.steps, run.valid, strict=True):
                     yield self._batch(pictures, run.plan, rows, valid & good)
                 return
-            self._feed.drain()  # the consumer of the last epoch may have left early
+            if self._on is not None and self._on.started:  # whose consumer has left, and not closed it
+                self._feed.drain()
+                self._on.started.clear()
+            self._on = run
             self._start_ahead(run)
             while run.started:
                 batch = run.started.popleft()
@@ -142,11 +146,24 @@ class ClipLoader:
                 yield self._batch(pictures, run.drawn.plan, batch.rows, batch.valid & good)
 
     def prepare(self, epoch: int, start_step: int = 0) -> None:
-        """Begin to read the first batches of an epoch which the next call asks for, while others are still on."""
-        if self._resident is None and (self._prepared is None or self._prepared.key != (epoch, start_step)):
-            if self._prepared is not None:
-                self._prepared.close()
+        """Begin to read the first batches of an epoch which the next call asks for, while others are still on.
+
+        Called again, begin to make those that are read by then, if all of the others are made.
+        """
+        if self._resident is not None:
+            return
+        prepared = self._prepared
+        if prepared is None or prepared.key != (epoch, start_step):
+            self._prepared = None
+            if prepared is not None:
+                prepared.close()
+                if isinstance(prepared, _Pass) and prepared.started:
+                    self._feed.drain()
             self._prepared = self._begin(epoch, start_step)
+        elif isinstance(prepared, _Streamed):
+            prepared.made.make_ahead()
+        elif self._on is None or not (self._on.started or self._on.read or self._on.left):
+            self._start_ahead(prepared, wait=False)
 
     def _begin(self, epoch: int, start_step: int) -> "_Pass | _Streamed":
         key, options, plan = (epoch, start_step), self.options, self._plan(epoch)
@@ -170,6 +187,10 @@ class ClipLoader:
             yield run
         finally:
             run.close()
+            if run is self._on:
+                self._on = None
+                if isinstance(run, _Pass) and run.started:  # the consumer has left early
+                    self._feed.drain()
 
     def _plan(self, epoch: int) -> EpochPlan:
         return self.sampler.plan(epoch, self.index.num_frames, self.index.labels)
@@ -188,10 +209,10 @@ class ClipLoader:
             reading = Reading(self._source, plan.video[rows], plan.frames[rows], room, run.readers, listed=listed)
             run.read.append((rows, valid, reading))
 
-    def _start_ahead(self, run: _Pass) -> None:
-        """Give the graph what it can take, and read on."""
+    def _start_ahead(self, run: _Pass, wait: bool = True) -> None:
+        """Give the graph what it can take, or of that no more than is read, and read on."""
         self._read_ahead(run)
-        while run.read and len(run.started) < self.options.depth:
+        while run.read and len(run.started) < self.options.depth and (wait or run.read[0][2].done):
             rows, valid, reading = run.read.popleft()
             good = self._schedule(reading, rows, run.drawn)
             run.started.append(_Started(rows, valid, good, reading.room))

@@ -171,6 +171,11 @@ class Reading:
                 return int([*begun, *late, begin][0])  # by now it may be there
         return None
 
+    @property
+    def done(self) -> bool:
+        """Return whether there is nothing to wait for."""
+        return all(part.done() for part in self._parts)
+
     def num_late(self) -> int:
         """Return how many clips are not there."""
         return int((self._states != native.DONE).sum())

@@ -207,11 +207,19 @@ class StreamedEpoch:
         self._readers = Readers(stream.num_threads)
         self.close = weakref.finalize(self, self._readers.close)
         self._ahead: deque[_Reading] = deque()
+        self._stages = Stages(plan)
+        self._made: _Made | None = None
         self._read_on()
 
     def _read_on(self) -> None:
         rows = islice(self._left, AHEAD - len(self._ahead))
         self._ahead.extend(self._stream.read(self._readers, self._plan, batch) for batch in rows)
+
+    def make_ahead(self) -> None:
+        """Start to make the next batch, if nothing about it has to be waited for, or told."""
+        if self._made is None and self._ahead and self._ahead[0].fine:
+            self._made = self._stream.make(self._ahead.popleft(), self._plan, self._stages)
+            self._read_on()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Bool[np.ndarray, " B"]]]:
         """Yield the clips of each step, (B, T, S, S, 3), and which of them are their own.
@@ -221,14 +229,11 @@ class StreamedEpoch:
         Raises:
             UserError: as ClipLoader's.
         """
-        stages, made = Stages(self._plan), None
         try:
-            while self._ahead or made is not None:
-                now = made or self._stream.make(self._ahead.popleft(), self._plan, stages)
-                made = None
-                if self._ahead and self._ahead[0].fine:
-                    # The next one is made already if nothing about it has to be waited for, or told.
-                    made = self._stream.make(self._ahead.popleft(), self._plan, stages)
+            while self._ahead or self._made is not None:
+                now = self._made or self._stream.make(self._ahead.popleft(), self._plan, self._stages)
+                self._made = None
+                self.make_ahead()
                 self._read_on()
                 if now.ready is not None:
                     consumer = torch.cuda.current_stream(now.clips.device)

@@ -80,5 +80,5 @@ class Loader(Protocol):
         ...
 
     def prepare(self, epoch: int, start_step: int = 0) -> None:
-        """Begin to read what the next call will ask for, if that can be done ahead."""
+        """Begin to read what the next call will ask for, if that can be done ahead; called again, to make it."""
         ...

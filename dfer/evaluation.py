@@ -1,7 +1,6 @@
 """Evaluation: every clip of a list exactly once, whatever the number of processes and the size of a batch."""
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -90,8 +89,7 @@ def _predict(
     """Return what this rank predicts, or None if a signal ended it."""
     num_views = loader.sampler.num_views
     ids, valid, labels, found = [], [], [], []
-    batches = itertools.chain.from_iterable(loader(epoch=view) for view in range(num_views))
-    for i, batch in enumerate(watch(throughput.timed(batches), num_views * len(loader))):
+    for i, batch in enumerate(watch(throughput.timed(_views(loader)), num_views * len(loader))):
         if stop is not None and stop.requested():
             return None
         of_batch = predict(batch.clips)
@@ -104,3 +102,12 @@ def _predict(
             assert torch.equal(batch.ids, ids[i % len(loader)]), "the views of a clip were taken apart"
             found[i % len(loader)] += of_batch
     return _OfRank(torch.cat(ids), torch.cat(valid), torch.cat(labels), torch.cat(found) / num_views)
+
+
+def _views(loader: Loader) -> Iterator[Batch]:
+    """Yield the batches of all views, of which each begins to be loaded before the one ahead of it ends."""
+    for view in range(loader.sampler.num_views):
+        for number, batch in enumerate(loader(epoch=view)):
+            if number >= len(loader) - 2 and view + 1 < loader.sampler.num_views:
+                loader.prepare(view + 1)
+            yield batch

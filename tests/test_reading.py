@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
 from scripts import hash_clips, pack
 from tests.image_files import DAMAGED, ODD, PLAIN, jpeg, picture
+from train import epoch_batches
 
 CLIPS, FRAMES, SIZE = 8, 5, 24
 
@@ -328,6 +330,68 @@ def test_what_is_prepared_is_what_is_asked_for(root):
     while threading.active_count() > before and (deadline := deadline - 1):
         threading.Event().wait(0.01)
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize(("kind", "graph"), [(None, "fused"), (None, "decoded"), ("raw", "streamed")])
+def test_what_is_prepared_twice_is_being_made_before_it_is_asked_for(root, kind, graph):
+    """Once all of the epoch that is on are made; whoever leaves one early or asks for another gets what is right."""
+    index = packed(root, kind) if kind else load_index(root / "list.txt")
+    loader, want = batches_of(index, (0, 1, 2), graph=graph)
+    steps = len(loader)
+
+    def begun() -> bool:
+        run = loader._prepared
+        return run.made._made is not None if graph == "streamed" else len(run.started) > 0
+
+    def prepare(epoch: int) -> None:
+        loader.prepare(epoch)
+        run = loader._prepared
+        assert ends(lambda: all(r.fine for r in run.made._ahead) if graph == "streamed" else run.read[0][2].done)
+        loader.prepare(epoch)
+
+    prepare(0)
+    assert begun()  # as of a loader that nobody uses meanwhile
+    batches = loader(0)
+    got = [next(batches)]
+    if graph != "streamed":  # which makes ahead on a stream of its own
+        prepare(1)
+        assert not begun()  # the graph has batches of this one
+    while len(got) < steps:
+        got.append(next(batches))
+    prepare(1)
+    assert begun()
+    assert_same([*got, *batches], want[:steps])
+    assert_same(list(loader(1)), want[steps : 2 * steps])
+    prepare(0)
+    assert_same(list(loader(2)), want[2 * steps :])  # another one than was begun
+    prepare(0)
+    left = loader(0)
+    next(left)
+    if graph == "fused":
+        left.close()
+    assert_same(list(loader(1)), want[steps : 2 * steps])
+
+
+def test_training_prepares_what_comes_next():
+    """The clips to evaluate and the next epoch, on the last two batches; after the last epoch only the former."""
+    calls = []
+
+    class Loads(SimpleNamespace):
+        def __call__(self, epoch, first=0):
+            for number in range(first, 4):
+                calls.append(number)
+                yield number
+
+    train, val = (Loads(prepare=partial(lambda name, epoch: calls.append((name, epoch)), name)) for name in "tv")
+    for epoch, after in ((0, [("v", 0), ("t", 1)]), (1, [("v", 0)])):
+        calls.clear()
+        config = SimpleNamespace(optim=SimpleNamespace(accumulate=1, epochs=2))
+        job = SimpleNamespace(
+            config=config, state=SimpleNamespace(evaluated=epoch), steps_done=1, train_loader=train, val_loader=val,
+            schedule=SimpleNamespace(steps_per_epoch=4),
+        )  # fmt: skip
+        assert list(epoch_batches(job)) == [1, 2, 3]
+        assert calls == [1, 2, *after, 3, *after]
 
 
 def ends(what) -> bool:

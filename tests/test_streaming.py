@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from dali_pipes import resident, sources, streaming
+from dali_pipes.build import type_of_clips
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dali_pipes.resident import ResidentClips
+from dfer.config import Config, RunConfig
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
@@ -123,6 +125,16 @@ def test_a_source_has_its_own_way_on_a_gpu():
     assert (
         LoaderOptions(2, SIZE).route("raw") == "fused" and replace(gpu, graph="operators").route("raw") == "operators"
     )
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("auto", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)])
+def test_a_gpu_gets_clips_in_the_type_that_they_are_rounded_to(amp, dtype):
+    """But for those that are mixed, which are rounded after that."""
+    config = Config(run=RunConfig(amp=amp))
+    mixing = replace(config, data=replace(config.data, augmentation=Augmentation(cutmix=0.5)))
+    cuda = torch.device("cuda", 0)
+    assert type_of_clips(config, "train", cuda) == type_of_clips(mixing, "eval", cuda) == dtype
+    assert type_of_clips(mixing, "train", cuda) == type_of_clips(config, "train", torch.device("cpu")) == torch.float32
 
 
 def fails_for(monkeypatch, video: int, index: ClipIndex) -> None:

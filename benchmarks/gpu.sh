@@ -60,7 +60,7 @@ test_file() { # what kills one file's process leaves the others; where there are
     log=$OUT/tests/$(basename "$file" .py).txt
     case $can in *workers*)
         case $file in
-            */test_dali_pipes.py | */test_fused.py | */test_graph.py) options=(-n 3) ;; # the long ones
+            */test_crf_triton.py | */test_dali_pipes.py | */test_fused.py | */test_graph.py) options=(-n 3) ;;
             *) options=(-n 1) ;;
         esac
         ;;
@@ -73,7 +73,7 @@ test_file() { # what kills one file's process leaves the others; where there are
     timeout -s INT -k 15 "$TEST_SECONDS" env --default-signal=INT "$PYTHON" -m pytest -m "gpu and not slow" -v \
         --tb=short -o faulthandler_timeout=$((TEST_SECONDS * 3 / 5)) -o filterwarnings=default -p no:cacheprovider \
         --durations=5 "${options[@]}" "$file" >> "$log" 2>&1 &
-    wait $!
+    { wait $!; } 2> /dev/null
     code=$?
     said=$(tail -n 1 "$log" | sed 's/^=* *//; s/ *=*$//')
     open=$(unfinished "$log")

@@ -18,7 +18,7 @@ from dfer.crf.gaussian import gaussian_field
 from dfer.crf.layers import MeanFieldCRF
 from dfer.crf.meanfield import Features, Sums, meanfield
 from dfer.crf.triton import TritonPairs
-from tests.conftest import run_python
+from tests.conftest import no_waiting, run_python
 from tests.test_crf import FullSize, Problem, error
 
 GRADIENTS = ("dunary", "dpoints", "dcompatibility", "dvalues")
@@ -364,12 +364,8 @@ def test_the_layer_never_waits_for_the_gpu():
         (sum(x.square().sum() for x in outputs) - output.pooled[:, 1].sum()).backward()
 
     step()  # the first time kernels are compiled
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -4,7 +4,6 @@ The same checks run in the interpreter and on a GPU, against the dense backend i
 """
 
 import functools
-import os
 from unittest import mock
 
 import pytest
@@ -19,7 +18,8 @@ from dfer.crf.layers import MeanFieldCRF
 from dfer.crf.meanfield import Features, Sums, meanfield
 from dfer.crf.triton import TritonPairs
 from tests.conftest import no_waiting, run_python
-from tests.test_crf import FullSize, Problem, error
+from tests.crf_problems import FullSize, Problem, error
+from tests.nursery import python_path
 
 GRADIENTS = ("dunary", "dpoints", "dcompatibility", "dvalues")
 ROUNDED_OTHERWISE = 1.3  # sums in another order, operands rounded before or after they are normalised
@@ -178,7 +178,7 @@ def check_layer(device: str) -> None:
 def test_the_kernels_in_the_interpreter():
     """All of `check_everything`, on this machine's CPU."""
     code = "import tests.test_crf_triton as t; t.check_everything('cpu'); print('done')"
-    done = run_python("-c", code, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())
+    done = run_python("-c", code, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=python_path())
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
 
 
@@ -190,7 +190,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import dfer.crf.triton as kernels
 from dfer.crf import backends
-from tests.test_crf import FullSize
+from tests.crf_problems import FullSize
 
 launches = []
 def record(self, kernel, *tensors, block=None, **constants):
@@ -233,7 +233,7 @@ for kernel, tensors, constants in launches:
 def test_the_kernels_compile_for_gpus(tmp_path, operands, capability):
     """To machine code: short operands go to the tensor cores, and shared memory is what every GPU has."""
     arguments = ("-c", COMPILE, operands, str(capability))
-    environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     done = run_python(*arguments, timeout=300, **environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()]

@@ -6,7 +6,6 @@ The same checks run in the interpreter and on a GPU, against torch's own operato
 import copy
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable
 from unittest import mock
 
@@ -19,6 +18,7 @@ from dfer.model import fused, launches
 from dfer.model.baselines import MeanPoolNet
 from dfer.model.fused import FusedNorm, FusedPool, fuse
 from tests.conftest import no_waiting, run_python
+from tests.nursery import python_path
 
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -287,7 +287,7 @@ CHECKS = "import torch; import tests.test_fused as t; "
 def interpret(checks: str) -> None:
     """Run checks in Triton's interpreter, on this machine's CPU."""
     arguments = ("-c", f"{CHECKS}{checks}; print('done')")
-    done = run_python(*arguments, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())
+    done = run_python(*arguments, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=python_path())
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
 
 
@@ -356,7 +356,7 @@ KERNELS = {"parts", "merge", "normalise", "pool", "unpool", "gradient_parts", "i
 )
 def test_the_kernels_compile_for_gpus(tmp_path, dtype, capability, each):
     """To machine code; all read 16 bytes at a time, and shared memory is what every GPU has."""
-    environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     done = run_python("-c", COMPILE, dtype, str(capability), *each, timeout=300, **environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -510,7 +510,7 @@ print(len(graphs), *sorted(graphs[0]))
 @pytest.mark.slow
 def test_the_whole_model_is_one_graph_with_the_kernels_as_operators():
     """Forwards and backwards, without a GPU: traced on tensors without content, nothing of it is computed."""
-    done = run_python("-c", WHOLE, timeout=300, PYTHONPATH=os.getcwd())
+    done = run_python("-c", WHOLE, timeout=300, PYTHONPATH=python_path())
     assert done.returncode == 0, done.stderr[-2000:]
     forwards = {"batch_statistics", "meanfield", "norm_act", "norm_pool"}
     assert done.stdout.split() == ["1", *sorted(forwards | {"meanfield_backward", "norm_act_backward"})]

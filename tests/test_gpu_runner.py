@@ -16,6 +16,7 @@ from benchmarks.gpu_parts import rows, runner
 from benchmarks.gpu_parts.plan import PARTS
 from tests import gpu_cases
 from tests.conftest import ROOT, run_python
+from tests.nursery import Nursery, python_path
 
 ABOUT = {"card": "none", "cores": 2}
 
@@ -190,6 +191,7 @@ def test_fewer_cores_than_a_case_asks_for_leave_it_out():
     assert not any(case.gpu for case in gpu.chosen(list(PARTS), True, False, 2))
 
 
+GPU_TESTS = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu\n" in path.read_text()]
 PYTHON = r"""#!/bin/bash
 # Writes down what it is asked, and has accidents: with one file's tests, and in another's.
 echo "$@" >> "$ASKED"
@@ -235,7 +237,7 @@ def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path, can):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "a table" in printed
     told = dict(line.split(": ", 1) for line in (tmp_path / "out" / "tests.txt").read_text().splitlines())
-    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py") if "mark.gpu\n" in path.read_text()}
+    files = {str(path.relative_to(ROOT)) for path in GPU_TESTS}
     assert len(files) > 10 and told.keys() == files | {f"all {len(files)} files"}  # each has a verdict
     assert told.pop("tests/test_dali_pipes.py").startswith("exit code 139;")
     verdict, result = ("2 passed", (2, 0)) if not can else ("1 failed, 1 passed", (1, 1))
@@ -280,3 +282,49 @@ def test_a_signal_ends_the_script_and_all_that_it_began(tmp_path):
     assert process.returncode == -signal.SIGTERM and time.monotonic() - began < 15
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
     check_what_was_kept(tmp_path)
+
+
+NOT_THERE = [
+    "scenedetect",
+    "onnx",
+    "onnxruntime",
+    "gradio",
+    "wandb",
+    "hypothesis",
+    "matplotlib",
+    "jinja2",
+    "tensorboard",
+    "sphinx",
+    "openpyxl",
+]
+IMPORTED = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert sys.modules["scenedetect"] is None
+print("all")
+"""
+
+
+@pytest.mark.slow
+def test_tests_and_figures_of_a_card_need_few_packages(tmp_path, monkeypatch):
+    """On a machine that has not all: as a child imports them, and as the process does that has scripts in forks."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({NOT_THERE}))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    files = (*GPU_TESTS, *sorted(ROOT.glob("benchmarks/gpu_parts/*.py")))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    done = run_python("-c", IMPORTED, *names, "tests.two_processes", "train", PYTHONPATH=python_path())
+    assert done.returncode == 0 and done.stdout == "all\n", done.stderr
+    nursery = Nursery()
+    try:
+        done = nursery.run(["-c", IMPORTED, "train"], {**os.environ, "PYTHONPATH": python_path()}, 60)
+    finally:
+        nursery.close()
+    assert done.returncode == 0 and done.stdout == "all\n", done.stderr
+
+
+def test_what_is_started_finds_libraries_that_lie_elsewhere(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/a:/b")
+    assert python_path() == f"{ROOT}:/a:/b"
+    monkeypatch.delenv("PYTHONPATH")
+    assert python_path() == str(ROOT)

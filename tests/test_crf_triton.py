@@ -81,16 +81,11 @@ def check_against_dense(tensors: dict[str, torch.Tensor], device: str, operands:
         assert error(x, want[name]) <= 2 * error(dense[name], want[name]) + floor, (name, error(x, want[name]))
 
 
-def check_everything(device: str) -> None:
+def check_types(device: str) -> None:
     for operands in CHECKS_PER_OPERANDS:
         check_against_dense(small(), device, operands)
     plain = {name: x for name, x in small(smooth=False).items() if name != "values"}
     check_against_dense(plain, device, torch.float32)
-    check_bits(device)
-    check_blocks(device)
-    check_gaussian(device)
-    check_layer(device)
-    check_trust(device)
 
 
 def check_trust(device: str) -> None:
@@ -175,9 +170,12 @@ def check_layer(device: str) -> None:
     assert output.diagnostics["crf/energy_increases"] == 0
 
 
+EVERYTHING = (check_types, check_bits, check_blocks, check_gaussian, check_layer, check_trust)
+
+
 def test_the_kernels_in_the_interpreter():
-    """All of `check_everything`, on this machine's CPU."""
-    code = "import tests.test_crf_triton as t; t.check_everything('cpu'); print('done')"
+    """All of `EVERYTHING`, on this machine's CPU."""
+    code = "import tests.test_crf_triton as t; [check('cpu') for check in t.EVERYTHING]; print('done')"
     done = run_python("-c", code, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=python_path())
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
 
@@ -271,11 +269,6 @@ def test_where_triton_does_not_run_dense_pairs_are_taken_and_it_is_said(monkeypa
     assert capsys.readouterr().err == "note: --model.crf-backend triton: its kernels burn; dense is taken\n"
 
 
-@pytest.mark.gpu
-def test_this_gpu_is_trusted():
-    check_trust("cuda")
-
-
 class RoundedAttention(torch.autograd.Function):
     """softmax(q k^T) v and its gradient in float64, rounded where any attention for short types rounds.
 
@@ -328,8 +321,9 @@ def test_the_errors_of_sdpa_are_those_of_its_rounding(operands):
 
 
 @pytest.mark.gpu
-def test_the_kernels_on_a_gpu():
-    check_everything("cuda")
+@pytest.mark.parametrize("check", EVERYTHING)
+def test_the_kernels_on_a_gpu(check):
+    check("cuda")
 
 
 @pytest.mark.gpu

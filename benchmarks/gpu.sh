@@ -54,7 +54,7 @@ about=$(head -n 1 "$OUT/cases.txt") # card, versions, commit
 timeout -k 20 150 "$PYTHON" benchmarks/gpu.py --parts data --out "$OUT/data" > "$OUT/data.txt" 2>&1 &
 data=$!
 
-can=$("$PYTHON" -c 'import pytest, xdist; print("workers", "leave" if pytest.version_tuple >= (9,) else "")' 2> /dev/null)
+can=$("$PYTHON" -c 'import pytest, xdist; print("workers", "leave" * (pytest.version_tuple >= (9,)))' 2> /dev/null)
 test_file() { # what kills one file's process leaves the others; where there are workers, one test's leaves its file's
     local file=$1 log code said open options=()
     log=$OUT/tests/$(basename "$file" .py).txt
@@ -69,9 +69,9 @@ test_file() { # what kills one file's process leaves the others; where there are
     case $can in *leave*) options+=(-o faulthandler_exit_on_timeout=true) ;; esac
     echo "$about" > "$log"
     trap 'kill $!' TERM
-    # SIGINT, as pytest says what it has then; in the background it would be ignored.
-    timeout -s INT -k 15 "$TEST_SECONDS" env --default-signal=INT "$PYTHON" -m pytest -m "gpu and not slow" -v \
-        --tb=short -o faulthandler_timeout=$((TEST_SECONDS * 3 / 5)) -o filterwarnings=default -p no:cacheprovider \
+    # SIGINT, as pytest says what it has then.
+    COLUMNS=200 timeout -s INT -k 15 "$TEST_SECONDS" "$PYTHON" -m pytest -m "gpu and not slow" -v --tb=short \
+        -o faulthandler_timeout=$((TEST_SECONDS * 3 / 5)) -o filterwarnings=default -p no:cacheprovider \
         --durations=5 "${options[@]}" "$file" >> "$log" 2>&1 &
     { wait $!; } 2> /dev/null
     code=$?

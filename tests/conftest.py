@@ -1,9 +1,12 @@
 """Shared fixtures: a tiny set of real JPEG clips, and the rule for tests that need a GPU."""
 
+import contextlib
 import functools
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,9 @@ YUNET = ROOT.parent / "shared" / "yunet" / "yunet_n_640.onnx"
 os.environ["DFER_YUNET"] = "haar"
 TORCHRUN = ("-m", "torch.distributed.run")
 
+# cuBLAS reads it when it is first called, which may be in a test before one of fixed algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Small models and products only wait for a second thread, for ever where other tests run beside.
 torch.set_num_threads(1)
 
@@ -29,6 +35,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):  # not a keyword: those are also the names of folders
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU (REQUIRE_GPU=1 makes this a failure)"))
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Have all fail that waits for the GPU. What is to run has to have run before, as the first time loads kernels."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, torch says, which may not see each
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:  # or all tests behind it would fail
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def smooth_image(rng: np.random.Generator, height: int, width: int) -> Image.Image:

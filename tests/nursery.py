@@ -17,15 +17,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 SERVER = """
-import atexit, contextlib, json, os, runpy, sys, threading, traceback
+import atexit, contextlib, importlib, json, os, runpy, sys, threading, traceback
 import torch, timm, tyro
 from torch.distributed.run import main as torchrun
 import dali_pipes.build, dfer.evaluation, dfer.run.logger, dfer.run.folder
-import dfer.report.page, matplotlib.pyplot, onnxruntime  # the ends of runs, and export
+for name in ("matplotlib.pyplot", "dfer.report.page", "onnxruntime"):  # the ends of runs, and export
+    with contextlib.suppress(ImportError):  # on a machine for a GPU's tests there are few packages
+        importlib.import_module(name)
 
 torch.set_num_threads(1)
 ROOT = os.getcwd()
-with contextlib.suppress(ImportError):  # on a machine for a GPU's tests there is no wandb
+with contextlib.suppress(ImportError):
     import wandb.sdk.data_types._private as media  # timm has imported it
     # One folder for all children, which the first to end would delete.
     media.MEDIA_TMP._finalizer.detach()
@@ -43,7 +45,7 @@ def play(order):
     sys.stdin, sys.stdout = open(0), open(1, "w")
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
     sys.__stdin__, sys.__stdout__ = sys.stdin, sys.stdout
-    if not order["report"]:
+    if not order["report"] and "dfer.report.page" in sys.modules:
         dfer.report.page.write_report = lambda run, *_: f"{run.path}/report.html, not written for this test"
     sys.path.remove(ROOT)  # a script finds it itself
     sys.path[:0] = ["", *filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))]
@@ -82,11 +84,16 @@ for line in sys.stdin:
 """
 
 
+def python_path() -> str:
+    """Return a PYTHONPATH: the repository, and behind it what there is already, where libraries may lie."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class Nursery:
     """One process that has imported what scripts import, and forks for each of them."""
 
     def __init__(self):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -107,9 +114,11 @@ class Nursery:
             child = int(self._server.stdout.readline())
             try:
                 code = self._wait(timeout)
-            except TimeoutError:
+            except BaseException as error:  # also SIGINT, which the child, in a group of its own, does not get
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)
+                if not isinstance(error, TimeoutError):
+                    raise
                 self._server.stdout.readline()
                 raise subprocess.TimeoutExpired(words, timeout) from None
             printed = (Path(name).read_text(errors="replace") for name in names.values())

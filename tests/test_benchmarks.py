@@ -202,7 +202,7 @@ def test_what_is_missing_of_ours_is_not_called_a_missing_peer(clips, tmp_path, m
 def test_the_report(clips, tmp_path, capsys, monkeypatch):
     """A whole run, every measurement in a process of its own, with a peer that is not installed."""
     (tmp_path / "decord.py").write_text("raise ModuleNotFoundError('gone', name='decord')\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     words = ["--list", f"{clips}/train.txt", "--cache", str(tmp_path), "--device", "cpu", *TINY, "--rounds", "1"]
     words += ["--designs", "dfer-frames,pil-frames,decord-video", "--clips", "8", "--patience", "0"]
     assert main([*words, "--json", f"{tmp_path}/r.json"]) == 0

@@ -26,6 +26,7 @@ from dfer.run.distributed import World
 from dfer.run.folder import RunFolder, open_run
 from dfer.run.weight_files import save_weights
 from tests.conftest import ROOT
+from tests.nursery import python_path
 
 
 def state_of(step: int, best: int = 1) -> dict:
@@ -270,7 +271,7 @@ sys.stdin.read()
 
 
 def test_a_run_is_held_by_one_living_process(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     ) as holder:
@@ -369,7 +370,7 @@ def test_whatever_system_call_fails_a_checkpoint_remains(tmp_path, call, fault):
     done = subprocess.run(
         ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={last}",
          sys.executable, "-c", REAL, str(tmp_path), str(last)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": python_path()},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     codes = [int(code) for code in done.stdout.split()]

@@ -4,7 +4,6 @@ The same checks run in the interpreter and on a GPU, against the dense backend i
 """
 
 import functools
-import os
 from unittest import mock
 
 import pytest
@@ -18,8 +17,9 @@ from dfer.crf.gaussian import gaussian_field
 from dfer.crf.layers import MeanFieldCRF
 from dfer.crf.meanfield import Features, Sums, meanfield
 from dfer.crf.triton import TritonPairs
-from tests.conftest import run_python
-from tests.test_crf import FullSize, Problem, error
+from tests.conftest import no_waiting, run_python
+from tests.crf_problems import FullSize, Problem, error
+from tests.nursery import python_path
 
 GRADIENTS = ("dunary", "dpoints", "dcompatibility", "dvalues")
 ROUNDED_OTHERWISE = 1.3  # sums in another order, operands rounded before or after they are normalised
@@ -81,16 +81,11 @@ def check_against_dense(tensors: dict[str, torch.Tensor], device: str, operands:
         assert error(x, want[name]) <= 2 * error(dense[name], want[name]) + floor, (name, error(x, want[name]))
 
 
-def check_everything(device: str) -> None:
+def check_types(device: str) -> None:
     for operands in CHECKS_PER_OPERANDS:
         check_against_dense(small(), device, operands)
     plain = {name: x for name, x in small(smooth=False).items() if name != "values"}
     check_against_dense(plain, device, torch.float32)
-    check_bits(device)
-    check_blocks(device)
-    check_gaussian(device)
-    check_layer(device)
-    check_trust(device)
 
 
 def check_trust(device: str) -> None:
@@ -176,10 +171,13 @@ def check_layer(device: str) -> None:
     assert output.diagnostics["crf/energy_increases"] == 0
 
 
+EVERYTHING = (check_types, check_bits, check_blocks, check_gaussian, check_layer, check_trust)
+
+
 def test_the_kernels_in_the_interpreter():
-    """All of `check_everything`, on this machine's CPU."""
-    code = "import tests.test_crf_triton as t; t.check_everything('cpu'); print('done')"
-    done = run_python("-c", code, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())
+    """All of `EVERYTHING`, on this machine's CPU."""
+    code = "import tests.test_crf_triton as t; [check('cpu') for check in t.EVERYTHING]; print('done')"
+    done = run_python("-c", code, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=python_path())
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
 
 
@@ -191,7 +189,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import dfer.crf.triton as kernels
 from dfer.crf import backends
-from tests.test_crf import FullSize
+from tests.crf_problems import FullSize
 
 launches = []
 def record(self, kernel, *tensors, block=None, **constants):
@@ -234,7 +232,7 @@ for kernel, tensors, constants in launches:
 def test_the_kernels_compile_for_gpus(tmp_path, operands, capability):
     """To machine code: short operands go to the tensor cores, and shared memory is what every GPU has."""
     arguments = ("-c", COMPILE, operands, str(capability))
-    environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     done = run_python(*arguments, timeout=300, **environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -270,11 +268,6 @@ def test_where_triton_does_not_run_dense_pairs_are_taken_and_it_is_said(monkeypa
     monkeypatch.setattr(backends, "trouble", lambda device, operands: "its kernels burn")
     check_taken_as_dense()
     assert capsys.readouterr().err == "note: --model.crf-backend triton: its kernels burn; dense is taken\n"
-
-
-@pytest.mark.gpu
-def test_this_gpu_is_trusted():
-    check_trust("cuda")
 
 
 class RoundedAttention(torch.autograd.Function):
@@ -329,8 +322,9 @@ def test_the_errors_of_sdpa_are_those_of_its_rounding(operands):
 
 
 @pytest.mark.gpu
-def test_the_kernels_on_a_gpu():
-    check_everything("cuda")
+@pytest.mark.parametrize("check", EVERYTHING)
+def test_the_kernels_on_a_gpu(check):
+    check("cuda")
 
 
 @pytest.mark.gpu
@@ -365,12 +359,8 @@ def test_the_layer_never_waits_for_the_gpu():
         (sum(x.square().sum() for x in outputs) - output.pooled[:, 1].sum()).backward()
 
     step()  # the first time kernels are compiled
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dfer.model import DFERNet
-from tests.conftest import ROOT, TORCHRUN, run_python
+from tests.conftest import TORCHRUN, run_python
+from tests.nursery import python_path
 from tests.test_train import TINY, rows
 
 GRADIENTS = """
@@ -46,7 +47,7 @@ def clips_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def torchrun(processes: int, *args: str) -> subprocess.CompletedProcess:
-    return run_python(*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", *args, PYTHONPATH=str(ROOT))
+    return run_python(*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", *args, PYTHONPATH=python_path())
 
 
 def test_gradients_of_two_processes_equal_one(tmp_path):

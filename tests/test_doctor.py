@@ -40,7 +40,7 @@ def test_packages_against_the_pins():
 def test_a_module_that_does_not_import_is_told_by_its_last_line(tmp_path, monkeypatch):
     (tmp_path / "broken_here.py").write_text("raise ImportError('libfoo.so: no such file')")
     (tmp_path / "crashes_here.py").write_text("import os; os.kill(os.getpid(), 9)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     broken, crashes, fine = doctor.imports("broken_here", "crashes_here", "json")
     assert (broken.state, broken.found) == ("missing", "ImportError: libfoo.so: no such file")
     assert (crashes.state, crashes.found) == ("missing", "exit code -9")

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.gpu_parts import rows, runner
 from benchmarks.gpu_parts.plan import PARTS
 from tests import gpu_cases
 from tests.conftest import ROOT, run_python
+from tests.nursery import Nursery, python_path
 
 ABOUT = {"card": "none", "cores": 2}
 
@@ -189,38 +191,140 @@ def test_fewer_cores_than_a_case_asks_for_leave_it_out():
     assert not any(case.gpu for case in gpu.chosen(list(PARTS), True, False, 2))
 
 
-def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path):
-    """With a Python that writes down what it is asked: one file's tests die, another's hang."""
-    python, asked = tmp_path / "python", tmp_path / "asked.txt"
-    python.write_text(
-        f'#!/bin/bash\necho "$@" >> {asked}\necho "said of ${{@: -1}}"\n'
-        'case "$*" in *test_dali*) kill -SEGV $$ ;; *test_doctor*) sleep 30 ;;\n'
-        '*peers*) echo "a table"; exit 1 ;; esac\n'
-    )
-    python.chmod(0o755)
-    out = tmp_path / "out"
-    environment = {
-        **os.environ,
-        "PYTHON": str(python),
-        "OUT": str(out),
-        "TEST_SECONDS": "2",
-        "BUDGET": "90",
-        "TESTS": "2",
-    }
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and "a table" in done.stdout
-    told = dict(line.split(": ", 1) for line in (out / "tests.txt").read_text().splitlines())
-    assert set(told) >= {f"tests/test_{name}.py" for name in ("crf_triton", "dali_pipes", "doctor", "finite")}
-    assert told["tests/test_dali_pipes.py"].startswith("exit code 139;")
-    assert told["tests/test_doctor.py"].startswith("exit code 124;")
-    assert re.fullmatch(r"left out: \d+ s are gone", told["tests/test_finite.py"])
-    assert told["tests/test_crf_triton.py"] == "exit code 0; said of tests/test_crf_triton.py"
-    assert (out / "tests" / "test_dali_pipes.txt").read_text().startswith("said of --list\n")
-    commands = asked.read_text().splitlines()
-    (last,) = (line for line in commands if "--peers" in line)
-    words = last.split()
-    assert 60 <= int(words[words.index("--budget") + 1]) <= 90 and words[words.index("--out") + 1] == str(out)
+GPU_TESTS = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu\n" in path.read_text()]
+PYTHON = r"""#!/bin/bash
+# Writes down what it is asked, and has accidents: with one file's tests, and in another's.
+echo "$@" >> "$ASKED"
+case "$*" in
+    *test_dali*) kill -SEGV $$ ;;
+    *test_doctor*) cat "$LOG"; sleep 30 ;;
+    *"-m pytest"*) echo "==== 3 passed, 1 skipped in 0.10s ====" ;;
+    *version_tuple*) echo "$CAN" ;;
+    *"--parts warm"*) sleep 30 ;;
+    *peers*)
+        echo "a table"; echo "{}" > "${@: -1}/results.jsonl"
+        [ -z "$HANGS" ] || { echo $$ > "$HANGS"; sleep 30; }
+        exit 1 ;;
+esac
+"""
+LOGS = {  # what pytest prints of two tests that end, with something printed between, and of one that does not
+    "": "tests/test_doctor.py::test_a[b c] PASSED   [ 16%]\ntests/test_doctor.py::test_a[d] Timeout (0:00:04)!\n"
+    "PASSED     [ 33%]\ntests/test_doctor.py::test_b[e f] \n\n!!! KeyboardInterrupt !!!\n=== 2 passed in 2s ===",
+    "workers leave": "tests/test_doctor.py::test_b[e f] \ntests/test_doctor.py::test_a[b c] \n"
+    "[gw0] [ 16%] PASSED tests/test_doctor.py::test_a[b c] \ntests/test_doctor.py::test_a[d] Timeout (0:00:04)!\n"
+    "[gw0] [ 33%] FAILED tests/test_doctor.py::test_a[d] \nFAILED tests/test_doctor.py::test_a[d] - assert 0\n"
+    "!!! KeyboardInterrupt !!!\n=== 1 failed, 1 passed in 2s ===",
+}
+
+
+def script(folder: Path, can: str = "", hangs: str = "") -> subprocess.Popen:
+    """Start benchmarks/gpu.sh with such a Python."""
+    (folder / "python").write_text(PYTHON)
+    (folder / "python").chmod(0o755)
+    (folder / "log").write_text(LOGS[can])
+    names = {name.upper(): str(folder / name) for name in ("python", "out", "asked", "log", "back")}
+    environment = {**os.environ, **names, "TEST_SECONDS": "1", "BUDGET": "90", "CAN": can, "HANGS": hangs}
+    return subprocess.Popen(
+        ["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("can", LOGS)
+def test_the_script_for_a_machine_goes_on_whatever_happens(tmp_path, can):
+    """One file's tests die, another's hang, and so does what is compiled ahead."""
+    process = script(tmp_path, can)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "a table" in printed
+    told = dict(line.split(": ", 1) for line in (tmp_path / "out" / "tests.txt").read_text().splitlines())
+    files = {str(path.relative_to(ROOT)) for path in GPU_TESTS}
+    assert len(files) > 10 and told.keys() == files | {f"all {len(files)} files"}  # each has a verdict
+    assert told.pop("tests/test_dali_pipes.py").startswith("exit code 139;")
+    verdict, result = ("2 passed", (2, 0)) if not can else ("1 failed, 1 passed", (1, 1))
+    hung = f"exit code 124; without a verdict: test_b[e f]; {verdict} in 2s"
+    assert told.pop("tests/test_doctor.py") == hung
+    fine, passed, failed = len(files) - 2, 3 * (len(files) - 2) + result[0], result[1]
+    in_all = f"{fine} with exit code 0; {passed} passed, {failed} failed, {fine} skipped, 0 errors"
+    assert told.popitem()[1] == in_all
+    assert set(told.values()) == {"exit code 0; 3 passed, 1 skipped in 0.10s"}
+    commands = (tmp_path / "asked").read_text().splitlines()
+    parts = [line.split("--parts ")[1].split()[0] for line in commands if "--parts" in line]
+    assert parts == ["data", "warm"] and "--peers" in commands[-1]
+    words = commands[-1].split()
+    assert 60 <= int(words[words.index("--budget") + 1]) <= 90
+    assert words[words.index("--out") + 1] == str(tmp_path / "out")
     gpu.parse(words[1:])
-    assert f"benchmarks/gpu.py --parts data --out {out}/data" in commands and commands[-1] == last
+    workers = {line.split()[-1]: re.findall(r"-n (\d)", line) for line in commands if "-m pytest" in line}
+    assert workers["tests/test_graph.py"] == ["3"] * bool(can) and workers["tests/test_finite.py"] == ["1"] * bool(can)
+    check_what_was_kept(tmp_path)
+
+
+def check_what_was_kept(folder: Path) -> None:
+    """Few files, whole ones, and all others in one."""
+    out, back = folder / "out", folder / "back"
+    assert {path.name for path in back.iterdir()} <= {"cases.txt", "gpu.txt", "results.jsonl", "rest.tgz", "tests.txt"}
+    assert (back / "results.jsonl").read_text() == "{}\n"
+    with tarfile.open(back / "rest.tgz") as archive:
+        names = {os.path.normpath(name) for name in archive.getnames()}
+        assert names == {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} >= {"gpu.txt"}
+        assert archive.extractfile("./tests/test_doctor.txt").read() == (out / "tests" / "test_doctor.txt").read_bytes()
+
+
+def test_a_signal_ends_the_script_and_all_that_it_began(tmp_path):
+    process = script(tmp_path, hangs=str(tmp_path / "pid"))
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    began = time.monotonic()
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM and time.monotonic() - began < 15
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    check_what_was_kept(tmp_path)
+
+
+NOT_THERE = [
+    "scenedetect",
+    "onnx",
+    "onnxruntime",
+    "gradio",
+    "wandb",
+    "hypothesis",
+    "matplotlib",
+    "jinja2",
+    "tensorboard",
+    "sphinx",
+    "openpyxl",
+]
+IMPORTED = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert sys.modules["scenedetect"] is None
+print("all")
+"""
+
+
+@pytest.mark.slow
+def test_tests_and_figures_of_a_card_need_few_packages(tmp_path, monkeypatch):
+    """On a machine that has not all: as a child imports them, and as the process does that has scripts in forks."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({NOT_THERE}))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    files = (*GPU_TESTS, *sorted(ROOT.glob("benchmarks/gpu_parts/*.py")))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    done = run_python("-c", IMPORTED, *names, "tests.two_processes", "train", PYTHONPATH=python_path())
+    assert done.returncode == 0 and done.stdout == "all\n", done.stderr
+    nursery = Nursery()
+    try:
+        done = nursery.run(["-c", IMPORTED, "train"], {**os.environ, "PYTHONPATH": python_path()}, 60)
+    finally:
+        nursery.close()
+    assert done.returncode == 0 and done.stdout == "all\n", done.stderr
+
+
+def test_what_is_started_finds_libraries_that_lie_elsewhere(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/a:/b")
+    assert python_path() == f"{ROOT}:/a:/b"
+    monkeypatch.delenv("PYTHONPATH")
+    assert python_path() == str(ROOT)

@@ -21,6 +21,7 @@ import pytest
 from dfer import __version__
 from dfer.__main__ import commands
 from tests.conftest import ROOT, run_python
+from tests.nursery import python_path
 from tests.test_train import TINY
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -72,7 +73,7 @@ def test_all_of_the_project_is_packaged():
 def test_the_command_without_being_installed(tmp_path):
     def dfer(*words):
         command = [sys.executable, "-m", "dfer", *words]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": python_path()}
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
 
     for words in ((), ("--help",)):

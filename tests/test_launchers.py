@@ -10,6 +10,7 @@ from dfer import cli
 from dfer.config import parse_config
 from dfer.run.launchers import LauncherError, find_place, own_environment, own_words
 from tests.conftest import ROOT, run_python
+from tests.nursery import python_path
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
              "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # fmt: skip
@@ -132,7 +133,7 @@ sys.exit(one_line_errors("train.py", lambda: distributed.setup("cpu", timedelta(
 def test_processes_that_do_not_come_are_one_line(left):
     port = str(20000 + os.getpid() % 12000)
     env = {**environment(left), "WORLD_SIZE": "2", "MASTER_PORT": port}
-    done = run_python("-c", JOINED, fresh=False, PYTHONPATH=str(ROOT), **env)
+    done = run_python("-c", JOINED, fresh=False, PYTHONPATH=python_path(), **env)
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(lines) == 1 and "finds not all 2 processes" in lines[0] and port in lines[0]

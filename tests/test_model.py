@@ -13,7 +13,8 @@ from dfer.model.dfernet import motion
 from dfer.model.resize import multiply, resize, resize_time, upsample_aligned, weights
 from dfer.model.start import start
 from dfer.model.temporal import RecurrentBlock
-from tests.conftest import ROOT, run_python
+from tests.conftest import run_python
+from tests.nursery import python_path
 
 
 @pytest.fixture(scope="module")
@@ -386,5 +387,5 @@ def test_a_compiled_block_is_the_loop_and_not_the_program_of_an_export():
     """Torch's scan, which only an export needs, does not go through the compiler's later stages. Without this suite's
     checks of shapes, which the compiler does not know.
     """
-    done = run_python("-c", COMPILED, PYTHONPATH=str(ROOT))
+    done = run_python("-c", COMPILED, PYTHONPATH=python_path())
     assert done.returncode == 0, done.stderr

@@ -23,6 +23,7 @@ from dali_pipes.loader import usable
 from dali_pipes.options import LoaderOptions
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import EpochPlan, epoch_plan
+from tests.conftest import no_waiting
 from tests.oracle import crop, oracle_clip
 from tests.test_kernels import EVERYTHING
 
@@ -203,12 +204,8 @@ def test_the_kernel_waits_for_nothing():
     table = pictures.table(torch.from_numpy(pictures.memory).cuda())
     rows, stages = torch.arange(6, device="cuda"), torch_stages.Stages(pictures.plan)
     pixels.clips(table, rows, stages, 112, torch.bfloat16)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         pixels.clips(table, rows, stages, 112, torch.bfloat16)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_stages_are_those_of_the_plan():

@@ -17,7 +17,8 @@ from dfer.lists.index import load_index
 from dfer.plan.sampling import ClipSampler
 from dfer.run.checkpoint import load_checkpoint
 from dfer.run.folder import same_global_batch
-from tests.conftest import ROOT, TORCHRUN, nursery, run_python
+from tests.conftest import TORCHRUN, nursery, run_python
+from tests.nursery import python_path
 from tests.test_train import losses, rows
 
 # A CRF, batch statistics and dropout, as the full model has them, at a fraction of its size; 5 steps of 4 clips.
@@ -155,7 +156,7 @@ def order(launcher, words, clips, log_dir, extra, env):
     """The words of a command, and its environment."""
     lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
     command = [*launcher, words, *SMALL, *lists, "--run.log-dir", str(log_dir / "logs"), *extra]
-    return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **env}
 
 
 def what_was_computed(run_dir):

@@ -1,12 +1,14 @@
 """Where shots begin, on drawn scenes: cuts, dissolves, and what is neither."""
 
 import importlib.metadata
+import sys
 from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
 import pytest
 
+from dfer.cli import UserError
 from dfer.video.shots import ShotDetector
 from tests.drawn_scenes import Actor, dissolve, grain, play, room
 
@@ -114,3 +116,9 @@ def test_one_opencv_is_installed() -> None:
     """opencv-python and opencv-python-headless write into one folder: the later one wins, file by file."""
     names = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
     assert {name for name in names if "opencv" in name.lower()} == {"opencv-python-headless"}
+
+
+def test_a_package_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scenedetect", None)
+    with pytest.raises(UserError, match=r"finds cuts in videos, is not there \(.*\): pip install scenedetect-headless"):
+        ShotDetector()

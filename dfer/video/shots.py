@@ -9,8 +9,8 @@ from collections import deque
 import cv2
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
-from scenedetect import FrameTimecode
-from scenedetect.detectors import AdaptiveDetector
+
+from dfer.cli import UserError
 
 _SEEN, _COMPARED = (64, 36), (32, 18)  # px of the thumbnails for PySceneDetect and for us, whatever the picture's shape
 # A cut changes the picture by so much (the mean of PySceneDetect's hue, saturation and luma), and by this factor more
@@ -27,9 +27,21 @@ _Luma = Float32[np.ndarray, "18 32"]
 
 
 class ShotDetector:
-    """Frames come one by one; in the end `starts` says where shots begin. A second of thumbnails is held."""
+    """Frames come one by one; in the end `starts` says where shots begin. A second of thumbnails is held.
+
+    Raises:
+        UserError: if PySceneDetect is not installed.
+    """
 
     def __init__(self):
+        try:
+            from scenedetect import FrameTimecode  # here, as what only reads videos does not need it
+            from scenedetect.detectors import AdaptiveDetector
+        except ImportError as error:
+            raise UserError(
+                f"PySceneDetect, which finds cuts in videos, is not there ({error}): pip install scenedetect-headless"
+            ) from None
+        self._timecode = FrameTimecode
         self._adaptive = AdaptiveDetector(MIN_RATIO, min_scene_len=1, min_content_val=MIN_CHANGE)
         self._recent: deque[tuple[float, _Luma]] = deque()  # times and pictures, the newest last
         self._last: deque[_Thumbnail] = deque(maxlen=3)
@@ -67,7 +79,7 @@ class ShotDetector:
         return np.unique(np.array(self._starts, np.int64))
 
     def _propose(self, number: int, thumbnail: _Thumbnail) -> None:
-        cuts = self._adaptive.process_frame(FrameTimecode(number, 25.0), thumbnail)
+        cuts = self._adaptive.process_frame(self._timecode(number, 25.0), thumbnail)
         self._proposed += [cut.frame_num for cut in cuts]
 
     def _luma(self, number: int) -> _Luma:

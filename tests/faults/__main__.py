@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dfer.cli import Parser, in_range
 from dfer.run.checkpoint import read_verified
 from tests.conftest import ROOT, make_clips
+from tests.nursery import python_path
 from tests.test_resume import SMALL, assert_same, what_was_computed
 from tests.test_two_nodes import WHY_NOT, cable, torchrun_on, two_nodes
 from tests.wandb_server import FakeWandb
@@ -546,7 +547,7 @@ def work(args: argparse.Namespace, folder: Path) -> tuple[Count, list[str]]:
         FakeWandb() as server,
         subprocess.Popen(
             [sys.executable, "-c", NURSERY], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
         ) as nursery,
     ):  # fmt: skip
         unbroken = {}

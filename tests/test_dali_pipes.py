@@ -19,7 +19,7 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler, shard
 from dfer.video.decode import decode
 from scripts import pack
-from tests.conftest import run_python, smooth_image
+from tests.conftest import no_waiting, run_python, smooth_image
 from tests.oracle import oracle_clip
 
 SIZE, T = 40, 6
@@ -406,11 +406,8 @@ def test_making_a_batch_waits_for_nothing_that_the_gpu_does(indexes, source, tmp
     options = {"augmentation": EVERYTHING, "batch_size": 2, "cached": source == "held"}
     batches = loader(index, device="gpu", device_id=0, **options)(1)
     next(batches)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         next(batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

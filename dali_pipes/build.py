@@ -11,6 +11,7 @@ from dfer.config import Config
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import ClipSampler
 from dfer.precision import build_precision
+from dfer.run.defaults import JPEG_ENGINE
 from dfer.run.distributed import World
 
 
@@ -43,7 +44,7 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         batch_size=data.batch_size,
         size=data.size,
         device="gpu" if gpu else "cpu",
-        jpeg_engine=data.jpeg_engine,
+        jpeg_engine=JPEG_ENGINE[data.jpeg_decoder],
         video_decoder=data.video_decoder,
         bad_clips=data.bad_clips if mode == "train" else "error",
         cached=data.cache == "gpu",

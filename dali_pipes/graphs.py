@@ -104,7 +104,7 @@ def operators(
     num_threads: int,
     device: Literal["cpu", "gpu"],
     device_id: int | None,
-    jpeg_engine: float,
+    jpeg_engine: float | None,
 ) -> Pipeline:
     """Build the graph from images, pixels or videos to one batch of float32 pictures by DALI's operators.
 
@@ -120,8 +120,9 @@ def operators(
         mixed = "mixed" if device == "gpu" else "cpu"
         if kind == "images":
             source = _file(source)
-        if kind == "images" and device == "cpu":
+        if kind == "images" and (device == "cpu" or jpeg_engine is None):
             frames = _node(fn.decoders.image_slice(source, *crop, **_CROP))
+            frames = frames.gpu() if device == "gpu" else frames
         elif kind == "images":
             frames = _node(fn.decoders.image(source, device=mixed, hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))
             frames = _node(fn.slice(frames, *crop, **_CROP))
@@ -140,14 +141,18 @@ def operators(
 
 
 def decoded(
-    max_frames: int, num_threads: int, device: Literal["cpu", "gpu"], device_id: int | None, jpeg_engine: float
+    max_frames: int, num_threads: int, device: Literal["cpu", "gpu"], device_id: int | None, jpeg_engine: float | None
 ) -> Pipeline:
-    """Build the graph from images, the inputs "source" and "length" as of `operators`, to pixels, (H, W, 3) uint8."""
+    """Build the graph from images, the inputs "source" and "length" as of `operators`, to pixels, (H, W, 3) uint8.
+
+    On a GPU nvJPEG decodes them, that share of them by its engine; or if it is None the cores, and they are uploaded.
+    """
 
     def define() -> DataNode:
         source = _file(_input("source"))
-        if device == "cpu":
-            return _node(fn.decoders.image(source, device="cpu"))
+        if device == "cpu" or jpeg_engine is None:
+            frames = _node(fn.decoders.image(source, device="cpu"))
+            return frames.gpu() if device == "gpu" else frames
         return _node(fn.decoders.image(source, device="mixed", hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))
 
     return _build(define, max_frames, num_threads, device_id)

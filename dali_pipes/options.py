@@ -22,13 +22,13 @@ class LoaderOptions:
     size: int  # height and width of the clips in pixels
     dtype: torch.dtype = torch.float32  # or bfloat16, float16; or uint8: colours 0..255, not normalised (fused only)
 
-    # Where clips end up; on "gpu" it decodes JPEG too (nvJPEG).
+    # Where clips end up.
     device: Literal["cpu", "gpu"] = "cpu"
     device_id: int | None = None  # number of the GPU
     graph: Graph | None = None  # None: as `route` says
-    # Share of the images for the GPU's JPEG engine, if it has one; its cores do the others. 0 until a card has shown
-    # that it does not mix the pixels of two batches (benchmarks/gpu.py).
-    jpeg_engine: float = 0.0
+    # Share of the images for the GPU's JPEG engine, if it has one; its SMs do the others. 0 until a card has shown that
+    # it does not mix the pixels of two batches (benchmarks/gpu.py). None: the machine's cores decode, and DALI uploads.
+    jpeg_engine: float | None = 0.0
     # What decodes videos for a GPU: the cores, or NVDEC those that it takes; "auto" is the cores.
     video_decoder: Literal["auto", "cores", "nvdec"] = "auto"
     # Of NVDEC, beside each other: sessions x depth DALI pipelines. Only benchmarks/gpu.py sets it; a run has one.

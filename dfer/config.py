@@ -21,7 +21,7 @@ from dfer.plan.augmentation import Augmentation
 from dfer.plan.balance import Balance
 from dfer.recipes import RECIPES
 from dfer.run.checkpoint import find_manifests
-from dfer.run.defaults import at_this_place, card_memory, chooses_the_step, settled_as, suited
+from dfer.run.defaults import at_this_place, card_memory, chooses_the_step, jpeg_decoder_of, settled_as, suited
 from dfer.run.launchers import find_place, own_words
 from dfer.run.values import check_ranges, first_sentence, restored
 
@@ -39,8 +39,8 @@ class DataConfig:
     """Where relative paths in the lists start; the list's own folder if not given."""
     source: Literal["auto", "frames", "video", "shards", "raw"] = "auto"
     """Where the clips are read from; auto = what the list points at."""
-    jpeg_engine: Annotated[float, Range(0.0, 1.0)] = 0.0
-    """Share of the images that a GPU's JPEG engine decodes, where it has one. It frees cores, but see docs/LOG.md."""
+    jpeg_decoder: Literal["auto", "cores", "sms", "engine", "mixed"] = "auto"
+    """What decodes images for a GPU: the cores; nvJPEG on its SMs, its JPEG engine or both. auto = sms, see LOG.md."""
     video_decoder: Literal["auto", "cores", "nvdec"] = "auto"
     """What decodes videos for a GPU: the cores, or NVDEC those that it takes. auto = cores, until a card shows more."""
     bad_clips: Literal["error", "skip"] = "skip"
@@ -327,7 +327,7 @@ def validate(config: Config) -> None:
 
 # What a run did that was saved before a field existed, where the default now means something else: flag -> value.
 _BEFORE = {
-    "data.jpeg_engine": 0.65,  # DALI's own default, before there was one of ours
+    "data.jpeg_decoder": "mixed",  # DALI's own default, before there was one of ours
     "data.video_decoder": "nvdec",  # decoded all videos on a GPU
     "model.branches": "static",  # there was one branch,
     "model.time": "attention",  # and attention read it
@@ -381,6 +381,8 @@ def config_from_json(text: str, source: Path) -> Config:
         saved = json.loads(text)
         if "recipe" in saved.get("data", {}):  # where it was when it set clips and augmentation alone
             saved["recipe"] = saved["data"].pop("recipe")
+        if "jpeg_engine" in (data := saved.get("data", {})):
+            data["jpeg_decoder"] = jpeg_decoder_of(data.pop("jpeg_engine"))
         for flag, value in _BEFORE.items():
             section, name = flag.split(".")
             saved.get(section, {}).setdefault(name, value)

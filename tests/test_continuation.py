@@ -110,7 +110,7 @@ def test_a_run_that_an_older_version_began_with_a_recipe_goes_on(begun, tmp_path
 
 def test_what_a_command_is_for_is_not_taken_from_the_run(begun, tmp_path):
     config = begun("debug", "--profile", "3", "--run.timeout", "7", "--run.wandb", "off")
-    more = ("--run.save-minutes", "2", "--data.batch-size", "4", "--data.jpeg-engine", "0.5")
+    more = ("--run.save-minutes", "2", "--data.batch-size", "4", "--data.jpeg-decoder", "engine")
     more += ("--data.video-decoder", "cores")
     now = again(tmp_path, "--resume", *more)
     assert (now.profile, now.resume, now.run.timeout, now.run.save_minutes) == (0, True, 7, 2)
@@ -125,11 +125,14 @@ def test_a_run_that_took_no_step_is_begun_anew(begun, tmp_path):
 
 def test_a_field_that_an_old_run_lacks_means_what_that_run_did(tmp_path):
     saved = json.loads(parse_config(["debug"]).to_json())
-    for name in ("jpeg_engine", "video_decoder", "cache"):
+    for name in ("jpeg_decoder", "video_decoder", "cache"):
         del saved["data"][name]
     config = config_from_json(json.dumps(saved), tmp_path)
     data = config.data
-    assert (data.jpeg_engine, data.video_decoder, data.cache) == (0.65, "nvdec", "off")
+    assert (data.jpeg_decoder, data.video_decoder, data.cache) == ("mixed", "nvdec", "off")
+    for share, decoder in ((0.0, "sms"), (0.65, "mixed"), (1.0, "engine")):  # as it was saved for a while
+        saved["data"]["jpeg_engine"] = share
+        assert config_from_json(json.dumps(saved), tmp_path).data.jpeg_decoder == decoder
 
 
 def test_an_average_that_an_older_version_began_goes_on_as_it_was(tmp_path):

@@ -69,7 +69,7 @@ def test_a_run_is_found_by_what_was_trained_on_what():
     assert record.find_result([older], config, DATA) is older
     # What a saved run without them did on a GPU ("fused": off, videos by NVDEC) is no other model.
     saved = {name: runs[1]["config"][name].copy() for name in ("data", "run")}
-    for section, name in (("data", "video_decoder"), ("data", "jpeg_engine"), ("run", "fused"), ("run", "graph")):
+    for section, name in (("data", "video_decoder"), ("data", "jpeg_decoder"), ("run", "fused"), ("run", "graph")):
         del saved[section][name]
     older = runs[1] | {"config": {**runs[1]["config"], **saved}}
     assert record.find_result([older], config, DATA) is older

@@ -263,7 +263,7 @@ def test_what_was_settled_is_one_line(machine):
     machine(80)
     line = in_words(settled(parse_config(["dfew"])), CPU)
     assert (
-        "cuda, amp bf16, CRF triton, cache off, JPEG engine 0, videos by cores, graph on, fused both, "
+        "cuda, amp bf16, CRF triton, cache off, images by sms, videos by cores, graph on, fused both, "
         "batches of 128 clips, peak rate 0.002" in line
     )
 

@@ -52,7 +52,7 @@ def append_result(path: Path, result: Result) -> None:
 
 def portable(config: Config) -> Config:
     """Return a configuration without what does not change a result: places, names, the device, decoders and the log."""
-    where = ("train_list", "val_list", "root", "source", "cache", "jpeg_engine", "video_decoder")
+    where = ("train_list", "val_list", "root", "source", "cache", "jpeg_decoder", "video_decoder")
     data = dataclasses.replace(config.data, **{name: DataConfig.__dataclass_fields__[name].default for name in where})
     run = RunConfig(amp=config.run.amp, channels_last=config.run.channels_last)
     return dataclasses.replace(config, data=data, run=run)

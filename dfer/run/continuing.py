@@ -21,7 +21,7 @@ from dfer.run.launchers import number
 _FREE = {"resume", "validate_only", "profile", "run.name", "run.log_dir", "run.wandb", "run.save_minutes"}
 _FREE |= {"run.wandb_project", "run.tensorboard", "run.grace", "run.timeout", "run.graph"}
 _FREE |= {"run.fused", "model.crf_backend"}
-_FREE |= {"data.batch_size", "data.jpeg_engine", "data.video_decoder", "data.cache"}
+_FREE |= {"data.batch_size", "data.jpeg_decoder", "data.video_decoder", "data.cache"}
 # They round otherwise, which is said: a machine may lack the GPU, or the cores, that the run began with.
 _FREE |= {"run.device", "run.threads"}
 # Where data lies; whether it is the same data, `dfer.run.fingerprints` knows.

@@ -17,6 +17,7 @@ Section = TypeVar("Section", bound=Any)
 # Options that may be left open -> the value that says so.
 OPEN: dict[str, str | int] = {
     "data.cache": "auto",
+    "data.jpeg_decoder": "auto",
     "data.video_decoder": "auto",
     "model.init": "auto",
     "model.crf_backend": "auto",
@@ -27,6 +28,9 @@ OPEN: dict[str, str | int] = {
     "run.threads": 0,
 }
 
+# Share of the images that a GPU's JPEG engine decodes, where it has one, its SMs the others; None: the cores decode.
+JPEG_ENGINE: dict[str, float | None] = {"auto": 0.0, "cores": None, "sms": 0.0, "engine": 1.0, "mixed": 0.65}
+
 # Whoever types one of these chooses the step: nothing of it is then made to suit a card.
 STEP_FLAGS = {"--data.batch-size", "--optim.lr", "--optim.accumulate", "--recipe"}
 
@@ -34,6 +38,11 @@ STEP_FLAGS = {"--data.batch-size", "--optim.lr", "--optim.accumulate", "--recipe
 MOST_CLIPS = {"faces": 64, "dfew": 512, "ferv39k": 1024}
 _FACTORS = ((32e9, 1), (64e9, 2), (math.inf, 4))  # of a preset's batch, on a card with less memory than that
 _SMALL, _SMALL_BATCH = 12e9, 16  # a card with less memory takes no more clips
+
+
+def jpeg_decoder_of(share: float) -> str:
+    """Return --data.jpeg-decoder for a share of the JPEG engine, as runs once had it saved."""
+    return "sms" if share == 0 else "engine" if share == 1 else "mixed"
 
 
 def chooses_the_step(words: Iterable[str]) -> bool:

@@ -42,6 +42,8 @@ def settled(config: Config) -> Config:
     data = config.data
     if data.video_decoder == "auto":  # until a card has shown NVDEC to be faster
         data = dataclasses.replace(data, video_decoder="cores")
+    if data.jpeg_decoder == "auto":  # until a card has shown which of both leaves more to the step
+        data = dataclasses.replace(data, jpeg_decoder="sms")
     return dataclasses.replace(config, data=data, model=model, run=resolved_graph(run))
 
 
@@ -87,7 +89,7 @@ def in_words(config: Config, world: World) -> str:
     if run.device == "cpu":
         more = f"{run.threads} threads of torch"
     else:
-        more = f"cache {data.cache}, JPEG engine {data.jpeg_engine:g}, videos by {data.video_decoder}, "
+        more = f"cache {data.cache}, images by {data.jpeg_decoder}, videos by {data.video_decoder}, "
         more += f"graph {run.graph}, fused {run.fused}"
     return (
         f"settled for this run: {run.device}, amp {run.amp}, CRF {config.model.crf_backend}, {more}, batches of "

@@ -223,7 +223,7 @@ def one_of_two(setting: Setting, rank: int, port: int, path: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or it asks for the machine's name, which may lead nowhere
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     batch = synthetic(setting, 4)
-    half = type(batch)(*(part.chunk(2)[rank] for part in batch))
+    half = batch._replace(**{name: x.chunk(2)[rank] for name, x in batch._asdict().items() if x is not None})
     found = gradients(setting, half, DistributedDataParallel)
     if rank == 0:
         torch.save(found, path)

@@ -1,13 +1,14 @@
 """Each source's loader alone, with the cores that it used; the CPU's loader on more and more cores; feeding DALI."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from benchmarks.gpu_parts.decoders import fed_pipeline, jpeg_files
-from benchmarks.gpu_parts.project import LISTS, Graph, Route, batches, boxes, clip_loader, index_of, source_of
+from benchmarks.gpu_parts.decoders import fed_pipeline, jpeg, jpeg_files
+from benchmarks.gpu_parts.project import Graph, Route, batches, boxes, clip_loader, index_of, source_of
 from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import repeated
@@ -42,10 +43,11 @@ def alone(
     yield figure(what, speeds, "clips/s", cores_used=used["cpu_s"] / used["seconds"])
 
 
-def on_cpu(setting: Setting) -> Iterator[Row]:
-    """The CPU's loader from every source, on the cores that this process may use."""
-    for source in LISTS:
+def on_cpu(setting: Setting, sources: Sequence[str]) -> Iterator[Row]:
+    """The CPU's loader from some sources, and libjpeg-turbo alone, on the cores that this process may use."""
+    for source in sources:
         yield from alone(setting, source, "cpu")
+    yield from jpeg(replace(setting, gpu=False), ["cores"], {})
 
 
 def feed(setting: Setting) -> Iterator[Row]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 ENGINES_OF_H100 = 7  # of NVDEC; of an H200 too
+BATCHES = (64, 16, 128, 256)  # clips of a step on a card: the most telling, launch-bound, what `dfew` takes, large
 
 
 class NotHere(Exception):
@@ -25,7 +26,7 @@ class Setting:
     warm_up: int = 4  # batches or steps
     frames: int = 16  # T of a clip
     size: int = 112  # px of a clip
-    batches: tuple[int, ...] = (64, 16, 256, 32)  # clips of a step, the most telling first
+    batches: tuple[int, ...] = BATCHES
     batch: int = 64  # where only one is measured
     loader_batch: int = 16  # on a CPU, as the trainer has it there
     dim: int = 256  # D of the model

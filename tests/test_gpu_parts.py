@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import sys
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -26,7 +27,9 @@ from benchmarks.gpu_parts import (
     steps,
     timing,
     trace,
-)  # fmt: skip
+    training,
+    user,
+)
 from benchmarks.gpu_parts.card import _Card
 from benchmarks.gpu_parts.plan import PARTS, all_cases
 from benchmarks.gpu_parts.setting import BATCHES, NotHere, Setting, setting_of
@@ -42,7 +45,8 @@ def test_the_plan_names_what_there_is():
     assert not any("," in case.name or "*" in case.name for case in cases)  # they are given with commas between
     names = [case.name for case in cases if case.part not in plan.ASKED]
     in_order = [f"{model} fast B={batch}" for model in ("static", "default") for batch in BATCHES]
-    in_order += ["static eager B=16", "bits of fixed algorithms", "nvJPEG on SMs", "training from frames"]
+    in_order += ["static eager B=16", "bits of fixed algorithms", "train.py as a user B=16", "nvJPEG on SMs"]
+    in_order += ["training from frames"]
     in_order += ["clips of frames", "training from video", "share of the CRF triton", "CPU loader on all cores"]
     places = [names.index(name) for name in in_order]
     assert places == sorted(places)
@@ -84,7 +88,7 @@ class Card:
         def call(*args, **kwargs):
             signature.bind(*args, **kwargs)
             said = {"get_device_name": "NVIDIA stub", "is_available": False}
-            said |= {"max_memory_allocated": 2**30, "memory_reserved": 2**31}
+            said |= {"max_memory_allocated": 2**30, "memory_reserved": 2**31, "mem_get_info": (2**34, 2**36)}
             return Event() if name == "Event" else said.get(name)
 
         return call
@@ -127,7 +131,7 @@ QUICK = {
     "NVDEC one session", "FFmpeg on all cores", "loader frames", "loader video by NVDEC", "loader raw128",
     "loader raw128 held", "training from raw128", "clips of frames", "clips of raw128 held", "mixing engine 1",
     "mixing control in the graph", "mixing control torchvision", "feeding", "NVDEC's limits", "kernel alone 128 px",
-    "operators of a step fused", "warm static",
+    "operators of a step fused", "warm static", "memory over 2000 steps",
 }  # fmt: skip
 
 
@@ -410,6 +414,65 @@ def test_a_graph_s_memory_is_what_it_holds(monkeypatch):
     runs = []
     assert steps.peak_bytes(lambda: runs.append(0), graph=True) == 2**31 and not runs
     assert steps.peak_bytes(lambda: runs.append(0), graph=False) == 2**30 and runs
+
+
+@pytest.mark.parametrize(("grows", "right"), [("nothing", True), ("card", False), ("host", False)])
+def test_memory_that_grows_is_seen(toy, monkeypatch, grows, right):
+    taken = {"card": 0, "host": 0, "nothing": 0}
+
+    def step(batch):
+        taken[grows] += 11 * 2**20  # of 8 steps 6 come after the first quarter
+
+    monkeypatch.setattr(training, "training_step", lambda setting: step)
+    monkeypatch.setattr(training, "clip_loader", lambda *_, **__: lambda epoch: iter([epoch]))
+    monkeypatch.setattr(training, "own_memory", lambda: 2**30 + taken["host"])
+    card = SimpleNamespace(mem_get_info=lambda: (2**36 - taken["card"], 2**37), synchronize=lambda: None)
+    monkeypatch.setattr(_Card, "module", card)
+    (row,) = training.soak(toy, {})
+    assert row["right"] is right and row["what"].startswith("memory of the card from step 2 to 8, B=2")
+    assert (row["value"], row["host_MiB"]) == tuple(66.0 * (grows == name) for name in ("card", "host"))
+
+
+TRAINS = """
+import json, pathlib, signal, sys, time
+how = HOW
+words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+run = pathlib.Path(words["--run.log-dir"]) / words["--run.name"]
+begun = run.exists()
+run.mkdir(parents=True, exist_ok=True)
+(run / "config.json").write_text('{"data": {"batch_size": 64}}')
+def row(epoch, values):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 60 * epoch, "epoch": epoch, **values}) + chr(10))
+if how == "dies":
+    sys.exit(3)
+if begun:
+    row(2, {"throughput/total_clips_per_s": 2000.0, "throughput/busy": 0.9, "throughput/data_wait_share": 0.1})
+    row(2, {"val/WAR": 50.0})
+    sys.exit(how == "fails when it goes on")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0 if how == "is done at once" else 75))
+row(1, {"throughput/total_clips_per_s": 1000.0})
+row(1, {"val/WAR": 40.0})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "fails when it goes on", "is done at once", "dies"])
+def test_a_run_that_is_stopped_has_to_go_on(toy, tmp_path, monkeypatch, how):
+    (tmp_path / "train.py").write_text(TRAINS.replace("HOW", repr(how)))
+    monkeypatch.setattr(user, "TRAIN", [sys.executable, str(tmp_path / "train.py")])
+    setting = dataclasses.replace(toy, data=tmp_path)
+    if how == "dies":
+        with pytest.raises(RuntimeError, match="exit code 3 before its second epoch"):
+            list(user.as_user(setting))
+        return
+    for _ in range(2):  # the second time over what the first has left
+        speed, end = user.as_user(setting, 16)
+        assert (speed["what"], speed["value"], speed["busy"]) == ("train.py as a user, B=64", 2000, 0.9)
+        assert (speed["data_wait_share"], speed["step"]) == (0.1, 120) and "mfu" not in speed
+        assert end["right"] is (how == "well") and end["evaluated_epochs"] == "[1, 2]"
+        codes = {"well": (75, 0), "fails when it goes on": (75, 1), "is done at once": (0, 0)}
+        assert (end["value"], end["of_the_same_again"]) == codes[how]
 
 
 def test_halves_of_a_batch_go_to_two_processes(toy, tmp_path, monkeypatch):

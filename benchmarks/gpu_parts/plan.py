@@ -79,11 +79,13 @@ def what_matters() -> list[Case]:
         *together("default", [*measured("default fast", FAST | DEFAULT), floors("default", **DEFAULT)]),
         *together("eager", measured("static eager", {}, (0, 1))),
         check("bits of fixed algorithms", "bits_of_fixed_algorithms", limit_s=120),
+        *together("user", [as_user("train.py as a user", {}), as_user("train.py as a user B=16", {"batch": 16})]),
         *together("nvJPEG", [jpeg("nvJPEG on SMs", ["sms"]), jpeg("nvJPEG on SMs and crops only", ["sms"], crop=True)]),
         *together("feed", [case for name in ROUTES for case in (loader(name), training(name))]),
         *together("clips", [*map(clips, ROUTES), mixing(0.0)]),
         *together("video", of_videos("video", VIDEO)),
         *together("NVDEC", of_videos("video by NVDEC", NVDEC)),
+        check("memory over 2000 steps", "soak", {"how": FAST}, limit_s=90, module="training"),
         share_of_crf(FAST),
     ]
 
@@ -178,6 +180,10 @@ def loader(name: str) -> Case:
 def training(name: str) -> Case:
     options = {"how": FAST, **ROUTES[name]}
     return Case("training", f"training from {name}", f"{HERE}.training", "from_source", options, limit_s=60)
+
+
+def as_user(name: str, options: dict) -> Case:
+    return Case("training", name, f"{HERE}.user", "as_user", options, limit_s=150)
 
 
 def of_videos(name: str, options: dict) -> list[Case]:

@@ -12,7 +12,7 @@ docs/speed.md has the definitions. The exit code is 1 if a case failed or a chec
                 peers; grid, all options on all batches; warm, alone, fills Triton's cache and needs no data
   --cases a,b   only these, by name or pattern ('busy *'), of all parts; added to what OUT has of an earlier call
   --peers       also what others decode on the card
-  --list        the cases that would be done, in their order; + before those that share the child of the one above
+  --list        the cases in their order; + before those that share the child of the one above
 """
 
 import argparse
@@ -49,30 +49,36 @@ def named(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def show(cases: Sequence[Case], gpu: bool) -> None:
+    """Print a line for each case."""
+    for before, case in zip([None, *cases], cases, strict=False):
+        goes_on = before is not None and case.child is not None and case.child == before.child
+        left_out = "  (on a GPU)" if case.gpu and not gpu else ""
+        print(f"{case.part:10}{'+' if goes_on else ' '} {case.name}{left_out}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     about = {**rows.machine(), "command": " ".join(["python", "benchmarks/gpu.py", *(arguments or sys.argv[1:])])}
     gpu = about["card"] is not None
-    cases = chosen(args.parts, args.peers, gpu, about["cores"], args.cases)
     if args.list:
         print(f"# {rows.headline(about)}")
-        for before, case in zip([None, *cases], cases, strict=False):
-            goes_on = before is not None and case.child is not None and case.child == before.child
-            print(f"{case.part:10}{'+' if goes_on else ' '} {case.name}")
+        show(chosen(args.parts, args.peers, True, about["cores"], args.cases), gpu)
         return 0
+    cases = chosen(args.parts, args.peers, gpu, about["cores"], args.cases)
     if not args.cases:
         for name in ("results.jsonl", "eager_losses.json"):  # of an earlier run
             (args.out / name).unlink(missing_ok=True)
         shutil.rmtree(args.out / "logs", ignore_errors=True)
     words = ["--out", str(args.out.resolve()), "--data", str(args.data.resolve()), "--size", "card" if gpu else "cpu"]
     exit_on_signals()
-    began = time.monotonic()
+    began, (_, place) = time.monotonic(), rows.read(args.out / "results.jsonl")
     try:
         run_all(cases, args.out, args.budget or BUDGET_S[gpu], child_command(words), about)
     finally:
         print(rows.write_table(args.out), end="")
         print(f"{time.monotonic() - began:.0f} s; all of it is in {args.out}")
-    found, _ = rows.read(args.out / "results.jsonl")
+    found, _ = rows.read(args.out / "results.jsonl", place)
     return int(any(row.get("event") == "failed" or row.get("right") is False for row in found))
 
 

@@ -210,12 +210,27 @@ def test_cases_are_chosen_by_part_or_by_name():
     assert gpu.parse(["--cases", "busy *,data"]).cases == ["busy *", "data"]
 
 
+def test_the_list_tells_who_shares_a_child_and_what_needs_a_card(capsys, monkeypatch):
+    monkeypatch.setattr(gpu.rows, "machine", lambda: {"card": None, "cores": 2})
+    assert gpu.main(["--list", "--cases", "static fast B=*,warm static,feeding"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "data data",
+        "data + counts",
+        "warm warm static (on a GPU)",
+        "step static fast B=64 (on a GPU)",
+        *(f"step + static fast B={batch} (on a GPU)" for batch in (16, 128, 256)),
+        "loaders feeding",
+    ]
+
+
 def test_further_cases_are_added_to_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "run_all", lambda *_: None)
     monkeypatch.setattr(gpu, "exit_on_signals", lambda: None)
     (tmp_path / "logs").mkdir()
     for words, kept in ((["--cases", "data"], True), ([], False)):
-        rows.append(tmp_path / "results.jsonl", {"event": "begin"})
+        row = {"part": "part", "case": "earlier", "reason": "a fault"}
+        rows.append(tmp_path / "results.jsonl", {"event": "failed", **row})  # of an earlier call: not this one's
         assert gpu.main(["--out", str(tmp_path), *words]) == 0
         assert (tmp_path / "results.jsonl").exists() is kept is (tmp_path / "logs").exists()
 

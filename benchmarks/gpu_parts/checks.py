@@ -130,30 +130,30 @@ def same_bits(setting: Setting, count: int, first: list[float], again: list[floa
     yield figure(what, same, "steps", weights_the_same_bits=equal, last_loss=_end(first), last_loss_again=_end(again))
 
 
-def bits_of_fixed_algorithms(setting: Setting) -> Iterator[Row]:
+def bits_of_fixed_algorithms(setting: Setting, **model: bool) -> Iterator[Row]:
     """The same training in the mode of fixed algorithms: eagerly twice, as a graph, and as a graph that is continued.
 
     All have to end with the same bits. `dropout` is drawn in each of their steps: its masks are the same too.
     """
-    count = setting.long_train_steps
-    first, want = _course(setting, count)
+    count, whose = setting.long_train_steps, ", default model" if model else ""
+    first, want = _course(setting, count, model)
     for name, graph, cut in (("eager again", False, 0), ("a graph", True, 0), ("a graph, continued", True, count // 2)):
-        course, weights = _course(setting, count, graph, cut)
+        course, weights = _course(setting, count, model, graph, cut)
         same = sum(a == b for a, b in zip(first, course, strict=True))
         equal = all(torch.equal(weights[key], value) for key, value in want.items())
-        what = f"fixed algorithms, {count} steps of {name} against eager: losses of the same bits"
+        what = f"fixed algorithms{whose}, {count} steps of {name} against eager: losses of the same bits"
         yield figure(what, same, "steps", right=equal and same == count, weights_the_same_bits=equal)
 
 
 def _course(
-    setting: Setting, count: int, graph: bool = False, cut: int = 0
+    setting: Setting, count: int, model: dict[str, bool], graph: bool = False, cut: int = 0
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of a training with fixed algorithms and its weights, begun anew from its state after `cut` steps."""
-    step = training_step(setting, deterministic=True, graph=graph)
+    step = training_step(setting, deterministic=True, graph=graph, **model)
     course = losses(setting, step, cut)
     if cut:
         saved = copy.deepcopy(step.state.state_dict())
-        step = training_step(setting, deterministic=True, graph=graph)
+        step = training_step(setting, deterministic=True, graph=graph, **model)
         step.restore(saved, cut)
     return course + losses(setting, step, count, first=cut), step.model.state_dict()
 

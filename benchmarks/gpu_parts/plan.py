@@ -97,6 +97,7 @@ def the_rest() -> list[Case]:
         operators("fused", FUSED),
         operators("eager", {}),
         *cpu_loaders(),
+        check("bits of fixed algorithms default", "bits_of_fixed_algorithms", DEFAULT, limit_s=120),
         *engine(),
         check("eager against eager", "eager_against_eager", limit_s=120),
         *(case for name, options in (SINGLE | {"static fast": FAST}).items() for case in single(name, options)),

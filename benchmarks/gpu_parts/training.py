@@ -15,6 +15,9 @@ from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import in_turns, ratios, wait
 
+MOST_MIB = 64.0  # that memory may grow by from the first quarter of many steps to their end
+SMALL = 16  # clips of a batch of those
+
 
 def from_source(
     setting: Setting,
@@ -50,10 +53,6 @@ def from_source(
     where = f"{source}{route}, B={loader.options.batch_size}"
     yield figure(f"training from {where}", found["loaded"], "clips/s", host_waits_share=waited[0] / waited[1])
     yield figure(f"training from {where}: fraction of synthetic", ratios(found, "loaded", "synthetic"), "of synthetic")
-
-
-MOST_MIB = 64.0  # that memory may grow by from the first quarter of many steps to their end
-SMALL = 16  # clips of a batch
 
 
 def soak(setting: Setting, how: Mapping[str, Any]) -> Iterator[Row]:

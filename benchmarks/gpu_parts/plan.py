@@ -1,4 +1,4 @@
-"""All cases, in the order in which a card does them: what matters most in the first 400 s, then the rest.
+"""All cases, in the order in which a card does them: what matters most first, planned for 400 s.
 
 Cases that follow each other and name the same child share a process, since a start takes 8 s on a card. One that dies
 costs itself; those after it begin another child. Within a child speeds come first: a trace loads what slows launches

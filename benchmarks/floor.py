@@ -1,12 +1,15 @@
-"""What a training step must compute and move at least: `python benchmarks/floor.py [--card NAME] [--copy B/S]`
+"""What a training step takes at least: `python benchmarks/floor.py [--copy B/S] [--product FLOP/S]`
 
-Counted by watching one step of the model, operator by operator, on tensors without content, at B = 1 and at B = 2: what
-is the same in both belongs to the step, the rest to each clip.
+Counted by watching one step of the model, operator by operator, on tensors without content, at B = 2 and at B = 3: what
+is the same in both belongs to the step, the rest to each clip. An operator takes at least as long as a copy of its
+inputs and outputs, each moved once, and at least as long as its FLOP, if they are those of a convolution or a matrix
+product or the CRF's, of which the formula is here. The floor is the sum over the operators, which a card does one after
+another. There are three, by what is one operator:
 
-FLOP are those of convolutions and matrix products, forwards and backwards, and the CRF's, of which the formula is here.
-Bytes are counted in two ways. *Eager*: each operator reads all of its inputs and writes all of its outputs, as torch
-runs it. *Needed*: only convolutions, products, attention, the CRF and the optimizer do, since all else can be computed
-where those read or write. The floor of a card is made of the needed bytes: no fusion goes below it.
+- eager: as torch calls them.
+- inductor: a batch norm with the ReLU, the sum and the pool behind it is one, and its statistics another, forwards;
+  backwards all of it is one. So `--run.fused` and a compiler fuse.
+- fused: the same, and the statistics are computed where convolutions write, which moves nothing.
 """
 
 import argparse
@@ -18,86 +21,119 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_parts.ceilings import datasheet_flops
-from benchmarks.gpu_parts.project import config_of, fresh_model, loss_of, optimizer_of, synthetic
+from benchmarks.gpu_parts.project import (
+    config_of,
+    fresh_model,
+    fuse,
+    fused_operators_called,
+    loss_of,
+    optimizer_of,
+    synthetic,
+)
 from benchmarks.gpu_parts.setting import Setting
 
-# What computes: its operands and results have to be in memory. Parts of the operators' names.
+# What computes: its operands and results have to be in memory, all else could be computed where those read or write.
+# Parts of the operators' names.
 NEEDED = ("convolution", "mm", "attention", "meanfield", "adamw")
+STATISTICS = "dfer::batch_statistics"
+FLOORS = ("eager", "inductor", "fused")
+CRF = "dfer::meanfield_backward"  # to which all of the CRF's FLOP are given: no pass of it moves much
 CRF_MACS = 32 + 3 * 16 + 64 + 32 + 2 * 3 * 16 + 64 + (3 * 16 + 64) + 2 * 32  # a pair; as in benchmarks/crf_speed.py
+
+Row = tuple[float, float, float]  # of an operator: bytes of a step, bytes and FLOP of each clip besides
 
 
 class Counts(NamedTuple):
-    """Of a step: a part that does not depend on the clips, and one for each clip."""
+    """Of a step: the operators of each floor, and what of eager's no fusion saves."""
 
-    flops_a_clip: float
-    needed_a_step: float  # bytes
-    needed_a_clip: float
-    eager_a_step: float
-    eager_a_clip: float
+    eager: list[Row]
+    inductor: list[Row]
+    fused: list[Row]
+    needed: list[Row]
 
     def flops(self, batch: int) -> float:
-        return batch * self.flops_a_clip
+        return batch * sum(flops for _, _, flops in self.eager)
 
-    def needed(self, batch: int) -> float:
-        return self.needed_a_step + batch * self.needed_a_clip
+    def seconds(self, floor: str, batch: int, copy_rate: float, flops_per_s: float) -> float:
+        """The time that a step takes at least."""
+        a_step, a_clip, flops = np.array(getattr(self, floor)).T
+        return float(np.maximum((a_step + batch * a_clip) / copy_rate, batch * flops / flops_per_s).sum())
 
-    def eager(self, batch: int) -> float:
-        return self.eager_a_step + batch * self.eager_a_clip
+
+def moved(rows: Sequence[Row]) -> tuple[float, float]:
+    """The bytes of a step, and of each clip besides."""
+    return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+
+class Call(NamedTuple):
+    name: str
+    moved: int  # bytes of inputs and outputs
+    flops: int
 
 
 class Watch(TorchDispatchMode):
-    """Adds up the bytes of each operator's inputs and outputs; a view of a tensor moves nothing."""
+    """Keeps each call of an operator; a view of a tensor moves nothing."""
 
     def __init__(self):
         super().__init__()
-        self.eager = self.needed = 0
+        self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.is_view or func.name().startswith(("aten::empty", "aten::detach", "prim::")):
             return out
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-        moved = sum(x.numel() * x.element_size() for x in tensors)
-        self.eager += moved
-        if any(name in func.name() for name in NEEDED):
-            self.needed += moved
+        computing = flop_registry.get(func._overloadpacket)
+        flops = computing(*args, **(kwargs or {}), out_val=out) if computing else 0
+        self.calls.append(Call(func.name(), sum(x.numel() * x.element_size() for x in tensors), flops))
         return out
 
 
-def count(setting: Setting) -> Counts:
-    """Count a step of the model of a setting."""
-    (flops, needed, eager), (flops2, needed2, eager2) = (count_step(setting, batch) for batch in (1, 2))
-    pairs = (setting.frames * tokens_a_frame(setting.size)) ** 2
+def count(setting: Setting, default: bool) -> Counts:
+    """Count a step of the first version's model, or of the default one."""
+    eager, fewer = (named_rows(setting, default, fused) for fused in (False, True))
     return Counts(
-        flops_a_clip=flops2 - flops + 2 * CRF_MACS * pairs,
-        needed_a_step=2 * needed - needed2,
-        needed_a_clip=needed2 - needed,
-        eager_a_step=2 * eager - eager2,
-        eager_a_clip=eager2 - eager,
+        eager=[row for _, row in eager],
+        inductor=[row for _, row in fewer],
+        fused=[row for name, row in fewer if name != STATISTICS],
+        needed=[row for name, row in eager if any(part in name for part in NEEDED)],
     )
 
 
-def count_step(setting: Setting, batch: int) -> tuple[int, int, int]:
-    """FLOP, needed bytes and eager bytes of a step: forwards, backwards and the optimizer."""
-    config = config_of(setting)
-    with FakeTensorMode():
+def named_rows(setting: Setting, default: bool, fused: bool) -> list[tuple[str, Row]]:
+    """The operators of a step in their order, those of three clips held against those of two."""
+    two, three = (watched(setting, batch, default, fused) for batch in (2, 3))
+    crf = 2.0 * CRF_MACS * (setting.frames * tokens_a_frame(setting.size)) ** 2
+    found = []
+    for a, b in zip(two, three, strict=True):
+        assert a.name == b.name, "three clips take other operators than two"
+        flops = crf if a.name == CRF else b.flops - a.flops
+        found.append((a.name, (float(3 * a.moved - 2 * b.moved), float(b.moved - a.moved), float(flops))))
+    return found
+
+
+def watched(setting: Setting, batch: int, default: bool, fused: bool) -> list[Call]:
+    """The calls of a step: forwards, backwards and the optimizer."""
+    config = config_of(setting, default=default)
+    with FakeTensorMode(), fused_operators_called():
         model = fresh_model(setting, config)
+        if fused:
+            fuse(model, "both")
         optimizer, given = optimizer_of(model), synthetic(setting, batch)
-        with Watch() as watch, FlopCounterMode(display=False) as flops:
-            loss = loss_of(setting, config, model, given, torch.bfloat16)
-            loss.backward()
+        with Watch() as watch:
+            loss_of(setting, config, model, given, torch.bfloat16).backward()
             optimizer.step()
-    return flops.get_total_flops(), watch.needed, watch.eager
+    return watch.calls
 
 
 def tokens_a_frame(size: int) -> int:
@@ -105,42 +141,42 @@ def tokens_a_frame(size: int) -> int:
     return (-(-size // 16)) ** 2 + (-(-size // 32)) ** 2
 
 
-def floor_seconds(num_bytes: float, flops: float, copy_rate: float, flops_per_s: float) -> float:
-    """The time that a step takes at least: of moving its bytes or of computing, whichever is longer."""
-    return max(num_bytes / copy_rate, flops / flops_per_s)
-
-
-def read_counts(setting: Setting) -> Counts:
+def read_counts(setting: Setting, default: bool) -> Counts:
     """The counts of a setting, which are kept beside the data, as counting takes some seconds."""
-    path = setting.data / "counts.json"
+    path = setting.data / f"counts_{'default' if default else 'static'}.json"
+    about = [setting.frames, setting.size, setting.dim]
     with contextlib.suppress(OSError, ValueError):
         kept = json.loads(path.read_text())
-        if kept.pop("of") == [setting.frames, setting.size, setting.dim]:
-            return Counts(**kept)
-    counts = count(Setting(**{**vars(setting), "device": "cpu"}))
+        if kept.pop("of") == about:
+            return Counts(**{name: [tuple(row) for row in rows] for name, rows in kept.items()})
+    counts = count(Setting(**{**vars(setting), "device": "cpu"}), default)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"of": [setting.frames, setting.size, setting.dim], **counts._asdict()}))
+    partial.write_text(json.dumps({"of": about, **counts._asdict()}))
     os.replace(partial, path)
     return counts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--card", default="NVIDIA H200", help="its datasheet's bf16 FLOP/s are used (NVIDIA H200)")
     parser.add_argument("--copy", type=float, default=4.2e12, help="measured: bytes read + written per second (4.2e12)")
+    parser.add_argument("--product", type=float, default=6.83e14, help="measured: FLOP/s of bf16 products (6.83e14)")
     args = parser.parse_args(arguments)
-    flops = datasheet_flops(args.card)
-    if flops is None:
-        parser.error(f"no datasheet of {args.card} was looked up")
     setting = Setting(Path(), Path(), gpu=False, device="cpu")
-    counts = count(setting)
-    print(f"{counts.flops_a_clip / 1e9:.1f} GFLOP a clip; bytes a clip: {counts.needed_a_clip / 1e6:.0f} MB needed, "
-          f"{counts.eager_a_clip / 1e6:.0f} MB eager; a step besides: {counts.needed_a_step / 1e6:.0f} and "
-          f"{counts.eager_a_step / 1e6:.0f} MB")  # fmt: skip
-    for batch in setting.batches:
-        seconds = floor_seconds(counts.needed(batch), counts.flops(batch), args.copy, flops)
-        print(f"B = {batch}: floor {1000 * seconds:.2f} ms, {batch / seconds:,.0f} clips/s")
+    for default in (False, True):
+        counts = count(setting, default)
+        model, bytes_of = "default" if default else "static", [in_megabytes(counts, name) for name in Counts._fields]
+        print(f"{model}: {counts.flops(1) / 1e9:.1f} GFLOP a clip")
+        print(f"MB of a clip, and of a step besides: {', '.join(bytes_of)}")
+        for batch in setting.batches:
+            rates = (batch / counts.seconds(floor, batch, args.copy, args.product) for floor in FLOORS)
+            told = (f"{floor} {rate:,.0f}" for floor, rate in zip(FLOORS, rates, strict=True))
+            print(f"B = {batch}, clips/s at most: {', '.join(told)}")
     return 0
+
+
+def in_megabytes(counts: Counts, name: str) -> str:
+    a_step, a_clip = moved(getattr(counts, name))
+    return f"{name} {a_clip / 1e6:.0f} and {a_step / 1e6:.0f}"
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def sleeps(setting: Setting) -> Iterator[Row]:
     time.sleep(60)
 
 
-def case(function: str, proven: bool = True, name: str = "", limit_s: float = 20.0) -> Case:
-    return Case("part", name or function, "tests.gpu_cases", function, limit_s=limit_s, proven=proven)
+def case(function: str, child: str | None = "series", name: str = "", limit_s: float = 20.0) -> Case:
+    return Case("part", name or function, "tests.gpu_cases", function, limit_s=limit_s, child=child)
 
 
 CASES = [
@@ -86,11 +86,11 @@ CASES = [
     case("is_wrong"),
     case("hangs", limit_s=1.5),
     case("fine", name="after a hang"),
-    case("fine", proven=False, name="alone"),
-    case("exhausts_memory", proven=False),
-    case("is_killed", proven=False),
-    case("fine", proven=False, name="last"),
-    case("sleeps", proven=False),
+    case("fine", child=None, name="alone"),
+    case("exhausts_memory", child=None),
+    case("is_killed", child=None),
+    case("fine", child=None, name="last"),
+    case("sleeps", child=None),
 ]
 
 

@@ -3,7 +3,9 @@
 import ctypes
 import dataclasses
 import inspect
+import itertools
 import json
+import sys
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -11,11 +13,27 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import floor
-from benchmarks.gpu_parts import ceilings, checks, data, decoders, mixing, nvdec, project, rows, steps, timing, trace
+from benchmarks import floor, gpu
+from benchmarks.gpu_parts import (
+    ceilings,
+    checks,
+    data,
+    decoders,
+    mixing,
+    nvdec,
+    plan,
+    project,
+    rows,
+    steps,
+    timing,
+    trace,
+    training,
+    user,
+)
 from benchmarks.gpu_parts.card import _Card
 from benchmarks.gpu_parts.plan import PARTS, all_cases
-from benchmarks.gpu_parts.setting import NotHere, Setting, setting_of
+from benchmarks.gpu_parts.setting import BATCHES, NotHere, Setting, setting_of
+from dali_pipes.options import LoaderOptions
 
 
 def test_the_plan_names_what_there_is():
@@ -24,20 +42,41 @@ def test_the_plan_names_what_there_is():
     for case in cases:
         work = getattr(import_module(case.module), case.function)
         inspect.signature(work).bind(None, **case.options)
-    on_card = [case.proven for case in cases if case.gpu]
-    assert on_card == sorted(on_card, reverse=True)  # the proven figures come first
-    suspects = ("engine 0.65", "engine 1", "Triton", "compiled", "bf16", "cudnn", "engines", "NVDEC, all", "two proc")
-    suspects += ("control", "NVDEC's", "graph", "fixed algorithms", "kernel", "decoded", "streamed", "held")
-    suspects += ("fused", "operators")
-    for case in cases:
-        assert not (case.proven and any(word in case.name for word in suspects)), case.name
-    names = [case.name for case in cases]
-    first_small = min(i for i, name in enumerate(names) if "small batch" in name)
-    before = ("share of the CRF, triton", "NVDEC, all engines", "CPU loader, cores: all", "clips of frames, engine 1")
-    assert all(names.index(name) < first_small for name in before)
-    # What a trace leaves in its process would be in all speeds that come after it there.
-    child = names[names.index("traces") : next(i for i, case in enumerate(cases) if case.gpu and not case.proven)]
-    assert all(name == "traces" or name.startswith(("clips of", "mixing", "eager against")) for name in child)
+    assert not any("," in case.name or "*" in case.name for case in cases)  # they are given with commas between
+    names = [case.name for case in cases if case.part not in plan.ASKED]
+    in_order = [f"{model} fast B={batch}" for model in ("static", "default") for batch in BATCHES]
+    in_order += ["static eager B=16", "bits of fixed algorithms", "train.py as a user B=16", "nvJPEG on SMs"]
+    in_order += ["training from frames"]
+    in_order += ["clips of frames", "training from video", "share of the CRF triton", "CPU loader on all cores"]
+    places = [names.index(name) for name in in_order]
+    assert places == sorted(places)
+
+
+def test_a_child_does_what_may_share_one():
+    """Steps of one kind, as what libraries keep of one would serve the next; and no speed after a trace."""
+    for case in all_cases():
+        assert case.child is None or case.cores is None, case.name
+    for parts in ({"step"}, {"step", "grid"}):
+        series = [list(group) for _, group in itertools.groupby(all_cases(), lambda case: case.child or case.name)]
+        for cases in ([case for case in group if case.part in parts] for group in series):
+            kinds = [case.function for case in cases if case.function in ("speed", "busy")]
+            assert kinds == sorted(kinds, reverse=True)
+            assert len({str(case.options["options"]) for case in cases if case.function in ("speed", "busy")}) <= 1
+    chosen = [case for case in all_cases() if gpu.named(case.name, ["graph B=*"])]  # of a part, and of the grid
+    assert [case.name for case in chosen] == [f"graph B={batch}" for batch in BATCHES]
+    assert [case.child == chosen[1].child for case in chosen] == [False, True, True, True]
+
+
+def test_what_trains_is_the_step_that_a_run_takes():
+    """On a card: a graph, fused layers, the CRF's kernels, cuDNN's fastest. Its clips come by the trainer's routes."""
+    for case in all_cases():
+        how = case.options.get("how", plan.FAST)
+        assert how == plan.FAST == {"graph": True, "fused": "both", "crf_backend": "triton", "cudnn_benchmark": True}
+        if case.function in ("alone", "from_source", "clips_against_cpu", "both") and "nvdec" not in case.options:
+            source, cached = case.options.get("source", "frames"), case.options.get("held", False)
+            card = LoaderOptions(16, 112, device="gpu")
+            route = case.options.get("graph", "operators")
+            assert cached or route == card.route({"raw128": "raw", "shards144": "shards"}.get(source, source)), case
 
 
 class Card:
@@ -48,7 +87,8 @@ class Card:
 
         def call(*args, **kwargs):
             signature.bind(*args, **kwargs)
-            said = {"get_device_name": "NVIDIA stub", "is_available": False, "max_memory_allocated": 2**30}
+            said = {"get_device_name": "NVIDIA stub", "is_available": False}
+            said |= {"max_memory_allocated": 2**30, "memory_reserved": 2**31, "mem_get_info": (2**34, 2**36)}
             return Event() if name == "Event" else said.get(name)
 
         return call
@@ -74,8 +114,8 @@ def toy(tmp_path_factory) -> Setting:
 
 COMMON = {"what", "value", "unit", "n"}
 KEYS = {  # what a figure of a part tells beside that
-    "eager": {"ms", "share_of_floor", "share_of_eager_floor", "mfu", "peak_GiB"},
-    "traces": {"kernels_ms", "launches"},
+    "speed": {"ms", "share_of_eager_floor", "share_of_inductor_floor", "share_of_fused_floor", "mfu", "peak_GiB"},
+    "busy": {"kernels_ms", "launches"},
     "alone": {"cores_used"},
     "kernel_alone": {"kB_a_clip"},
     "control_in_graph": {"of", "differ", "worst"},
@@ -86,22 +126,28 @@ KEYS = {  # what a figure of a part tells beside that
 }  # fmt: skip
 # One case for each function and each way through it, but for those that have a test below; the others are slow.
 QUICK = {
-    "copies and product", "SMs, engine and cores together", "nvJPEG on SMs, crops", "NVDEC, one session",
-    "FFmpeg on all cores", "loader frames", "loader video, NVDEC, all engines",
-    "loader raw128 held", "eager 0", "training from video", "clips of frames",
-    "clips of raw128 held", "mixing, engine 1", "feeding", "NVDEC's limits", "traces", "kernel alone, 128 px",
-    "loader raw128, streamed", "clips of frames, decoded", "mixing, control in the graph",
-    "mixing, control torchvision", "floors", "step, graph", "bits of fixed algorithms",
-    "step, fused", "operators of a step, fused",
+    "copies and product", "floors static", "static fast B=64", "busy static fast B=64", "static eager B=64",
+    "bits of fixed algorithms", "nvJPEG on SMs and crops only", "SMs and engine and cores together",
+    "NVDEC one session", "FFmpeg on all cores", "loader frames", "loader video by NVDEC", "loader raw128",
+    "loader raw128 held", "training from raw128", "clips of frames", "clips of raw128 held", "mixing engine 1",
+    "mixing control in the graph", "mixing control torchvision", "feeding", "NVDEC's limits", "kernel alone 128 px",
+    "operators of a step fused", "warm static", "memory over 2000 steps",
 }  # fmt: skip
 
 
 def walked() -> list:
-    """All cases but the data's, which the fixture makes, and those whose options a CPU cannot take."""
-    cases = [c for c in all_cases() if c.part != "data" and not any(word in str(c) for word in ("triton", "compiled"))]
-    cases = [case for case in cases if case.options.get("place", 0) == 0 and 0 in case.options.get("places", (0,))]
+    """All cases but the data's, which the fixture makes, a compiler's, and those on batches that the toy has not."""
+    cases = [case for case in all_cases() if case.part != "data" and "compiled" not in case.name]
+    cases = [case for case in cases if case.options.get("place", 0) == 0]
     quick = [case for case in cases if case.name in QUICK or case.part == "peers"]
     return [*quick, *(pytest.param(case, marks=pytest.mark.slow) for case in cases if case not in quick)]
+
+
+def on_a_cpu(options):
+    """Options with dense pairs in the place of Triton's kernels."""
+    if isinstance(options, dict):
+        return {name: on_a_cpu(value) for name, value in options.items()}
+    return "dense" if options == "triton" else options
 
 
 @pytest.mark.parametrize("case", walked(), ids=lambda case: case.name.replace(" ", "-"))
@@ -110,7 +156,7 @@ def test_every_part_as_far_as_python_goes(toy, monkeypatch, case):
     monkeypatch.setattr(_Card, "module", Card())
     work = getattr(import_module(case.module), case.function)
     try:
-        found = list(work(toy, **case.options))
+        found = list(work(toy, **on_a_cpu(case.options)))
     except NotHere as reason:
         assert any(word in str(reason) for word in ("not installed", "TorchCodec", "NVDEC"))
         return
@@ -293,22 +339,152 @@ def test_a_graph_of_other_bits_is_seen(toy, monkeypatch):
     assert found == [True, False, False]
 
 
-def test_a_variant_has_its_process_to_itself(toy, tmp_path, monkeypatch):
-    """Eager's speed is that of an earlier process; without it there is no ratio."""
-    setting, made = dataclasses.replace(toy, out=tmp_path, batches=(2, 4)), []
-    monkeypatch.setattr(steps, "training_step", lambda setting, **options: made.append(options) or (lambda batch: None))
-    monkeypatch.setattr(steps, "repeated", lambda setting, run: [50.0, 60.0, 70.0])
+class Taken:
+    """In the place of a step: as many take 1 s as it is told, and the card's clock says that it worked for 0.3."""
+
+    warm_up = 3
+
+    def __init__(self, clock: list[float]):
+        self.clock, self.num_taken = clock, 0
+
+    def __call__(self, batch):
+        self.num_taken += 1
+        self.clock[0] += 1.0
+
+    def worked_s(self):
+        return 0.3 * self.num_taken
+
+
+def test_the_speed_of_a_step_has_its_fellows_beside_it(toy, tmp_path, monkeypatch):
+    """Eager's is that of an earlier process; without it, and of another model, there is no ratio."""
+    setting, made, clock = dataclasses.replace(toy, out=tmp_path, batches=(2, 4)), [], [0.0]
+
+    def training_step(setting, **options):
+        made.append((options, Taken(clock)))
+        return made[-1][1]
+
+    monkeypatch.setattr(steps, "training_step", training_step)
+    monkeypatch.setattr(steps, "repeated", lambda setting, run: [50.0 + 0 * run(), 60.0, 70.0 + 0 * run()])
     monkeypatch.setattr(steps, "beside_it", lambda *_: {})
-    monkeypatch.setattr(steps, "traced", lambda setting, run: trace.Work(0.01, 0.02, 9.0, 0.0))
-    monkeypatch.setattr(torch.compiler, "reset", lambda: made.append("reset"))
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(_Card, "module", Card())
-    rows.append(tmp_path / "results.jsonl", {"event": "figure", "what": "step, eager, B=4", "value": 40.0})
-    options = {"compiled": True, "bf16_input": True}
-    found = {row["what"]: row["value"] for row in steps.variant(setting, "new", options, (0, 1, 2))}
-    share = found.pop("busy share of a step, new, B=4")
-    assert found == {"step, new, B=2": 60, "step, new, B=4": 60, "step, new over eager, B=4": 1.5}
-    assert made == [options, "reset"] * 2
-    assert share == pytest.approx(0.01 * 60 / 4)
+
+    def found(*case) -> list[dict]:
+        return [rows.append(tmp_path / "results.jsonl", row) or row for row in steps.speed(setting, *case)]
+
+    found("static eager", {}, 1)
+    made.clear()
+    options = {"bf16_input": True}
+    (alone,) = found("new", options, 0)
+    assert (alone["what"], alone["value"]) == ("step, new, B=2", 60)
+    assert alone["busy_by_events"] == pytest.approx(0.3)  # of what is measured alone: the warm-up counts for neither
+    assert made[0][0] == options and made[0][1].num_taken == 3 + 2
+    monkeypatch.setattr(steps, "repeated", lambda setting, run: [120.0 * run() / 4])
+    _, ratio = found("new", options, 1)
+    assert (ratio["what"], ratio["value"]) == ("step, new over eager, B=4", 2)
+    assert len(found("another model", {"default": True}, 1)) == 1
+    assert len(found("static fast", {}, 0)) == 1
+    monkeypatch.setattr(steps, "repeated", lambda setting, run: [30.0 * run() / 2])
+    _, ratio = found("static eager", {}, 0)  # which comes behind the fast one
+    assert (ratio["what"], ratio["value"]) == ("step, static fast over eager, B=2", 2)
+
+
+def test_a_trace_is_of_warm_steps_and_has_kernels(toy, tmp_path, monkeypatch):
+    setting, step = dataclasses.replace(toy, out=tmp_path, batches=(4,)), Taken([0.0])
+    before = []
+
+    def traced(setting, run):
+        before.append(step.num_taken)
+        return trace.Work(0.01, 0.02, 9.0, 0.0)
+
+    monkeypatch.setattr(steps, "training_step", lambda setting, **options: step)
+    monkeypatch.setattr(steps, "traced", traced)
+    monkeypatch.setattr(_Card, "module", Card())
+    rows.append(tmp_path / "results.jsonl", {"event": "figure", "what": "step, new, B=4", "value": 60.0})
+    (row,) = steps.busy(setting, "new", {}, 0)
+    assert row["what"] == "busy share of a step, new, B=4" and row["value"] == pytest.approx(0.01 * 60 / 4)
+    assert before == [3 + setting.warm_up]
+    with pytest.raises(NotHere, match="no kernels"):
+        trace.recorded(dataclasses.replace(setting, device="cuda"), lambda: None, 1)
+
+
+def test_a_graph_s_memory_is_what_it_holds(monkeypatch):
+    """A replay allocates nothing, so its peak would be that of the weights."""
+    monkeypatch.setattr(_Card, "module", Card())
+    runs = []
+    assert steps.peak_bytes(lambda: runs.append(0), graph=True) == 2**31 and not runs
+    assert steps.peak_bytes(lambda: runs.append(0), graph=False) == 2**30 and runs
+
+
+@pytest.mark.parametrize(("grows", "right"), [("nothing", True), ("card", False), ("host", False)])
+def test_memory_that_grows_is_seen(toy, monkeypatch, grows, right):
+    taken = {"card": 0, "host": 0, "nothing": 0}
+
+    def step(batch):
+        taken[grows] += 11 * 2**20  # of 8 steps 6 come after the first quarter
+
+    monkeypatch.setattr(training, "training_step", lambda setting: step)
+    monkeypatch.setattr(training, "clip_loader", lambda *_, **__: lambda epoch: iter([epoch]))
+    monkeypatch.setattr(training, "own_memory", lambda: 2**30 + taken["host"])
+    card = SimpleNamespace(mem_get_info=lambda: (2**36 - taken["card"], 2**37), synchronize=lambda: None)
+    monkeypatch.setattr(_Card, "module", card)
+    (row,) = training.soak(toy, {})
+    assert row["right"] is right and row["what"].startswith("memory of the card from step 2 to 8, B=2")
+    assert (row["value"], row["host_MiB"]) == tuple(66.0 * (grows == name) for name in ("card", "host"))
+
+
+TRAINS = """
+import json, pathlib, signal, sys, time
+how = HOW
+words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+run = pathlib.Path(words["--run.log-dir"]) / words["--run.name"]
+begun = run.exists()
+run.mkdir(parents=True, exist_ok=True)
+(run / "config.json").write_text('{"data": {"batch_size": 64}}')
+def row(epoch, values):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 60 * epoch, "epoch": epoch, **values}) + chr(10))
+if how == "dies":
+    sys.exit(3)
+if begun:
+    row(2, {"throughput/total_clips_per_s": 2000.0, "throughput/busy": 0.9, "throughput/data_wait_share": 0.1})
+    row(2, {"val/WAR": 50.0})
+    sys.exit(how == "fails when it goes on")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0 if how == "is done at once" else 75))
+row(1, {"throughput/total_clips_per_s": 1000.0})
+row(1, {"val/WAR": 40.0})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "fails when it goes on", "is done at once", "dies"])
+def test_a_run_that_is_stopped_has_to_go_on(toy, tmp_path, monkeypatch, how):
+    (tmp_path / "train.py").write_text(TRAINS.replace("HOW", repr(how)))
+    monkeypatch.setattr(user, "TRAIN", [sys.executable, str(tmp_path / "train.py")])
+    setting = dataclasses.replace(toy, data=tmp_path)
+    if how == "dies":
+        with pytest.raises(RuntimeError, match="exit code 3 before its second epoch"):
+            list(user.as_user(setting))
+        return
+    for _ in range(2):  # the second time over what the first has left
+        speed, end = user.as_user(setting, 16)
+        assert (speed["what"], speed["value"], speed["busy"]) == ("train.py as a user, B=64", 2000, 0.9)
+        assert (speed["data_wait_share"], speed["step"]) == (0.1, 120) and "mfu" not in speed
+        assert end["right"] is (how == "well") and end["evaluated_epochs"] == "[1, 2]"
+        codes = {"well": (75, 0), "fails when it goes on": (75, 1), "is done at once": (0, 0)}
+        assert (end["value"], end["of_the_same_again"]) == codes[how]
+
+
+def test_halves_of_a_batch_go_to_two_processes(toy, tmp_path, monkeypatch):
+    """Of a batch that is not mixed, which has a part that is none."""
+    seen = []
+    monkeypatch.setattr(checks.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(checks, "leave", lambda: None)
+    monkeypatch.setattr(checks, "gradients", lambda setting, batch, wrap: seen.append(batch) or {})
+    for rank in range(2):
+        checks.one_of_two(toy, rank, 0, str(tmp_path / "gradients.pt"))
+    whole = project.synthetic(toy, 4)
+    assert torch.equal(torch.cat([half.clips for half in seen]), whole.clips) and seen[1].ids.tolist() == [2, 3]
 
 
 def test_gradients_of_another_batch_are_seen():
@@ -352,8 +528,9 @@ def test_what_an_operator_takes_is_read_as_defined():
 def test_large_operators_are_told_with_the_rate_of_their_bytes(toy, monkeypatch):
     made = [trace.Operator(name, seconds, 3e6, 2, "k") for name, seconds in (("a", 0.0099), ("b", 0.97), ("c", 0.0201))]
     monkeypatch.setattr(steps, "traced_operators", lambda *_: made)
-    monkeypatch.setattr(steps, "training_step", lambda setting, **options: lambda batch: None)
+    monkeypatch.setattr(steps, "training_step", lambda setting, **options: Taken([0.0]))
     monkeypatch.setattr(steps, "copy_rate", lambda setting: 6e6)
+    monkeypatch.setattr(_Card, "module", Card())
     total, *found = steps.operators(toy, "new", {})
     assert (total["value"], total["launches"]) == (pytest.approx(1000), 6)
     assert [row["what"].split()[0] for row in found] == ["b", "c"] and found[0]["value"] == pytest.approx(0.97)
@@ -370,15 +547,41 @@ def test_calls_are_numbered_backwards_too(toy):
     assert all(size == 0 for name, size in calls.calls if name in ("aten::t", "aten::transpose.int"))
 
 
-def test_bytes_are_counted_by_hand():
+def test_bytes_and_flop_are_counted_by_hand():
     a, b = torch.ones(2, 3), torch.ones(3, 4)
     with floor.Watch() as watch:
         (a @ b).view(8).relu()
-    assert watch.needed == 4 * (6 + 12 + 8) and watch.eager == watch.needed + 4 * (8 + 8)
-    counts = floor.Counts(1e9, 1e6, 2e6, 1e6, 9e6)
-    assert (counts.flops(4), counts.needed(4), counts.eager(4)) == (4e9, 9e6, 37e6)
-    assert floor.floor_seconds(9e6, 4e9, 9e6, 1e15) == pytest.approx(1.0)  # bytes
-    assert floor.floor_seconds(9e6, 4e9, 9e15, 1e9) == pytest.approx(4.0)  # FLOP
+    assert watch.calls == [("aten::mm", 4 * (6 + 12 + 8), 2 * 2 * 3 * 4), ("aten::relu", 4 * (8 + 8), 0)]
+    assert floor.moved([(1.0, 10.0, 0.0), (2.0, 20.0, 5.0)]) == (3, 30)
+
+
+def test_a_floor_is_the_sum_over_operators():
+    """Of each the larger one of its bytes' time and its FLOP's: one that computes hides nothing of one that moves."""
+    copying, computing = (100.0, 10.0, 0.0), (0.0, 1.0, 1000.0)
+    counts = floor.Counts([copying, computing], [computing], [], [])
+    assert counts.flops(4) == 4000
+    assert counts.seconds("eager", 4, 10.0, 100.0) == pytest.approx((100 + 40) / 10 + 4000 / 100)
+    assert counts.seconds("eager", 4, 10.0, 1e9) == pytest.approx((100 + 40) / 10 + 4 / 10)
+    assert counts.seconds("inductor", 4, 10.0, 100.0) == pytest.approx(40)
+
+
+def test_the_floors_of_a_model(toy):
+    """Those that fuse more move less, and compute the same; both models have every operator of theirs counted."""
+    static, default = (floor.read_counts(toy, model) for model in (False, True))
+    for counts in (static, default):
+        assert floor.read_counts(toy, counts is default) == counts  # as it is kept
+        a_clip = [floor.moved(rows)[1] for rows in (counts.eager, counts.inductor, counts.fused, counts.needed)]
+        assert a_clip == sorted(a_clip, reverse=True) and len(set(a_clip)) == 4
+        flops = {sum(flops for _, _, flops in rows) for rows in (counts.eager, counts.inductor, counts.fused)}
+        assert len(flops) == 1 and flops == {counts.flops(1)}
+        tokens = toy.frames * floor.tokens_a_frame(toy.size)
+        assert [row[2] for row in counts.eager].count(2.0 * floor.CRF_MACS * tokens**2) == 1  # one CRF, backwards
+    assert default.flops(1) > static.flops(1)
+    # Statistics read each map that is normalised once more: as many times as there are such norms.
+    extra = len(static.inductor) - len(static.fused)
+    assert extra == sum(
+        isinstance(m, torch.nn.BatchNorm2d) for m in project.fresh_model(toy, project.config_of(toy)).modules()
+    )
 
 
 def test_what_nvdec_says_is_read(toy, monkeypatch):
@@ -400,7 +603,8 @@ def test_what_nvdec_says_is_read(toy, monkeypatch):
 def test_the_copy_rate_of_the_floor_is_the_measured_one(toy, tmp_path):
     setting = dataclasses.replace(toy, out=tmp_path)
     rows.append(tmp_path / "results.jsonl", {"event": "figure", "what": ceilings.COPY, "value": 3e12})
-    assert ceilings.copy_rate(setting) == 3e12
+    rows.append(tmp_path / "results.jsonl", {"event": "figure", "what": ceilings.PRODUCT, "value": 7e14})
+    assert (ceilings.copy_rate(setting), ceilings.product_rate(setting)) == (3e12, 7e14)
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "T4": None}
     assert {name: ceilings.datasheet_flops(name) for name in names} == names
 
@@ -411,13 +615,20 @@ def test_ratios_and_shares_are_the_right_way_round(toy, monkeypatch):
     monkeypatch.setattr(steps, "traced", lambda setting, run: trace.Work(0.5, 0.6, 900.0, 0.002))
     row = steps.traced_row(toy, "new", print, batch=100, clips_per_s=200.0)
     assert (row["value"], row["kernels_ms"], row["launches"]) == (1.0, 600, 900)
-    (row,) = steps.share_of_crf(toy, "dense")
-    assert (row["value"], row["ms"], row["its_kernels_ms"]) == pytest.approx((0.2, 25.0, 2.0))
-    counts = floor.Counts(1e9, 0.0, 1e6, 0.0, 4e6)
-    monkeypatch.setattr(steps, "read_counts", lambda setting: counts)
-    monkeypatch.setattr(steps, "copy_rate", lambda setting: 1e9)
+    monkeypatch.setattr(steps, "training_step", lambda setting, **options: Taken([0.0]))
     monkeypatch.setattr(_Card, "module", Card())  # whose datasheet says 1e12 FLOP/s
-    told = steps.beside_it(toy, lambda: 1, [100.0, 200.0, 1000.0], batch=100)  # half a second
+    (row,) = steps.share_of_crf(toy, {})
+    assert (row["value"], row["ms"], row["its_kernels_ms"]) == pytest.approx((0.2, 25.0, 2.0))
+    counts = floor.Counts([(0.0, 4e6, 1e9)], [(0.0, 2e6, 1e9)], [(0.0, 1e6, 1e9)], [])
+    asked = []
+    monkeypatch.setattr(steps, "read_counts", lambda setting, default: asked.append(default) or counts)
+    monkeypatch.setattr(steps, "copy_rate", lambda setting: 1e9)
+    monkeypatch.setattr(steps, "product_rate", lambda setting: 1e12)
+    told = steps.beside_it(toy, lambda: 1, [100.0, 200.0, 1000.0], 100, {"default": True})  # half a second
+    assert asked == [True]
     assert told["ms"] == 500 and told["mfu"] == pytest.approx(100e9 / 1e12 / 0.5) and told["peak_GiB"] == 1
-    assert told["share_of_floor"] == pytest.approx(0.1 / 0.5)  # 0.1 s of bytes, 0.1 s of FLOP
     assert told["share_of_eager_floor"] == pytest.approx(0.4 / 0.5)
+    assert told["share_of_inductor_floor"] == pytest.approx(0.2 / 0.5)
+    assert told["share_of_fused_floor"] == pytest.approx(0.1 / 0.5)  # 0.1 s of bytes, 0.1 s of FLOP
+    found = {row["what"]: row["value"] for row in steps.floors(toy, default=False)}
+    assert found["floor, static, inductor, B=2"] == pytest.approx(2 / (2 * 2e6 / 1e9))

@@ -52,10 +52,10 @@ def test_what_happens_to_a_child_costs_its_own_case_only(accidents):
     assert figures["segfaults"] == "before it" and figures["raises"] == "before it"  # what came before is there
 
 
-def test_proven_cases_share_a_child_until_one_of_them_ends_it(accidents):
+def test_a_series_shares_a_child_until_a_case_ends_it(accidents):
     found = [row for row in accidents[1] if row.get("what") == "something"]
     process = {row["case"]: row["process"] for row in found}
-    assert len(set(process.values())) == len(process)  # each of these came after an accident, or is not proven
+    assert len(set(process.values())) == len(process)  # each of these came after an accident, or is no series
     assert [row["n"] for row in found] == [3] * len(found) and {row["value"] for row in found} == {2.0}
 
 
@@ -173,7 +173,12 @@ def test_the_parent_has_no_way_to_the_card(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--parts", "loader"], "no part 'loader'; there are data"), (["--budget", "0"], "'0'")]
+    ("words", "message"),
+    [
+        (["--parts", "loader"], "no part 'loader'; there are data"),
+        (["--budget", "0"], "'0'"),
+        (["--cases", "busy *,bussy *"], "no case 'bussy *'; --list prints them"),
+    ],
 )
 def test_bad_arguments_are_one_line(capsys, words, message):
     with pytest.raises(SystemExit) as stop:
@@ -186,9 +191,50 @@ def test_fewer_cores_than_a_case_asks_for_leave_it_out():
     def names(gpu_there: bool, cores: int) -> list[str]:
         return [case.name for case in gpu.chosen(["loaders"], False, gpu_there, cores) if case.cores]
 
-    assert names(False, 2) == ["CPU loader, cores: all", "CPU loader, cores: 1"]
-    assert names(True, 16)[-1] == "CPU loader, cores: 8"
+    assert names(False, 2) == ["CPU loader on all cores", "CPU loader on 1 core"]
+    assert names(True, 16)[-1] == "CPU loader on 8 cores"
     assert not any(case.gpu for case in gpu.chosen(list(PARTS), True, False, 2))
+
+
+def test_cases_are_chosen_by_part_or_by_name():
+    """The data comes first, whatever is chosen, but for what fills a cache beside its drawing."""
+
+    def names(parts: list[str], patterns: list[str], peers: bool = False) -> list[str]:
+        return [case.name for case in gpu.chosen(parts, peers, True, 16, patterns)]
+
+    by_default = names(gpu.parse([]).parts, [])
+    assert "static fast B=64" in by_default and not any("peer" in name or "warm" in name for name in by_default)
+    assert any("peer" in name for name in names(["step"], [], peers=True))
+    assert names(["warm"], []) == ["warm static", "warm default"]
+    assert names(["step"], ["loader frames", "peer s*"]) == [
+        *("data", "counts", "loader frames", "peer simplejpeg_and_copy", "peer spdl"),
+    ]
+    assert gpu.parse(["--cases", "busy *,data"]).cases == ["busy *", "data"]
+
+
+def test_the_list_tells_who_shares_a_child_and_what_needs_a_card(capsys, monkeypatch):
+    monkeypatch.setattr(gpu.rows, "machine", lambda: {"card": None, "cores": 2})
+    assert gpu.main(["--list", "--cases", "static fast B=*,warm static,feeding"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "data data",
+        "data + counts",
+        "warm warm static (on a GPU)",
+        "step static fast B=64 (on a GPU)",
+        *(f"step + static fast B={batch} (on a GPU)" for batch in (16, 128, 256)),
+        "loaders feeding",
+    ]
+
+
+def test_further_cases_are_added_to_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_all", lambda *_: None)
+    monkeypatch.setattr(gpu, "exit_on_signals", lambda: None)
+    (tmp_path / "logs").mkdir()
+    for words, kept in ((["--cases", "data"], True), ([], False)):
+        row = {"part": "part", "case": "earlier", "reason": "a fault"}
+        rows.append(tmp_path / "results.jsonl", {"event": "failed", **row})  # of an earlier call: not this one's
+        assert gpu.main(["--out", str(tmp_path), *words]) == 0
+        assert (tmp_path / "results.jsonl").exists() is kept is (tmp_path / "logs").exists()
 
 
 GPU_TESTS = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu\n" in path.read_text()]

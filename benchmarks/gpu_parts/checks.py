@@ -41,12 +41,13 @@ def clips_against_cpu(
     setting: Setting,
     source: str,
     held: bool = False,
-    engine: float = 0.0,
+    engine: float | None = 0.0,
     nvdec: int = 0,
     graph: Graph = "operators",
 ) -> Iterator[Row]:
     """The clips of a route on the card and those of the CPU's kernel, of the same plan."""
-    one = clip_loader(setting, source, Route(engine, nvdec, graph), held=held, batch=setting.loader_batch)
+    route = Route(engine, nvdec, graph)
+    one = clip_loader(setting, source, route, held=held, batch=setting.loader_batch)
     listed = "held" if held else "long"
     other = clip_loader(setting, source, where="cpu", listed=listed, batch=setting.loader_batch)
     worst, total, number, seen = 0.0, 0.0, 0, 0
@@ -56,8 +57,7 @@ def clips_against_cpu(
         worst, total = max(worst, float(steps.max())), total + float(steps.double().sum())
         number, seen = number + steps.numel(), seen + len(ours.ids)
     limits = CLOSE[source]
-    what = f"{source}{', held in the card' if held else ''}{f', engine {engine:g}' if engine else ''}"
-    what += f", NVDEC, sessions: {nvdec}" if nvdec else f", {graph}" if graph != "operators" else ""
+    what = f"{source}{', held in the card' if held else ''}{route.told()}"
     yield figure(
         f"clips of {what} against the CPU's: largest difference", worst, "of 255", mean=total / number, clips=seen,
         right=worst <= limits[0] and total / number <= limits[1],
@@ -130,30 +130,30 @@ def same_bits(setting: Setting, count: int, first: list[float], again: list[floa
     yield figure(what, same, "steps", weights_the_same_bits=equal, last_loss=_end(first), last_loss_again=_end(again))
 
 
-def bits_of_fixed_algorithms(setting: Setting) -> Iterator[Row]:
+def bits_of_fixed_algorithms(setting: Setting, **model: bool) -> Iterator[Row]:
     """The same training in the mode of fixed algorithms: eagerly twice, as a graph, and as a graph that is continued.
 
     All have to end with the same bits. `dropout` is drawn in each of their steps: its masks are the same too.
     """
-    count = setting.long_train_steps
-    first, want = _course(setting, count)
+    count, whose = setting.long_train_steps, ", default model" if model else ""
+    first, want = _course(setting, count, model)
     for name, graph, cut in (("eager again", False, 0), ("a graph", True, 0), ("a graph, continued", True, count // 2)):
-        course, weights = _course(setting, count, graph, cut)
+        course, weights = _course(setting, count, model, graph, cut)
         same = sum(a == b for a, b in zip(first, course, strict=True))
         equal = all(torch.equal(weights[key], value) for key, value in want.items())
-        what = f"fixed algorithms, {count} steps of {name} against eager: losses of the same bits"
+        what = f"fixed algorithms{whose}, {count} steps of {name} against eager: losses of the same bits"
         yield figure(what, same, "steps", right=equal and same == count, weights_the_same_bits=equal)
 
 
 def _course(
-    setting: Setting, count: int, graph: bool = False, cut: int = 0
+    setting: Setting, count: int, model: dict[str, bool], graph: bool = False, cut: int = 0
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of a training with fixed algorithms and its weights, begun anew from its state after `cut` steps."""
-    step = training_step(setting, deterministic=True, graph=graph)
+    step = training_step(setting, deterministic=True, graph=graph, **model)
     course = losses(setting, step, cut)
     if cut:
         saved = copy.deepcopy(step.state.state_dict())
-        step = training_step(setting, deterministic=True, graph=graph)
+        step = training_step(setting, deterministic=True, graph=graph, **model)
         step.restore(saved, cut)
     return course + losses(setting, step, count, first=cut), step.model.state_dict()
 
@@ -223,7 +223,7 @@ def one_of_two(setting: Setting, rank: int, port: int, path: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or it asks for the machine's name, which may lead nowhere
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     batch = synthetic(setting, 4)
-    half = type(batch)(*(part.chunk(2)[rank] for part in batch))
+    half = batch._replace(**{name: x.chunk(2)[rank] for name, x in batch._asdict().items() if x is not None})
     found = gradients(setting, half, DistributedDataParallel)
     if rank == 0:
         torch.save(found, path)

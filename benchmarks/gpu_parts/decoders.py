@@ -5,8 +5,8 @@ trains. Nothing of the loader takes part; DALI's operators are called as bare as
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -124,25 +124,30 @@ def counted(pipeline: Pipeline, units: int) -> Callable[[], int]:
     return run
 
 
-def jpeg(setting: Setting, where: list[Where], crop: bool = False) -> Iterator[Row]:
-    """Images that decoders make at the same time, in clips; then the same beside the step."""
+def jpeg(setting: Setting, where: list[Where], how: Mapping[str, Any], crop: bool = False) -> Iterator[Row]:
+    """Images that decoders make at the same time, in clips; then the same beside the step, which is taken so."""
     images = jpeg_files(setting, setting.images)
     batch = min(IMAGES_AT_ONCE, len(images))
     runs = {name: counted(jpeg_pipeline(setting, images, name, crop), batch) for name in where}
     what = f"JPEG, {'crops only' if crop else 'whole frames'}: {' + '.join(where)}"
     kilobytes = sum(map(len, images)) / len(images) / 1000
-    yield from alone_and_beside(setting, what, runs, setting.frames, kB_an_image=kilobytes)
+    yield from alone_and_beside(setting, what, runs, setting.frames, how, kB_an_image=kilobytes)
 
 
 def alone_and_beside(
-    setting: Setting, what: str, runs: dict[str, Callable[[], int]], per_clip: float, **more: object
+    setting: Setting,
+    what: str,
+    runs: dict[str, Callable[[], int]],
+    per_clip: float,
+    how: Mapping[str, Any],
+    **more: object,
 ) -> Iterator[Row]:
     """Rows of what runs give at the same time: by themselves and, where there is a card, beside the step."""
     at_once(setting, runs)  # warms up
     yield from _rows(setting, what, runs, None, per_clip, more)
     if setting.gpu:
-        step = beside(setting)
-        for _ in range(setting.warm_up):
+        step = beside(setting, how)
+        for _ in range(2 * setting.warm_up):
             step()
         yield from _rows(setting, f"{what}, beside the step", runs, step, per_clip, more)
 
@@ -180,7 +185,7 @@ def video_pipeline(setting: Setting, files: Sequence[np.ndarray]) -> Pipeline:
     return pipeline
 
 
-def videos(setting: Setting, sessions: int | None) -> Iterator[Row]:
+def videos(setting: Setting, sessions: int | None, how: Mapping[str, Any]) -> Iterator[Row]:
     """Whole videos through NVDEC, by so many sessions; None: as many as the card has engines."""
     if sessions is None:
         limits = nvdec.limits(setting)
@@ -190,10 +195,10 @@ def videos(setting: Setting, sessions: int | None) -> Iterator[Row]:
     batch = min(setting.loader_batch, len(files))
     runs = {f"session {i + 1}": counted(video_pipeline(setting, files), batch) for i in range(sessions)}
     what = f"H.264, whole videos: NVDEC, {sessions} session{'s' * (sessions > 1)}"
-    yield from alone_and_beside(setting, what, runs, 1, frames_a_video=frames)
+    yield from alone_and_beside(setting, what, runs, 1, how, frames_a_video=frames)
 
 
-def videos_on_cores(setting: Setting) -> Iterator[Row]:
+def videos_on_cores(setting: Setting, how: Mapping[str, Any]) -> Iterator[Row]:
     """Whole videos through FFmpeg, one process on each core."""
     index = index_of(setting, "video", "short")
     paths = [str(record.path) for record in index.records]
@@ -201,4 +206,4 @@ def videos_on_cores(setting: Setting) -> Iterator[Row]:
         raise NotHere("no videos")
     with FFmpeg(paths, setting.cores) as ffmpeg:
         what, frames = f"H.264, whole videos: FFmpeg on {setting.cores} cores", float(index.num_frames.mean())
-        yield from alone_and_beside(setting, what, {"FFmpeg": ffmpeg.decoded}, 1, frames_a_video=frames)
+        yield from alone_and_beside(setting, what, {"FFmpeg": ffmpeg.decoded}, 1, how, frames_a_video=frames)

@@ -1,13 +1,15 @@
 """Each source's loader alone, with the cores that it used; the CPU's loader on more and more cores; feeding DALI."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import torch
 
-from benchmarks.gpu_parts.decoders import fed_pipeline, jpeg_files
-from benchmarks.gpu_parts.project import LISTS, Graph, Route, batches, boxes, clip_loader, index_of, source_of
+from benchmarks.gpu_parts.decoders import fed_pipeline, jpeg, jpeg_files
+from benchmarks.gpu_parts.project import Graph, Route, batches, boxes, clip_loader, index_of, source_of
 from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import repeated
@@ -18,14 +20,15 @@ def alone(
     setting: Setting,
     source: str,
     where: Literal["card", "cpu"] = "card",
-    engine: float = 0.0,
+    engine: float | None = 0.0,
     held: bool = False,
     batch: int | None = None,
     nvdec: int = 0,
     graph: Graph = "operators",
 ) -> Iterator[Row]:
     """The trainer's loader with nobody at work beside it."""
-    loader = clip_loader(setting, source, Route(engine, nvdec, graph), where=where, held=held, batch=batch)
+    route = Route(engine, nvdec, graph, torch.bfloat16 if where == "card" else torch.float32)
+    loader = clip_loader(setting, source, route, where=where, held=held, batch=batch)
     stream = batches(loader)
 
     def run() -> int:
@@ -34,18 +37,17 @@ def alone(
     start = Usage.now()
     speeds = repeated(setting, run)
     used = Usage.now().since(start)
-    what = f"loader, {source}{', held in the card' if held else ''}"
-    what += f", engine {engine:g}" if engine else ""
-    what += f", NVDEC, sessions: {nvdec}" if nvdec else f", {graph}" if graph != "operators" else ""
+    what = f"loader, {source}{', held in the card' if held else ''}{route.told()}"
     what += f", CPU, cores: {setting.cores}" if where == "cpu" else ""
     what += f", B={loader.options.batch_size}"
     yield figure(what, speeds, "clips/s", cores_used=used["cpu_s"] / used["seconds"])
 
 
-def on_cpu(setting: Setting) -> Iterator[Row]:
-    """The CPU's loader from every source, on the cores that this process may use."""
-    for source in LISTS:
+def on_cpu(setting: Setting, sources: Sequence[str]) -> Iterator[Row]:
+    """The CPU's loader from some sources, and libjpeg-turbo alone, on the cores that this process may use."""
+    for source in sources:
         yield from alone(setting, source, "cpu")
+    yield from jpeg(replace(setting, gpu=False), ["cores"], {})
 
 
 def feed(setting: Setting) -> Iterator[Row]:

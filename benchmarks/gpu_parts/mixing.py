@@ -152,8 +152,8 @@ def told(what: str, different: list[Tensor]) -> Row:
     return figure(what, mixed, "batches", of=len(worst), differ=differ, worst=float(worst.max()))
 
 
-def both(setting: Setting, engine: float) -> Iterator[Row]:
+def both(setting: Setting, engine: float, graph: Graph) -> Iterator[Row]:
     """The loader first, as it is what trains."""
     cuda.empty_cache()
-    yield from of_loader(setting, engine)
+    yield from of_loader(setting, engine, graph)
     yield from of_decoder(setting, engine)

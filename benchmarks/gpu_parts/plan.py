@@ -1,224 +1,258 @@
-"""All cases, in the order in which a card does them: what is proven, most valuable first; then each of the rest alone.
+"""All cases, in the order in which a card does them: what matters most first, planned for 400 s.
 
-What needs no card comes late: nothing that happens to the card can harm it.
-Proven is what has run on an H200 before (2026-11-26). A new kernel, a capture, a decoder, a cache begins as not proven.
+Cases that follow each other and name the same child share a process, since a start takes 8 s on a card. One that dies
+costs itself; those after it begin another child. Within a child speeds come first: a trace loads what slows launches
+down, and what libraries have chosen for one kind of step would serve the next.
 """
 
+from dataclasses import replace
+
 from benchmarks.gpu_parts.runner import ALL_CORES, Case
-from benchmarks.gpu_parts.setting import ENGINES_OF_H100
+from benchmarks.gpu_parts.setting import BATCHES, ENGINES_OF_H100
 
 HERE = "benchmarks.gpu_parts"
-PARTS = ("data", "ceilings", "loaders", "step", "training", "checks", "peers")
+PARTS = ("data", "ceilings", "loaders", "step", "training", "checks", "peers", "warm", "grid")
+ASKED = ("peers", "warm", "grid")  # parts that are done only if they are asked for
 SOURCES = ("frames", "shards144", "raw128", "video")
+GRAPH, FIXED, FUSED, DEFAULT = {"graph": True}, {"deterministic": True}, {"fused": "both"}, {"default": True}
 TRITON, BF16, CUDNN = {"crf_backend": "triton"}, {"bf16_input": True}, {"cudnn_benchmark": True}
-GRAPH, FIXED, FUSED = {"graph": True}, {"deterministic": True}, {"fused": "both"}
-QUICK_TO_START = {
-    "graph + fused + Triton CRF + cudnn.benchmark": GRAPH | FUSED | TRITON | CUDNN,
-    "graph + cudnn.benchmark": GRAPH | CUDNN,
+FAST = GRAPH | FUSED | TRITON | CUDNN  # as train.py takes its steps on a card
+SINGLE = {  # options apart and together, all of the first version's model, which the first figures of a card were of
     "graph": GRAPH,
-    "graph + fixed algorithms": GRAPH | FIXED,
-    "fixed algorithms": FIXED,
-    "DDP of one process": {"ddp": True},
-    "DDP of one process, graph": {"ddp": True} | GRAPH,
-    "graph + Triton CRF + cudnn.benchmark": GRAPH | TRITON | CUDNN,
-    "graph + fused + cudnn.benchmark": GRAPH | FUSED | CUDNN,
     "fused": FUSED,
     "fused norm": {"fused": "norm"},
     "fused pool": {"fused": "pool"},
     "Triton CRF": TRITON,
     "bf16 input": BF16,
     "cudnn.benchmark": CUDNN,
-    "Triton CRF + bf16 input + cudnn.benchmark": TRITON | BF16 | CUDNN,
+    "graph + cudnn.benchmark": GRAPH | CUDNN,
+    "graph + Triton CRF + cudnn.benchmark": GRAPH | TRITON | CUDNN,
+    "graph + fused + cudnn.benchmark": GRAPH | FUSED | CUDNN,
+    "fixed algorithms": FIXED,
+    "graph + fixed algorithms": GRAPH | FIXED,
+    "DDP of one process": {"ddp": True},
+    "DDP of one process + graph": {"ddp": True} | GRAPH,
 }
-DEFAULT_MODEL = {
-    "both branches": {"default": True},
-    "both branches, graph": {"default": True} | GRAPH,
-    "both branches, all of the above": {"default": True} | GRAPH | FUSED | TRITON | CUDNN,
-}  # beside the first version's, which all else is measured on
 COMPILED = {  # a minute for each batch size
     "compiled": {"compiled": True},
     "compiled + Triton CRF + bf16 input": {"compiled": True} | TRITON | BF16,
 }
-# Places of the setting's batch sizes: the most telling, the smallest, the others.
-TELLING, SMALL, OTHERS = (0,), (1,), (2, 3)
+# How the trainer's clips come to a card: those of videos by the cores.
+ROUTES = {
+    "frames": {"source": "frames", "graph": "decoded"},
+    "frames by the cores": {"source": "frames", "graph": "decoded", "engine": None},
+    "shards144": {"source": "shards144", "graph": "decoded"},
+    "raw128": {"source": "raw128", "graph": "streamed"},
+    "raw128 held": {"source": "raw128", "held": True},
+}
+VIDEO = {"source": "video"}
+NVDEC = {"source": "video", "nvdec": ENGINES_OF_H100}
+ALL = range(len(BATCHES))  # places of the setting's batch sizes
 
 
 def all_cases() -> list[Case]:
     """The whole plan."""
-    all_cores, *fewer = loaders_by_cores()
+    return [*data(), *warm(), *what_matters(), *the_rest(), *peers(), *grid()]
+
+
+def data() -> list[Case]:
+    """What all others but `warm` need."""
     return [
-        *on_the_cpu_first(),
-        *proven(),
-        *one_kernel(),
-        *alone(),
-        all_cores,
-        *small_batches(),
-        *fewer,
-        *peers(),
-        *the_rest(),
+        Case("data", "data", f"{HERE}.data", "prepare", limit_s=150, child="data", gpu=False),
+        Case("data", "counts", f"{HERE}.steps", "counted", limit_s=90, child="data", gpu=False),
     ]
 
 
-def on_the_cpu_first() -> list[Case]:
+def warm() -> list[Case]:
+    """What fills Triton's cache, beside tests or the drawing of the data: it needs none."""
+    models = {"static": FAST, "default": FAST | DEFAULT}
     return [
-        Case("data", "data", f"{HERE}.data", "prepare", limit_s=150, proven=True, gpu=False),
-        Case("data", "counts", f"{HERE}.steps", "counted", limit_s=60, proven=True, gpu=False),
+        Case("warm", f"warm {model}", f"{HERE}.steps", "warm", {"options": options}, limit_s=150)
+        for model, options in models.items()
     ]
 
 
-def ceiling(name: str, function: str, proven: bool = True, gpu: bool = True, **options: object) -> Case:
-    return Case("ceilings", name, f"{HERE}.decoders", function, options, limit_s=60, proven=proven, gpu=gpu)
-
-
-def check(name: str, function: str, options: dict, proven: bool = False, limit_s: float = 60) -> Case:
-    module = "mixing" if function in ("both", "of_loader", "control_in_graph", "control_torchvision") else "checks"
-    return Case("checks", name, f"{HERE}.{module}", function, options, limit_s=limit_s, proven=proven)
-
-
-def proven() -> list[Case]:
-    """What shares one child on the card."""
-    cases = [
-        Case("ceilings", "copies and product", f"{HERE}.ceilings", "copies_and_product", limit_s=60, proven=True),
-        ceiling("nvJPEG on SMs", "jpeg", where=["sms"]),
-        ceiling("libjpeg-turbo on all cores", "jpeg", gpu=False, where=["cores"]),
-        ceiling("libjpeg-turbo on all cores, crops", "jpeg", gpu=False, where=["cores"], crop=True),
-        ceiling("NVDEC, one session", "videos", sessions=1),
-        ceiling("FFmpeg on all cores", "videos_on_cores", gpu=False),
-    ]
-    # Where NVDEC takes 13 ms for a clip, a large batch takes seconds.
-    sources = {name: {"source": name} for name in SOURCES if name != "video"}
-    sources["video, NVDEC"] = {"source": "video", "batch": 16, "nvdec": 1}
-    for name, options in sources.items():
-        cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=45, proven=True))
-    for place in range(4):  # of the setting's batch sizes
-        options = {"place": place}
-        cases.append(Case("step", f"eager {place}", f"{HERE}.steps", "eager", options, limit_s=60, proven=True))
-    cases.append(Case("step", "floors", f"{HERE}.steps", "floors", limit_s=60, proven=True))
-    for name, options in sources.items():
-        cases.append(_training(f"training from {name}", options))
-    cases.append(Case("loaders", "feeding", f"{HERE}.loaders", "feed", limit_s=60, proven=True, gpu=False))
-    # Tracing loads what slows launches down in the same process: nothing that is timed comes after it.
-    cases.append(Case("step", "traces", f"{HERE}.steps", "traces", limit_s=60, proven=True))
-    for name, options in sources.items():
-        options = {key: value for key, value in options.items() if key != "batch"}
-        cases.append(check(f"clips of {name}", "clips_against_cpu", options, proven=True))
-    cases.append(check("mixing, engine 0", "both", {"engine": 0.0}, proven=True))
-    cases.append(check("eager against eager", "eager_against_eager", {}, proven=True, limit_s=120))
-    return cases
-
-
-def _training(name: str, options: dict, proven: bool = True) -> Case:
-    return Case("training", name, f"{HERE}.training", "from_source", options, limit_s=60, proven=proven)
-
-
-def videos() -> list[Case]:
-    """Of videos what is not proven: the cores decode and the card does the rest; NVDEC in several sessions."""
-    cases = []
-    for name, options in {
-        "video": {"source": "video"},
-        "video, NVDEC, all engines": {"source": "video", "nvdec": ENGINES_OF_H100},
-    }.items():
-        cases.append(check(f"clips of {name}", "clips_against_cpu", options))
-        cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=60))
-        cases.append(_training(f"training from {name}", options, proven=False))
-    return cases
-
-
-def one_kernel() -> list[Case]:
-    """The kernel that makes clips of decoded frames: by itself, and behind each way that the frames come."""
-    cases = [
-        Case("ceilings", f"kernel alone, {side} px", f"{HERE}.pixels", "kernel_alone", {"side": side}, limit_s=60)
-        for side in (128, 224)
-    ]
-    graphs = {"raw128": "streamed", "shards144": "decoded", "frames": "decoded"}
-    routes = {f"{source}, {graph}": {"source": source, "graph": graph} for source, graph in graphs.items()}
-    routes["raw128 held"] = {"source": "raw128", "held": True}
-    for name, options in routes.items():
-        cases.append(check(f"clips of {name}", "clips_against_cpu", options))
-        cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=60))
-        cases.append(_training(f"training from {name}", options, proven=False))
-    mixing = {"engine": 0.0, "graph": "decoded"}
-    return [*cases, check("mixing, engine 0, decoded", "of_loader", mixing)]
-
-
-def loaders_by_cores() -> list[Case]:
-    """The CPU's loader on all cores of the machine and on fewer."""
-    work = (f"{HERE}.loaders", "on_cpu")
+def what_matters() -> list[Case]:
+    """What a card is asked for first, most valuable first."""
+    copies = Case("ceilings", "copies and product", f"{HERE}.ceilings", "copies_and_product", limit_s=60)
     return [
-        Case("loaders", f"CPU loader, cores: {told}", *work, limit_s=90, proven=True, gpu=False, cores=cores)
-        for told, cores in (("all", ALL_CORES), ("1", 1), ("2", 2), ("4", 4), ("8", 8))
+        *together("static", [copies, floors("static"), *measured("static fast", FAST)]),
+        *together("default", [*measured("default fast", FAST | DEFAULT), floors("default", **DEFAULT)]),
+        *together("eager", measured("static eager", {}, (0, 1))),
+        check("bits of fixed algorithms", "bits_of_fixed_algorithms", limit_s=120),
+        *together("user", [as_user("train.py as a user", {}), as_user("train.py as a user B=16", {"batch": 16})]),
+        *together("nvJPEG", [jpeg("nvJPEG on SMs", ["sms"]), jpeg("nvJPEG on SMs and crops only", ["sms"], crop=True)]),
+        *together("feed", [case for name in ROUTES for case in (loader(name), training(name))]),
+        *together("clips", [*map(clips, ROUTES), mixing(0.0)]),
+        *together("video", of_videos("video", VIDEO)),
+        *together("NVDEC", of_videos("video by NVDEC", NVDEC)),
+        check("memory over 2000 steps", "soak", {"how": FAST}, limit_s=90, module="training"),
+        share_of_crf(FAST),
     ]
-
-
-def alone() -> list[Case]:
-    """What is not proven: each in a child of its own."""
-    cases = [check(f"mixing, engine {engine:g}", "both", {"engine": engine}) for engine in (0.65, 1.0)]
-    cases += [
-        check("mixing, control in the graph", "control_in_graph", {"engine": 1.0}),
-        check("mixing, control torchvision", "control_torchvision", {}),
-    ]
-    for name, options in QUICK_TO_START.items():
-        cases.append(_variant(name, options, TELLING))
-        cases.append(_against_eager(name, options))
-    cases += [*videos(), *(_variant(name, options, TELLING) for name, options in DEFAULT_MODEL.items())]
-    cases.append(check("bits of fixed algorithms", "bits_of_fixed_algorithms", {}, limit_s=120))
-    cases.append(check("two processes", "two_processes", {}))
-    cases += [
-        _operators("eager", {}),
-        _operators("fused", FUSED),
-        _operators("fused + Triton CRF + bf16 input + cudnn.benchmark", FUSED | TRITON | BF16 | CUDNN),
-    ]
-    for backend in ("dense", "triton"):
-        options = {"backend": backend}
-        cases.append(Case("step", f"share of the CRF, {backend}", f"{HERE}.steps", "share_of_crf", options, limit_s=60))
-    cases += [
-        ceiling("JPEG engine", "jpeg", proven=False, where=["engine"]),
-        ceiling("nvJPEG on both", "jpeg", proven=False, where=["both"]),
-        ceiling("SMs, engine and cores together", "jpeg", proven=False, where=["sms", "engine", "cores"]),
-        ceiling("nvJPEG on SMs, crops", "jpeg", proven=False, where=["sms"], crop=True),
-        ceiling("NVDEC, all engines", "videos", proven=False, sessions=None),
-        Case("ceilings", "NVDEC's limits", f"{HERE}.nvdec", "told", limit_s=60),
-    ]
-    for engine in (0.65, 1.0):
-        options = {"source": "frames", "engine": engine}
-        name = f"loader frames, engine {engine:g}"
-        cases.append(Case("loaders", name, f"{HERE}.loaders", "alone", options, limit_s=60))
-        cases.append(check(f"clips of frames, engine {engine:g}", "clips_against_cpu", options))
-    return cases
-
-
-def small_batches() -> list[Case]:
-    """The variants on the batch of 16: launches, not kernels, are what they wait for there."""
-    return [_variant(name, options, SMALL) for name, options in (QUICK_TO_START | DEFAULT_MODEL).items()]
 
 
 def the_rest() -> list[Case]:
-    """Also each in a child of its own, last since it takes long or tells little more."""
-    cases = []
-    for name, options in COMPILED.items():
-        cases.append(_variant(name, options, TELLING, limit_s=150))
-        cases.append(_against_eager(name, options, limit_s=150))
-    cases.append(check("eager against eager, for long", "eager_for_long", {}))
-    cases += [_variant(name, options, SMALL, limit_s=150) for name, options in COMPILED.items()]
-    return cases + [
-        _variant(name, options, OTHERS, limit_s=300) for name, options in (QUICK_TO_START | COMPILED).items()
+    """What tells more of a card, or of the machine around it, for a longer budget or a further call."""
+    return [
+        operators("fused + Triton CRF + cudnn.benchmark", FUSED | TRITON | CUDNN),
+        operators("fused", FUSED),
+        operators("eager", {}),
+        *cpu_loaders(),
+        check("bits of fixed algorithms default", "bits_of_fixed_algorithms", DEFAULT, limit_s=120),
+        *engine(),
+        check("eager against eager", "eager_against_eager", limit_s=120),
+        *(case for name, options in (SINGLE | {"static fast": FAST}).items() for case in single(name, options)),
+        check("two processes", "two_processes"),
+        *decoders(),
+        share_of_crf(FAST | {"crf_backend": "dense"}),
     ]
 
 
-def _variant(name: str, options: dict, places: tuple[int, ...], limit_s: float = 90) -> Case:
-    more = {TELLING: "", SMALL: ", small batch", OTHERS: ", other batches"}[places]
-    work = {"name": name, "options": options, "places": places}
-    return Case("step", f"step, {name}{more}", f"{HERE}.steps", "variant", work, limit_s=limit_s)
+def grid() -> list[Case]:
+    """The options on all other batches, and what a compiler makes of the step: half an hour."""
+    cases = [check("eager against eager for long", "eager_for_long")]
+    for name, options in COMPILED.items():
+        cases += [replace(case, part="grid", limit_s=150) for case in (step(name, options, 0), step(name, options, 1))]
+        cases.append(against_eager(name, options, limit_s=150))
+    for name, options in SINGLE.items():
+        cases += together(f"{name} more", [step(name, options, place) for place in ALL if place])
+    return [replace(case, part="grid") for case in cases]
 
 
-def _operators(name: str, options: dict) -> Case:
+# ---- Cases.
+
+
+def together(child: str, cases: list[Case]) -> list[Case]:
+    """Have a series of cases share a child."""
+    return [replace(case, child=child) for case in cases]
+
+
+def step(name: str, options: dict, place: int, function: str = "speed", what: str = "") -> Case:
+    work = {"name": name, "options": options, "place": place}
+    return Case("step", f"{what}{name} B={BATCHES[place]}", f"{HERE}.steps", function, work, limit_s=120)
+
+
+def measured(name: str, options: dict, places: tuple[int, ...] | range = ALL) -> list[Case]:
+    """The speeds of a step on some batch sizes, then traces of each."""
+    speeds = [step(name, options, place) for place in places]
+    return [*speeds, *(step(name, options, place, "busy", "busy ") for place in places)]
+
+
+def single(name: str, options: dict) -> list[Case]:
+    """A kind of step on the most telling batch, if it is not among what matters, and whether it computes the same."""
+    cases = [] if options == FAST else together(name, measured(name, options, (0,)))
+    return [*cases, against_eager(name, options)]
+
+
+def floors(name: str, default: bool = False) -> Case:
+    return Case("step", f"floors {name}", f"{HERE}.steps", "floors", {"default": default}, limit_s=60)
+
+
+def operators(name: str, options: dict) -> Case:
     work = {"name": name, "options": options}
-    return Case("step", f"operators of a step, {name}", f"{HERE}.steps", "operators", work, limit_s=60)
+    return Case("step", f"operators of a step {name}", f"{HERE}.steps", "operators", work, limit_s=60)
 
 
-def _against_eager(name: str, options: dict, limit_s: float = 75) -> Case:
+def share_of_crf(options: dict) -> Case:
+    name = f"share of the CRF {options['crf_backend']}"
+    return Case("step", name, f"{HERE}.steps", "share_of_crf", {"options": options}, limit_s=120)
+
+
+def check(name: str, function: str, options: dict | None = None, limit_s: float = 60, module: str = "checks") -> Case:
+    return Case("checks", name, f"{HERE}.{module}", function, options or {}, limit_s=limit_s)
+
+
+def against_eager(name: str, options: dict, limit_s: float = 75) -> Case:
     work = {"name": name, "options": options}
-    return check(f"{name} against eager", "variant_against_eager", work, limit_s=limit_s)
+    return check(f"{name} against eager", "variant_against_eager", work, limit_s)
+
+
+def clips(name: str) -> Case:
+    return check(f"clips of {name}", "clips_against_cpu", ROUTES[name])
+
+
+def mixing(engine: float) -> Case:
+    return check(f"mixing engine {engine:g}", "both", {"engine": engine, "graph": "decoded"}, module="mixing")
+
+
+def loader(name: str) -> Case:
+    return Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", ROUTES[name], limit_s=60)
+
+
+def training(name: str) -> Case:
+    options = {"how": FAST, **ROUTES[name]}
+    return Case("training", f"training from {name}", f"{HERE}.training", "from_source", options, limit_s=60)
+
+
+def as_user(name: str, options: dict) -> Case:
+    return Case("training", name, f"{HERE}.user", "as_user", options, limit_s=150)
+
+
+def of_videos(name: str, options: dict) -> list[Case]:
+    """The loader of videos, training from it, and its clips, which nobody has timed on a card before."""
+    batch = {"batch": 16}  # of larger ones NVDEC makes a few in a minute
+    work = {"how": FAST, **options, **batch}
+    return [
+        Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options | batch, limit_s=60),
+        Case("training", f"training from {name}", f"{HERE}.training", "from_source", work, limit_s=60),
+        check(f"clips of {name}", "clips_against_cpu", options),
+    ]
+
+
+def decoder(name: str, function: str, gpu: bool = True, **options: object) -> Case:
+    """A decoder alone, and beside the step if there is a card."""
+    return Case("ceilings", name, f"{HERE}.decoders", function, {"how": FAST, **options}, limit_s=60, gpu=gpu)
+
+
+def jpeg(name: str, where: list[str], gpu: bool = True, crop: bool = False) -> Case:
+    return decoder(name, "jpeg", gpu, where=where, crop=crop)
+
+
+def decoders() -> list[Case]:
+    """What else decodes, and the kernel that makes clips of what is decoded."""
+    return [
+        *(
+            Case("ceilings", f"kernel alone {side} px", f"{HERE}.pixels", "kernel_alone", {"side": side}, limit_s=60)
+            for side in (128, 224)
+        ),
+        jpeg("libjpeg-turbo on all cores", ["cores"], gpu=False),
+        jpeg("libjpeg-turbo on all cores and crops only", ["cores"], gpu=False, crop=True),
+        jpeg("JPEG engine", ["engine"]),
+        jpeg("nvJPEG on both", ["both"]),
+        jpeg("SMs and engine and cores together", ["sms", "engine", "cores"]),
+        decoder("FFmpeg on all cores", "videos_on_cores", gpu=False),
+        decoder("NVDEC one session", "videos", sessions=1),
+        decoder("NVDEC all engines", "videos", sessions=None),
+        Case("ceilings", "NVDEC's limits", f"{HERE}.nvdec", "told", limit_s=60),
+        Case("loaders", "feeding", f"{HERE}.loaders", "feed", limit_s=60, gpu=False),
+    ]
+
+
+def cpu_loaders() -> list[Case]:
+    """The CPU's loader on all cores of the machine and on fewer."""
+    few = ("frames", "shards144")  # whose decoding scales, or does not
+    return [
+        Case(
+            "loaders", f"CPU loader on {told}", f"{HERE}.loaders", "on_cpu",
+            {"sources": SOURCES if cores == ALL_CORES else few}, limit_s=90, gpu=False, cores=cores,
+        )
+        for told, cores in (("all cores", ALL_CORES), ("1 core", 1), *((f"{n} cores", n) for n in (2, 4, 8)))
+    ]  # fmt: skip
+
+
+def engine() -> list[Case]:
+    """The JPEG engine, which public reports say mixes the pixels of two batches."""
+    cases = []
+    for share in (0.65, 1.0):
+        options = {**ROUTES["frames"], "engine": share}
+        name = f"frames engine {share:g}"
+        cases.append(Case("loaders", f"loader {name}", f"{HERE}.loaders", "alone", options, limit_s=60))
+        cases += [check(f"clips of {name}", "clips_against_cpu", options), mixing(share)]
+    return [
+        *cases,
+        check("mixing control in the graph", "control_in_graph", {"engine": 1.0}, module="mixing"),
+        check("mixing control torchvision", "control_torchvision", module="mixing"),
+    ]
 
 
 def peers() -> list[Case]:

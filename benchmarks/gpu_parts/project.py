@@ -3,9 +3,10 @@
 import contextlib
 import gc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, cast
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from dfer.crf.layers import CRFOutput
 from dfer.lists.index import ClipIndex, load_index
 from dfer.losses import build_objective
 from dfer.metrics import PEAK_FLOPS, peak_flops
+from dfer.model import fused as fused_layers
 from dfer.model.build import build_model
 from dfer.model.fused import Parts, fuse, why_not
 from dfer.optim.optimizers import build_optimizer
@@ -46,6 +48,7 @@ __all__ = [
     "PEAK_FLOPS",
     "Batch",
     "Graph",
+    "fuse",
     "leave",
     "peak_flops",
     "source_of",
@@ -72,9 +75,16 @@ def sampler_of(setting: Setting) -> ClipSampler:
 class Route(NamedTuple):
     """How a loader decodes and makes clips on the card."""
 
-    engine: float = 0.0  # share of the JPEG engine
+    engine: float | None = 0.0  # share of the JPEG engine; None: the cores decode
     nvdec: int = 0  # sessions; 0: the cores decode videos
     graph: Graph = "operators"
+    dtype: torch.dtype = torch.float32  # of the clips; the trainer has bf16 on a card
+
+    def told(self) -> str:
+        """The route in words, for the name of a figure."""
+        images = "" if self.engine == 0 else f", engine {self.engine:g}" if self.engine else ", decoded on the cores"
+        videos = f", NVDEC, sessions: {self.nvdec}" if self.nvdec else ""
+        return images + (videos or (f", {self.graph}" if self.graph != "operators" else ""))
 
 
 def clip_loader(
@@ -97,6 +107,7 @@ def clip_loader(
     options = LoaderOptions(
         batch_size=batch or (setting.batch if card else setting.loader_batch),
         size=setting.size,
+        dtype=route.dtype,
         device="gpu" if gpu else "cpu",
         graph=route.graph if card else "fused",
         jpeg_engine=route.engine,
@@ -113,12 +124,12 @@ def clip_loader(
     return loader
 
 
-def pixel_stages(setting: Setting, side: int, dtype: torch.dtype) -> tuple[Callable[[], int], float]:
-    """The kernel on a batch of frames of noise, `side` x `side` px, that lie on the card; returns the clips it made.
+def pixel_stages(setting: Setting, batch: int, side: int, dtype: torch.dtype) -> tuple[Callable[[], int], float]:
+    """The kernel on a batch of clips of noise, `side` x `side` px, that lie on the card; returns the clips it made.
 
     And the bytes that a clip needs: of its boxes and of what is written.
     """
-    batch, length, device = setting.batch, setting.frames, torch.device(setting.device)
+    length, device = setting.frames, torch.device(setting.device)
     frame = 3 * side**2
     memory = torch.randint(0, 256, (batch * length * frame,), dtype=torch.uint8, device=device)
     plan, rows = sampler_of(setting).plan(0, np.full(batch, length)), np.arange(batch)
@@ -177,6 +188,11 @@ def model_of(setting: Setting, config: Config, crf: bool = True) -> nn.Module:
     if not crf:
         model.crf = NoCRF()
     return model.to(setting.device, memory_format=torch.channels_last).train()
+
+
+def fused_operators_called() -> contextlib.AbstractContextManager[object]:
+    """Have fused layers call their operators on tensors without content, for which no kernel is launched."""
+    return mock.patch.object(fused_layers, "taken", lambda x: True)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -243,6 +259,15 @@ class Step:
             raise FloatingPointError("the loss or the gradient is not finite, step after step")
         return self._loss
 
+    @property
+    def warm_up(self) -> int:
+        """How many steps it takes until all that follow are alike: with a graph the next one is its replay."""
+        return self._take.graphs.warm_up + 1
+
+    def worked_s(self) -> float | None:
+        """The seconds that the card has worked on steps that are graphs, by its own clock; None of other steps."""
+        return self._take.worked_s()
+
     def restore(self, saved: dict[str, Any], number: int) -> None:
         """Go on from a state, as the step of this number."""
         self.state.load_state_dict(saved)
@@ -302,9 +327,9 @@ def replace_clips(batch: Batch, clips: Tensor) -> Batch:
     return Batch(clips, batch.labels, batch.valid, batch.ids)
 
 
-def beside(setting: Setting) -> Callable[[], int]:
-    """The synthetic step, for others to run beside it; returns the clips that it did."""
-    step, batch = training_step(setting), synthetic(setting, setting.batch)
+def beside(setting: Setting, how: Mapping[str, Any]) -> Callable[[], int]:
+    """The synthetic step under some options, for others to run beside it; returns the clips that it did."""
+    step, batch = training_step(setting, **how), synthetic(setting, setting.batch)
 
     def run() -> int:
         step(batch)

@@ -82,6 +82,7 @@ def machine() -> Row:
         "cores": cores,
         "others": "counted" if counts_others(cores) else OTHERS_UNKNOWN,
         "cpu": _cpu(),
+        "beside_core_0": _siblings(),
         "python": platform.python_version(),
         **versions,
         "commit": commit or "no git here",
@@ -163,6 +164,14 @@ def _number(value: object) -> str:
 
 def _rounded(value: object) -> object:
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _siblings() -> str:
+    """The cores that share a core's units with the first, itself among them: as 0,8 where 16 are threads of 8."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return "not told"
 
 
 def _output(command: list[str]) -> str:

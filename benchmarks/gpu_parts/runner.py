@@ -4,6 +4,7 @@ This process imports neither torch nor DALI, so that it cannot touch the card an
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from typing import Any
 from benchmarks.gpu_parts import rows
 
 POLL_S = 0.02
-ALL_CORES = 10**6  # of a case that wants a child of its own, but no fewer cores
+ALL_CORES = 10**6  # of a case that is one of several, with fewer and fewer cores, but has all
 ENDED_BY_BUDGET = "ended by the budget"
 EXIT_S = 15.0  # for a child that has settled all its cases
 SETTLED = ("end", "failed", "left out")
@@ -36,15 +37,15 @@ class Case:
     function: str
     options: dict[str, Any] = field(default_factory=dict)
     limit_s: float = 30.0
-    proven: bool = False  # it has run on such hardware before: it may share a child with others
+    child: str | None = None  # neighbours that name the same one share it; None: one of its own
     gpu: bool = True  # needs a card
-    cores: int | None = None  # that its child, which is then its own, may use
+    cores: int | None = None  # that its child, which has to be its own, may use
 
 
 def run_all(
     cases: Sequence[Case], out: Path, budget_s: float, command: Callable[[list[str]], list[str]], about: rows.Row
 ) -> None:
-    """Run the cases in their order, neighbours that are proven in one child; every end leaves a row, and a table.
+    """Run the cases in their order, a series of neighbours in one child; every end leaves a row, and a table.
 
     `command` makes the command of a child from the names of its cases. When the budget ends, so does the case that
     runs, and the others are left out.
@@ -71,11 +72,10 @@ def run_all(
 
 
 def _together(cases: list[Case]) -> list[Case]:
-    """The cases of the next child: one, or all the proven ones that come next."""
-    if not cases[0].proven or cases[0].cores is not None:
+    """The cases of the next child: one, or the series that it begins, or what a child that died has left of that."""
+    if cases[0].child is None:
         return cases[:1]
-    alone = (i for i, case in enumerate(cases) if not case.proven or case.cores is not None)
-    return cases[: next(alone, len(cases))]
+    return list(itertools.takewhile(lambda case: case.child == cases[0].child, cases))
 
 
 def run_child(

@@ -1,21 +1,24 @@
 """The training step on synthetic input: its speed, what of it is the card's work, and how far from the floor it is."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.floor import Counts, floor_seconds, read_counts
+from benchmarks.floor import FLOORS, Counts, moved, read_counts
 from benchmarks.gpu_parts.card import cuda
-from benchmarks.gpu_parts.ceilings import copy_rate, datasheet_flops
+from benchmarks.gpu_parts.ceilings import copy_rate, datasheet_flops, measured, product_rate
 from benchmarks.gpu_parts.project import Batch, Step, free_card, replace_clips, synthetic, training_step
-from benchmarks.gpu_parts.rows import Row, figure, read
-from benchmarks.gpu_parts.setting import NotHere, Setting
-from benchmarks.gpu_parts.timing import in_turns, ratios, repeated
+from benchmarks.gpu_parts.rows import Row, figure
+from benchmarks.gpu_parts.setting import Setting
+from benchmarks.gpu_parts.timing import in_turns, ratios, repeated, wait
 from benchmarks.gpu_parts.trace import traced, traced_operators
 
 LARGE = 0.02  # share of the kernels' time from which on an operator is told
+EAGER, FAST = "static eager", "static fast"  # names of steps whose figures others are held against
+Options = Mapping[str, Any]  # of `training_step`
 
 
 def clips_of(step: Step, batch: Batch) -> Callable[[], int]:
@@ -28,60 +31,61 @@ def clips_of(step: Step, batch: Batch) -> Callable[[], int]:
     return run
 
 
-def input_of(setting: Setting, batch: int, options: dict[str, Any]) -> Batch:
+def input_of(setting: Setting, batch: int, options: Options) -> Batch:
     """What the step is given: noise, in bf16 where the option says that the loader would give it so."""
     made = synthetic(setting, batch)
     return replace_clips(made, made.clips.to(torch.bfloat16)) if options.get("bf16_input") else made
 
 
-def eager(setting: Setting, place: int) -> Iterator[Row]:
-    """The step as it is, with the batch that stands at that place of the setting's."""
-    batch = setting.batches[place]
-    run = clips_of(training_step(setting), synthetic(setting, batch))
-    speeds = repeated(setting, run)
-    yield figure(name_of("eager", batch), speeds, "clips/s", **beside_it(setting, run, speeds, batch))
+def warmed(setting: Setting, batch: int, options: Options) -> tuple[Step, Callable[[], int]]:
+    """A step of a fresh model and its run, after those in which libraries choose, compilers compile, graphs begin."""
+    free_card()
+    step = training_step(setting, **options)
+    run = clips_of(step, input_of(setting, batch, options))
+    for _ in range(step.warm_up):
+        run()
+    wait(setting)
+    return step, run
 
 
 def name_of(step: str, batch: int) -> str:
     return f"step, {step}, B={batch}"
 
 
-def measured_eager(setting: Setting, batch: int) -> float | None:
-    """The speed of the eager step, in clips/s, as its case has found it in a process of its own."""
-    found, _ = read(setting.out / "results.jsonl")
-    told = [row["value"] for row in found if row.get("what") == name_of("eager", batch)]
-    return told[-1] if told else None
-
-
-def traces(setting: Setting) -> Iterator[Row]:
-    """What the card does in an eager step of each batch size. Once there is a trace, no figure of speed comes after."""
-    for batch in setting.batches:
-        run = clips_of(training_step(setting), synthetic(setting, batch))
-        speed = measured_eager(setting, batch) or float(np.median(repeated(setting, run)))
-        yield traced_row(setting, "eager", run, batch, speed)
-        del run
-        free_card()
-
-
-def variant(setting: Setting, name: str, options: dict[str, Any], places: tuple[int, ...]) -> Iterator[Row]:
-    """A step under some options, in a process that has taken no other, over eager's speed if that is known.
+def speed(setting: Setting, name: str, options: Options, place: int) -> Iterator[Row]:
+    """A step under some options, on the batch that stands at that place of the setting's.
 
     What libraries keep of a step outlives it: cuDNN's plans, which eager has chosen, would serve a step that is to look
-    for better ones.
+    for better ones. So a process is for steps under the same options.
     """
-    batches = [setting.batches[place] for place in places if place < len(setting.batches)]
-    for batch in batches:
-        run = clips_of(training_step(setting, **options), input_of(setting, batch, options))
-        speeds = repeated(setting, run)
-        yield figure(name_of(name, batch), speeds, "clips/s", **beside_it(setting, run, speeds, batch))
-        if base := measured_eager(setting, batch):
-            yield figure(f"step, {name} over eager, B={batch}", [speed / base for speed in speeds], "times")
-        if batch == batches[-1] and not options.get("default"):  # the floors are those of the first version's model
-            yield traced_row(setting, name, run, batch, float(np.median(speeds)))
-        del run
-        free_card()
-        if options.get("compiled"):
-            torch.compiler.reset()  # or the next size would be compiled as one of many
+    batch = setting.batches[place]
+    step, run = warmed(setting, batch, options)
+    began, worked = time.perf_counter(), step.worked_s()
+    speeds = repeated(setting, run)
+    took = time.perf_counter() - began
+    more = beside_it(setting, run, speeds, batch, options)
+    if worked is not None and (until := step.worked_s()) is not None:
+        more["busy_by_events"] = (until - worked) / took
+    yield figure(name_of(name, batch), speeds, "clips/s", **more)
+    yield from over_eager(setting, name, batch, options)
+
+
+def over_eager(setting: Setting, name: str, batch: int, options: Options) -> Iterator[Row]:
+    """The ratio to eager's speed, which another process has measured; behind eager itself that of the fast step."""
+    name = FAST if name == EAGER else name
+    one, eager = (measured(setting, name_of(of, batch)) for of in (name, EAGER))
+    if one and eager and not options.get("default"):  # of another model a ratio would say nothing
+        yield figure(f"step, {name} over eager, B={batch}", one / eager, "times")
+
+
+def busy(setting: Setting, name: str, options: Options, place: int) -> Iterator[Row]:
+    """The busy share of a step. Once there is a trace in a process, no figure of speed comes after it there."""
+    batch = setting.batches[place]
+    _, run = warmed(setting, batch, options)
+    for _ in range(setting.warm_up):
+        run()
+    clips_per_s = measured(setting, name_of(name, batch)) or float(np.median(repeated(setting, run)))
+    yield traced_row(setting, name, run, batch, clips_per_s)
 
 
 def traced_row(setting: Setting, name: str, run: Callable[[], int], batch: int, clips_per_s: float) -> Row:
@@ -91,75 +95,72 @@ def traced_row(setting: Setting, name: str, run: Callable[[], int], batch: int, 
     return figure(f"busy share of a step, {name}, B={batch}", seen.busy_s * clips_per_s / batch, "of the step", **more)
 
 
-def beside_it(setting: Setting, run: Callable[[], int], speeds: list[float], batch: int) -> dict[str, float | None]:
+def beside_it(
+    setting: Setting, run: Callable[[], int], speeds: list[float], batch: int, options: Options
+) -> dict[str, float | None]:
     """All that is told of a step beside its speed; docs/speed.md has the definitions."""
-    clips_per_s = sorted(speeds)[len(speeds) // 2]
-    cuda.reset_peak_memory_stats()
-    run()
-    peak = cuda.max_memory_allocated() / 2**30
-    counts, flops = read_counts(setting), datasheet_flops(cuda.get_device_name())
-    step_s = batch / clips_per_s
+    step_s = batch / sorted(speeds)[len(speeds) // 2]
+    counts, flops = read_counts(setting, bool(options.get("default"))), datasheet_flops(cuda.get_device_name())
     return {
         "ms": 1000 * step_s,
-        **shares_of_floor(setting, counts, flops, batch, step_s),
+        **{f"share_of_{floor}_floor": least / step_s for floor, least in floors_of(setting, counts, batch).items()},
         "mfu": counts.flops(batch) / step_s / flops if flops else None,
-        "peak_GiB": peak,
+        "peak_GiB": peak_bytes(run, bool(options.get("graph"))) / 2**30,
     }
 
 
-def shares_of_floor(
-    setting: Setting, counts: Counts, flops: float | None, batch: int, step_s: float
-) -> dict[str, float]:
-    """The time of the floor over the step's, with the bytes that are needed and with those that eager operators move.
-
-    Nothing where the datasheet of the card is not known.
-    """
-    if flops is None:
-        return {}
-    rate = copy_rate(setting)
-    moved = {"share_of_floor": counts.needed(batch), "share_of_eager_floor": counts.eager(batch)}
-    return {name: floor_seconds(num, counts.flops(batch), rate, flops) / step_s for name, num in moved.items()}
+def peak_bytes(run: Callable[[], int], graph: bool) -> int:
+    """The memory of a step. What a graph needs is its own for good: a replay allocates nothing."""
+    if graph:
+        free_card()
+        return cuda.memory_reserved()
+    cuda.reset_peak_memory_stats()
+    run()
+    return cuda.max_memory_allocated()
 
 
-def floors(setting: Setting) -> Iterator[Row]:
-    """The most that the card could do by its own copies and its datasheet, whatever computes the step.
+def floors_of(setting: Setting, counts: Counts, batch: int) -> dict[str, float]:
+    """The seconds that a step takes at least, by the copies and products that this card was seen to do."""
+    rates = copy_rate(setting), product_rate(setting)
+    return {floor: counts.seconds(floor, batch, *rates) for floor in FLOORS}
 
-    Raises:
-        NotHere: if no datasheet of the card was looked up.
-    """
-    counts, flops = read_counts(setting), datasheet_flops(cuda.get_device_name())
-    if flops is None:
-        raise NotHere(f"no datasheet of {cuda.get_device_name()} was looked up")
-    rate = copy_rate(setting)
+
+def floors(setting: Setting, default: bool) -> Iterator[Row]:
+    """The most that the card could do, whatever computes the step."""
+    model = "default" if default else "static"
     for batch in setting.batches:
-        for name, num in (("needed", counts.needed(batch)), ("eager operators'", counts.eager(batch))):
-            seconds = floor_seconds(num, counts.flops(batch), rate, flops)
-            yield figure(f"floor of the {name} bytes, B={batch}", batch / seconds, "clips/s")
+        for floor, seconds in floors_of(setting, read_counts(setting, default), batch).items():
+            yield figure(f"floor, {model}, {floor}, B={batch}", batch / seconds, "clips/s")
 
 
-def share_of_crf(setting: Setting, backend: str) -> Iterator[Row]:
-    """What the CRF costs: the step with it less the step without it, in turns; its kernels' sum beside it."""
-    runs = {
-        "with": clips_of(training_step(setting, crf_backend=backend), synthetic(setting, setting.batch)),
-        "without": clips_of(training_step(setting, crf=False), synthetic(setting, setting.batch)),
-    }
+def share_of_crf(setting: Setting, options: Options) -> Iterator[Row]:
+    """What the CRF costs: the step with it less the step without it, in turns; its kernels' sum beside it.
+
+    That is of a step without a graph, in which nothing tells whose kernels are which.
+    """
+    batch, without = synthetic(setting, setting.batch), {**options, "crf": False}
+    steps = {name: training_step(setting, **how) for name, how in (("with", options), ("without", without))}
+    runs = {name: clips_of(step, batch) for name, step in steps.items()}
+    for name, step in steps.items():
+        for _ in range(step.warm_up):
+            runs[name]()
     found = in_turns(setting, runs)
     shares = [1 - ratio for ratio in ratios(found, "with", "without")]
-    seen = traced(setting, runs["with"])
+    _, one_by_one = warmed(setting, setting.batch, {**options, "graph": False})
+    seen = traced(setting, one_by_one)
     step_ms = 1000 * setting.batch / sorted(found["with"])[setting.repeats // 2]
     more = {"ms": step_ms, "its_kernels_ms": 1000 * seen.crf_s}
+    backend = options.get("crf_backend", "dense")
     yield figure(f"share of the CRF ({backend}) of a step, B={setting.batch}", shares, "of the step", **more)
 
 
-def operators(setting: Setting, name: str, options: dict[str, Any]) -> Iterator[Row]:
+def operators(setting: Setting, name: str, options: Options) -> Iterator[Row]:
     """What of a step's kernels each operator is, where that is 2 % or more, and how near a copy's rate its bytes move.
 
     Steps are not graphs here, whose kernels belong to no operator.
     """
     batch = setting.batches[0]
-    run = clips_of(training_step(setting, **options), input_of(setting, batch, options))
-    for _ in range(3):
-        run()  # algorithms are chosen, kernels compiled
+    _, run = warmed(setting, batch, options)
     found = traced_operators(setting, run)
     total = sum(one.kernels_s for one in found)
     yield figure(
@@ -175,8 +176,20 @@ def operators(setting: Setting, name: str, options: dict[str, Any]) -> Iterator[
 
 
 def counted(setting: Setting) -> Iterator[Row]:
-    """What the model computes and moves for a clip, and for a step besides; kept for the cases that follow."""
-    counts = read_counts(setting)
-    yield figure("computing", counts.flops_a_clip, "FLOP a clip")
-    yield figure("bytes that are needed", counts.needed_a_clip, "B a clip", a_step_besides=counts.needed_a_step)
-    yield figure("bytes that eager operators move", counts.eager_a_clip, "B a clip", a_step_besides=counts.eager_a_step)
+    """What each model computes and moves for a clip, and for a step besides; kept for the cases that follow."""
+    for default in (False, True):
+        counts, model = read_counts(setting, default), "default" if default else "static"
+        yield figure(f"computing, {model}", counts.flops(1), "FLOP a clip")
+        for name in Counts._fields:
+            a_step, a_clip = moved(getattr(counts, name))
+            yield figure(f"bytes, {model}, {name}", a_clip, "B a clip", a_step_besides=a_step)
+
+
+def warm(setting: Setting, options: Options) -> Iterator[Row]:
+    """Take a step on each batch, so that Triton's kernels for it are in its cache; nothing is measured."""
+    for batch in setting.batches:
+        began = time.perf_counter()
+        free_card()
+        training_step(setting, **options)(synthetic(setting, batch))
+        wait(setting)
+        yield figure(f"warmed, B={batch}", time.perf_counter() - began, "s")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu_parts.card import cuda
-from benchmarks.gpu_parts.setting import Setting
+from benchmarks.gpu_parts.setting import NotHere, Setting
 from benchmarks.gpu_parts.timing import wait
 
 ON_CARD = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -40,7 +40,11 @@ def traced(setting: Setting, step: Callable[[], object], steps: int = 5) -> Work
 
 
 def recorded(setting: Setting, step: Callable[[], object], steps: int) -> list[Event]:
-    """The events of the trace of some steps."""
+    """The events of the trace of some steps.
+
+    Raises:
+        NotHere: if it knows nothing of what the card did, as where an earlier trace of the process was empty.
+    """
     kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda.is_available()]
     wait(setting)
     with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
@@ -50,7 +54,10 @@ def recorded(setting: Setting, step: Callable[[], object], steps: int) -> list[E
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
-        return json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text())["traceEvents"]
+    if setting.device == "cuda" and not any(event.get("cat") in ON_CARD for event in events):
+        raise NotHere("the trace has no kernels")
+    return events
 
 
 def work(events: Sequence[Event], steps: int) -> Work:

@@ -122,21 +122,29 @@ def first_clips(records: list[VideoRecord], path: Path) -> Path:
     return path
 
 
-def plan(args: argparse.Namespace, data: Data) -> list[Run]:
-    """Return all runs of the table that was asked for: seed by seed, so that rows can be compared early.
+def chosen_rows(args: argparse.Namespace) -> dict[str, tables.Words]:
+    """Return the rows that the command line names, and their words.
+
+    Raises:
+        UserError: if there is no such row, or train.py would not take the further words.
+    """
+    names = tables.ABLATIONS[args.ablation] if args.ablation else tables.MODELS
+    if unknown := set(args.models or ()) - names.keys():
+        raise UserError(f"--models {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
+    parse_config(["faces", *tables.BUDGETS[args.budget], *args.extra])
+    return {name: names[name] for name in args.models or names}
+
+
+def plan(args: argparse.Namespace, rows: dict[str, tables.Words], data: Data) -> list[Run]:
+    """Return all runs of these rows: seed by seed, so that rows can be compared early.
 
     Raises:
         UserError: if train.py would not take the words.
     """
-    names = tables.ABLATIONS[args.ablation] if args.ablation else tables.MODELS
-    if args.models:
-        if unknown := set(args.models) - names.keys():
-            raise UserError(f"--models {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
-        names = {name: names[name] for name in args.models}
     lists = ["--data.train-list", str(data.train), "--data.val-list", str(data.watched), "--run.wandb", "off"]
     runs = []
     for seed in range(args.seeds):
-        for row, words in names.items():
+        for row, words in rows.items():
             command = ["faces", *tables.BUDGETS[args.budget], *words, *args.extra, "--seed", str(seed), *lists]
             runs.append(Run(row, words, seed, command, portable(parse_config(command))))
     return runs
@@ -296,10 +304,11 @@ def main(args: argparse.Namespace) -> int:
     """Do what is left of the runs that were asked for, and print the tables; return the exit code."""
     failed = 0
     if not args.write_page:
+        rows, results = chosen_rows(args), read_results(args.file)  # what can be refused before data are drawn
         args.log_dir = args.log_dir.resolve()
         args.log_dir.mkdir(parents=True, exist_ok=True)
         data = find_data(args.data, args.clips, args.log_dir)
-        runs, results = plan(args, data), read_results(args.file)
+        runs = plan(args, rows, data)
         left = [run for run in runs if find_result(results, run.config, data.fingerprint) is None]
         print(f"{len(runs)} runs, {len(runs) - len(left)} of them in {args.file.name}", flush=True)
         failed = do_all(left, data, args)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,33 @@ def test_the_first_clips_of_a_list(clips, tmp_path):
         mc.find_data([str(clips / "train.txt"), str(clips / "test.txt")], 9999, tmp_path)
     with pytest.raises(UserError, match="--data face: must be one of faces, faces-hard, order"):
         mc.find_data(["face"], None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--models", "nosuch"], "--models nosuch: choose from dfernet, mean-pool"),
+        (["--models", "sqrt", "dfernet", "--ablation", "imbalance"], "--models dfernet: choose from as-it-is, sqrt"),
+        (["--", "--optim.lr", "-1"], "--optim.lr -1"),
+        (["--file", "broken.jsonl"], "broken.jsonl:1: not the line of a run"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_data_are_drawn(monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mc, "make_data_set", lambda *_, **__: pytest.fail("data were drawn"))
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=re.escape(message)):
+        mc.main(mc.parser().parse_args(["--data", "faces-hard", *words]))
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
+
+
+def test_rows_are_planned_as_they_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(mc, "parse_config", lambda words: Config())  # takes 0.2 s
+    args = mc.parser().parse_args(["--models", "r18-gru", "dfernet", "--seeds", "2"])
+    data = mc.Data("faces", tmp_path / "train.txt", tmp_path / "test.txt", tmp_path / "watched.txt", 1400, DATA)
+    runs = mc.plan(args, mc.chosen_rows(args), data)
+    assert [(run.row, run.seed) for run in runs] == [("r18-gru", 0), ("dfernet", 0), ("r18-gru", 1), ("dfernet", 1)]
+    assert [tuple(run.words) for run in runs[:2]] == [tables.MODELS["r18-gru"], ()]
 
 
 def test_a_run_that_fails_or_would_begin_late_does_not_stop_the_others(monkeypatch, capsys):

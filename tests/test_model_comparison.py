@@ -106,6 +106,26 @@ def test_intervals_and_paired_differences():
     assert page.difference(first, {9: other[7]}, "WAR") == "-"
 
 
+def test_the_largest_loss_at_another_t_is_that_of_each_seed():
+    at = [
+        {"2": 80.0, "4": 70.0, "8": 78.0, "16": 82.0, "32": 75.0},
+        {"2": 60.0, "4": 63.0, "8": 62, "16": 64, "32": 58},
+    ]
+    runs = {seed: result("dfernet", seed, at[seed]["2"], WAR_at=at[seed]) for seed in (0, 1)}
+    assert [page.largest_loss(runs[seed]) for seed in (0, 1)] == [10.0, 2.0]
+    row = dict(zip(page.COLUMNS, page.cells("dfernet", runs, runs), strict=True))
+    # Not 70 - 66.5, the means at T = 2 and 4, where the mean is the smallest. 12.706 / 2 ** 0.5 * 5.66 to either side.
+    assert row["largest loss at another T"] == "6.0 ± 50.8" and row["WAR at 4"].startswith("66.5 ")
+    gains = result("dfernet", 0, 70.0, WAR_at={"2": 70.0} | {str(n): 75.0 for n in tables.SEGMENTS})
+    assert page.largest_loss(gains) == -5.0  # trained at T = 2, better at all others
+
+
+def test_a_budget_at_another_t_is_the_short_one_else():
+    short, longer = tables.BUDGETS["short"], tables.BUDGETS["short16"]
+    assert [(a, b) for a, b in zip(short, longer, strict=True) if a != b] == [("8", "16")]
+    assert longer[longer.index("16") - 1] == "--data.num-segments"
+
+
 def test_what_the_words_mean_today_has_the_plain_name(monkeypatch):
     """Whichever was run last: a default may be left and come back, and its runs are not done again."""
     runs = [result("dfernet", seed, 80.0) for seed in (0, 1)]
@@ -113,10 +133,11 @@ def test_what_the_words_mean_today_has_the_plain_name(monkeypatch):
     for other in others:
         other["config"]["model"]["iterations"] = 1
     names = {"dfernet": ()}
-    monkeypatch.setattr(page, "parse_config", lambda words: Config())
+    monkeypatch.setattr(page, "_meaning", lambda words: page._settings(Config()))
     assert list(page.rows_of([*runs, *others], names)) == ["dfernet, as of 0ce724e", "dfernet"][::-1]
     assert page.rows_of([*runs, *others], names)["dfernet"][0]["WAR"] == 80.0
-    monkeypatch.setattr(page, "parse_config", lambda words: Config(seed=7, model=ModelConfig(dim=8)))  # never run
+    never_run = page._settings(Config(seed=7, model=ModelConfig(dim=8)))
+    monkeypatch.setattr(page, "_meaning", lambda words: never_run)
     assert page.rows_of([*others, *runs[:1], *others[:1], *runs[1:]], names)["dfernet"][1]["WAR"] == 80.0
 
 

@@ -55,6 +55,10 @@ BUDGETS: dict[str, Words] = {
         *("--data.size", "48", "--data.num-segments", "8", "--data.batch-size", "16"),
         *("--optim.epochs", "10", "--optim.warmup-epochs", "1"),
     ),
+    "short16": (
+        *("--data.size", "48", "--data.num-segments", "16", "--data.batch-size", "16"),
+        *("--optim.epochs", "10", "--optim.warmup-epochs", "1"),
+    ),
     "long": (
         *("--data.size", "48", "--data.num-segments", "8", "--data.batch-size", "16"),
         *("--optim.epochs", "30", "--optim.warmup-epochs", "2"),

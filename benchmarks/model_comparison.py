@@ -3,7 +3,8 @@
 Trains ours and the baselines, or the rows of an ablation, on the same clips with the same budget and seeds, through
 train.py as a user would, and evaluates each at other numbers of segments too. Each finished run is appended to a file
 that is committed, and is not done again, so that hours add up over days; a run that was cut off is continued. The
-tables, and docs/comparison.md (--write-page), come from that file alone. benchmarks/comparison/tables.py has the rows.
+tables, and docs/comparison.md and docs/recipes.md (--write-page), come from that file alone.
+benchmarks/comparison/tables.py has the rows, and what is recommended.
 
 Data that is not there is drawn. What drawn faces say about DFEW or FERV39k is not known. Words for train.py, for all
 rows, go after --, as in `-- --optim.lr 3e-4`.
@@ -36,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comparison import faults, page, tables
+from benchmarks.comparison import advice, faults, page, tables
 from benchmarks.comparison.record import Result, append_result, data_fingerprint, find_result, portable, read_results
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, parse_config
@@ -47,7 +48,7 @@ from scripts.make_faces import DIFFICULTIES, make_data_set
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks" / "results" / "model_comparison.jsonl"
-PAGE = ROOT / "docs" / "comparison.md"
+PAGES = (ROOT / "docs" / "comparison.md", ROOT / "docs" / "recipes.md")
 DRAWN = {"faces": "normal", "faces-hard": "hard"}
 WATCHED = 64  # clips of the test list that a training is evaluated on after each epoch; all, when it is over
 RUNNING: set[subprocess.Popen] = set()  # what is ended when this process is
@@ -315,7 +316,10 @@ def main(args: argparse.Namespace) -> int:
     results = read_results(args.file)
     print_tables(results)
     if args.write_page:
-        write_whole(PAGE if args.file == FILE else args.file.with_suffix(".md"), page.page(results))
+        stem = args.file.with_suffix("")
+        pages = PAGES if args.file == FILE else (Path(f"{stem}.md"), Path(f"{stem}-recipes.md"))
+        for path, text in zip(pages, (page.page(results), advice.page(results)), strict=True):
+            write_whole(path, text)
     return 1 if failed else 0
 
 
@@ -334,7 +338,7 @@ def parser() -> Parser:
         "--limit-minutes", type=in_range(float, 0, 1e6), default=1e6, metavar="M", help="begin no run after M minutes"
     )
     parser.add_argument("--file", type=Path, default=FILE, help="the record of finished runs")
-    parser.add_argument("--write-page", action="store_true", help="only write the page from the record")
+    parser.add_argument("--write-page", action="store_true", help="only write the pages from the record")
     parser.add_argument("--log-dir", type=Path, default=Path("logs/comparison"), help="of runs in progress")
     parser.add_argument("extra", nargs="*", help="further words for train.py, after --")
     return parser

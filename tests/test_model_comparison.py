@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import model_comparison as mc
-from benchmarks.comparison import faults, page, record, tables
+from benchmarks.comparison import advice, faults, page, record, tables
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig, parse_config
 from dfer.lists.annotations import read_annotations
 from tests.conftest import ROOT
+from tests.test_docs import commands
 
 DATA = {"train": "a", "test": "b"}
 TINY = "--data.size 32 --data.num-segments 2 --data.batch-size 2 --model.dim 16 --optim.epochs 2"
@@ -120,10 +122,12 @@ def test_the_largest_loss_at_another_t_is_that_of_each_seed():
     assert page.largest_loss(gains) == -5.0  # trained at T = 2, better at all others
 
 
-def test_a_budget_at_another_t_is_the_short_one_else():
+def test_the_short_budget_is_that_of_the_preset_and_has_a_twin_at_another_t():
     short, longer = tables.BUDGETS["short"], tables.BUDGETS["short16"]
     assert [(a, b) for a, b in zip(short, longer, strict=True) if a != b] == [("8", "16")]
     assert longer[longer.index("16") - 1] == "--data.num-segments"
+    if not torch.cuda.is_available():  # as docs/recipes.md says
+        assert parse_config(["faces", *short]) == parse_config(["faces"])
 
 
 def test_what_the_words_mean_today_has_the_plain_name(monkeypatch):
@@ -159,6 +163,71 @@ def test_the_page_keeps_runs_of_other_defaults_and_of_other_settings_apart():
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {len(page.COLUMNS) + 1}
     assert "No table" in page.page(runs[:1])
+
+
+def started(init: str, found: record.Result) -> record.Result:
+    found["config"]["model"]["init"] = init
+    return found
+
+
+def test_a_recipe_is_spoken_for_by_runs_of_its_size_and_start_alone():
+    bare = tables.Choice(300, "faces", "random")
+    runs = [result("dfernet", seed, war, clips=clips) for clips in (300, 400) for seed, war in ((0, 60.0), (1, 64.0))]
+    runs += [result("r18-gru", seed, war, clips=300) for seed, war in ((0, 50.0), (1, 52.0))]
+    runs += [result("mean-pool", 0, 49.0, clips=300), result("r18-lstm", 0, 90.0, clips=400, budget="long")]
+    # Too few and too many clips; a list for one fault; another start, or perhaps another one.
+    runs += [result("dfernet", 0, 99.0, clips=clips) for clips in (214, 421, 1400)]
+    runs += [
+        result("dfernet", 0, 99.0, clips=400, data="order"),
+        started("auto", result("dfernet", 0, 99.0, clips=300)),
+    ]
+    runs += [
+        started(init, result("dfernet", 0, war, clips=300)) for init, war in (("timm", 70.0), ("backbone:x", 71.0))
+    ]
+    small, larger = (advice.cells(bare, found) for found in advice.evidence(runs, bare))
+    assert small == [
+        *("random", "dfernet", "faces", "300", "short", "2", "62.0 ± 25.4", "31.0 ± 12.7", "Disgust 40.0 ± 0.0"),
+        *("r18-gru", "51.0 ± 12.7", "+11.0 (s.e. 1.0, -1.7 to +23.7)", "+5.5 (s.e. 0.5, -0.9 to +11.9)"),
+    ]
+    assert larger[3:7] == ["400", "short", "2", "62.0 ± 25.4"] and larger[9:] == ["not measured", "", "", ""]
+    from_weights = advice.evidence(runs, bare._replace(init="timm"))
+    assert [(found.init, found.runs[0]["WAR"]) for found in from_weights] == [("backbone:x", 71.0), ("timm", 70.0)]
+    # Of another choice, the default is among those that it is held against.
+    other = bare._replace(row="r18-gru")
+    assert [(f.baseline, f.others[0]["WAR"]) for f in advice.evidence(runs, other)] == [("dfernet", 60.0)]
+    text = advice.page(runs)
+    assert f"| {' | '.join(small)} |" in text and text.count("| not measured |") == 8 + 3  # 8 cells, 3 baselines
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {len(advice.COLUMNS) + 1}
+
+
+def refuted(results: list[record.Result]) -> list[str]:
+    """What is recommended though another model was ahead by more than two standard errors of the paired difference."""
+    found = []
+    for choice in tables.CHOICES:
+        for e in advice.evidence(results, choice):
+            gains = [e.others[seed]["WAR"] - e.runs[seed]["WAR"] for seed in e.runs.keys() & e.others.keys()]
+            spread = page.spread(gains)
+            if spread is not None and sum(gains) / len(gains) > 2 * spread[0]:
+                found.append(f"{choice.row} for {choice.clips} clips: {e.baseline} is ahead on {e.setting.data}")
+    return found
+
+
+def test_what_is_recommended_is_not_refuted_by_the_record():
+    for size in {choice.clips for choice in tables.CHOICES}:
+        assert [choice.init for choice in tables.CHOICES if choice.clips == size] == ["random", "timm"]
+    runs = [result("dfernet", seed, 60.0 + seed) for seed in range(3)]
+    worse = [result("r18-gru", seed, war) for seed, war in enumerate((70.0, 50.0, 66.0))]
+    assert refuted([*runs, *worse]) == []  # 0, 11 and 4 ahead of it: by no two standard errors
+    better = [result("r18-gru", seed, war) for seed, war in enumerate((63.0, 64.5, 65.5))]
+    assert refuted([*runs, *better]) == ["dfernet for 1400 clips: r18-gru is ahead on faces"]
+    assert not (said := refuted(record.read_results(mc.FILE))), f"benchmarks/comparison/tables.py: CHOICES: {said}"
+
+
+def test_the_pages_are_what_the_record_makes():
+    results = record.read_results(mc.FILE)
+    for path, text in zip(mc.PAGES, (page.page(results), advice.page(results)), strict=True):
+        assert path.read_text() == text, f"{path}: run python benchmarks/model_comparison.py --write-page"
+    assert commands(mc.PAGES[1]) == [advice.command(choice) for choice in tables.CHOICES]
 
 
 def test_clips_are_known_by_their_pixels_wherever_they_lie(clips, tmp_path):
@@ -327,6 +396,7 @@ def test_runs_are_recorded_once_and_end_with_the_command(clips, tmp_path):
     assert "mean-pool" in said
     subprocess.run([*command[:2], "--file", str(file), "--write-page"], cwd=ROOT, check=True, capture_output=True)
     assert "| r18-gru | 1 |" in file.with_suffix(".md").read_text()
+    assert (tmp_path / "runs-recipes.md").read_text() == advice.page(runs)
 
 
 def standard_error(result: dict[str, Any]) -> float:

@@ -38,7 +38,15 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.comparison import advice, faults, page, tables
-from benchmarks.comparison.record import Result, append_result, data_fingerprint, find_result, portable, read_results
+from benchmarks.comparison.record import (
+    Result,
+    append_result,
+    data_fingerprint,
+    find_result,
+    portable,
+    read_results,
+    settled,
+)
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, parse_config
 from dfer.files import write_whole
@@ -147,7 +155,7 @@ def plan(args: argparse.Namespace, rows: dict[str, tables.Words], data: Data) ->
     for seed in range(args.seeds):
         for row, words in rows.items():
             command = ["faces", *tables.BUDGETS[args.budget], *words, *args.extra, "--seed", str(seed), *lists]
-            runs.append(Run(row, words, seed, command, portable(parse_config(command))))
+            runs.append(Run(row, words, seed, command, portable(settled(parse_config(command)))))
     return runs
 
 

@@ -19,6 +19,7 @@ from benchmarks.comparison import advice, faults, page, record, tables
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig, parse_config
 from dfer.lists.annotations import read_annotations
+from dfer.run import resolving
 from tests.conftest import ROOT
 from tests.test_docs import commands
 
@@ -83,10 +84,11 @@ def test_a_run_is_found_by_what_was_trained_on_what():
 
 
 def test_places_are_no_part_of_a_configuration():
-    words = ["--data.train-list", "/home/me/a.txt", "--run.log-dir", "/home/me/logs", "--run.device", "cpu"]
+    words = ["--data.train-list", "/home/me/a.txt", "--run.log-dir", "/home/me/logs", "--run.graph", "off"]
     here, there = (record.portable(parse_config(["debug", *more])) for more in (words, []))
     assert here == there and "home" not in here.to_json()
-    assert record.portable(dataclasses.replace(there, run=RunConfig(amp="bf16"))) != there
+    for other in (RunConfig(amp="bf16"), RunConfig(device="cpu")):  # which round otherwise
+        assert record.portable(dataclasses.replace(there, run=other)) != there
 
 
 @pytest.mark.slow  # 0.2 s for each row
@@ -95,6 +97,41 @@ def test_each_row_is_a_model_of_its_own(table):
     rows = (tables.tables() | {"budgets": tables.BUDGETS})[table].values()
     configs = [parse_config(["faces", *words]) for words in rows]
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+
+
+def computed(device: str, amp: str, found: record.Result) -> record.Result:
+    found["config"]["run"] |= {"device": device, "amp": amp}
+    return found
+
+
+def test_runs_of_a_cpu_and_of_a_gpu_are_not_the_same_and_not_paired(monkeypatch):
+    def planned() -> Config:
+        args = mc.parser().parse_args(["--models", "dfernet", "--seeds", "1"])
+        data = mc.Data("faces", ROOT / "a.txt", ROOT / "b.txt", ROOT / "b.txt", 1400, DATA)
+        (run,) = mc.plan(args, mc.chosen_rows(args), data)
+        return run.config
+
+    monkeypatch.setattr(mc, "parse_config", lambda words: Config())  # takes 0.2 s
+    older, off = result("dfernet", 0, 80.0), computed("auto", "off", result("dfernet", 0, 80.0))
+    cpu, gpu = (computed(device, "bf16", result("dfernet", 0, 80.0)) for device in ("cpu", "cuda"))
+    for has_gpu, amp, same, other in (
+        (False, "bf16", [older, cpu], [gpu, off]),
+        (True, "bf16", [gpu], [older, cpu, off]),
+        (False, "off", [off], [older, cpu, gpu]),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        monkeypatch.setattr(resolving, "auto_amp", lambda gpu, amp=amp: amp)
+        config = planned()
+        assert (config.run.device, config.run.amp) == ("cuda" if has_gpu else "cpu", amp)
+        assert [record.find_result([run], config, DATA) for run in same] == same
+        assert [record.find_result([run], config, DATA) for run in other] == [None] * len(other)
+    runs = [older, computed("cpu", "bf16", result("mean-pool", 0, 60.0))]
+    runs += [computed("cuda", "bf16", result(row, 0, war)) for row, war in (("dfernet", 70.0), ("mean-pool", 61.0))]
+    (first, cpu_rows, _), (second, gpu_rows, _) = page.all_tables(runs)
+    assert [first[-13:], second[-14:]] == [", cpu in bf16", ", cuda in bf16"]
+    ahead = page.COLUMNS.index("WAR ahead by")
+    assert [rows[1][ahead] for rows in (cpu_rows, gpu_rows)] == ["+20.0 (one seed)", "+9.0 (one seed)"]
+    assert page.all_tables(runs[1:3]) == []  # dfernet of a GPU, mean-pool of a CPU
 
 
 def test_intervals_and_paired_differences():
@@ -152,7 +189,7 @@ def test_the_page_keeps_runs_of_other_defaults_and_of_other_settings_apart():
     runs += [result("r18-gru", 0, 70.0, clips=300), result("dfernet", 0, 75.0, clips=300)]
     (_, small, _), (title, rows, _) = page.all_tables(runs)
     assert [row[0] for row in small] == ["dfernet", "r18-gru"]
-    assert title == "models: faces, 1,400 clips, budget short"
+    assert title == "models: faces, 1,400 clips, budget short, cpu in bf16"
     assert [row[:3] for row in rows] == [
         ["dfernet", "1", "81.0"],  # the latest of the same run
         ["dfernet, as of 0ce724e", "1", "50.0"],
@@ -186,10 +223,26 @@ def test_a_recipe_is_spoken_for_by_runs_of_its_size_and_start_alone():
     ]
     small, larger = (advice.cells(bare, found) for found in advice.evidence(runs, bare))
     assert small == [
-        *("random", "dfernet", "faces", "300", "short", "2", "62.0 ± 25.4", "31.0 ± 12.7", "Disgust 40.0 ± 0.0"),
+        *(
+            "random",
+            "dfernet",
+            "faces",
+            "300",
+            "short",
+            "cpu in bf16",
+            "2",
+            "62.0 ± 25.4",
+            "31.0 ± 12.7",
+            "Disgust 40.0 ± 0.0",
+        ),
         *("r18-gru", "51.0 ± 12.7", "+11.0 (s.e. 1.0, -1.7 to +23.7)", "+5.5 (s.e. 0.5, -0.9 to +11.9)"),
     ]
-    assert larger[3:7] == ["400", "short", "2", "62.0 ± 25.4"] and larger[9:] == ["not measured", "", "", ""]
+    assert larger[3:8] == ["400", "short", "cpu in bf16", "2", "62.0 ± 25.4"] and larger[10:] == [
+        "not measured",
+        "",
+        "",
+        "",
+    ]
     from_weights = advice.evidence(runs, bare._replace(init="timm"))
     assert [(found.init, found.runs[0]["WAR"]) for found in from_weights] == [("backbone:x", 71.0), ("timm", 70.0)]
     # Of another choice, the default is among those that it is held against.

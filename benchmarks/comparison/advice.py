@@ -5,12 +5,12 @@ from itertools import groupby
 from typing import NamedTuple
 
 from benchmarks.comparison.faults import FAULTS
-from benchmarks.comparison.page import Setting, difference, rows_of, setting_of, with_interval
+from benchmarks.comparison.page import PRECISION, Setting, difference, rows_of, setting_of, with_interval
 from benchmarks.comparison.record import Result, recorded_config
 from benchmarks.comparison.tables import BUDGETS, CHOICES, MODELS, Choice, Words, tables
 
 ABOUT = 1.4  # "about N clips" are those within this factor
-COLUMNS = ("start", "row", "data", "clips", "budget", "seeds", "WAR", "UAR", "rarest class")
+COLUMNS = ("start", "row", "data", "clips", "budget", "device", "seeds", "WAR", "UAR", "rarest class")
 COLUMNS += ("best baseline", "its WAR", "WAR ahead by", "UAR ahead by")
 LISTS = ("--data.train-list", "data/mine/train.txt", "--data.val-list", "data/mine/test.txt")
 
@@ -65,6 +65,7 @@ def cells(choice: Choice, found: Evidence) -> list[str]:
     setting, runs = found.setting, list(found.runs.values())
     rarest = runs[0]["rarest"]
     row = [found.init, choice.row, setting.data, f"{setting.clips:,}", " ".join((setting.budget, *setting.extra))]
+    row.append(f"{setting.device} in {PRECISION[setting.amp]}")
     row += [str(len(runs)), *(with_interval([run[key] for run in runs]) for key in ("WAR", "UAR"))]
     row.append(f"{rarest} {with_interval([run['recalls'][rarest] for run in runs])}")
     if found.baseline is None:

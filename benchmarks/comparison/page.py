@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.comparison.record import Result, portable, recorded_config
+from benchmarks.comparison.record import Result, computed_with, portable, recorded_config
 from benchmarks.comparison.tables import BUDGETS, SEGMENTS, tables
 from dfer.config import Config, parse_config
 
@@ -14,6 +14,8 @@ from dfer.config import Config, parse_config
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 COLUMNS = ("", "seeds", "WAR", "UAR", "rarest class", *(f"WAR at {n}" for n in SEGMENTS))
 COLUMNS += ("largest loss at another T", "WAR ahead by", "UAR ahead by", "parameters", "GFLOP", "clips/s")
+
+PRECISION = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 class Setting(NamedTuple):
@@ -24,11 +26,14 @@ class Setting(NamedTuple):
     clips: int
     budget: str
     extra: tuple[str, ...]  # words for train.py that the harness was given
+    device: str
+    amp: str  # precision
 
 
 def setting_of(result: Result) -> Setting:
     fingerprint = json.dumps(result["fingerprint"], sort_keys=True)
-    return Setting(result["data"], fingerprint, result["clips"], result["budget"], tuple(result["extra"]))
+    where = computed_with(result)
+    return Setting(result["data"], fingerprint, result["clips"], result["budget"], tuple(result["extra"]), *where)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float] | None:
@@ -92,12 +97,13 @@ def rows_of(
 
 
 def _variant(config: Config | None, result: Result) -> str:
-    """Return what tells runs of other defaults apart: the configuration without its seed."""
+    """Return what tells runs of other defaults apart."""
     return _settings(config) if config else json.dumps(dict(result["config"]) | {"seed": None}, sort_keys=True)
 
 
 def _settings(config: Config) -> str:
-    return json.dumps(json.loads(config.to_json()) | {"seed": None}, sort_keys=True)
+    """Return a configuration without its seed, and without device and precision, which all runs of a table share."""
+    return json.dumps(json.loads(config.to_json()) | {"seed": None, "run": config.run.channels_last}, sort_keys=True)
 
 
 @functools.cache
@@ -132,6 +138,7 @@ def all_tables(results: list[Result]) -> list[tuple[str, list[list[str]], list[R
             first = next(iter(rows.values()))
             title = f"{table}: {setting.data}, {setting.clips:,} clips, budget {setting.budget}"
             title += f", {' '.join(setting.extra)}" if setting.extra else ""
+            title += f", {setting.device} in {PRECISION[setting.amp]}"
             runs = [run for by_seed in rows.values() for run in by_seed.values()]
             found.append((title, [cells(name, by_seed, first) for name, by_seed in rows.items()], runs))
     return found

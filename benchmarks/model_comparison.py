@@ -3,7 +3,8 @@
 Trains ours and the baselines, or the rows of an ablation, on the same clips with the same budget and seeds, through
 train.py as a user would, and evaluates each at other numbers of segments too. Each finished run is appended to a file
 that is committed, and is not done again, so that hours add up over days; a run that was cut off is continued. The
-tables, and docs/comparison.md (--write-page), come from that file alone. benchmarks/comparison/tables.py has the rows.
+tables, and docs/comparison.md and docs/recipes.md (--write-page), come from that file alone.
+benchmarks/comparison/tables.py has the rows, and what is recommended.
 
 Data that is not there is drawn. What drawn faces say about DFEW or FERV39k is not known. Words for train.py, for all
 rows, go after --, as in `-- --optim.lr 3e-4`.
@@ -36,8 +37,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comparison import faults, page, tables
-from benchmarks.comparison.record import Result, append_result, data_fingerprint, find_result, portable, read_results
+from benchmarks.comparison import advice, faults, page, tables
+from benchmarks.comparison.record import (
+    Result,
+    append_result,
+    data_fingerprint,
+    find_result,
+    portable,
+    read_results,
+    settled,
+)
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, parse_config
 from dfer.files import write_whole
@@ -47,7 +56,7 @@ from scripts.make_faces import DIFFICULTIES, make_data_set
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks" / "results" / "model_comparison.jsonl"
-PAGE = ROOT / "docs" / "comparison.md"
+PAGES = (ROOT / "docs" / "comparison.md", ROOT / "docs" / "recipes.md")
 DRAWN = {"faces": "normal", "faces-hard": "hard"}
 WATCHED = 64  # clips of the test list that a training is evaluated on after each epoch; all, when it is over
 RUNNING: set[subprocess.Popen] = set()  # what is ended when this process is
@@ -122,23 +131,31 @@ def first_clips(records: list[VideoRecord], path: Path) -> Path:
     return path
 
 
-def plan(args: argparse.Namespace, data: Data) -> list[Run]:
-    """Return all runs of the table that was asked for: seed by seed, so that rows can be compared early.
+def chosen_rows(args: argparse.Namespace) -> dict[str, tables.Words]:
+    """Return the rows that the command line names, and their words.
+
+    Raises:
+        UserError: if there is no such row, or train.py would not take the further words.
+    """
+    names = tables.ABLATIONS[args.ablation] if args.ablation else tables.MODELS
+    if unknown := set(args.models or ()) - names.keys():
+        raise UserError(f"--models {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
+    parse_config(["faces", *tables.BUDGETS[args.budget], *args.extra])
+    return {name: names[name] for name in args.models or names}
+
+
+def plan(args: argparse.Namespace, rows: dict[str, tables.Words], data: Data) -> list[Run]:
+    """Return all runs of these rows: seed by seed, so that rows can be compared early.
 
     Raises:
         UserError: if train.py would not take the words.
     """
-    names = tables.ABLATIONS[args.ablation] if args.ablation else tables.MODELS
-    if args.models:
-        if unknown := set(args.models) - names.keys():
-            raise UserError(f"--models {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
-        names = {name: names[name] for name in args.models}
     lists = ["--data.train-list", str(data.train), "--data.val-list", str(data.watched), "--run.wandb", "off"]
     runs = []
     for seed in range(args.seeds):
-        for row, words in names.items():
+        for row, words in rows.items():
             command = ["faces", *tables.BUDGETS[args.budget], *words, *args.extra, "--seed", str(seed), *lists]
-            runs.append(Run(row, words, seed, command, portable(parse_config(command))))
+            runs.append(Run(row, words, seed, command, portable(settled(parse_config(command)))))
     return runs
 
 
@@ -296,17 +313,21 @@ def main(args: argparse.Namespace) -> int:
     """Do what is left of the runs that were asked for, and print the tables; return the exit code."""
     failed = 0
     if not args.write_page:
+        rows, results = chosen_rows(args), read_results(args.file)  # what can be refused before data are drawn
         args.log_dir = args.log_dir.resolve()
         args.log_dir.mkdir(parents=True, exist_ok=True)
         data = find_data(args.data, args.clips, args.log_dir)
-        runs, results = plan(args, data), read_results(args.file)
+        runs = plan(args, rows, data)
         left = [run for run in runs if find_result(results, run.config, data.fingerprint) is None]
         print(f"{len(runs)} runs, {len(runs) - len(left)} of them in {args.file.name}", flush=True)
         failed = do_all(left, data, args)
     results = read_results(args.file)
     print_tables(results)
     if args.write_page:
-        write_whole(PAGE if args.file == FILE else args.file.with_suffix(".md"), page.page(results))
+        stem = args.file.with_suffix("")
+        pages = PAGES if args.file == FILE else (Path(f"{stem}.md"), Path(f"{stem}-recipes.md"))
+        for path, text in zip(pages, (page.page(results), advice.page(results)), strict=True):
+            write_whole(path, text)
     return 1 if failed else 0
 
 
@@ -325,7 +346,7 @@ def parser() -> Parser:
         "--limit-minutes", type=in_range(float, 0, 1e6), default=1e6, metavar="M", help="begin no run after M minutes"
     )
     parser.add_argument("--file", type=Path, default=FILE, help="the record of finished runs")
-    parser.add_argument("--write-page", action="store_true", help="only write the page from the record")
+    parser.add_argument("--write-page", action="store_true", help="only write the pages from the record")
     parser.add_argument("--log-dir", type=Path, default=Path("logs/comparison"), help="of runs in progress")
     parser.add_argument("extra", nargs="*", help="further words for train.py, after --")
     return parser

@@ -151,7 +151,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class Config:
     preset: tyro.conf.Suppress[str] = "faces"
-    recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "lstpnet", "m3dfel", "mae-dfer"] = "none"
+    recipe: Literal["none", "former-dfer", "dfer-clip", "ial", "lstpnet", "m3dfel", "mae-dfer", "r18-lstm"] = "none"
     """Train as a published method does, where no other flag says otherwise; what is not as published is said."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     resume: bool = False

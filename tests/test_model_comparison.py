@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import model_comparison as mc
-from benchmarks.comparison import faults, page, record, tables
+from benchmarks.comparison import advice, faults, page, record, tables
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig, parse_config
 from dfer.lists.annotations import read_annotations
+from dfer.run import resolving
 from tests.conftest import ROOT
+from tests.test_docs import commands
 
 DATA = {"train": "a", "test": "b"}
 TINY = "--data.size 32 --data.num-segments 2 --data.batch-size 2 --model.dim 16 --optim.epochs 2"
@@ -80,10 +84,11 @@ def test_a_run_is_found_by_what_was_trained_on_what():
 
 
 def test_places_are_no_part_of_a_configuration():
-    words = ["--data.train-list", "/home/me/a.txt", "--run.log-dir", "/home/me/logs", "--run.device", "cpu"]
+    words = ["--data.train-list", "/home/me/a.txt", "--run.log-dir", "/home/me/logs", "--run.graph", "off"]
     here, there = (record.portable(parse_config(["debug", *more])) for more in (words, []))
     assert here == there and "home" not in here.to_json()
-    assert record.portable(dataclasses.replace(there, run=RunConfig(amp="bf16"))) != there
+    for other in (RunConfig(amp="bf16"), RunConfig(device="cpu")):  # which round otherwise
+        assert record.portable(dataclasses.replace(there, run=other)) != there
 
 
 @pytest.mark.slow  # 0.2 s for each row
@@ -92,6 +97,41 @@ def test_each_row_is_a_model_of_its_own(table):
     rows = (tables.tables() | {"budgets": tables.BUDGETS})[table].values()
     configs = [parse_config(["faces", *words]) for words in rows]
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+
+
+def computed(device: str, amp: str, found: record.Result) -> record.Result:
+    found["config"]["run"] |= {"device": device, "amp": amp}
+    return found
+
+
+def test_runs_of_a_cpu_and_of_a_gpu_are_not_the_same_and_not_paired(monkeypatch):
+    def planned() -> Config:
+        args = mc.parser().parse_args(["--models", "dfernet", "--seeds", "1"])
+        data = mc.Data("faces", ROOT / "a.txt", ROOT / "b.txt", ROOT / "b.txt", 1400, DATA)
+        (run,) = mc.plan(args, mc.chosen_rows(args), data)
+        return run.config
+
+    monkeypatch.setattr(mc, "parse_config", lambda words: Config())  # takes 0.2 s
+    older, off = result("dfernet", 0, 80.0), computed("auto", "off", result("dfernet", 0, 80.0))
+    cpu, gpu = (computed(device, "bf16", result("dfernet", 0, 80.0)) for device in ("cpu", "cuda"))
+    for has_gpu, amp, same, other in (
+        (False, "bf16", [older, cpu], [gpu, off]),
+        (True, "bf16", [gpu], [older, cpu, off]),
+        (False, "off", [off], [older, cpu, gpu]),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        monkeypatch.setattr(resolving, "auto_amp", lambda gpu, amp=amp: amp)
+        config = planned()
+        assert (config.run.device, config.run.amp) == ("cuda" if has_gpu else "cpu", amp)
+        assert [record.find_result([run], config, DATA) for run in same] == same
+        assert [record.find_result([run], config, DATA) for run in other] == [None] * len(other)
+    runs = [older, computed("cpu", "bf16", result("mean-pool", 0, 60.0))]
+    runs += [computed("cuda", "bf16", result(row, 0, war)) for row, war in (("dfernet", 70.0), ("mean-pool", 61.0))]
+    (first, cpu_rows, _), (second, gpu_rows, _) = page.all_tables(runs)
+    assert [first[-13:], second[-14:]] == [", cpu in bf16", ", cuda in bf16"]
+    ahead = page.COLUMNS.index("WAR ahead by")
+    assert [rows[1][ahead] for rows in (cpu_rows, gpu_rows)] == ["+20.0 (one seed)", "+9.0 (one seed)"]
+    assert page.all_tables(runs[1:3]) == []  # dfernet of a GPU, mean-pool of a CPU
 
 
 def test_intervals_and_paired_differences():
@@ -105,6 +145,28 @@ def test_intervals_and_paired_differences():
     assert page.difference(first, {9: other[7]}, "WAR") == "-"
 
 
+def test_the_largest_loss_at_another_t_is_that_of_each_seed():
+    at = [
+        {"2": 80.0, "4": 70.0, "8": 78.0, "16": 82.0, "32": 75.0},
+        {"2": 60.0, "4": 63.0, "8": 62, "16": 64, "32": 58},
+    ]
+    runs = {seed: result("dfernet", seed, at[seed]["2"], WAR_at=at[seed]) for seed in (0, 1)}
+    assert [page.largest_loss(runs[seed]) for seed in (0, 1)] == [10.0, 2.0]
+    row = dict(zip(page.COLUMNS, page.cells("dfernet", runs, runs), strict=True))
+    # Not 70 - 66.5, the means at T = 2 and 4, where the mean is the smallest. 12.706 / 2 ** 0.5 * 5.66 to either side.
+    assert row["largest loss at another T"] == "6.0 ± 50.8" and row["WAR at 4"].startswith("66.5 ")
+    gains = result("dfernet", 0, 70.0, WAR_at={"2": 70.0} | {str(n): 75.0 for n in tables.SEGMENTS})
+    assert page.largest_loss(gains) == -5.0  # trained at T = 2, better at all others
+
+
+def test_the_short_budget_is_that_of_the_preset_and_has_a_twin_at_another_t():
+    short, longer = tables.BUDGETS["short"], tables.BUDGETS["short16"]
+    assert [(a, b) for a, b in zip(short, longer, strict=True) if a != b] == [("8", "16")]
+    assert longer[longer.index("16") - 1] == "--data.num-segments"
+    if not torch.cuda.is_available():  # as docs/recipes.md says
+        assert parse_config(["faces", *short]) == parse_config(["faces"])
+
+
 def test_what_the_words_mean_today_has_the_plain_name(monkeypatch):
     """Whichever was run last: a default may be left and come back, and its runs are not done again."""
     runs = [result("dfernet", seed, 80.0) for seed in (0, 1)]
@@ -112,10 +174,11 @@ def test_what_the_words_mean_today_has_the_plain_name(monkeypatch):
     for other in others:
         other["config"]["model"]["iterations"] = 1
     names = {"dfernet": ()}
-    monkeypatch.setattr(page, "parse_config", lambda words: Config())
+    monkeypatch.setattr(page, "_meaning", lambda words: page._settings(Config()))
     assert list(page.rows_of([*runs, *others], names)) == ["dfernet, as of 0ce724e", "dfernet"][::-1]
     assert page.rows_of([*runs, *others], names)["dfernet"][0]["WAR"] == 80.0
-    monkeypatch.setattr(page, "parse_config", lambda words: Config(seed=7, model=ModelConfig(dim=8)))  # never run
+    never_run = page._settings(Config(seed=7, model=ModelConfig(dim=8)))
+    monkeypatch.setattr(page, "_meaning", lambda words: never_run)
     assert page.rows_of([*others, *runs[:1], *others[:1], *runs[1:]], names)["dfernet"][1]["WAR"] == 80.0
 
 
@@ -126,7 +189,7 @@ def test_the_page_keeps_runs_of_other_defaults_and_of_other_settings_apart():
     runs += [result("r18-gru", 0, 70.0, clips=300), result("dfernet", 0, 75.0, clips=300)]
     (_, small, _), (title, rows, _) = page.all_tables(runs)
     assert [row[0] for row in small] == ["dfernet", "r18-gru"]
-    assert title == "models: faces, 1,400 clips, budget short"
+    assert title == "models: faces, 1,400 clips, budget short, cpu in bf16"
     assert [row[:3] for row in rows] == [
         ["dfernet", "1", "81.0"],  # the latest of the same run
         ["dfernet, as of 0ce724e", "1", "50.0"],
@@ -137,6 +200,87 @@ def test_the_page_keeps_runs_of_other_defaults_and_of_other_settings_apart():
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {len(page.COLUMNS) + 1}
     assert "No table" in page.page(runs[:1])
+
+
+def started(init: str, found: record.Result) -> record.Result:
+    found["config"]["model"]["init"] = init
+    return found
+
+
+def test_a_recipe_is_spoken_for_by_runs_of_its_size_and_start_alone():
+    bare = tables.Choice(300, "faces", "random")
+    runs = [result("dfernet", seed, war, clips=clips) for clips in (300, 400) for seed, war in ((0, 60.0), (1, 64.0))]
+    runs += [result("r18-gru", seed, war, clips=300) for seed, war in ((0, 50.0), (1, 52.0))]
+    runs += [result("mean-pool", 0, 49.0, clips=300), result("r18-lstm", 0, 90.0, clips=400, budget="long")]
+    # Too few and too many clips; a list for one fault; another start, or perhaps another one.
+    runs += [result("dfernet", 0, 99.0, clips=clips) for clips in (214, 421, 1400)]
+    runs += [
+        result("dfernet", 0, 99.0, clips=400, data="order"),
+        started("auto", result("dfernet", 0, 99.0, clips=300)),
+    ]
+    runs += [
+        started(init, result("dfernet", 0, war, clips=300)) for init, war in (("timm", 70.0), ("backbone:x", 71.0))
+    ]
+    small, larger = (advice.cells(bare, found) for found in advice.evidence(runs, bare))
+    assert small == [
+        *(
+            "random",
+            "dfernet",
+            "faces",
+            "300",
+            "short",
+            "cpu in bf16",
+            "2",
+            "62.0 ± 25.4",
+            "31.0 ± 12.7",
+            "Disgust 40.0 ± 0.0",
+        ),
+        *("r18-gru", "51.0 ± 12.7", "+11.0 (s.e. 1.0, -1.7 to +23.7)", "+5.5 (s.e. 0.5, -0.9 to +11.9)"),
+    ]
+    assert larger[3:8] == ["400", "short", "cpu in bf16", "2", "62.0 ± 25.4"] and larger[10:] == [
+        "not measured",
+        "",
+        "",
+        "",
+    ]
+    from_weights = advice.evidence(runs, bare._replace(init="timm"))
+    assert [(found.init, found.runs[0]["WAR"]) for found in from_weights] == [("backbone:x", 71.0), ("timm", 70.0)]
+    # Of another choice, the default is among those that it is held against.
+    other = bare._replace(row="r18-gru")
+    assert [(f.baseline, f.others[0]["WAR"]) for f in advice.evidence(runs, other)] == [("dfernet", 60.0)]
+    text = advice.page(runs)
+    assert f"| {' | '.join(small)} |" in text and text.count("| not measured |") == 8 + 3  # 8 cells, 3 baselines
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {len(advice.COLUMNS) + 1}
+
+
+def refuted(results: list[record.Result]) -> list[str]:
+    """What is recommended though another model was ahead by more than two standard errors of the paired difference."""
+    found = []
+    for choice in tables.CHOICES:
+        for e in advice.evidence(results, choice):
+            gains = [e.others[seed]["WAR"] - e.runs[seed]["WAR"] for seed in e.runs.keys() & e.others.keys()]
+            spread = page.spread(gains)
+            if spread is not None and sum(gains) / len(gains) > 2 * spread[0]:
+                found.append(f"{choice.row} for {choice.clips} clips: {e.baseline} is ahead on {e.setting.data}")
+    return found
+
+
+def test_what_is_recommended_is_not_refuted_by_the_record():
+    for size in {choice.clips for choice in tables.CHOICES}:
+        assert [choice.init for choice in tables.CHOICES if choice.clips == size] == ["random", "timm"]
+    runs = [result("dfernet", seed, 60.0 + seed) for seed in range(3)]
+    worse = [result("r18-gru", seed, war) for seed, war in enumerate((70.0, 50.0, 66.0))]
+    assert refuted([*runs, *worse]) == []  # 0, 11 and 4 ahead of it: by no two standard errors
+    better = [result("r18-gru", seed, war) for seed, war in enumerate((63.0, 64.5, 65.5))]
+    assert refuted([*runs, *better]) == ["dfernet for 1400 clips: r18-gru is ahead on faces"]
+    assert not (said := refuted(record.read_results(mc.FILE))), f"benchmarks/comparison/tables.py: CHOICES: {said}"
+
+
+def test_the_pages_are_what_the_record_makes():
+    results = record.read_results(mc.FILE)
+    for path, text in zip(mc.PAGES, (page.page(results), advice.page(results)), strict=True):
+        assert path.read_text() == text, f"{path}: run python benchmarks/model_comparison.py --write-page"
+    assert commands(mc.PAGES[1]) == [advice.command(choice) for choice in tables.CHOICES]
 
 
 def test_clips_are_known_by_their_pixels_wherever_they_lie(clips, tmp_path):
@@ -163,6 +307,33 @@ def test_the_first_clips_of_a_list(clips, tmp_path):
         mc.find_data([str(clips / "train.txt"), str(clips / "test.txt")], 9999, tmp_path)
     with pytest.raises(UserError, match="--data face: must be one of faces, faces-hard, order"):
         mc.find_data(["face"], None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--models", "nosuch"], "--models nosuch: choose from dfernet, mean-pool"),
+        (["--models", "sqrt", "dfernet", "--ablation", "imbalance"], "--models dfernet: choose from as-it-is, sqrt"),
+        (["--", "--optim.lr", "-1"], "--optim.lr -1"),
+        (["--file", "broken.jsonl"], "broken.jsonl:1: not the line of a run"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_data_are_drawn(monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mc, "make_data_set", lambda *_, **__: pytest.fail("data were drawn"))
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=re.escape(message)):
+        mc.main(mc.parser().parse_args(["--data", "faces-hard", *words]))
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
+
+
+def test_rows_are_planned_as_they_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(mc, "parse_config", lambda words: Config())  # takes 0.2 s
+    args = mc.parser().parse_args(["--models", "r18-gru", "dfernet", "--seeds", "2"])
+    data = mc.Data("faces", tmp_path / "train.txt", tmp_path / "test.txt", tmp_path / "watched.txt", 1400, DATA)
+    runs = mc.plan(args, mc.chosen_rows(args), data)
+    assert [(run.row, run.seed) for run in runs] == [("r18-gru", 0), ("dfernet", 0), ("r18-gru", 1), ("dfernet", 1)]
+    assert [tuple(run.words) for run in runs[:2]] == [tables.MODELS["r18-gru"], ()]
 
 
 def test_a_run_that_fails_or_would_begin_late_does_not_stop_the_others(monkeypatch, capsys):
@@ -278,6 +449,7 @@ def test_runs_are_recorded_once_and_end_with_the_command(clips, tmp_path):
     assert "mean-pool" in said
     subprocess.run([*command[:2], "--file", str(file), "--write-page"], cwd=ROOT, check=True, capture_output=True)
     assert "| r18-gru | 1 |" in file.with_suffix(".md").read_text()
+    assert (tmp_path / "runs-recipes.md").read_text() == advice.page(runs)
 
 
 def standard_error(result: dict[str, Any]) -> float:

@@ -1,18 +1,21 @@
 """The tables of the record: means over seeds with intervals, and paired differences to the first row."""
 
+import functools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.comparison.record import Result, portable, recorded_config
+from benchmarks.comparison.record import Result, computed_with, portable, recorded_config
 from benchmarks.comparison.tables import BUDGETS, SEGMENTS, tables
 from dfer.config import Config, parse_config
 
 # 97.5th percentiles of Student's t, by degrees of freedom.
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 COLUMNS = ("", "seeds", "WAR", "UAR", "rarest class", *(f"WAR at {n}" for n in SEGMENTS))
-COLUMNS += ("WAR ahead by", "UAR ahead by", "parameters", "GFLOP", "clips/s")
+COLUMNS += ("largest loss at another T", "WAR ahead by", "UAR ahead by", "parameters", "GFLOP", "clips/s")
+
+PRECISION = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 class Setting(NamedTuple):
@@ -23,11 +26,14 @@ class Setting(NamedTuple):
     clips: int
     budget: str
     extra: tuple[str, ...]  # words for train.py that the harness was given
+    device: str
+    amp: str  # precision
 
 
 def setting_of(result: Result) -> Setting:
     fingerprint = json.dumps(result["fingerprint"], sort_keys=True)
-    return Setting(result["data"], fingerprint, result["clips"], result["budget"], tuple(result["extra"]))
+    where = computed_with(result)
+    return Setting(result["data"], fingerprint, result["clips"], result["budget"], tuple(result["extra"]), *where)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float] | None:
@@ -43,6 +49,11 @@ def with_interval(values: Sequence[float]) -> str:
     """Return the mean, and of several values its 95 % interval."""
     found = spread(values)
     return f"{statistics.mean(values):.1f}" + (f" ± {found[1]:.1f}" if found else "")
+
+
+def largest_loss(result: Result) -> float:
+    """Return the WAR at the T of training less the smallest one at T from 4 to 32, in points."""
+    return result["WAR"] - min(result["WAR_at"][str(n)] for n in SEGMENTS)
 
 
 def difference(first: dict[int, Result], other: dict[int, Result], key: str) -> str:
@@ -77,8 +88,7 @@ def rows_of(
         for result in (r for r in results if tuple(r["words"]) == words):
             variant = _variant(recorded_config(result), result)
             variants[variant] = variants.pop(variant, {}) | {result["seed"]: result}  # the last one moves to the end
-        today = _settings(portable(parse_config([*shared, *words])))
-        if today in variants:
+        if len(variants) > 1 and (today := _meaning((*shared, *words))) in variants:
             variants[today] = variants.pop(today)
         for number, runs in enumerate(reversed(variants.values())):
             commit = next(iter(runs.values()))["commit"]
@@ -87,12 +97,19 @@ def rows_of(
 
 
 def _variant(config: Config | None, result: Result) -> str:
-    """Return what tells runs of other defaults apart: the configuration without its seed."""
+    """Return what tells runs of other defaults apart."""
     return _settings(config) if config else json.dumps(dict(result["config"]) | {"seed": None}, sort_keys=True)
 
 
 def _settings(config: Config) -> str:
-    return json.dumps(json.loads(config.to_json()) | {"seed": None}, sort_keys=True)
+    """Return a configuration without its seed, and without device and precision, which all runs of a table share."""
+    return json.dumps(json.loads(config.to_json()) | {"seed": None, "run": config.run.channels_last}, sort_keys=True)
+
+
+@functools.cache
+def _meaning(words: tuple[str, ...]) -> str:
+    """Return what words for train.py make today."""
+    return _settings(portable(parse_config(list(words))))
 
 
 def cells(name: str, runs: dict[int, Result], first: dict[int, Result]) -> list[str]:
@@ -102,6 +119,7 @@ def cells(name: str, runs: dict[int, Result], first: dict[int, Result]) -> list[
     row = [name, str(len(ours)), *(with_interval([r[key] for r in ours]) for key in ("WAR", "UAR"))]
     row.append(f"{rarest} {with_interval([r['recalls'][rarest] for r in ours])}")
     row += [with_interval([r["WAR_at"][str(n)] for r in ours]) for n in SEGMENTS]
+    row.append(with_interval([largest_loss(r) for r in ours]))
     row += ["", ""] if runs is first else [difference(first, runs, key) for key in ("WAR", "UAR")]
     speeds = [r["clips_per_s"] for r in ours]
     row += [f"{ours[0]['parameters'] / 1e6:.1f} M", f"{ours[0]['flops'] / 1e9:.2f}"]
@@ -120,6 +138,7 @@ def all_tables(results: list[Result]) -> list[tuple[str, list[list[str]], list[R
             first = next(iter(rows.values()))
             title = f"{table}: {setting.data}, {setting.clips:,} clips, budget {setting.budget}"
             title += f", {' '.join(setting.extra)}" if setting.extra else ""
+            title += f", {setting.device} in {PRECISION[setting.amp]}"
             runs = [run for by_seed in rows.values() for run in by_seed.values()]
             found.append((title, [cells(name, by_seed, first) for name, by_seed in rows.items()], runs))
     return found
@@ -134,17 +153,22 @@ def page(results: list[Result]) -> str:
         "`benchmarks/results/model_comparison.jsonl`; not to be edited. The rows of a table were trained on the same",
         "list with the same budget. WAR and UAR of the last epoch in percent: the mean ± half the 95 % interval over",
         "seeds (Student's t). *Ahead by*: how much the first row is ahead, paired by seed, with its standard error and",
-        "95 % interval. *WAR at n*: the test clips are cut into n segments, whatever the model was trained with. FLOP:",
-        "of one clip forward, multiplications and additions counted apart. clips/s: of training, not comparable where",
+        "95 % interval. *WAR at n*: the test clips are cut into n segments, whatever the model was trained with.",
+        "*Largest loss at another T*: WAR at the T of training less the smallest WAR at n, mean over seeds. FLOP: of",
+        "one clip forward, multiplications and additions counted apart. clips/s: of training, not comparable where",
         "trainings shared a machine. Faces are drawn: of DFEW and FERV39k they say nothing.",
+        "",
+        "Models differ in what they do at another T. The GRU of `dfernet` scales its gate by T: at twice the frames of",
+        "training each counts half. The recurrent units of `r18-gru` and `r18-lstm` do not: each frame counts as one.",
     ]
-    for title, rows, runs in all_tables(results):
+    found = all_tables(results)
+    for title, rows, runs in found:
         machines = sorted({run["machine"]["kind"] for run in runs})
         commits = sorted({run["commit"][:7] + "+" * run["changed"] for run in runs})
         shared = " Several trainings shared it." if any(run["jobs"] > 1 for run in runs) else ""
         lines += ["", f"## {title}", "", f"On {', '.join(machines)}; commits {', '.join(commits)}.{shared}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
-    if not all_tables(results):
+    if not found:
         lines += ["", "No table has two rows yet."]
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from typing import Any
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, RunConfig, config_from_json
 from dfer.lists.index import load_index
+from dfer.run import resolving
 from dfer.run.fingerprints import fingerprint
 
 Result = dict[str, Any]
@@ -51,10 +52,10 @@ def append_result(path: Path, result: Result) -> None:
 
 
 def portable(config: Config) -> Config:
-    """Return a configuration without what does not change a result: places, names, the device, decoders and the log."""
+    """Return a configuration without what does not change a result: places, names, decoders and the log."""
     where = ("train_list", "val_list", "root", "source", "cache", "jpeg_decoder", "video_decoder")
     data = dataclasses.replace(config.data, **{name: DataConfig.__dataclass_fields__[name].default for name in where})
-    run = RunConfig(amp=config.run.amp, channels_last=config.run.channels_last)
+    run = RunConfig(device=config.run.device, amp=config.run.amp, channels_last=config.run.channels_last)
     return dataclasses.replace(config, data=data, run=run)
 
 
@@ -69,7 +70,11 @@ def find_result(results: list[Result], config: Config, data: dict[str, str]) -> 
 
 def recorded_config(result: Result) -> Config | None:
     """Return the portable configuration of a recorded run; None if this version has no such configuration."""
-    return _config(json.dumps(result["config"]))
+    config = _config(json.dumps(result["config"]))
+    if config is None:
+        return None
+    device, amp = computed_with(result)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, device=device, amp=amp))
 
 
 @functools.cache
@@ -78,6 +83,22 @@ def _config(text: str) -> Config | None:
         return portable(config_from_json(text, Path("record")))
     except UserError:
         return None
+
+
+def settled(config: Config) -> Config:
+    """Return a configuration with the device and the precision that this machine would train it with."""
+    run = resolving.settled(config).run
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, device=run.device, amp=run.amp))
+
+
+def computed_with(result: Result) -> tuple[str, str]:
+    """Return the device and the precision that a recorded run was trained with.
+
+    All lines that leave them open, from before they were settled, are of a CPU that computes in bfloat16.
+    """
+    run = result["config"].get("run", {})
+    device, amp = run.get("device", "auto"), run.get("amp", "auto")
+    return "cpu" if device == "auto" else device, "bf16" if amp == "auto" else amp
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """What is compared: a row is a name and its words for train.py. The first row of a table is what the others are set
-against. A new option gets a row here, and nothing else.
+against. A new option gets a row here, and nothing else. At the end, which rows docs/recipes.md recommends.
 """
+
+from typing import NamedTuple
 
 Words = tuple[str, ...]
 
@@ -55,6 +57,10 @@ BUDGETS: dict[str, Words] = {
         *("--data.size", "48", "--data.num-segments", "8", "--data.batch-size", "16"),
         *("--optim.epochs", "10", "--optim.warmup-epochs", "1"),
     ),
+    "short16": (
+        *("--data.size", "48", "--data.num-segments", "16", "--data.batch-size", "16"),
+        *("--optim.epochs", "10", "--optim.warmup-epochs", "1"),
+    ),
     "long": (
         *("--data.size", "48", "--data.num-segments", "8", "--data.batch-size", "16"),
         *("--optim.epochs", "30", "--optim.warmup-epochs", "2"),
@@ -78,3 +84,28 @@ SEGMENTS = (4, 8, 16, 32)  # that the test clips are cut into, beside those of t
 def tables() -> dict[str, dict[str, Words]]:
     """Return all tables, the models' first."""
     return {"models": MODELS} | ABLATIONS
+
+
+class Choice(NamedTuple):
+    """What docs/recipes.md recommends for about so many clips to train on: a row's words with a preset and a start."""
+
+    clips: int
+    preset: str
+    init: str
+    table: str = "models"
+    row: str = "dfernet"
+
+
+# The default model, but where another row was shown to win: by more than two standard errors of the paired difference.
+CHOICES = (
+    Choice(300, "faces", "random"),
+    Choice(300, "faces", "timm"),
+    Choice(1_400, "faces", "random"),
+    Choice(1_400, "faces", "timm"),
+    Choice(3_000, "faces", "random"),
+    Choice(3_000, "faces", "timm"),
+    Choice(10_000, "dfew", "random"),
+    Choice(10_000, "dfew", "timm"),
+    Choice(40_000, "ferv39k", "random"),
+    Choice(40_000, "ferv39k", "timm"),
+)

@@ -23,16 +23,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.peers import PEERS, Cut, Cuts, Order, Task, one_thread, places, raw_clips, source_of
+from benchmarks.peers import (
+    PEERS,
+    Cut,
+    Cuts,
+    Order,
+    Task,
+    cv2_video,
+    one_thread,
+    places,
+    raw_clips,
+    source_of,
+    torchcodec_video,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAMING = ROOT / ".venv-streaming"  # a copy of the library with the pins that clash with ours: `make bench-peers`
 AHEAD = 2  # batches that are begun while one is waited for
 
 Frames = Callable[[int, list[int]], list[np.ndarray]]  # (video, frames) -> decoded frames, (H, W, 3) uint8
-Fill = Callable[
-    [tuple[int, int], np.ndarray], None
-]  # writes the clip of (epoch, video) to a (T, S, S, 3) float32 array
+Open = Callable[[Task, Path], Callable[[int, list[int]], Any]]  # opens a folder, for `Frames` or the like
+# Writes the clip of (epoch, video) to a (T, S, S, 3) float32 array.
+Fill = Callable[[tuple[int, int], np.ndarray], None]
 
 
 # ---- Reading, decoding and resizing, as all of them do it. Nothing here holds the GIL for long.
@@ -45,7 +57,9 @@ def decoded(encoded: Callable[[int, int], bytes | memoryview]) -> Frames:
 
 
 def frames_of(task: Task, source: str) -> Frames:
-    """What reads the frames of a source: files, or views of the mapped files of a pack."""
+    """What reads the frames of a source: files, views of the mapped files of a pack, or of videos OpenCV."""
+    if source == "video":
+        return cv2_video(task, task.folder / source)
     if source == "raw128":
         raw = raw_clips(task, task.folder / source)
         return lambda video, frames: [raw[video][frame] for frame in frames]
@@ -92,11 +106,12 @@ def write_clip(images: Sequence[np.ndarray], cut: Cut, out: np.ndarray, antialia
         cv2.transform((cv2.flip(small, 1) if cut.mirror else small).astype(np.float32), cut.matrix, dst=target)
 
 
-def clip_maker(task: Task, source: str, antialias: bool = False) -> Fill:
+def clip_maker(task: Task, source: str, antialias: bool = False, reader: Open | None = None) -> Fill:
     import cv2
 
     cv2.setNumThreads(0)
-    read, cuts = frames_of(task, source), Cuts(task)
+    read = frames_of(task, source) if reader is None else reader(task, task.folder / source)
+    cuts = Cuts(task)
 
     def fill(key: tuple[int, int], out: np.ndarray) -> None:
         cut = cuts.cut(*key)
@@ -119,9 +134,9 @@ def handed_over(batch: np.ndarray | Tensor, task: Task) -> Tensor:
 # ---- The loaders.
 
 
-def threads(task: Task, source: str, antialias: bool = False) -> Iterator[Tensor]:
+def threads(task: Task, source: str, antialias: bool = False, reader: Open | None = None) -> Iterator[Tensor]:
     """Python threads, a clip each, which write into batches that are used again: the best simple way."""
-    fill = clip_maker(task, source, antialias)
+    fill = clip_maker(task, source, antialias, reader)
     buffers = itertools.cycle([new_clip(task, task.batch_size) for _ in range(AHEAD + 2)])
 
     def batches() -> Iterator[Tensor]:
@@ -334,6 +349,8 @@ ENGINES = {
     "threads-shards224": Engine(threads),
     "threads-shards144": Engine(threads),
     "threads-raw128": Engine(threads),
+    "threads-video": Engine(threads),
+    "threads-torchcodec-video": Engine(lambda task, source: threads(task, source, reader=torchcodec_video)),
     "threads-area-frames": Engine(lambda task, source: threads(task, source, antialias=True), "areas, not triangles"),
     "spdl-frames": Engine(spdl),
     "spdl-shards144": Engine(spdl),

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 SIZE, T, BATCH = 40, 6, 4
 # Largest difference, and mean of the worst clip, in steps of 255.
 LINEAR, AREA = (14, 1.6), (6, 1.2)
-VIDEO = (30, 2.2)  # OpenCV repeats the chroma of 2 x 2 pixels, where we interpolate
+VIDEO = (30, 3.6)  # OpenCV repeats the chroma of 2 x 2 pixels, where we interpolate, and does not antialias
 # An interpreter of its own imports torch anew.
 CASES = [
     pytest.param(name, marks=[pytest.mark.slow] if engine.home else [])

@@ -405,7 +405,7 @@ def test_a_graph_is_chosen_once(monkeypatch):
 
     assert [chosen(True), chosen(False), chosen(True, 2), chosen(True, device="cpu")] == ["on", "off", "off", "off"]
     assert [chosen(False, graph="on"), chosen(True, 2, graph="on"), chosen(True, graph="off")] == ["on", "on", "off"]
-    with pytest.raises(UserError, match=r"--run.graph on: --run.device cpu has no graphs"):
+    with pytest.raises(UserError, match=r"--run.graph on: a run on a CPU has no graphs"):
         chosen(True, graph="on", device="cpu")
 
 

@@ -180,7 +180,7 @@ def test_a_graph_that_is_typed_is_refused_where_there_is_none(machine, begin, tm
     begin("debug")
     for gb, words in ((80, ("--run.device", "cpu")), (None, ("--run.device", "cpu"))):
         machine(gb)
-        with pytest.raises(UserError, match=r"--run\.graph on: --run\.device cpu has no graphs"):
+        with pytest.raises(UserError, match=r"--run\.graph on: a run on a CPU has no graphs"):
             again(tmp_path, "debug", "--run.graph", "on", *words)
 
 

@@ -261,7 +261,7 @@ def resolved_graph(run: RunConfig) -> RunConfig:
         UserError: if steps are to be graphs, and the run on a CPU.
     """
     if run.graph == "on" and run.device == "cpu":
-        raise UserError("--run.graph on: --run.device cpu has no graphs; leave one of them out")
+        raise UserError("--run.graph on: a run on a CPU has no graphs; leave it out")
     graph, fused = run.graph, run.fused
     if graph == "auto":
         alone = find_place().size == 1

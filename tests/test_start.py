@@ -15,6 +15,7 @@ from dfer import cli
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, OptimConfig, config_from_json, parse_config
 from dfer.lists.annotations import EMOTIONS
+from dfer.model import DFERNet
 from dfer.model.build import build_model
 from dfer.model.start import resolved
 from dfer.precision import Precision
@@ -23,6 +24,7 @@ from dfer.run.continuing import differences
 from dfer.run.folder import started_config
 from dfer.run.folds import with_one_start
 from dfer.run.hub import local
+from dfer.run.weight_files import save_weights
 from dfer.state import TrainState, build_state, load_trained
 from scripts.export import hub_config
 from tests.conftest import TORCHRUN, run_python
@@ -86,23 +88,71 @@ def test_an_export_starts_a_run_with_its_outputs(tmp_path):
         assert torch.equal(outputs(from_(path, config).model), outputs(model))
 
 
+@pytest.mark.parametrize("time", ["gru", "attention"])
 @pytest.mark.parametrize("exported", [False, True])
-def test_what_another_number_of_frames_changes_is_fitted_and_named(tmp_path, exported):
+def test_what_another_number_of_frames_changes_is_fitted_and_named(tmp_path, exported, time):
     """The outputs are those of the source, as it takes so many frames itself."""
-    attention = dataclasses.replace(SMALL, branches="static", time="attention")
-    before = configured(attention, 3)
+    small = dataclasses.replace(SMALL, branches="static", time=time)
+    before = configured(small, 3)
     model = run_of(tmp_path / "run", before).model
     if exported:
         model.save_pretrained(tmp_path / "run", config=hub_config(before, model))
         shutil.rmtree(tmp_path / "run" / "checkpoints")
-    after = from_(tmp_path / "run", configured(attention, 5))
+    after = from_(tmp_path / "run", configured(small, 5))
     torch.testing.assert_close(outputs(after.model, 5), outputs(model, 5))
     total = len(after.model.state_dict())
     assert after.started.startswith(f"{total} of {total} tensors of the model from ")
-    assert (
-        "; resampled to 5 frames: temporal.0.position, temporal.1.position; fitted to 5 frames for 3: " in after.started
-    )
-    assert after.started.endswith("crf.log_sigma_appearance, crf.log_sigma_smoothness")
+    fitted = "; fitted to 5 frames for 3: crf.log_sigma_appearance, crf.log_sigma_smoothness"
+    if time == "attention":
+        assert after.started.endswith(f"; resampled to 5 frames: temporal.0.position, temporal.1.position{fitted}")
+    else:
+        assert after.started.endswith(f"{fitted}; recurrent counts in 3 frames, as it was trained")
+
+
+def test_the_frames_that_a_model_counts_in_go_where_its_weights_go(tmp_path):
+    """From T = 3 to a run of T = 5: on resume, in its average, its best epoch, an export, and what starts from it."""
+    config = configured(SMALL, 3, ema=0.9)
+    source = run_of(tmp_path / "source", config).evaluated_model()
+    at_five = dataclasses.replace(config, data=dataclasses.replace(config.data, num_segments=5))
+    run = from_(tmp_path / "source", at_five)
+    content = copy.deepcopy(run.state_dict()) | {"config": at_five.to_json(), "emotions": list(EMOTIONS)}
+    save_checkpoint(tmp_path / "run" / "checkpoints", content)
+    about = {"config": at_five.to_json(), "emotions": json.dumps(list(EMOTIONS))}
+    save_weights(tmp_path / "best_WAR.safetensors", run.evaluated_model().state_dict(), about)
+    resumed = build_state(at_five, CPU, content)
+    models = [run.model, run.evaluated_model(), resumed.model, resumed.evaluated_model()]
+    for path in (tmp_path / "run", tmp_path / "best_WAR.safetensors"):
+        state = load_checkpoint(path)
+        trained_model = load_trained(state, config_from_json(state["config"], path))
+        models += [trained_model, from_(path, configured(SMALL, 7)).model]
+    trained_model.save_pretrained(tmp_path / "export", config=hub_config(at_five, trained_model))
+    models += [DFERNet.from_pretrained(tmp_path / "export"), from_(tmp_path / "export", configured(SMALL, 2)).model]
+    for num_frames in (3, 5):
+        for model in models:
+            torch.testing.assert_close(outputs(model, num_frames), outputs(source, num_frames))
+    # An average moves weights, and no number of frames.
+    for seed in range(2):
+        a_step(resumed, seed)
+    assert {m.recurrent.num_frames for m in (resumed.model, resumed.evaluated_model())} == {3}
+
+
+def test_weights_of_before_count_in_the_frames_of_their_run(tmp_path):
+    config = configured(SMALL, 3)
+    state = trained(build_state(config, CPU, None))
+    old = state.state_dict() | {"config": config.to_json(), "emotions": list(EMOTIONS)}
+    del old["model"]["recurrent.num_frames"]
+    save_checkpoint(tmp_path / "checkpoints", old)
+    for model in (
+        load_trained(old, config),
+        build_state(config, CPU, old).model,
+        from_(tmp_path, configured(SMALL, 5)).model,
+    ):
+        assert model.recurrent.num_frames == 3
+        torch.testing.assert_close(outputs(model, 4), outputs(state.model, 4))
+    torch.save(old["model"], tmp_path / "weights.pt")
+    after = from_(tmp_path / "weights.pt", configured(SMALL, 5))
+    assert after.model.recurrent.num_frames == 5
+    assert after.started.endswith("; it does not say of how many frames: taken for 5")
 
 
 def test_a_model_of_single_frames_tells_nothing_of_time(tmp_path):
@@ -111,6 +161,8 @@ def test_a_model_of_single_frames_tells_nothing_of_time(tmp_path):
     after = from_(tmp_path, configured(attention, 4)).model
     assert all(torch.equal(row, after.temporal[0].position[0]) for row in after.temporal[0].position)
     assert torch.equal(after.crf.log_sigma_appearance, state.model.crf.log_sigma_appearance)
+    run_of(tmp_path / "gru", configured(SMALL, 1))
+    assert from_(tmp_path / "gru", configured(SMALL, 4)).model.recurrent.num_frames == 4
 
 
 def test_options_that_change_what_the_same_weights_do_are_named(tmp_path):
@@ -315,7 +367,7 @@ def test_a_frozen_backbone_stays_as_it_is_and_all_else_is_trained(name):
     for seed in range(2):
         a_step(state, seed)
     for key, value in state.model.state_dict().items():
-        frozen = key.startswith("backbone.")
+        frozen = key.startswith("backbone.") or key == "recurrent.num_frames"
         assert torch.equal(value, before[key]) == (frozen or (key in parameters and not value.any())), key
         assert not frozen or torch.equal(value, state.ema.module.state_dict()[key])
     assert all(p.grad is None and not p.requires_grad for p in state.model.backbone.parameters())

@@ -26,6 +26,7 @@ from dfer.run.checkpoint import load_tensors
 from dfer.run.hub import local
 
 ALONE = "backbone:"
+COUNT = "recurrent.num_frames"  # the T that a recurrent unit counts in, among the weights
 _OF_TRAINING = {
     "init",
     "freeze",
@@ -119,27 +120,50 @@ def _is_whole(model: nn.Module, backbone: FrameBackbone, found: Found) -> bool:
 
 def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: Found, source: Source) -> str:
     """Load all that fits of a model of ours, and say how many tensors, and which are fresh or resampled."""
-    notes, fresh = "", []
-    if found.misshapen:  # what depends on what is known by building models that differ in it alone
-        frames = _shapes_that_change(model, config, num_frames + 1, len(EMOTIONS))
-        shapes = {name: ours.shape for name, ours in model.state_dict().items() if name in found.misshapen}
-        fresh = _of_other_classes(model, config, num_frames, found)
-        resampled = {
-            name: _resampled(found.misshapen[name], frames[name], shape[frames[name]])
-            for name, shape in shapes.items()
-            if name in frames and _differ_at(shape, found.misshapen[name].shape, frames[name])
-        }
-        misshapen = {name: tensor for name, tensor in found.misshapen.items() if name not in resampled}
-        found = found._replace(tensors=found.tensors | resampled, misshapen=misshapen)
-        notes += f"; fresh, as it has other classes: {some(sorted(fresh))}" * bool(fresh)
-        notes += f"; resampled to {num_frames} frames: {some(sorted(resampled))}" * bool(resampled)
+    classes = _of_other_classes(model, config, num_frames, found)
+    resampled = _resampled_tensors(model, config, num_frames, found)
+    misshapen = {name: tensor for name, tensor in found.misshapen.items() if name not in resampled}
+    found = found._replace(tensors=found.tensors | resampled, misshapen=misshapen)
+    found = _with_count(model, num_frames, found, source.config)
     try:
-        said = load_found(model, found, source.held, source.name, "the model", fresh)
+        said = load_found(model, found, source.held, source.name, "the model", classes)
     except UserError as error:
         raise UserError(f"{error}: it is another model; {ALONE}{config.init} takes its backbone alone") from None
-    if source.config:
-        notes += _retimed(model, num_frames, source.config) + _other_options(config, source.config.model)
-    return said + notes
+    said += f"; fresh, as it has other classes: {some(sorted(classes))}" * bool(classes)
+    said += f"; resampled to {num_frames} frames: {some(sorted(resampled))}" * bool(resampled)
+    said += _retimed(model, num_frames, source.config)
+    return said + (_other_options(config, source.config.model) if source.config else "")
+
+
+def _resampled_tensors(model: nn.Module, config: ModelConfig, num_frames: int, found: Found) -> dict[str, Tensor]:
+    """Return those that have another shape because, and only because, they are of another number of frames, resampled.
+
+    Which they are is known by building a model that differs in that alone.
+    """
+    if not found.misshapen:
+        return {}
+    axes = _shapes_that_change(model, config, num_frames + 1, len(EMOTIONS))
+    shapes = {name: ours.shape for name, ours in model.state_dict().items() if name in axes and name in found.misshapen}
+    return {
+        name: _resampled(found.misshapen[name], axes[name], shape[axes[name]])
+        for name, shape in shapes.items()
+        if _differ_at(shape, found.misshapen[name].shape, axes[name])
+    }
+
+
+def _with_count(model: nn.Module, num_frames: int, found: Found, begun: Config | None) -> Found:
+    """Return what was found with the T that a recurrent unit counts in, which files of before leave to the run.
+
+    One of single frames has learnt nothing about time, and counts in the frames of this model.
+    """
+    if COUNT not in model.state_dict() or "recurrent.norm.weight" not in found.tensors:
+        return found
+    before = found.tensors.get(COUNT, torch.tensor(_frames(begun) if begun else num_frames))
+    return found._replace(tensors=found.tensors | {COUNT: torch.tensor(num_frames) if before == 1 else before})
+
+
+def _frames(config: Config) -> int:
+    return config.data.num_segments * config.data.frames_per_segment
 
 
 def _of_other_classes(model: nn.Module, config: ModelConfig, num_frames: int, found: Found) -> list[str]:
@@ -152,16 +176,21 @@ def _of_other_classes(model: nn.Module, config: ModelConfig, num_frames: int, fo
     return [name for name, tensor in found.misshapen.items() if theirs[name].shape == tensor.shape]
 
 
-def _retimed(model: nn.Module, num_frames: int, begun: Config) -> str:
+def _retimed(model: nn.Module, num_frames: int, begun: Config | None) -> str:
     """Fit what a model has learnt in frames to clips of another number of them, and say what that was."""
-    before = begun.data.num_segments * begun.data.frames_per_segment
-    if before in (1, num_frames):  # from single frames nothing was learnt about time
-        return ""
-    names = []
-    for prefix, module in model.named_modules():
-        retime: Callable[[int], list[str]] | None = getattr(module, "retime", None)
-        names += [f"{prefix}.{name}" for name in retime(before)] if retime else []
-    return f"; fitted to {num_frames} frames for {before}: {some(sorted(names))}" * bool(names)
+    modules = [(prefix, module) for prefix, module in model.named_modules() if hasattr(module, "retime")]
+    before, counted, said = _frames(begun) if begun else None, model.state_dict().get(COUNT), ""
+    if before is None:
+        said = f"; it does not say of how many frames: taken for {num_frames}" * bool(modules or counted is not None)
+    elif before not in (1, num_frames):  # from single frames nothing was learnt about time
+        names = []
+        for prefix, module in modules:
+            retime: Callable[[int], list[str]] = module.retime  # type: ignore[assignment]
+            names += [f"{prefix}.{name}" for name in retime(before)]
+        said = f"; fitted to {num_frames} frames for {before}: {some(sorted(names))}" * bool(names)
+    if counted is not None and counted != num_frames:
+        said += f"; recurrent counts in {counted} frames, as it was trained"
+    return said
 
 
 def _other_options(config: ModelConfig, begun: ModelConfig) -> str:

@@ -17,6 +17,7 @@ from dfer.config import Config, DataConfig, ModelConfig, OptimConfig, config_fro
 from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet
 from dfer.model.build import build_model
+from dfer.model.pretrained import some
 from dfer.model.start import resolved
 from dfer.precision import Precision
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
@@ -149,7 +150,8 @@ def test_weights_of_before_count_in_the_frames_of_their_run(tmp_path):
     ):
         assert model.recurrent.num_frames == 3
         torch.testing.assert_close(outputs(model, 4), outputs(state.model, 4))
-    torch.save(old["model"], tmp_path / "weights.pt")
+    plain = {name: tensor for name, tensor in old["model"].items() if not name.endswith("num_batches_tracked")}
+    torch.save(plain, tmp_path / "weights.pt")
     after = from_(tmp_path / "weights.pt", configured(SMALL, 5))
     assert after.model.recurrent.num_frames == 5
     assert after.started.endswith("; it does not say of how many frames: taken for 5")
@@ -190,8 +192,17 @@ def test_the_head_of_other_classes_stays_fresh_and_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"dim": 16}, r"has \d+ of the \d+ tensors of the model; of another shape: .*pyramid"),
-        ({"crf": "messages"}, "tensors of the model; missing: crf"),
+        ({"dim": 16}, r"has \d+ of the \d+ tensors of the model; of another shape: .*pyramid.* was 16, is 8: it is"),
+        (
+            {"crf": "messages"},
+            r"of another shape: crf\.readout\.weight; .*: --model\.crf was messages, is meanfield: it",
+        ),
+        ({"branches": "static"}, r"another shape: recurrent.*--model\.branches was static, is both: it is another"),
+        (
+            {"branches": "static", "time": "attention"},
+            r"missing: dynamic_.*, --model\.time was attention, is gru: it is",
+        ),
+        ({"readout": "labels"}, r"of another shape: crf\.project.*: --model\.readout was labels, is both: it"),
     ],
 )
 def test_another_model_is_refused_and_its_backbone_taken_where_that_is_said(tmp_path, source, message):
@@ -200,11 +211,90 @@ def test_another_model_is_refused_and_its_backbone_taken_where_that_is_said(tmp_
         from_(tmp_path, configured(SMALL))
     said = str(error.value)
     assert said.startswith(f"--model.init {tmp_path}: ") and "\n" not in said
-    assert said.endswith(f"; it is another model; backbone:{tmp_path} takes its backbone alone".replace(";", ":", 1))
+    assert said.endswith(f": it is another model, or not whole; backbone:{tmp_path} takes its backbone alone")
     after = from_(f"backbone:{tmp_path}", configured(SMALL))
     assert after.started == f"90 of 90 tensors of {NAME} from {tmp_path}, as model.backbone.net.*; all else is fresh"
     for name, tensor in after.model.backbone.state_dict().items():
         assert torch.equal(tensor, state.model.backbone.state_dict()[name])
+
+
+def saved(path: Path, tensors: dict[str, torch.Tensor], config: Config | None = None) -> Path:
+    """A file of weights, with the configuration of the run that they are from or without."""
+    torch.save({"model": tensors} | ({"config": config.to_json()} if config else {}), path)
+    return path
+
+
+BESIDE = ("recurrent", "head", "crf", "pyramid", "fusion", "dynamic")  # the backbone
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize(
+    "lacking", ["recurrent.", "head.", "head.2.bias", "crf.log_scale", "backbone.net.bn1.w", BESIDE]
+)
+def test_half_a_model_is_refused(tmp_path, lacking, with_config):
+    """Whatever small share it lacks. A backbone is taken alone, unless it says that it is of more."""
+    config = configured(SMALL)
+    whole = build_state(config, CPU, None).model.state_dict()
+    half = {name: tensor for name, tensor in whole.items() if not name.startswith(lacking)}
+    path = saved(tmp_path / "w.pt", half, config if with_config else None)
+    if lacking is BESIDE and not with_config:
+        assert from_(path, config).started.endswith("; all else is fresh")
+        return
+    with pytest.raises(UserError) as error:
+        from_(path, config)
+    said, first = str(error.value), next(name for name in whole if name not in half)
+    assert f"{path}: has {len(half)} of the {len(whole)} tensors of the model; missing: {first}" in said
+    assert said.endswith(f": it is another model, or not whole; backbone:{path} takes its backbone alone")
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "fresh", "left", "option"),
+    [
+        ({}, {"crf": "none"}, "", "crf.", "--model.crf was meanfield, is none"),
+        ({"crf": "none"}, {}, "crf.", "", "--model.crf was none, is meanfield"),
+        ({"iterations": 0}, {}, "crf.a crf.c crf.log_sigma_sm", "", "--model.iterations was 0, is 3"),
+        ({}, {"iterations": 0}, "", "crf.a crf.c crf.log_sigma_sm", "--model.iterations was 3, is 0"),
+    ],
+)
+def test_what_an_option_adds_to_the_crf_or_takes_away_is_named(tmp_path, was, now, fresh, left, option):
+    source = run_of(tmp_path, configured(dataclasses.replace(SMALL, **was))).model.state_dict()
+    config = configured(dataclasses.replace(SMALL, **now))
+    after, random = from_(tmp_path, config), build_state(config, CPU, None).model.state_dict()
+    new = [name for name in random if name.startswith(tuple(fresh.split()) or "-")]
+    gone = [name for name in source if name.startswith(tuple(left.split()) or "-")]
+    assert random.keys() - source.keys() == set(new) and source.keys() - random.keys() == set(gone)
+    parts = (("fresh, as the other model has none", new), ("left behind, as this model has none", gone))
+    said = "".join(f"; {what}: {some(sorted(names))}" for what, names in parts if names)
+    total = len(random) - len(new)
+    assert after.started == (
+        f"{total} of {total} tensors of the model from {tmp_path}, as model.*{said}; its options were others: {option}"
+    )
+    for name, tensor in after.model.state_dict().items():
+        assert torch.equal(tensor, random[name] if name in new else source[name]), name
+
+
+def test_what_no_option_explains_is_refused(tmp_path):
+    """A tensor too many among those of the model's own parts; a file of weights alone does not say its options."""
+    config = configured(SMALL)
+    whole = build_state(config, CPU, None).model.state_dict()
+    path = saved(tmp_path / "w.pt", whole | {"crf.gone": torch.zeros(1)}, config)
+    with pytest.raises(UserError, match=r"which the model has no place for: crf\.gone: it is another model"):
+        from_(path, config)
+    saved(path, whole)
+    with pytest.raises(UserError, match=r"which the model has no place for: crf\.log_sigma_smoothness"):
+        from_(path, configured(dataclasses.replace(SMALL, iterations=0)))
+    started = from_(path, configured(dataclasses.replace(SMALL, crf="none"))).started
+    assert (
+        "; left behind, as this model has none: crf.affinity, crf.coupling_logit, crf.log_scale and 9 more" in started
+    )
+
+
+def test_a_smaller_backbone_is_not_taken_for_a_part_of_a_larger_one(tmp_path):
+    """All tensors of a ResNet18 have the names and shapes of tensors of a ResNet34, whose others would be fresh."""
+    small, large = (configured(ModelConfig("mean-pool", name)) for name in ("resnet18", "resnet34"))
+    path = saved(tmp_path / "w.pt", build_model(small.model, 2).state_dict(), small)
+    with pytest.raises(UserError, match=r"--model\.backbone was resnet18, is resnet34: it is another model"):
+        from_(path, large)
 
 
 def test_a_file_of_a_backbone_gives_the_backbone_alone(tmp_path):
@@ -448,13 +538,6 @@ def test_two_processes_train_beside_a_frozen_backbone(clips, tmp_path):
     before, after = (load_checkpoint(tmp_path / name)["model"] for name in ("source", "two"))
     frozen = [name for name in after if name.startswith("backbone.")]
     assert len(frozen) == 90 and all(torch.equal(before[name], after[name]) for name in frozen)
-
-
-def test_a_model_with_other_options_has_no_other_classes(tmp_path):
-    """What another readout makes wider is not taken for what other classes make wider, and lost."""
-    run_of(tmp_path, configured(dataclasses.replace(SMALL, readout="labels")))
-    with pytest.raises(UserError, match=r"of another shape: crf\.project.*: it is another model"):
-        from_(tmp_path, configured(SMALL))
 
 
 def test_a_baseline_has_no_options_of_the_full_model(tmp_path):

@@ -1,14 +1,14 @@
 """What a model starts from: `--model.init`, resolved, and loaded by one stated rule.
 
-Of a model of ours (a run, a checkpoint, an export) comes all but the tensors whose shape depends on the number of
-classes, where that differs; those that depend on T are resampled. Where nothing beside the backbone fits (a file of a
-backbone alone, or another model around the same one), and with backbone:THAT, comes the backbone. Less than 95 % of
-either is refused.
+Of a model of ours (a run, a checkpoint, an export) comes every tensor, but for those whose shape depends on the number
+of classes, where that differs, and those of the CRF that it does not have by its own options; those that depend on T
+are resampled. Where nothing beside the backbone fits (a file of a backbone alone, or another model around the same
+one), and with backbone:THAT, comes the backbone, of which up to 5 % may be missing. All else is refused.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ from dfer.run.checkpoint import load_tensors
 from dfer.run.hub import local
 
 ALONE = "backbone:"
+OPTIONAL = (
+    "crf."  # what options may add: it adds to the features, and nothing at first; a fresh part elsewhere blinds all
+)
 COUNT = "recurrent.num_frames"  # the T that a recurrent unit counts in, among the weights
 _OF_TRAINING = {
     "init",
@@ -85,7 +88,7 @@ def start(model: nn.Module, config: ModelConfig, num_frames: int) -> str | None:
         source = _read(config.init.removeprefix(ALONE))
         if not config.init.startswith(ALONE):
             found = find_tensors(model, source.held)
-            if _is_whole(model, backbone, found):
+            if _is_alike(config, source.config) or _is_whole(model, backbone, found):
                 return _load_whole(model, config, num_frames, found, source)
         return _load_backbone(backbone, source)
     except UserError as error:
@@ -118,21 +121,42 @@ def _is_whole(model: nn.Module, backbone: FrameBackbone, found: Found) -> bool:
     return 0 < of_backbone < len(found.tensors)
 
 
+def _is_alike(config: ModelConfig, begun: Config | None) -> bool:
+    """Return whether the source says that it is such a model around such a backbone, whatever its options."""
+    return begun is not None and (begun.model.name, begun.model.backbone) == (config.name, config.backbone)
+
+
 def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: Found, source: Source) -> str:
-    """Load all that fits of a model of ours, and say how many tensors, and which are fresh or resampled."""
+    """Load all of a model of ours, and say how many tensors, and which are fresh, resampled or left behind."""
     classes = _of_other_classes(model, config, num_frames, found)
     resampled = _resampled_tensors(model, config, num_frames, found)
     misshapen = {name: tensor for name, tensor in found.misshapen.items() if name not in resampled}
     found = found._replace(tensors=found.tensors | resampled, misshapen=misshapen)
-    found = _with_count(model, num_frames, found, source.config)
+    ours = model.state_dict().keys()
+    theirs = _names_of(source.config) if source.config and _is_alike(config, source.config) else ours
+    lacking = [name for name in ours if name not in theirs and name.startswith(OPTIONAL)]
+    left = [name for name in found.surplus if name.removeprefix(found.prefix) in theirs]
+    found = found._replace(surplus=[name for name in found.surplus if name not in left])
+    if COUNT in ours and "recurrent.norm.weight" in found.tensors:
+        found = _with_count(found, num_frames, source.config)
+    options = _other_options(config, source.config.model) if source.config else ""
     try:
-        said = load_found(model, found, source.held, source.name, "the model", classes)
+        fresh = [*classes, *lacking]
+        said = load_found(model, found, source.held, source.name, "the model", fresh, enough=1.0)
     except UserError as error:
-        raise UserError(f"{error}: it is another model; {ALONE}{config.init} takes its backbone alone") from None
-    said += f"; fresh, as it has other classes: {some(sorted(classes))}" * bool(classes)
-    said += f"; resampled to {num_frames} frames: {some(sorted(resampled))}" * bool(resampled)
-    said += _retimed(model, num_frames, source.config)
-    return said + (_other_options(config, source.config.model) if source.config else "")
+        hint = f"it is another model, or not whole; {ALONE}{config.init} takes its backbone alone"
+        raise UserError(f"{error}{options}: {hint}") from None
+    parts = {"fresh, as it has other classes": classes, "fresh, as the other model has none": lacking}
+    parts |= {"left behind, as this model has none": [*left, *found.beside]}
+    parts |= {f"resampled to {num_frames} frames": list(resampled)}
+    said += "".join(f"; {what}: {some(sorted(names))}" for what, names in parts.items() if names)
+    return said + _retimed(model, num_frames, source.config) + options
+
+
+def _names_of(begun: Config) -> Collection[str]:
+    """Return the names of the tensors of a run's model."""
+    with torch.device("meta"):
+        return build_model(begun.model, _frames(begun)).state_dict().keys()
 
 
 def _resampled_tensors(model: nn.Module, config: ModelConfig, num_frames: int, found: Found) -> dict[str, Tensor]:
@@ -151,13 +175,11 @@ def _resampled_tensors(model: nn.Module, config: ModelConfig, num_frames: int, f
     }
 
 
-def _with_count(model: nn.Module, num_frames: int, found: Found, begun: Config | None) -> Found:
-    """Return what was found with the T that a recurrent unit counts in, which files of before leave to the run.
+def _with_count(found: Found, num_frames: int, begun: Config | None) -> Found:
+    """Return what was found with the T that the recurrent unit counts in, which files of before leave to the run.
 
     One of single frames has learnt nothing about time, and counts in the frames of this model.
     """
-    if COUNT not in model.state_dict() or "recurrent.norm.weight" not in found.tensors:
-        return found
     before = found.tensors.get(COUNT, torch.tensor(_frames(begun) if begun else num_frames))
     return found._replace(tensors=found.tensors | {COUNT: torch.tensor(num_frames) if before == 1 else before})
 

@@ -273,6 +273,13 @@ def test_what_an_option_adds_to_the_crf_or_takes_away_is_named(tmp_path, was, no
         assert torch.equal(tensor, random[name] if name in new else source[name]), name
 
 
+def test_fresh_widths_in_time_are_not_fitted_to_frames_that_they_never_were_of(tmp_path):
+    run_of(tmp_path, configured(dataclasses.replace(SMALL, iterations=0), 3))
+    after, fresh = from_(tmp_path, configured(SMALL, 5)), build_state(configured(SMALL, 5), CPU, None)
+    assert torch.equal(after.model.crf.log_sigma_smoothness, fresh.model.crf.log_sigma_smoothness)
+    assert "; fitted to 5 frames for 3: crf.log_sigma_appearance; " in after.started
+
+
 def test_what_no_option_explains_is_refused(tmp_path):
     """A tensor too many among those of the model's own parts; a file of weights alone does not say its options."""
     config = configured(SMALL)

@@ -26,9 +26,7 @@ from dfer.run.checkpoint import load_tensors
 from dfer.run.hub import local
 
 ALONE = "backbone:"
-OPTIONAL = (
-    "crf."  # what options may add: it adds to the features, and nothing at first; a fresh part elsewhere blinds all
-)
+OPTIONAL = "crf."  # where an option may add tensors that are fresh: a new CRF adds nothing to the features at first
 COUNT = "recurrent.num_frames"  # the T that a recurrent unit counts in, among the weights
 _OF_TRAINING = {
     "init",
@@ -150,7 +148,7 @@ def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: F
     parts |= {"left behind, as this model has none": [*left, *found.beside]}
     parts |= {f"resampled to {num_frames} frames": list(resampled)}
     said += "".join(f"; {what}: {some(sorted(names))}" for what, names in parts.items() if names)
-    return said + _retimed(model, num_frames, source.config) + options
+    return said + _retimed(model, num_frames, source.config, lacking) + options
 
 
 def _names_of(begun: Config) -> Collection[str]:
@@ -198,7 +196,7 @@ def _of_other_classes(model: nn.Module, config: ModelConfig, num_frames: int, fo
     return [name for name, tensor in found.misshapen.items() if theirs[name].shape == tensor.shape]
 
 
-def _retimed(model: nn.Module, num_frames: int, begun: Config | None) -> str:
+def _retimed(model: nn.Module, num_frames: int, begun: Config | None, fresh: Collection[str]) -> str:
     """Fit what a model has learnt in frames to clips of another number of them, and say what that was."""
     modules = [(prefix, module) for prefix, module in model.named_modules() if hasattr(module, "retime")]
     before, counted, said = _frames(begun) if begun else None, model.state_dict().get(COUNT), ""
@@ -207,8 +205,9 @@ def _retimed(model: nn.Module, num_frames: int, begun: Config | None) -> str:
     elif before not in (1, num_frames):  # from single frames nothing was learnt about time
         names = []
         for prefix, module in modules:
-            retime: Callable[[int], list[str]] = module.retime  # type: ignore[assignment]
-            names += [f"{prefix}.{name}" for name in retime(before)]
+            retime: Callable[..., list[str]] = module.retime  # type: ignore[assignment]
+            changed = retime(before, [name.removeprefix(f"{prefix}.") for name in fresh])
+            names += [f"{prefix}.{name}" for name in changed]
         said = f"; fitted to {num_frames} frames for {before}: {some(sorted(names))}" * bool(names)
     if counted is not None and counted != num_frames:
         said += f"; recurrent counts in {counted} frames, as it was trained"

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comparison import faults, page, tables
+from benchmarks.comparison import faults, page, record, tables
 from benchmarks.comparison.record import Result, append_result, data_fingerprint, find_result, portable, read_results
 from dfer.cli import Parser, UserError, in_range, one_line_errors
 from dfer.config import Config, parse_config
@@ -211,7 +211,8 @@ def finish(run: Run, data: Data, args: argparse.Namespace, folder: Path, threads
     present = [k for k in range(len(EMOTIONS)) if sum(counts[k])]
     parameters, flops = cost(run.config)
     return {
-        "row": run.row, "words": run.words, "extra": args.extra, "data": data.name, "clips": data.clips,
+        "row": run.row, "words": run.words, "extra": record.portable_words(args.extra, run.config),
+        "data": data.name, "clips": data.clips,
         "fingerprint": data.fingerprint, "budget": args.budget, "seed": run.seed, **version(), "machine": machine(),
         "jobs": args.jobs, "WAR": found[trained]["WAR"], "UAR": found[trained]["UAR"],
         "recalls": {EMOTIONS[k]: 100 * counts[k][k] / sum(counts[k]) for k in present},

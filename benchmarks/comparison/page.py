@@ -1,6 +1,7 @@
 """The tables of the record: means over seeds with intervals, and paired differences to the first row."""
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -119,7 +120,8 @@ def all_tables(results: list[Result]) -> list[tuple[str, list[list[str]], list[R
                 continue
             first = next(iter(rows.values()))
             title = f"{table}: {setting.data}, {setting.clips:,} clips, budget {setting.budget}"
-            title += f", {' '.join(setting.extra)}" if setting.extra else ""
+            extra = re.sub(r"(?<= sha256:[0-9a-f]{8})[0-9a-f]{56}\b", "", " ".join(setting.extra))
+            title += f", {extra}" if extra else ""
             runs = [run for by_seed in rows.values() for run in by_seed.values()]
             found.append((title, [cells(name, by_seed, first) for name, by_seed in rows.items()], runs))
     return found

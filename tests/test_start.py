@@ -257,7 +257,8 @@ def test_half_a_model_is_refused(tmp_path, lacking, with_config):
     ],
 )
 def test_what_an_option_adds_to_the_crf_or_takes_away_is_named(tmp_path, was, now, fresh, left, option):
-    source = run_of(tmp_path, configured(dataclasses.replace(SMALL, **was))).model.state_dict()
+    begun = configured(dataclasses.replace(SMALL, **was), ema=0.9)
+    source = run_of(tmp_path, begun).evaluated_model().state_dict()
     config = configured(dataclasses.replace(SMALL, **now))
     after, random = from_(tmp_path, config), build_state(config, CPU, None).model.state_dict()
     new = [name for name in random if name.startswith(tuple(fresh.split()) or "-")]
@@ -266,9 +267,8 @@ def test_what_an_option_adds_to_the_crf_or_takes_away_is_named(tmp_path, was, no
     parts = (("fresh, as the other model has none", new), ("left behind, as this model has none", gone))
     said = "".join(f"; {what}: {some(sorted(names))}" for what, names in parts if names)
     total = len(random) - len(new)
-    assert after.started == (
-        f"{total} of {total} tensors of the model from {tmp_path}, as model.*{said}; its options were others: {option}"
-    )
+    came = f"{total} of {total} tensors of the model from {tmp_path}, as ema.module.*"
+    assert after.started == f"{came}{said}; its options were others: {option}"
     for name, tensor in after.model.state_dict().items():
         assert torch.equal(tensor, random[name] if name in new else source[name]), name
 

@@ -145,7 +145,8 @@ def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: F
         hint = f"it is another model, or not whole; {ALONE}{config.init} takes its backbone alone"
         raise UserError(f"{error}{options}: {hint}") from None
     parts = {"fresh, as it has other classes": classes, "fresh, as the other model has none": lacking}
-    parts |= {"left behind, as this model has none": [*left, *found.beside]}
+    left = [name.removeprefix(found.prefix) for name in (*left, *found.beside)]
+    parts |= {"left behind, as this model has none": left}
     parts |= {f"resampled to {num_frames} frames": list(resampled)}
     said += "".join(f"; {what}: {some(sorted(names))}" for what, names in parts.items() if names)
     return said + _retimed(model, num_frames, source.config, lacking) + options

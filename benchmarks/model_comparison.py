@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comparison import advice, faults, page, tables
+from benchmarks.comparison import advice, faults, page, record, tables
 from benchmarks.comparison.record import (
     Result,
     append_result,
@@ -228,7 +228,8 @@ def finish(run: Run, data: Data, args: argparse.Namespace, folder: Path, threads
     present = [k for k in range(len(EMOTIONS)) if sum(counts[k])]
     parameters, flops = cost(run.config)
     return {
-        "row": run.row, "words": run.words, "extra": args.extra, "data": data.name, "clips": data.clips,
+        "row": run.row, "words": run.words, "extra": record.portable_words(args.extra, run.config),
+        "data": data.name, "clips": data.clips,
         "fingerprint": data.fingerprint, "budget": args.budget, "seed": run.seed, **version(), "machine": machine(),
         "jobs": args.jobs, "WAR": found[trained]["WAR"], "UAR": found[trained]["UAR"],
         "recalls": {EMOTIONS[k]: 100 * counts[k][k] / sum(counts[k]) for k in present},

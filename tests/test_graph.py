@@ -89,9 +89,10 @@ def told(job: Job, given: Iterator[Batch]) -> list[list[Tensor]]:
 def everything(job: Job) -> list[Tensor]:
     """All tensors that training changes, but for gradients and for how a scaler keeps its own."""
     state = job.state
-    found = [*state.model.state_dict().values(), state.guard.skipped, state.losses]
+    models = [model for model in (state.model, state.ema) if model is not None]
+    found = [t.detach() for model in models for t in (*model.parameters(), *model.buffers())]
     found += [t for kept in state.optimizer.state.values() for t in kept.values() if isinstance(t, Tensor)]
-    return found + (list(state.ema.state_dict().values()) if state.ema is not None else [])
+    return [*found, state.guard.skipped, state.losses]
 
 
 def assert_same(job: Job, want: Job, gradients: bool = True) -> None:

@@ -321,6 +321,14 @@ def test_the_recurrent_block_against_its_equations(unit, num_frames):
         torch.testing.assert_close(block(x), last_state(block, x))
 
 
+def test_a_gate_that_is_shut_has_a_gradient_at_another_number_of_frames():
+    """A sigmoid that rounds to 0, of which a power has none."""
+    block = RecurrentBlock(6, 4, num_frames=4)
+    block.cell.bias_ih.data[4:8] = -200.0
+    block(torch.randn(3, 8, 6)).sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in block.parameters())
+
+
 @torch.inference_mode()
 def test_a_frame_that_is_shown_again_and_again_is_read_as_one_that_lasts():
     """Exactly so where the gates do not hear of the state, which is in between anew."""

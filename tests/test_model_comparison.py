@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -13,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as save_safetensors
 
 from benchmarks import model_comparison as mc
 from benchmarks.comparison import advice, faults, page, record, tables
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig, parse_config
-from dfer.lists.annotations import read_annotations
+from dfer.lists.annotations import EMOTIONS, read_annotations
 from dfer.run import resolving
+from dfer.run.checkpoint import save_checkpoint
 from tests.conftest import ROOT
 from tests.test_docs import commands
 
@@ -89,6 +92,80 @@ def test_places_are_no_part_of_a_configuration():
     assert here == there and "home" not in here.to_json()
     for other in (RunConfig(amp="bf16"), RunConfig(device="cpu")):  # which round otherwise
         assert record.portable(dataclasses.replace(there, run=other)) != there
+
+
+def starting_from(init: object) -> Config:
+    run = RunConfig(device="cpu", amp="bf16")  # as `result` has it
+    return record.portable(Config(model=ModelConfig(init=str(init)), run=run))
+
+
+def test_a_file_to_start_from_is_known_by_its_content_wherever_it_lies(tmp_path):
+    config, content = starting_from("random"), b"weights"
+    for folder in ("here", "there", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w.pt").write_bytes(content if folder != "other" else b"others")
+    here, there, other = (starting_from(tmp_path / folder / "w.pt") for folder in ("here", "there", "other"))
+    assert here.model.init == f"w.pt sha256:{hashlib.sha256(content).hexdigest()}" and here == there != other
+    assert starting_from(f"backbone:{tmp_path}/here/w.pt").model.init == f"backbone:{here.model.init}"
+    for name in ("timm", "auto", "hf:org/name", "backbone:hf:org/name"):
+        assert starting_from(name).model.init == name
+    shutil.rmtree(tmp_path)  # a record is read where there are no such weights
+    assert record.portable(here) == here
+    runs = [result("dfernet", 0, 80.0, config=json.loads(c.to_json())) for c in (other, here, config)]
+    assert record.find_result(runs, there, DATA) is runs[1] and record.recorded_config(runs[1]) == here
+    with pytest.raises(UserError, match=r"^--model\.init .*gone\.pt: no such file"):
+        starting_from(tmp_path / "gone.pt")
+
+
+def test_a_run_to_start_from_is_known_by_the_weights_that_are_taken(tmp_path):
+    """Whatever else its checkpoint holds, and whatever holds them."""
+    ours, averaged = ({f"{prefix}w": torch.full((2,), 1.0 * len(prefix))} for prefix in ("", "module."))
+
+    def run(folder: str, model: dict, ema: dict | None, lr: float = 0.1) -> Config:
+        state = {"step": 1, "model": model, "ema": ema, "optimizer": {"state": {0: {"m": torch.tensor(lr)}}}}
+        path = tmp_path / folder / "stills"
+        save_checkpoint(path / "checkpoints", state | {"config": Config().to_json(), "emotions": list(EMOTIONS)})
+        return starting_from(path)
+
+    first = run("a", ours, averaged)
+    assert first.model.init.startswith("stills sha256:") and str(tmp_path) not in first.to_json()
+    assert first == run("b", ours, averaged, lr=0.2) == run("c", {"w": torch.zeros(2)}, averaged)
+    assert run("d", ours, None) != first != run("e", ours, ours)
+    folder = tmp_path / "f" / "stills"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(save_safetensors(ours))
+    assert starting_from(folder) == starting_from(tmp_path / "d" / "stills")
+
+
+def test_words_of_a_record_name_no_place(tmp_path, monkeypatch):
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    place = str(tmp_path / "w.pt")
+    config = starting_from(place)
+    for words in (["--model.init", place], [f"--model.init={place}"]):
+        told = record.portable_words([*words, "--optim.lr", "0.1"], config)
+        assert told == ["--optim.lr", "0.1", "--model.init", config.model.init]
+    told = record.portable_words(["--model.weights", place], starting_from(f"backbone:{place}"))
+    assert told == ["--model.init", f"backbone:{config.model.init}"]
+    assert record.portable_words(["--optim.lr", "0.1"], config) == ["--optim.lr", "0.1"]
+    assert record.portable(parse_config(["faces", *told])).model.init == told[1]  # as the page reads them
+    monkeypatch.setattr(page, "parse_config", lambda words: config)
+    runs = [result(row, 0, 50.0, extra=told, config=json.loads(config.to_json())) for row in ("dfernet", "mean-pool")]
+    ((title, _, _),) = page.all_tables(runs)
+    assert title.endswith(f"budget short, --model.init backbone:{config.model.init[:20]}, cpu in bf16")
+
+
+def test_the_line_of_a_run_names_no_place(tmp_path, monkeypatch):
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    run = mc.Run("dfernet", (), 0, [], starting_from(tmp_path / "w.pt"))
+    row = {"train/loss": 1.0, "epoch": run.config.optim.epochs, "throughput/total_clips_per_s": 5.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
+    numbers = {"WAR": 50.0, "UAR": 40.0, "clips": 7, "confusion": np.eye(7, dtype=int).tolist()}
+    monkeypatch.setattr(mc, "evaluate", lambda folder, test, segments, threads: dict.fromkeys(segments, numbers))
+    monkeypatch.setattr(mc, "cost", lambda config: (1, 2))
+    args = argparse.Namespace(extra=["--model.init", str(tmp_path / "w.pt")], budget="short", jobs=1)
+    data = mc.Data("faces", tmp_path, tmp_path, tmp_path, 20, DATA)
+    line = mc.finish(run, data, args, tmp_path, 1)
+    assert str(tmp_path) not in json.dumps(line) and line["extra"][1] == line["config"]["model"]["init"]
 
 
 @pytest.mark.slow  # 0.2 s for each row
@@ -208,7 +285,7 @@ def started(init: str, found: record.Result) -> record.Result:
 
 
 def test_a_recipe_is_spoken_for_by_runs_of_its_size_and_start_alone():
-    bare = tables.Choice(300, "faces", "random")
+    bare, stills = tables.Choice(300, "faces", "random"), f"backbone:x sha256:{'0' * 64}"
     runs = [result("dfernet", seed, war, clips=clips) for clips in (300, 400) for seed, war in ((0, 60.0), (1, 64.0))]
     runs += [result("r18-gru", seed, war, clips=300) for seed, war in ((0, 50.0), (1, 52.0))]
     runs += [result("mean-pool", 0, 49.0, clips=300), result("r18-lstm", 0, 90.0, clips=400, budget="long")]
@@ -218,9 +295,7 @@ def test_a_recipe_is_spoken_for_by_runs_of_its_size_and_start_alone():
         result("dfernet", 0, 99.0, clips=400, data="order"),
         started("auto", result("dfernet", 0, 99.0, clips=300)),
     ]
-    runs += [
-        started(init, result("dfernet", 0, war, clips=300)) for init, war in (("timm", 70.0), ("backbone:x", 71.0))
-    ]
+    runs += [started(init, result("dfernet", 0, war, clips=300)) for init, war in (("timm", 70.0), (stills, 71.0))]
     small, larger = (advice.cells(bare, found) for found in advice.evidence(runs, bare))
     assert small == [
         *(
@@ -244,7 +319,7 @@ def test_a_recipe_is_spoken_for_by_runs_of_its_size_and_start_alone():
         "",
     ]
     from_weights = advice.evidence(runs, bare._replace(init="timm"))
-    assert [(found.init, found.runs[0]["WAR"]) for found in from_weights] == [("backbone:x", 71.0), ("timm", 70.0)]
+    assert [(found.init, found.runs[0]["WAR"]) for found in from_weights] == [(stills, 71.0), ("timm", 70.0)]
     # Of another choice, the default is among those that it is held against.
     other = bare._replace(row="r18-gru")
     assert [(f.baseline, f.others[0]["WAR"]) for f in advice.evidence(runs, other)] == [("dfernet", 60.0)]

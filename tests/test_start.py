@@ -15,7 +15,9 @@ from dfer import cli
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, OptimConfig, config_from_json, parse_config
 from dfer.lists.annotations import EMOTIONS
+from dfer.model import DFERNet
 from dfer.model.build import build_model
+from dfer.model.pretrained import some
 from dfer.model.start import resolved
 from dfer.precision import Precision
 from dfer.run.checkpoint import load_checkpoint, save_checkpoint
@@ -23,6 +25,7 @@ from dfer.run.continuing import differences
 from dfer.run.folder import started_config
 from dfer.run.folds import with_one_start
 from dfer.run.hub import local
+from dfer.run.weight_files import save_weights
 from dfer.state import TrainState, build_state, load_trained
 from scripts.export import hub_config
 from tests.conftest import TORCHRUN, run_python
@@ -86,23 +89,72 @@ def test_an_export_starts_a_run_with_its_outputs(tmp_path):
         assert torch.equal(outputs(from_(path, config).model), outputs(model))
 
 
+@pytest.mark.parametrize("time", ["gru", "attention"])
 @pytest.mark.parametrize("exported", [False, True])
-def test_what_another_number_of_frames_changes_is_fitted_and_named(tmp_path, exported):
+def test_what_another_number_of_frames_changes_is_fitted_and_named(tmp_path, exported, time):
     """The outputs are those of the source, as it takes so many frames itself."""
-    attention = dataclasses.replace(SMALL, branches="static", time="attention")
-    before = configured(attention, 3)
+    small = dataclasses.replace(SMALL, branches="static", time=time)
+    before = configured(small, 3)
     model = run_of(tmp_path / "run", before).model
     if exported:
         model.save_pretrained(tmp_path / "run", config=hub_config(before, model))
         shutil.rmtree(tmp_path / "run" / "checkpoints")
-    after = from_(tmp_path / "run", configured(attention, 5))
+    after = from_(tmp_path / "run", configured(small, 5))
     torch.testing.assert_close(outputs(after.model, 5), outputs(model, 5))
     total = len(after.model.state_dict())
     assert after.started.startswith(f"{total} of {total} tensors of the model from ")
-    assert (
-        "; resampled to 5 frames: temporal.0.position, temporal.1.position; fitted to 5 frames for 3: " in after.started
-    )
-    assert after.started.endswith("crf.log_sigma_appearance, crf.log_sigma_smoothness")
+    fitted = "; fitted to 5 frames for 3: crf.log_sigma_appearance, crf.log_sigma_smoothness"
+    if time == "attention":
+        assert after.started.endswith(f"; resampled to 5 frames: temporal.0.position, temporal.1.position{fitted}")
+    else:
+        assert after.started.endswith(f"{fitted}; recurrent counts in 3 frames, as it was trained")
+
+
+def test_the_frames_that_a_model_counts_in_go_where_its_weights_go(tmp_path):
+    """From T = 3 to a run of T = 5: on resume, in its average, its best epoch, an export, and what starts from it."""
+    config = configured(SMALL, 3, ema=0.9)
+    source = run_of(tmp_path / "source", config).evaluated_model()
+    at_five = dataclasses.replace(config, data=dataclasses.replace(config.data, num_segments=5))
+    run = from_(tmp_path / "source", at_five)
+    content = copy.deepcopy(run.state_dict()) | {"config": at_five.to_json(), "emotions": list(EMOTIONS)}
+    save_checkpoint(tmp_path / "run" / "checkpoints", content)
+    about = {"config": at_five.to_json(), "emotions": json.dumps(list(EMOTIONS))}
+    save_weights(tmp_path / "best_WAR.safetensors", run.evaluated_model().state_dict(), about)
+    resumed = build_state(at_five, CPU, content)
+    models = [run.model, run.evaluated_model(), resumed.model, resumed.evaluated_model()]
+    for path in (tmp_path / "run", tmp_path / "best_WAR.safetensors"):
+        state = load_checkpoint(path)
+        trained_model = load_trained(state, config_from_json(state["config"], path))
+        models += [trained_model, from_(path, configured(SMALL, 7)).model]
+    trained_model.save_pretrained(tmp_path / "export", config=hub_config(at_five, trained_model))
+    models += [DFERNet.from_pretrained(tmp_path / "export"), from_(tmp_path / "export", configured(SMALL, 2)).model]
+    for num_frames in (3, 5):
+        for model in models:
+            torch.testing.assert_close(outputs(model, num_frames), outputs(source, num_frames))
+    # An average moves weights, and no number of frames.
+    for seed in range(2):
+        a_step(resumed, seed)
+    assert {m.recurrent.num_frames for m in (resumed.model, resumed.evaluated_model())} == {3}
+
+
+def test_weights_of_before_count_in_the_frames_of_their_run(tmp_path):
+    config = configured(SMALL, 3)
+    state = trained(build_state(config, CPU, None))
+    old = state.state_dict() | {"config": config.to_json(), "emotions": list(EMOTIONS)}
+    del old["model"]["recurrent.num_frames"]
+    save_checkpoint(tmp_path / "checkpoints", old)
+    for model in (
+        load_trained(old, config),
+        build_state(config, CPU, old).model,
+        from_(tmp_path, configured(SMALL, 5)).model,
+    ):
+        assert model.recurrent.num_frames == 3
+        torch.testing.assert_close(outputs(model, 4), outputs(state.model, 4))
+    plain = {name: tensor for name, tensor in old["model"].items() if not name.endswith("num_batches_tracked")}
+    torch.save(plain, tmp_path / "weights.pt")
+    after = from_(tmp_path / "weights.pt", configured(SMALL, 5))
+    assert after.model.recurrent.num_frames == 5
+    assert after.started.endswith("; it does not say of how many frames: taken for 5")
 
 
 def test_a_model_of_single_frames_tells_nothing_of_time(tmp_path):
@@ -111,6 +163,8 @@ def test_a_model_of_single_frames_tells_nothing_of_time(tmp_path):
     after = from_(tmp_path, configured(attention, 4)).model
     assert all(torch.equal(row, after.temporal[0].position[0]) for row in after.temporal[0].position)
     assert torch.equal(after.crf.log_sigma_appearance, state.model.crf.log_sigma_appearance)
+    run_of(tmp_path / "gru", configured(SMALL, 1))
+    assert from_(tmp_path / "gru", configured(SMALL, 4)).model.recurrent.num_frames == 4
 
 
 def test_options_that_change_what_the_same_weights_do_are_named(tmp_path):
@@ -138,8 +192,17 @@ def test_the_head_of_other_classes_stays_fresh_and_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"dim": 16}, r"has \d+ of the \d+ tensors of the model; of another shape: .*pyramid"),
-        ({"crf": "messages"}, "tensors of the model; missing: crf"),
+        ({"dim": 16}, r"has \d+ of the \d+ tensors of the model; of another shape: .*pyramid.* was 16, is 8: it is"),
+        (
+            {"crf": "messages"},
+            r"of another shape: crf\.readout\.weight; .*: --model\.crf was messages, is meanfield: it",
+        ),
+        ({"branches": "static"}, r"another shape: recurrent.*--model\.branches was static, is both: it is another"),
+        (
+            {"branches": "static", "time": "attention"},
+            r"missing: dynamic_.*, --model\.time was attention, is gru: it is",
+        ),
+        ({"readout": "labels"}, r"of another shape: crf\.project.*: --model\.readout was labels, is both: it"),
     ],
 )
 def test_another_model_is_refused_and_its_backbone_taken_where_that_is_said(tmp_path, source, message):
@@ -148,11 +211,97 @@ def test_another_model_is_refused_and_its_backbone_taken_where_that_is_said(tmp_
         from_(tmp_path, configured(SMALL))
     said = str(error.value)
     assert said.startswith(f"--model.init {tmp_path}: ") and "\n" not in said
-    assert said.endswith(f"; it is another model; backbone:{tmp_path} takes its backbone alone".replace(";", ":", 1))
+    assert said.endswith(f": it is another model, or not whole; backbone:{tmp_path} takes its backbone alone")
     after = from_(f"backbone:{tmp_path}", configured(SMALL))
     assert after.started == f"90 of 90 tensors of {NAME} from {tmp_path}, as model.backbone.net.*; all else is fresh"
     for name, tensor in after.model.backbone.state_dict().items():
         assert torch.equal(tensor, state.model.backbone.state_dict()[name])
+
+
+def saved(path: Path, tensors: dict[str, torch.Tensor], config: Config | None = None) -> Path:
+    """A file of weights, with the configuration of the run that they are from or without."""
+    torch.save({"model": tensors} | ({"config": config.to_json()} if config else {}), path)
+    return path
+
+
+BESIDE = ("recurrent", "head", "crf", "pyramid", "fusion", "dynamic")  # the backbone
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize(
+    "lacking", ["recurrent.", "head.", "head.2.bias", "crf.log_scale", "backbone.net.bn1.w", BESIDE]
+)
+def test_half_a_model_is_refused(tmp_path, lacking, with_config):
+    """Whatever small share it lacks. A backbone is taken alone, unless it says that it is of more."""
+    config = configured(SMALL)
+    whole = build_state(config, CPU, None).model.state_dict()
+    half = {name: tensor for name, tensor in whole.items() if not name.startswith(lacking)}
+    path = saved(tmp_path / "w.pt", half, config if with_config else None)
+    if lacking is BESIDE and not with_config:
+        assert from_(path, config).started.endswith("; all else is fresh")
+        return
+    with pytest.raises(UserError) as error:
+        from_(path, config)
+    said, first = str(error.value), next(name for name in whole if name not in half)
+    assert f"{path}: has {len(half)} of the {len(whole)} tensors of the model; missing: {first}" in said
+    assert said.endswith(f": it is another model, or not whole; backbone:{path} takes its backbone alone")
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "fresh", "left", "option"),
+    [
+        ({}, {"crf": "none"}, "", "crf.", "--model.crf was meanfield, is none"),
+        ({"crf": "none"}, {}, "crf.", "", "--model.crf was none, is meanfield"),
+        ({"iterations": 0}, {}, "crf.a crf.c crf.log_sigma_sm", "", "--model.iterations was 0, is 3"),
+        ({}, {"iterations": 0}, "", "crf.a crf.c crf.log_sigma_sm", "--model.iterations was 3, is 0"),
+    ],
+)
+def test_what_an_option_adds_to_the_crf_or_takes_away_is_named(tmp_path, was, now, fresh, left, option):
+    begun = configured(dataclasses.replace(SMALL, **was), ema=0.9)
+    source = run_of(tmp_path, begun).evaluated_model().state_dict()
+    config = configured(dataclasses.replace(SMALL, **now))
+    after, random = from_(tmp_path, config), build_state(config, CPU, None).model.state_dict()
+    new = [name for name in random if name.startswith(tuple(fresh.split()) or "-")]
+    gone = [name for name in source if name.startswith(tuple(left.split()) or "-")]
+    assert random.keys() - source.keys() == set(new) and source.keys() - random.keys() == set(gone)
+    parts = (("fresh, as the other model has none", new), ("left behind, as this model has none", gone))
+    said = "".join(f"; {what}: {some(sorted(names))}" for what, names in parts if names)
+    total = len(random) - len(new)
+    came = f"{total} of {total} tensors of the model from {tmp_path}, as ema.module.*"
+    assert after.started == f"{came}{said}; its options were others: {option}"
+    for name, tensor in after.model.state_dict().items():
+        assert torch.equal(tensor, random[name] if name in new else source[name]), name
+
+
+def test_fresh_widths_in_time_are_not_fitted_to_frames_that_they_never_were_of(tmp_path):
+    run_of(tmp_path, configured(dataclasses.replace(SMALL, iterations=0), 3))
+    after, fresh = from_(tmp_path, configured(SMALL, 5)), build_state(configured(SMALL, 5), CPU, None)
+    assert torch.equal(after.model.crf.log_sigma_smoothness, fresh.model.crf.log_sigma_smoothness)
+    assert "; fitted to 5 frames for 3: crf.log_sigma_appearance; " in after.started
+
+
+def test_what_no_option_explains_is_refused(tmp_path):
+    """A tensor too many among those of the model's own parts; a file of weights alone does not say its options."""
+    config = configured(SMALL)
+    whole = build_state(config, CPU, None).model.state_dict()
+    path = saved(tmp_path / "w.pt", whole | {"crf.gone": torch.zeros(1)}, config)
+    with pytest.raises(UserError, match=r"which the model has no place for: crf\.gone: it is another model"):
+        from_(path, config)
+    saved(path, whole)
+    with pytest.raises(UserError, match=r"which the model has no place for: crf\.log_sigma_smoothness"):
+        from_(path, configured(dataclasses.replace(SMALL, iterations=0)))
+    started = from_(path, configured(dataclasses.replace(SMALL, crf="none"))).started
+    assert (
+        "; left behind, as this model has none: crf.affinity, crf.coupling_logit, crf.log_scale and 9 more" in started
+    )
+
+
+def test_a_smaller_backbone_is_not_taken_for_a_part_of_a_larger_one(tmp_path):
+    """All tensors of a ResNet18 have the names and shapes of tensors of a ResNet34, whose others would be fresh."""
+    small, large = (configured(ModelConfig("mean-pool", name)) for name in ("resnet18", "resnet34"))
+    path = saved(tmp_path / "w.pt", build_model(small.model, 2).state_dict(), small)
+    with pytest.raises(UserError, match=r"--model\.backbone was resnet18, is resnet34: it is another model"):
+        from_(path, large)
 
 
 def test_a_file_of_a_backbone_gives_the_backbone_alone(tmp_path):
@@ -315,7 +464,7 @@ def test_a_frozen_backbone_stays_as_it_is_and_all_else_is_trained(name):
     for seed in range(2):
         a_step(state, seed)
     for key, value in state.model.state_dict().items():
-        frozen = key.startswith("backbone.")
+        frozen = key.startswith("backbone.") or key == "recurrent.num_frames"
         assert torch.equal(value, before[key]) == (frozen or (key in parameters and not value.any())), key
         assert not frozen or torch.equal(value, state.ema.module.state_dict()[key])
     assert all(p.grad is None and not p.requires_grad for p in state.model.backbone.parameters())
@@ -396,13 +545,6 @@ def test_two_processes_train_beside_a_frozen_backbone(clips, tmp_path):
     before, after = (load_checkpoint(tmp_path / name)["model"] for name in ("source", "two"))
     frozen = [name for name in after if name.startswith("backbone.")]
     assert len(frozen) == 90 and all(torch.equal(before[name], after[name]) for name in frozen)
-
-
-def test_a_model_with_other_options_has_no_other_classes(tmp_path):
-    """What another readout makes wider is not taken for what other classes make wider, and lost."""
-    run_of(tmp_path, configured(dataclasses.replace(SMALL, readout="labels")))
-    with pytest.raises(UserError, match=r"of another shape: crf\.project.*: it is another model"):
-        from_(tmp_path, configured(SMALL))
 
 
 def test_a_baseline_has_no_options_of_the_full_model(tmp_path):

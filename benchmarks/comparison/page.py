@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -137,7 +138,8 @@ def all_tables(results: list[Result]) -> list[tuple[str, list[list[str]], list[R
                 continue
             first = next(iter(rows.values()))
             title = f"{table}: {setting.data}, {setting.clips:,} clips, budget {setting.budget}"
-            title += f", {' '.join(setting.extra)}" if setting.extra else ""
+            extra = re.sub(r"(?<= sha256:[0-9a-f]{8})[0-9a-f]{56}\b", "", " ".join(setting.extra))
+            title += f", {extra}" if extra else ""
             title += f", {setting.device} in {PRECISION[setting.amp]}"
             runs = [run for by_seed in rows.values() for run in by_seed.values()]
             found.append((title, [cells(name, by_seed, first) for name, by_seed in rows.items()], runs))

@@ -1,19 +1,27 @@
 """The record of finished runs: one line of JSON each, appended, found again by what was trained on what."""
 
+import argparse
 import dataclasses
 import fcntl
 import functools
 import hashlib
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dfer.cli import UserError
 from dfer.config import Config, DataConfig, RunConfig, config_from_json
+from dfer.files import read_file
 from dfer.lists.index import load_index
+from dfer.model.pretrained import held_tensors
+from dfer.model.start import ALONE
 from dfer.run import resolving
+from dfer.run.checkpoint import load_tensors
 from dfer.run.fingerprints import fingerprint
+from dfer.run.weight_files import digest
 
 Result = dict[str, Any]
 
@@ -52,11 +60,47 @@ def append_result(path: Path, result: Result) -> None:
 
 
 def portable(config: Config) -> Config:
-    """Return a configuration without what does not change a result: places, names, decoders and the log."""
+    """Return a configuration without what does not change a result: places, names, decoders and the log.
+
+    Of weights to start from it has a name and what they are, not where they lie.
+
+    Raises:
+        UserError: if there are no such weights.
+    """
     where = ("train_list", "val_list", "root", "source", "cache", "jpeg_decoder", "video_decoder")
     data = dataclasses.replace(config.data, **{name: DataConfig.__dataclass_fields__[name].default for name in where})
     run = RunConfig(device=config.run.device, amp=config.run.amp, channels_last=config.run.channels_last)
-    return dataclasses.replace(config, data=data, run=run)
+    model = dataclasses.replace(config.model, init=_portable_init(config.model.init))
+    return dataclasses.replace(config, data=data, model=model, run=run)
+
+
+def _portable_init(init: str) -> str:
+    """Return --model.init with `NAME sha256:...` for a path: what has that form already, as in a record, stays."""
+    path = init.removeprefix(ALONE)
+    if path in ("random", "timm", "auto") or path.startswith("hf:") or re.fullmatch(r"[^/]+ sha256:[0-9a-f]{64}", path):
+        return init
+    try:
+        return f"{init[: -len(path)]}{os.path.basename(os.path.abspath(path))} sha256:{_sha256_of_weights(path)}"
+    except UserError as error:
+        raise UserError(f"--model.init {error}") from None
+
+
+@functools.cache
+def _sha256_of_weights(path: str) -> str:
+    """Return the SHA-256 of a file, or of the weights in a folder: of a run those of its average, if it has one."""
+    if not os.path.isdir(path):
+        return hashlib.sha256(read_file(Path(path))).hexdigest()
+    content = load_tensors(Path(path))
+    taken = held_tensors(content.get("ema") or content.get("model") or content)
+    return digest({f"{where}{name}": tensor for where, tensors in taken for name, tensor in tensors.items()}, {})
+
+
+def portable_words(words: Sequence[str], config: Config) -> list[str]:
+    """Return words for train.py that make a configuration with its weights to start from, as a record has both."""
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag.add_argument("--model.init", "--model.weights", dest="init")
+    found, others = flag.parse_known_args(words)
+    return [*others, "--model.init", config.model.init] if found.init is not None else list(words)
 
 
 def find_result(results: list[Result], config: Config, data: dict[str, str]) -> Result | None:

@@ -17,6 +17,7 @@ For comparison: `GaussianCRF`, continuous and linear, and `BranchMessages`, the 
 
 import contextlib
 import math
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,13 +73,18 @@ class TokenGraph(nn.Module):
         return {name for name in names if hasattr(self, name)}
 
     @torch.no_grad()
-    def retime(self, num_frames: int) -> list[str]:
+    def retime(self, num_frames: int, fresh: Collection[str] = ()) -> list[str]:
         """Take weights of a model for clips of so many frames: widths in time stay the same shares of a clip.
+
+        Args:
+            num_frames: T of that model.
+            fresh: names of parameters that are not of it, and stay as they are.
 
         Returns:
             The names of the parameters that have changed.
         """
-        names = [name for name in ("log_sigma_appearance", "log_sigma_smoothness") if hasattr(self, name)]
+        names = ("log_sigma_appearance", "log_sigma_smoothness")
+        names = [name for name in names if hasattr(self, name) and name not in fresh]
         for name in names:
             self.get_parameter(name)[0] += math.log(self.num_frames / num_frames)
         return names

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfer.cli import UserError
 
-ENOUGH = 0.95  # of a network's tensors; below it is another network's file
+ENOUGH = 0.95  # of the tensors of a network that others have saved; below it is another network's file
 
 # Renames the tensors of the network's own authors as timm calls them.
 Rename = Callable[[dict[str, Any]], dict[str, Any]]
@@ -24,6 +24,7 @@ class Found(NamedTuple):
     tensors: dict[str, Tensor]  # by the network's names
     misshapen: dict[str, Tensor]  # those in another shape, by the network's names
     surplus: list[str]  # names in the file of those that lie in the network's own blocks and that it does not have
+    beside: list[str]  # and of those under the same prefix that lie in no block of the network
 
 
 Held = list[tuple[str, dict[str, Tensor]]]  # the dictionaries of tensors in a file, and the keys that lead to each
@@ -46,7 +47,15 @@ def find_tensors(net: nn.Module, held: Held, rename: Rename | None = None) -> Fo
     return best
 
 
-def load_found(net: nn.Module, found: Found, held: Held, source: str, name: str, fresh: Collection[str] = ()) -> str:
+def load_found(
+    net: nn.Module,
+    found: Found,
+    held: Held,
+    source: str,
+    name: str,
+    fresh: Collection[str] = (),
+    enough: float = ENOUGH,
+) -> str:
     """Load what was found for a network, and say in a few words how many tensors that is.
 
     Args:
@@ -56,10 +65,11 @@ def load_found(net: nn.Module, found: Found, held: Held, source: str, name: str,
         source: where that is from, for messages.
         name: of the network, for messages.
         fresh: names of tensors that are not asked for, and stay as they are.
+        enough: the share of the network's tensors that has to be in it, and of those in its blocks there that has to
+            have a place in the network.
 
     Raises:
-        UserError: if fewer than ENOUGH of the network's tensors are in it, if one of them has another shape there, or
-            if as many in it have no place in the network.
+        UserError: if either share is less, if one of the tensors has another shape there, or if they are not finite.
     """
     wanted = [n for n in _names(net).values() if n not in fresh]
     # Old files have no counts of batches, which are of no consequence.
@@ -71,7 +81,7 @@ def load_found(net: nn.Module, found: Found, held: Held, source: str, name: str,
     misshapen = [n for n in found.misshapen if n not in fresh]
     parts = {"missing": missing, "of another shape": misshapen, f"which {name} has no place for": found.surplus}
     lacks = "".join(f"; {what}: {some(names)}" for what, names in parts.items() if names)
-    if loaded < ENOUGH * total or loaded < ENOUGH * given or misshapen:
+    if loaded < enough * total or loaded < enough * given or misshapen:
         has = some([n for _, tensors in held for n in tensors]) or "no tensors by names"
         lacks += f"; it has {has}" * (not loaded)
         raise UserError(f"{source}: has {loaded} of the {total} tensors of {name}{lacks}")
@@ -121,7 +131,7 @@ def _best(net: nn.Module, held: Held) -> Found:
     """Return what the dictionary that fits the network best has for it."""
     averaged_first = sorted(held, key=lambda found: "ema" not in found[0].lower())
     found = [_match(net, where, tensors) for where, tensors in averaged_first]
-    return max(found, key=lambda found: len(found.tensors), default=Found("", "", {}, {}, []))
+    return max(found, key=lambda found: len(found.tensors), default=Found("", "", {}, {}, [], []))
 
 
 def _match(net: nn.Module, where: str, tensors: dict[str, Tensor]) -> Found:
@@ -133,16 +143,17 @@ def _match(net: nn.Module, where: str, tensors: dict[str, Tensor]) -> Found:
         starts = (i for i in range(len(parts)) if "_".join(parts[i:]) in names)
         prefixes.update("".join(f"{part}." for part in parts[:i]) for i in starts)
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
-    fitting, misshapen, surplus = {}, {}, []
+    fitting, misshapen, surplus, beside = {}, {}, [], []
     blocks = tuple({f"{_plain(_unwrapped(name).split('.')[0])}_" for name in state})
     for given, tensor in tensors.items():
         plain = _plain(given.removeprefix(prefix))
         name = names.get(plain) if given.startswith(prefix) else None
         if name is None:
-            surplus += [given] * (given.startswith(prefix) and plain.startswith(blocks))
+            if given.startswith(prefix):
+                (surplus if plain.startswith(blocks) else beside).append(given)
         elif tensor.is_floating_point() != state[name].is_floating_point():
             misshapen[name] = tensor
         else:
             plainly = tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor
             (fitting if tensor.shape == state[name].shape else misshapen)[name] = plainly
-    return Found(where, prefix, fitting, misshapen, surplus)
+    return Found(where, prefix, fitting, misshapen, surplus, beside)

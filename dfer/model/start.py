@@ -1,14 +1,14 @@
 """What a model starts from: `--model.init`, resolved, and loaded by one stated rule.
 
-Of a model of ours (a run, a checkpoint, an export) comes all but the tensors whose shape depends on the number of
-classes, where that differs; those that depend on T are resampled. Where nothing beside the backbone fits (a file of a
-backbone alone, or another model around the same one), and with backbone:THAT, comes the backbone. Less than 95 % of
-either is refused.
+Of a model of ours (a run, a checkpoint, an export) comes every tensor, but for those whose shape depends on the number
+of classes, where that differs, and those of the CRF that it does not have by its own options; those that depend on T
+are resampled. Where nothing beside the backbone fits (a file of a backbone alone, or another model around the same
+one), and with backbone:THAT, comes the backbone, of which up to 5 % may be missing. All else is refused.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ from dfer.run.checkpoint import load_tensors
 from dfer.run.hub import local
 
 ALONE = "backbone:"
+OPTIONAL = "crf."  # where an option may add tensors that are fresh: a new CRF adds nothing to the features at first
+COUNT = "recurrent.num_frames"  # the T that a recurrent unit counts in, among the weights
 _OF_TRAINING = {
     "init",
     "freeze",
@@ -84,7 +86,7 @@ def start(model: nn.Module, config: ModelConfig, num_frames: int) -> str | None:
         source = _read(config.init.removeprefix(ALONE))
         if not config.init.startswith(ALONE):
             found = find_tensors(model, source.held)
-            if _is_whole(model, backbone, found):
+            if _is_alike(config, source.config) or _is_whole(model, backbone, found):
                 return _load_whole(model, config, num_frames, found, source)
         return _load_backbone(backbone, source)
     except UserError as error:
@@ -117,29 +119,72 @@ def _is_whole(model: nn.Module, backbone: FrameBackbone, found: Found) -> bool:
     return 0 < of_backbone < len(found.tensors)
 
 
+def _is_alike(config: ModelConfig, begun: Config | None) -> bool:
+    """Return whether the source says that it is such a model around such a backbone, whatever its options."""
+    return begun is not None and (begun.model.name, begun.model.backbone) == (config.name, config.backbone)
+
+
 def _load_whole(model: nn.Module, config: ModelConfig, num_frames: int, found: Found, source: Source) -> str:
-    """Load all that fits of a model of ours, and say how many tensors, and which are fresh or resampled."""
-    notes, fresh = "", []
-    if found.misshapen:  # what depends on what is known by building models that differ in it alone
-        frames = _shapes_that_change(model, config, num_frames + 1, len(EMOTIONS))
-        shapes = {name: ours.shape for name, ours in model.state_dict().items() if name in found.misshapen}
-        fresh = _of_other_classes(model, config, num_frames, found)
-        resampled = {
-            name: _resampled(found.misshapen[name], frames[name], shape[frames[name]])
-            for name, shape in shapes.items()
-            if name in frames and _differ_at(shape, found.misshapen[name].shape, frames[name])
-        }
-        misshapen = {name: tensor for name, tensor in found.misshapen.items() if name not in resampled}
-        found = found._replace(tensors=found.tensors | resampled, misshapen=misshapen)
-        notes += f"; fresh, as it has other classes: {some(sorted(fresh))}" * bool(fresh)
-        notes += f"; resampled to {num_frames} frames: {some(sorted(resampled))}" * bool(resampled)
+    """Load all of a model of ours, and say how many tensors, and which are fresh, resampled or left behind."""
+    classes = _of_other_classes(model, config, num_frames, found)
+    resampled = _resampled_tensors(model, config, num_frames, found)
+    misshapen = {name: tensor for name, tensor in found.misshapen.items() if name not in resampled}
+    found = found._replace(tensors=found.tensors | resampled, misshapen=misshapen)
+    ours = model.state_dict().keys()
+    theirs = _names_of(source.config) if source.config and _is_alike(config, source.config) else ours
+    lacking = [name for name in ours if name not in theirs and name.startswith(OPTIONAL)]
+    left = [name for name in found.surplus if name.removeprefix(found.prefix) in theirs]
+    found = found._replace(surplus=[name for name in found.surplus if name not in left])
+    if COUNT in ours and "recurrent.norm.weight" in found.tensors:
+        found = _with_count(found, num_frames, source.config)
+    options = _other_options(config, source.config.model) if source.config else ""
     try:
-        said = load_found(model, found, source.held, source.name, "the model", fresh)
+        fresh = [*classes, *lacking]
+        said = load_found(model, found, source.held, source.name, "the model", fresh, enough=1.0)
     except UserError as error:
-        raise UserError(f"{error}: it is another model; {ALONE}{config.init} takes its backbone alone") from None
-    if source.config:
-        notes += _retimed(model, num_frames, source.config) + _other_options(config, source.config.model)
-    return said + notes
+        hint = f"it is another model, or not whole; {ALONE}{config.init} takes its backbone alone"
+        raise UserError(f"{error}{options}: {hint}") from None
+    parts = {"fresh, as it has other classes": classes, "fresh, as the other model has none": lacking}
+    left = [name.removeprefix(found.prefix) for name in (*left, *found.beside)]
+    parts |= {"left behind, as this model has none": left}
+    parts |= {f"resampled to {num_frames} frames": list(resampled)}
+    said += "".join(f"; {what}: {some(sorted(names))}" for what, names in parts.items() if names)
+    return said + _retimed(model, num_frames, source.config, lacking) + options
+
+
+def _names_of(begun: Config) -> Collection[str]:
+    """Return the names of the tensors of a run's model."""
+    with torch.device("meta"):
+        return build_model(begun.model, _frames(begun)).state_dict().keys()
+
+
+def _resampled_tensors(model: nn.Module, config: ModelConfig, num_frames: int, found: Found) -> dict[str, Tensor]:
+    """Return those that have another shape because, and only because, they are of another number of frames, resampled.
+
+    Which they are is known by building a model that differs in that alone.
+    """
+    if not found.misshapen:
+        return {}
+    axes = _shapes_that_change(model, config, num_frames + 1, len(EMOTIONS))
+    shapes = {name: ours.shape for name, ours in model.state_dict().items() if name in axes and name in found.misshapen}
+    return {
+        name: _resampled(found.misshapen[name], axes[name], shape[axes[name]])
+        for name, shape in shapes.items()
+        if _differ_at(shape, found.misshapen[name].shape, axes[name])
+    }
+
+
+def _with_count(found: Found, num_frames: int, begun: Config | None) -> Found:
+    """Return what was found with the T that the recurrent unit counts in, which files of before leave to the run.
+
+    One of single frames has learnt nothing about time, and counts in the frames of this model.
+    """
+    before = found.tensors.get(COUNT, torch.tensor(_frames(begun) if begun else num_frames))
+    return found._replace(tensors=found.tensors | {COUNT: torch.tensor(num_frames) if before == 1 else before})
+
+
+def _frames(config: Config) -> int:
+    return config.data.num_segments * config.data.frames_per_segment
 
 
 def _of_other_classes(model: nn.Module, config: ModelConfig, num_frames: int, found: Found) -> list[str]:
@@ -152,16 +197,22 @@ def _of_other_classes(model: nn.Module, config: ModelConfig, num_frames: int, fo
     return [name for name, tensor in found.misshapen.items() if theirs[name].shape == tensor.shape]
 
 
-def _retimed(model: nn.Module, num_frames: int, begun: Config) -> str:
+def _retimed(model: nn.Module, num_frames: int, begun: Config | None, fresh: Collection[str]) -> str:
     """Fit what a model has learnt in frames to clips of another number of them, and say what that was."""
-    before = begun.data.num_segments * begun.data.frames_per_segment
-    if before in (1, num_frames):  # from single frames nothing was learnt about time
-        return ""
-    names = []
-    for prefix, module in model.named_modules():
-        retime: Callable[[int], list[str]] | None = getattr(module, "retime", None)
-        names += [f"{prefix}.{name}" for name in retime(before)] if retime else []
-    return f"; fitted to {num_frames} frames for {before}: {some(sorted(names))}" * bool(names)
+    modules = [(prefix, module) for prefix, module in model.named_modules() if hasattr(module, "retime")]
+    before, counted, said = _frames(begun) if begun else None, model.state_dict().get(COUNT), ""
+    if before is None:
+        said = f"; it does not say of how many frames: taken for {num_frames}" * bool(modules or counted is not None)
+    elif before not in (1, num_frames):  # from single frames nothing was learnt about time
+        names = []
+        for prefix, module in modules:
+            retime: Callable[..., list[str]] = module.retime  # type: ignore[assignment]
+            changed = retime(before, [name.removeprefix(f"{prefix}.") for name in fresh])
+            names += [f"{prefix}.{name}" for name in changed]
+        said = f"; fitted to {num_frames} frames for {before}: {some(sorted(names))}" * bool(names)
+    if counted is not None and counted != num_frames:
+        said += f"; recurrent counts in {counted} frames, as it was trained"
+    return said
 
 
 def _other_options(config: ModelConfig, begun: ModelConfig) -> str:

@@ -1,7 +1,7 @@
 """What reads the frames of a clip in order: a recurrent block, or convolution and attention."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,10 @@ class RecurrentBlock(nn.Module):
     would have kept. A cell of torch rather than its `nn.GRU`, where torch.compile breaks its graph and of which
     torch.export makes a program for one T.
 
+    The T that the weights count in lies with them: `state_dict` has it, and `load_state_dict` takes it over, so that
+    they mean the same in a model that is trained on at another T. It is no buffer, which an average would move. Weights
+    of versions that did not keep it count in the `num_frames` that the block was made with, as they did then.
+
     Args:
         dim: D, width of the features of a frame.
         width: E, of the state.
@@ -36,6 +40,16 @@ class RecurrentBlock(nn.Module):
         self.num_frames = num_frames
         self.norm = nn.LayerNorm(dim)
         self.cell = nn.GRUCell(dim, width) if unit == "gru" else nn.LSTMCell(dim, width)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.num_frames is not None:
+            destination[f"{prefix}num_frames"] = torch.tensor(self.num_frames)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        if self.num_frames is not None:  # torch hands over a dictionary of this module's own
+            self.num_frames = int(state_dict.pop(f"{prefix}num_frames", self.num_frames))
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B E"]:
         frames = self.norm(x).transpose(0, 1)
@@ -64,9 +78,11 @@ class RecurrentBlock(nn.Module):
         cell, (before,) = self.cell, state
         from_frame = F.linear(frame, cell.weight_ih, cell.bias_ih).chunk(3, -1)
         from_state = F.linear(before, cell.weight_hh, cell.bias_hh).chunk(3, -1)
-        reset, kept = ((a + b).sigmoid() for a, b in zip(from_frame[:2], from_state[:2], strict=True))
+        reset = (from_frame[0] + from_state[0]).sigmoid()
+        # By its logarithm: the gradient of a power is not finite at 0, which a sigmoid rounds to.
+        kept = (lasts * F.logsigmoid(from_frame[1] + from_state[1])).exp()
         new = (from_frame[2] + reset * from_state[2]).tanh()
-        return (new + kept**lasts * (before - new),)
+        return (new + kept * (before - new),)
 
 
 class TemporalBlock(nn.Module):

@@ -76,7 +76,8 @@ def evaluated_config(config: Config, args: argparse.Namespace) -> Config:
         root=args.root or (None if args.list else config.data.root),
         source="auto" if args.list else config.data.source,
         cache="off",  # each clip is read once, from whatever this list points at
-        jpeg_decoder="sms",  # decodes like any, and mixes no pixels (docs/LOG.md)
+        # No engine, which might mix pixels (docs/LOG.md).
+        jpeg_decoder="sms" if config.data.jpeg_decoder in ("engine", "mixed") else config.data.jpeg_decoder,
         video_decoder="cores" if config.preset == "exported" else config.data.video_decoder,  # its file names none
         batch_size=args.batch_size or config.data.batch_size,
         views=args.views or config.data.views,

@@ -57,7 +57,11 @@ def test_a_profiled_run_is_the_same_run_to_the_bit(clips, tmp_path):
 
     assert not (tmp_path / "plain" / TRACE).exists()
     found = names_in(tmp_path / "profiled" / TRACE)
-    assert {name: found[name] for name in NAMES | {"step"}} == dict.fromkeys(NAMES | {"step"}, 2)
+    names = NAMES - {"reading"} | {"step"}
+    assert {name: found[name] for name in names} == dict.fromkeys(names, 2)
+    assert (
+        2 <= found["reading"] <= 4
+    )  # with the last step the evaluation and the next epoch begin, if their files are read
     log = (tmp_path / "profiled" / "log.txt").read_text()
     assert log.count("2 steps:") == 1 and TRACE in log and "100.0 %" in log
 

@@ -537,9 +537,11 @@ def standard_error(result: dict[str, Any]) -> float:
 # trains the first version's model on the same lists, which averaged the frames of one branch under attention.
 LEARNT = {
     "order": ("order", lambda run: run["WAR"] >= 95),
+    # A still face misleads: by one branch and attention, as the first version had it, 44 % are right.
+    "identity": ("order", lambda run: run["WAR"] >= 70),
     # Trained on two frames of each clip, it sees more of them later, which must not hurt.
     "two-frames": ("pair", lambda run: run["WAR_at"]["8"] >= run["WAR"] - standard_error(run)),
-}  # `identity`, where the resting face says another class, no model has learnt from its 400 clips yet
+}
 
 
 @pytest.mark.slow  # a training each

@@ -281,7 +281,9 @@ def _parse(words: list[str], default: Config) -> Config:
 
 
 def _named_as_now(words: list[str]) -> list[str]:
-    """Return a command's words with --model.init for --model.weights, as it was called once."""
+    """Return a command's words with --model.init for --model.weights, as it was called once, and refuse others."""
+    if any(re.match(r"--data\.jpeg[-_]engine(=|$)", word) for word in words):
+        raise UserError("--data.jpeg-engine: is --data.jpeg-decoder now; sms is 0, engine 1, mixed in between")
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--model.weights=") else [word])]
     for at in (i for i, word in enumerate(words[:-1]) if word == "--model.weights"):
         words[at : at + 2] = ["--model.init", _init_of(None if words[at + 1] == "None" else words[at + 1])]

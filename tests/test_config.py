@@ -72,6 +72,8 @@ def test_a_config_saved_by_an_older_version_is_read():
         (["--recipe", "original"], "--recipe"),
         (["--recipe"], "--recipe"),
         (["--data.recipe", "ial"], "--data.recipe: is --recipe now, and sets optimizer, schedule"),
+        (["--data.jpeg-engine", "0.5"], "--data.jpeg-engine: is --data.jpeg-decoder now; sms is 0, engine 1"),
+        (["--data.jpeg_engine=1"], "--data.jpeg-engine: is --data.jpeg-decoder now; sms is 0, engine 1"),
         (["--data.recipe=ial"], "--data.recipe: is --recipe now, and sets optimizer, schedule"),
         (["--data.balance", "half"], "--data.balance"),
         (["--loss.kind", "hinge"], "--loss.kind"),

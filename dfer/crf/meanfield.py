@@ -26,7 +26,7 @@ class Features(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """How `meanfield` sums; of what it returns that changes the rounding alone, and whether it is diagnosed."""
+    """How `meanfield` computes: neither backend nor operands change more than the rounding of what it returns."""
 
     backend: Backend = "auto"  # see backends.py
     # Type to which operands of matrix products are rounded (points, marginals, values); that of `unary` if not given.
@@ -174,10 +174,10 @@ def _infer(pairs: Pairs, problem: _Problem, damping: Tensor | None, bounds: Tens
     for iteration in range(problem.iterations):
         smooth = None if smoothness is None else smoothness.sweep(q) @ compatibility[1]
         first = values if iteration == 0 else None
-        before = q
+        if problem.diagnosed:
+            marginals.append(q)
         logits, q, message, swept_now = pairs.step(q, logits, unary, smooth, compatibility[0], eta, first)
         if problem.diagnosed:
-            marginals.append(before)
             messages.append(message)
         swept = swept_now if iteration == 0 else swept
     if values is not None and problem.iterations == 0:

@@ -181,7 +181,7 @@ class Graphs:
         """Capture a function and replay it; where one process cannot, none does, and all call it."""
         why = None
         for left in reversed(range(self._attempts)):
-            replay, why = self._captured(function)
+            replay, why = self._try_to_capture(function)
             if replay is not None and why is None:
                 self._replays[name] = replay
                 replay()
@@ -193,7 +193,7 @@ class Graphs:
         recover()
         function()
 
-    def _captured(self, function: Function) -> tuple[Function | None, str | None]:
+    def _try_to_capture(self, function: Function) -> tuple[Function | None, str | None]:
         """Return the replay of a function if it could be captured, and why one of the processes cannot."""
         assert self._backend is not None
         self._agree(None)  # all are here: none is still busy with an exchange that another waits for

@@ -205,8 +205,9 @@ def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     """Return a job with what takes its steps."""
     optim = job.config.optim
     step = TrainingStep(job, loss_of, graphs)
-    if job.world.is_main and job.world.device.type == "cuda":
-        say_once("Triton compiles kernels for this GPU, which takes up to a minute the first time")
+    triton = job.config.run.fused not in ("auto", "off") or any(crf.backend == "triton" for crf in _crfs_of(job))
+    if triton and job.world.device.type == "cuda":
+        say_once("Triton's kernels for this GPU are compiled, if they were not before")
     step.notes += [note for note in (_fused(job), _crf(job)) if note is not None]
     if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
         step.notes.append(f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside")

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,6 +235,28 @@ def test_the_largest_loss_at_another_t_is_that_of_each_seed():
     assert row["largest loss at another T"] == "6.0 ± 50.8" and row["WAR at 4"].startswith("66.5 ")
     gains = result("dfernet", 0, 70.0, WAR_at={"2": 70.0} | {str(n): 75.0 for n in tables.SEGMENTS})
     assert page.largest_loss(gains) == -5.0  # trained at T = 2, better at all others
+
+
+def test_a_run_is_asked_for_other_lengths_where_they_count_and_only_then():
+    args = mc.parser().parse_args([])
+    few, crf, branches = (
+        mc.parser().parse_args(w.split()) for w in ("--clips 9", "--ablation crf", "--ablation branches")
+    )
+    assert [mc.segments_of(Config(), a) for a in (few, crf)] == [[Config().data.num_segments]] * 2
+    assert [mc.segments_of(Config(), a) for a in (args, branches)] == [[4, 8, 16, 32]] * 2
+    short = result("dfernet", 0, 60.0, WAR_at={"16": 60.0})
+    config = record.recorded_config(short)
+    assert config is not None
+    data = mc.Data("faces", Path("a"), Path("b"), Path("b"), 1400, DATA)
+    run = mc.Run("dfernet", (), 0, [], config)
+    assert mc.is_done(run, [short], data, crf) and not mc.is_done(run, [short], data, args)
+    assert mc.is_done(run, [short, result("dfernet", 0, 61.0)], data, args) and not mc.is_done(run, [], data, crf)
+    # A table of both shows the lengths of the runs that have them.
+    runs = {0: short, 1: result("dfernet", 1, 70.0)}
+    row = dict(zip(page.COLUMNS, page.cells("dfernet", runs, runs), strict=True))
+    assert row["WAR"].startswith("65.0") and row["WAR at 4"] == "70.0" and row["largest loss at another T"] == "0.0"
+    row = dict(zip(page.COLUMNS, page.cells("dfernet", {0: short}, runs), strict=True))
+    assert row["WAR at 4"] == row["largest loss at another T"] == "" and row["parameters"] == "13.1 M"
 
 
 def test_the_short_budget_is_that_of_the_preset_and_has_a_twin_at_another_t():

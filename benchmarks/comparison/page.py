@@ -57,6 +57,15 @@ def largest_loss(result: Result) -> float:
     return result["WAR"] - min(result["WAR_at"][str(n)] for n in SEGMENTS)
 
 
+def at_lengths(runs: list[Result]) -> list[str]:
+    """Return the cells of WAR at other T, of those runs that were evaluated there, and of the largest loss."""
+    found = [run for run in runs if all(str(n) in run["WAR_at"] for n in SEGMENTS)]
+    if not found:
+        return ["" for _ in SEGMENTS] + [""]
+    row = [with_interval([run["WAR_at"][str(n)] for run in found]) for n in SEGMENTS]
+    return [*row, with_interval([largest_loss(run) for run in found])]
+
+
 def difference(first: dict[int, Result], other: dict[int, Result], key: str) -> str:
     """Return by how much the first row is ahead on the seeds that both have: mean, standard error, 95 % interval."""
     gains = [first[seed][key] - other[seed][key] for seed in sorted(first.keys() & other.keys())]
@@ -119,8 +128,7 @@ def cells(name: str, runs: dict[int, Result], first: dict[int, Result]) -> list[
     rarest = ours[0]["rarest"]
     row = [name, str(len(ours)), *(with_interval([r[key] for r in ours]) for key in ("WAR", "UAR"))]
     row.append(f"{rarest} {with_interval([r['recalls'][rarest] for r in ours])}")
-    row += [with_interval([r["WAR_at"][str(n)] for r in ours]) for n in SEGMENTS]
-    row.append(with_interval([largest_loss(r) for r in ours]))
+    row += at_lengths(ours)
     row += ["", ""] if runs is first else [difference(first, runs, key) for key in ("WAR", "UAR")]
     speeds = [r["clips_per_s"] for r in ours]
     row += [f"{ours[0]['parameters'] / 1e6:.1f} M", f"{ours[0]['flops'] / 1e9:.2f}"]

@@ -17,10 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 Item = TypeVar("Item")
 
@@ -75,6 +72,9 @@ def missing_packages(*packages: str) -> list[str]:
     return missing
 
 
+# How often a thread of libgomp, torch's pool on Linux, looks whether the others are done before it sleeps. Its own
+# 300,000 hold a core for milliseconds, in which a thread that is waited for could run, if other work has its core.
+_SPINS = "3000"
 _GONE = "the folder that this was started in is gone: cd to another"
 
 
@@ -102,6 +102,8 @@ def begin(program: str, loads: str = "") -> None:
         say_error(f"{program}: DALI needs docstrings: leave out -OO or PYTHONOPTIMIZE=2 (-O is fine)")
         sys.exit(EXIT_USAGE)
     if loads:
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when torch is loaded
         gc.disable()  # a quarter of the imports' time would go into looking for garbage among what they make for good
         try:
             os.getcwd()
@@ -259,21 +261,6 @@ def say_error(line: str) -> None:
     if sys.stderr is not None:  # closed, in a process that is no command of ours
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
-
-
-def show_table(*tables: "Table") -> None:
-    """Print the first of some tables that the terminal is wide enough for, else the last one: whole in any case.
-
-    Rich by itself ends what does not fit with an ellipsis, figures too.
-    """
-    from rich.console import Console
-
-    width, needed = Console().width, 0
-    for table in tables:
-        needed = Console(width=10_000).measure(table).minimum
-        if needed <= width:
-            break
-    Console(highlight=False, width=max(needed, width)).print(table)
 
 
 @functools.cache

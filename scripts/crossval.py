@@ -26,12 +26,13 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("crossval", "torch and timm")
-from dfer.cli import Parser, UserError, command_of, in_range, one_line_errors, show_table
+from dfer.cli import Parser, UserError, command_of, in_range, one_line_errors
 from dfer.config import PRESETS, Config, begun_config, parse_config
 from dfer.files import reason, write_whole
 from dfer.lists.folds import check_folds, find_folds, write_folds
 from dfer.report.fold_results import collect, read_finished
 from dfer.report.folds import write_folds_report
+from dfer.run.console import show_table
 from dfer.run.folds import (
     BEST,
     FoldRun,

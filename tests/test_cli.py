@@ -232,6 +232,19 @@ def test_torch_takes_no_more_threads_than_there_are_cores(monkeypatch):
     assert taken == [3, 2]
 
 
+@pytest.mark.parametrize(
+    ("said", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_of_a_command_sleep_soon_where_nobody_says_otherwise(said, spins):
+    """Torch's own library for threads is asked, by itself: all of torch takes seconds."""
+    load = "from importlib.util import find_spec; from pathlib import Path; import ctypes; from dfer.cli import begin\n"
+    load += "begin('x', 'torch'); lib, = Path(find_spec('torch').origin).parent.glob('lib/libgomp*'); ctypes.CDLL(lib)"
+    outside = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env = outside | {"OMP_DISPLAY_ENV": "VERBOSE"} | said
+    done = subprocess.run([sys.executable, "-c", load], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == [spins], done.stderr
+
+
 # What takes seconds to load, and a command that is wrong need not wait for.
 COMPILERS = ("numba", "llvmlite", "torch._dynamo", "torch._inductor", "triton", "wandb", "timm", "nvidia.dali")
 NEEDLESS = {"predict": COMPILERS, "evaluate": COMPILERS, "export": COMPILERS, "check_list": ("torch", *COMPILERS)}

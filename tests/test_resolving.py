@@ -248,7 +248,7 @@ def test_work_beside_several_threads_is_said(tmp_path):
     two, one, gpu = (RunConfig(device=d, threads=n) for d, n in (("cpu", 2), ("cpu", 1), ("cuda", 2)))
     configs = [dataclasses.replace(PRESETS["debug"](False), run=run) for run in (two, one, gpu)]
     said = [busy_beside(config, pressure) for config in configs]
-    assert said[0].startswith("other work waits for these cores 87 % of the time: 2 threads, which wait ")
+    assert said[0].startswith("other work waits for these cores 87 % of the time, and slows this run; one that begins ")
     assert said[1:] == [None, None]
     pressure.write_text("some avg10=24.00 avg60=90.00 avg300=90.50 total=7\n")
     assert busy_beside(configs[0], pressure) is busy_beside(configs[0], tmp_path / "none") is None

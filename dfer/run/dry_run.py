@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
-from dfer.cli import UserError, show_table
+from dfer.cli import UserError
 from dfer.config import Config, begun_config
 from dfer.files import free_bytes
 from dfer.lists.annotations import EMOTIONS
@@ -19,6 +19,7 @@ from dfer.plan.balance import describe_draws
 from dfer.recipes import deviations
 from dfer.run import distributed
 from dfer.run.checkpoint import KEPT, decode_state, find_manifests, newest_checkpoint
+from dfer.run.console import show_table
 from dfer.run.continuing import differences
 from dfer.run.distributed import World
 from dfer.run.folder import continued_config

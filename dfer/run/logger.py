@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dfer.batch import Batch
-from dfer.cli import UserError, show_table
+from dfer.cli import UserError
 from dfer.config import Config
 from dfer.evaluation import Evaluation
 from dfer.files import write_whole
@@ -26,6 +26,7 @@ from dfer.metrics import ConfusionMatrix, flop_share, peak_memory
 from dfer.plan.balance import describe_draws
 from dfer.recipes import deviations
 from dfer.run import distributed
+from dfer.run.console import show_table
 from dfer.run.continuing import continuing_command
 from dfer.run.predictions import read_predictions
 from dfer.run.resolving import busy_beside, in_words, short_of_cores

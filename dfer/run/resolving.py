@@ -120,6 +120,6 @@ def busy_beside(config: Config, pressure: Path = Path("/proc/pressure/cpu")) -> 
     if config.run.device != "cpu" or config.run.threads < 2 or waited < _BUSY:
         return None
     return (
-        f"other work waits for these cores {waited:.0f} % of the time: {config.run.threads} threads, which wait for "
-        "each other all the time, may be slower beside it than one: a run that begins with --run.threads 1"
+        f"other work waits for these cores {waited:.0f} % of the time, and slows this run; one that begins as a process "
+        "for each core, by torchrun, gets more of them (docs/speed.md)"
     )

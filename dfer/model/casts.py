@@ -51,7 +51,6 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters(path, recurse=False)
         if parameter.dtype is torch.float32
     }
-    distinct = list(dict.fromkeys(found.values()))  # what two layers share is cast once, or its gradient rounds twice
-    made: Any = _CastTogether.apply(dtype, *distinct)
-    cast = dict(zip(distinct, made, strict=True))
-    return {name: cast[parameter] for name, parameter in found.items()}
+    made: Any = _CastTogether.apply(dtype, *found.values())
+    of_parameter = dict(zip(found.values(), made, strict=True))  # one for layers that share it: a sum is rounded once
+    return {name: of_parameter[parameter] for name, parameter in found.items()}

@@ -16,10 +16,11 @@ from dfer.model.build import build_model
 from dfer.model.casts import cast_weights
 from dfer.precision import Precision
 from dfer.run import graph
-from dfer.run.graph import Graphs, resolved_graph
+from dfer.run.algorithms import chosen_algorithms
+from dfer.run.graph import CudaGraphs, Graphs, resolved_graph
 from dfer.run.step import with_step
 from tests.recorded import Recorder
-from tests.test_graph import NUM_STEPS, SMALL, WORLD, assert_same, batches, configured, job_of, told
+from tests.test_graph import NUM_STEPS, SMALL, WORLD, assert_same, batches, configured, job_of, on_card, told
 from train import training_loss
 
 BF16 = Precision(torch.device("cpu"), torch.bfloat16, True)
@@ -67,13 +68,12 @@ def test_training_is_autocast_s_to_the_bit(accumulate, recorded):
         assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
 
 
-def test_a_step_has_two_casts_for_all_weights():
-    """And none for one alone, while autocast casts all of them alone, so that the test would see one."""
+def check_casts(device: torch.device) -> None:
     found = []
-    for precision in (BF16, AT_ONCE):
-        job = job_of(configured(), None, precision=precision)
+    for at_once in (False, True):
+        job = job_of(configured(), None, precision=BF16._replace(device=device, at_once=at_once))
         with Casts(job.state.model) as casts:
-            told(job, batches(1))
+            told(job, batches(1) if device.type == "cpu" else on_card(batches(1)))
         found.append(casts)
     apart, at_once = found
     number = len(cast_weights(job.state.model, torch.bfloat16))
@@ -82,9 +82,13 @@ def test_a_step_has_two_casts_for_all_weights():
     assert apart.single - at_once.single == 2 * number
 
 
-def clips_of(size: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 2, size, size, 3, generator=generator).permute(0, 1, 4, 2, 3)
+def test_a_step_has_two_casts_for_all_weights():
+    """And none for one alone, while autocast casts all of them alone, so that the test would see one."""
+    check_casts(torch.device("cpu"))
+
+
+def clips_of() -> Tensor:
+    return next(batches(1)).clips
 
 
 def passed(model: nn.Module, precision: Precision, clips: Tensor) -> dict[str, Tensor | None]:
@@ -237,3 +241,33 @@ def test_auto_casts_at_once_where_autocast_does_and_one_process_trains(monkeypat
     assert [chosen(amp="bf16", compile=True), chosen(amp="bf16", fused="both")] == ["off", "both"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen(amp="bf16") == "off"
+
+
+# ---- On a card.
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_has_two_casts_for_all_weights():
+    """And gradients have strides with which they go through one kernel."""
+    check_casts(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_a_gpu_training_is_autocast_s_to_the_bit(dtype, accumulate):
+    """Eager steps and a graph's, a skipped one among them, and what is evaluated after them."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    config, jobs, predicted = configured(accumulate=accumulate), [], []
+    with chosen_algorithms(RunConfig(deterministic=True)):
+        for at_once, backend in ((False, None), (True, None), (True, CudaGraphs(device))):
+            job = job_of(config, backend, precision=Precision(device, dtype, True, at_once))
+            told(job, on_card(batches(20 * accumulate, harmed=(7,))))
+            job.state.evaluated_model().eval()
+            with torch.no_grad():
+                predicted.append([job.step.predict(b.clips).clone() for b in on_card(batches(5))])
+            jobs.append(job)
+    assert jobs[2].step.graphs.active and jobs[2].step.take_note() is None
+    for job, probabilities_of in zip(jobs[1:], predicted[1:], strict=True):
+        assert_same(job, jobs[0])
+        assert all(torch.equal(a, b) for a, b in zip(probabilities_of, predicted[0], strict=True))

@@ -1,8 +1,8 @@
 """The weights of a forward pass under autocast, cast at once, and their gradients cast back at once.
 
-Autocast has a kernel for each weight, and in the backward pass another one for each gradient: some 75 and 75 small ones
-in a step of the default model, whose launches cost more than their bytes. The leaves stay the float32 parameters, so
-that clipping, averages, optimizers and checkpoints know nothing of it.
+Autocast has a kernel for each weight, and in the backward pass another one for each gradient: 35 and 35 small ones in a
+step of the default model, 48 and 48 with attention in one branch. The leaves stay the float32 parameters, so that
+clipping, averages, optimizers and checkpoints know nothing of it.
 """
 
 from typing import Any

@@ -230,6 +230,18 @@ def test_what_is_cast_at_once_is_what_fused_says():
         assert found == (False, f"--run.fused weights: {why}; weights are cast one by one")
 
 
+@pytest.mark.parametrize(("fused", "kinds"), [("all", {"FusedNorm"}), ("weights", {"BatchNorm2d"})])
+def test_all_is_the_layers_too(monkeypatch, fused, kinds):
+    monkeypatch.setattr("dfer.run.step.why_not", lambda device, dtype: None)
+    job = job_of(configured(), None, precision=BF16)
+    config = dataclasses.replace(configured(), run=RunConfig(fused=fused))
+    on_gpu = job._replace(config=config, precision=BF16._replace(device=torch.device("cuda")))
+    job = with_step(on_gpu, training_loss, Graphs(None))
+    assert job.precision.at_once and job.step.take_note() is None
+    for model in (job.state.model, job.state.evaluated_model()):
+        assert {type(m).__name__ for m in model.modules()} & {"FusedNorm", "BatchNorm2d"} == kinds
+
+
 def test_auto_casts_at_once_where_autocast_does_and_one_process_trains(monkeypatch):
     def chosen(size: int = 1, **run) -> str:
         monkeypatch.setattr(graph, "find_place", lambda: dataclasses.replace(WORLD, size=size))

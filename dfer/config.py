@@ -123,8 +123,9 @@ class RunConfig:
     """torch.compile the model."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Launch a whole step on a GPU at once, as a CUDA graph; auto = where one process trains on one."""
-    fused: Literal["auto", "norm", "pool", "both", "off"] = "auto"
-    """Which layers of a ResNet take fewer passes, by Triton kernels on a GPU; auto = both where steps are graphs."""
+    fused: Literal["auto", "norm", "pool", "both", "weights", "all", "off"] = "auto"
+    """What takes fewer passes: layers of a ResNet, by Triton kernels on a GPU (norm, pool, both), mixed precision's
+    casts of weights, or all; auto = all where steps are graphs, but both without casts or of several processes."""
     threads: Annotated[int, Range(0, 4096)] = 0
     """Threads of torch on a CPU; 0 = the cores there are. A run keeps their number, as another one rounds otherwise."""
     deterministic: bool = False

@@ -5,21 +5,27 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dfer.cli import UserError
 from dfer.config import Amp, RunConfig
 from dfer.model import Prediction
+from dfer.model.casts import cast_weights
 
 
 class Precision(NamedTuple):
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None: float32, which cuDNN's convolutions round to TF32 on a GPU
     channels_last: bool
+    at_once: bool = False  # autocast's casts of weights are done by one kernel; the bits are the same
 
     def forward(self, model: nn.Module, clips: Float[Tensor, "B T 3 H W"]) -> Prediction:
         """Return what a model makes of clips as the loader gives them, which are channels-last in memory."""
+        clips = self.layout(clips)
         with self.autocast():
-            return model(self.layout(clips))
+            if self.dtype is None or not self.at_once:
+                return model(clips)
+            return functional_call(model, cast_weights(model, self.dtype), (clips,), tie_weights=False)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which a forward pass runs."""

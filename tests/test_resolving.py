@@ -191,7 +191,7 @@ def test_several_processes_go_on_with_graphs_where_that_is_typed(machine, begin,
         monkeypatch.setenv(name, str(value))
     found = [again(tmp_path, "debug", *typed).run for typed in ((), ("--run.graph", "on"), ("--run.graph", "auto"))]
     assert [run.graph for run in found] == ["off", "on", "off"]
-    assert [run.fused for run in found] == [config.run.fused] * 3 == ["both"] * 3
+    assert [run.fused for run in found] == [config.run.fused] * 3 == ["all"] * 3
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert again(tmp_path, "debug").run.graph == "on"
 
@@ -263,7 +263,7 @@ def test_what_was_settled_is_one_line(machine):
     machine(80)
     line = in_words(settled(parse_config(["dfew"])), CPU)
     assert (
-        "cuda, amp bf16, CRF triton, cache off, images by sms, videos by cores, graph on, fused both, "
+        "cuda, amp bf16, CRF triton, cache off, images by sms, videos by cores, graph on, fused all, "
         "batches of 128 clips, peak rate 0.002" in line
     )
 

@@ -133,12 +133,19 @@ def same_bits(setting: Setting, count: int, first: list[float], again: list[floa
 def bits_of_fixed_algorithms(setting: Setting, **model: bool) -> Iterator[Row]:
     """The same training in the mode of fixed algorithms: eagerly twice, as a graph, and as a graph that is continued.
 
-    All have to end with the same bits. `dropout` is drawn in each of their steps: its masks are the same too.
+    And as one that casts weights at once. All have to end with the same bits. `dropout` is drawn in each of their
+    steps: its masks are the same too.
     """
     count, whose = setting.long_train_steps, ", default model" if model else ""
     first, want = _course(setting, count, model)
-    for name, graph, cut in (("eager again", False, 0), ("a graph", True, 0), ("a graph, continued", True, count // 2)):
-        course, weights = _course(setting, count, model, graph, cut)
+    graph, cast = {"graph": True}, {"graph": True, "fused": "weights"}
+    for name, how, cut in (
+        ("eager again", {}, 0),
+        ("a graph", graph, 0),
+        ("a graph, continued", graph, count // 2),
+        ("a graph, weights cast at once", cast, 0),
+    ):
+        course, weights = _course(setting, count, model | how, cut)
         same = sum(a == b for a, b in zip(first, course, strict=True))
         equal = all(torch.equal(weights[key], value) for key, value in want.items())
         what = f"fixed algorithms{whose}, {count} steps of {name} against eager: losses of the same bits"
@@ -146,14 +153,14 @@ def bits_of_fixed_algorithms(setting: Setting, **model: bool) -> Iterator[Row]:
 
 
 def _course(
-    setting: Setting, count: int, model: dict[str, bool], graph: bool = False, cut: int = 0
+    setting: Setting, count: int, how: dict[str, Any], cut: int = 0
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of a training with fixed algorithms and its weights, begun anew from its state after `cut` steps."""
-    step = training_step(setting, deterministic=True, graph=graph, **model)
+    step = training_step(setting, deterministic=True, **how)
     course = losses(setting, step, cut)
     if cut:
         saved = copy.deepcopy(step.state.state_dict())
-        step = training_step(setting, deterministic=True, graph=graph, **model)
+        step = training_step(setting, deterministic=True, **how)
         step.restore(saved, cut)
     return course + losses(setting, step, count, first=cut), step.model.state_dict()
 

@@ -14,7 +14,7 @@ HERE = "benchmarks.gpu_parts"
 PARTS = ("data", "ceilings", "loaders", "step", "training", "checks", "peers", "warm", "grid")
 ASKED = ("peers", "warm", "grid")  # parts that are done only if they are asked for
 SOURCES = ("frames", "shards144", "raw128", "video")
-GRAPH, FIXED, FUSED, DEFAULT = {"graph": True}, {"deterministic": True}, {"fused": "both"}, {"default": True}
+GRAPH, FIXED, FUSED, DEFAULT = {"graph": True}, {"deterministic": True}, {"fused": "all"}, {"default": True}
 TRITON, BF16, CUDNN = {"crf_backend": "triton"}, {"bf16_input": True}, {"cudnn_benchmark": True}
 FAST = GRAPH | FUSED | TRITON | CUDNN  # as train.py takes its steps on a card
 SINGLE = {  # options apart and together, all of the first version's model, which the first figures of a card were of
@@ -22,6 +22,7 @@ SINGLE = {  # options apart and together, all of the first version's model, whic
     "fused": FUSED,
     "fused norm": {"fused": "norm"},
     "fused pool": {"fused": "pool"},
+    "fused weights": {"fused": "weights"},
     "Triton CRF": TRITON,
     "bf16 input": BF16,
     "cudnn.benchmark": CUDNN,
@@ -105,6 +106,8 @@ def the_rest() -> list[Case]:
         check("two processes", "two_processes"),
         *decoders(),
         share_of_crf(FAST | {"crf_backend": "dense"}),
+        gain("weights cast at once", FAST, FAST | {"fused": "both"}),
+        Case("step", "stem padded", f"{HERE}.stem", "padded", limit_s=60),
     ]
 
 
@@ -151,6 +154,11 @@ def floors(name: str, default: bool = False) -> Case:
 def operators(name: str, options: dict) -> Case:
     work = {"name": name, "options": options}
     return Case("step", f"operators of a step {name}", f"{HERE}.steps", "operators", work, limit_s=60)
+
+
+def gain(name: str, options: dict, base: dict) -> Case:
+    work = {"name": name, "options": options, "base": base}
+    return Case("step", f"gain of {name}", f"{HERE}.steps", "gain", work, limit_s=90)
 
 
 def share_of_crf(options: dict) -> Case:

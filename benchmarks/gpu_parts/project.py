@@ -29,7 +29,7 @@ from dfer.losses import build_objective
 from dfer.metrics import PEAK_FLOPS, peak_flops
 from dfer.model import fused as fused_layers
 from dfer.model.build import build_model
-from dfer.model.fused import Parts, fuse, why_not
+from dfer.model.fused import fuse, why_not
 from dfer.optim.optimizers import build_optimizer
 from dfer.optim.schedule import Schedule
 from dfer.plan.augmentation import Augmentation
@@ -40,7 +40,7 @@ from dfer.run import distributed
 from dfer.run.algorithms import chosen_algorithms
 from dfer.run.distributed import World
 from dfer.run.graph import CudaGraphs, Graphs, together
-from dfer.run.step import TrainingStep
+from dfer.run.step import LAYERS, TrainingStep
 from dfer.state import Job, TrainState
 
 __all__ = [
@@ -224,7 +224,7 @@ class Step:
     def __init__(self, setting: Setting, config: Config, model: nn.Module, options: "StepOptions"):
         self.model, self._options, self._number = model, options, 0
         device = torch.device(setting.device)
-        precision = Precision(device, torch.bfloat16, config.run.channels_last)
+        precision = Precision(device, torch.bfloat16, config.run.channels_last, options.at_once)
         self.state = TrainState(model, optimizer_of(model), precision.scaler(), None)
         world, schedule = World(0, 1, 0, 1, device), Schedule(1e-3, 0, 10**6, 10**6)
         objective, nothing = build_objective(config.loss, []), cast(Any, None)  # it takes its batches from elsewhere
@@ -289,6 +289,7 @@ class StepOptions(NamedTuple):
     graph: bool = False
     deterministic: bool = False
     ddp: bool = False  # of one process
+    at_once: bool = False  # casts of weights
 
 
 def training_step(
@@ -299,25 +300,25 @@ def training_step(
     crf: bool = True,
     default: bool = False,
     nudge: float = 0.0,
-    fused: Parts | None = None,
+    fused: str = "off",
     **how: bool,
 ) -> Step:
     """A step under some options, those of `StepOptions` among them.
 
     `default` takes the default model instead of the first version's. `nudge` moves each weight by up to that share of
-    itself: what rounding does, to compare other differences with. `fused` are the layers that take fewer passes.
+    itself: what rounding does, to compare other differences with. `fused` is --run.fused.
     """
     config = config_of(setting, crf_backend, default)
     model = model_of(setting, config, crf)
-    if fused:
+    if fused in LAYERS:
         if setting.device == "cuda" and (why := why_not(torch.device("cuda"), torch.bfloat16)) is not None:
             raise RuntimeError(why)  # figures of torch's operators would be taken for those of the kernels
-        fuse(model, fused)
+        fuse(model, LAYERS[fused])
     if nudge:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + nudge * (2 * torch.rand_like(parameter) - 1))
-    step = Step(setting, config, model, StepOptions(**how))
+    step = Step(setting, config, model, StepOptions(at_once=fused in ("weights", "all"), **how))
     if compiled:
         model.compile()
     return step

@@ -154,6 +154,17 @@ def share_of_crf(setting: Setting, options: Options) -> Iterator[Row]:
     yield figure(f"share of the CRF ({backend}) of a step, B={setting.batch}", shares, "of the step", **more)
 
 
+def gain(setting: Setting, name: str, options: Options, base: Options) -> Iterator[Row]:
+    """The speed of a step over that of another one, in turns: what a change of a few per cent is told by.
+
+    On the most telling batch and on the one where launches cost most. Both steps ask cuDNN for the same plans.
+    """
+    for batch in setting.batches[:2]:
+        runs = {how: warmed(setting, batch, given)[1] for how, given in (("with", options), ("without", base))}
+        found = in_turns(setting, runs)
+        yield figure(f"step, {name} over one without, B={batch}", ratios(found, "with", "without"), "times")
+
+
 def operators(setting: Setting, name: str, options: Options) -> Iterator[Row]:
     """What of a step's kernels each operator is, where that is 2 % or more, and how near a copy's rate its bytes move.
 

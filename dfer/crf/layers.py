@@ -114,7 +114,8 @@ class TokenGraph(nn.Module):
     def positions(self, levels: list[Tensor]) -> tuple[Float[Tensor, "T 1"], Float[Tensor, "P 3"]]:
         """Return the position in time of each frame, in frames of training, and `cell_positions`."""
         num_frames = levels[0].shape[1]
-        time = torch.arange(num_frames, device=levels[0].device, dtype=self.project.weight.dtype)[:, None]
+        dtype = torch.promote_types(levels[0].dtype, torch.float32)
+        time = torch.arange(num_frames, device=levels[0].device, dtype=dtype)[:, None]
         time = time * (self.num_frames / num_frames)
         cells = cell_positions([level.shape[-2:] for level in levels], self.strides, levels[0].device)
         return time, cells.to(time.dtype)

@@ -255,19 +255,20 @@ def resolved_graph(run: RunConfig) -> RunConfig:
     """Return the options with what "auto" means for --run.graph and --run.fused.
 
     Graphs where this process is alone and has a GPU; fewer passes where there are graphs, since our kernels, launched
-    one by one, cost the host more than torch's, and not where a compiler fuses.
+    one by one, cost the host more than torch's, and not where a compiler fuses. Weights are cast at once where autocast
+    casts them and no other process waits for their gradients.
 
     Raises:
         UserError: if steps are to be graphs, and the run on a CPU.
     """
     if run.graph == "on" and run.device == "cpu":
         raise UserError("--run.graph on: a run on a CPU has no graphs; leave it out")
-    graph, fused = run.graph, run.fused
+    graph, fused, alone = run.graph, run.fused, find_place().size == 1
     if graph == "auto":
-        alone = find_place().size == 1
         graph = "on" if alone and run.device != "cpu" and torch.cuda.is_available() else "off"
     if fused == "auto":
-        fused = "both" if graph == "on" and not run.compile else "off"
+        most = "all" if alone and run.amp in ("bf16", "fp16") else "both"
+        fused = most if graph == "on" and not run.compile else "off"
     return dataclasses.replace(run, graph=graph, fused=fused)
 
 

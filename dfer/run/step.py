@@ -17,7 +17,7 @@ from dfer.crf.layers import GaussianCRF, MeanFieldCRF
 from dfer.evaluation import probabilities
 from dfer.files import reason
 from dfer.metrics import DeviceClock
-from dfer.model.fused import fuse, why_not
+from dfer.model.fused import Parts, fuse, why_not
 from dfer.optim.rates import DeviceRates
 from dfer.run import distributed
 from dfer.run.flops import flops_a_clip
@@ -34,6 +34,7 @@ _NAMES = {  # of what is captured, by whether a batch is the first one and the l
     (False, True): "the last batch of a training step",
 }
 _LOGGED = " that is logged"  # with the CRF's diagnostics
+LAYERS: dict[str, Parts] = {"norm": "norm", "pool": "pool", "both": "both", "all": "both"}  # of --run.fused
 
 
 class TrainingStep:
@@ -204,11 +205,12 @@ class TrainingStep:
 def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     """Return a job with what takes its steps."""
     optim = job.config.optim
+    job, one_by_one = _weights(job)
     step = TrainingStep(job, loss_of, graphs)
-    triton = job.config.run.fused not in ("auto", "off") or any(crf.backend == "triton" for crf in _crfs_of(job))
+    triton = job.config.run.fused in LAYERS or any(crf.backend == "triton" for crf in _crfs_of(job))
     if triton and job.world.device.type == "cuda":
         say_once("Triton's kernels for this GPU are compiled, if they were not before")
-    step.notes += [note for note in (_fused(job), _crf(job)) if note is not None]
+    step.notes += [note for note in (one_by_one, _fused(job), _crf(job)) if note is not None]
     if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
         step.notes.append(f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside")
     if job.world.is_main and job.world.device.type == "cuda":  # whose peak it is held against
@@ -216,15 +218,31 @@ def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     return job._replace(step=step)
 
 
+def _weights(job: Job) -> tuple[Job, str | None]:
+    """Return a job whose weights are cast at once, if they are to be; and why they cannot be."""
+    run, why = job.config.run, None
+    if run.fused not in ("weights", "all"):
+        return job, None
+    if job.precision.dtype is None:
+        why = "there are no casts"
+    elif run.compile:
+        why = "the compiler fuses casts"
+    elif job.world.size > 1:
+        why = "gradients would all be exchanged after the backward pass, none during it"
+    if why is not None:
+        return job, f"--run.fused {run.fused}: {why}; weights are cast one by one"
+    return job._replace(precision=job.precision._replace(at_once=True)), None
+
+
 def _fused(job: Job) -> str | None:
     """Have the models of a job take fewer passes, if they are to and all ranks can; return why one cannot."""
     run, state, device = job.config.run, job.state, job.precision.device
-    if run.fused in ("auto", "off") or device.type != "cuda":  # auto: of a job that is no run
+    if run.fused not in LAYERS or device.type != "cuda":
         return None
     if (why := _agreed(why_not(device, _operands(job)), job)) is not None:
         return f"--run.fused {run.fused}: {why}; torch's operators are taken"
     for model in (state.model, state.evaluated_model()):
-        fuse(model, run.fused)
+        fuse(model, LAYERS[run.fused])
     return None
 
 

@@ -120,6 +120,6 @@ def busy_beside(config: Config, pressure: Path = Path("/proc/pressure/cpu")) -> 
     if config.run.device != "cpu" or config.run.threads < 2 or waited < _BUSY:
         return None
     return (
-        f"other work waits for these cores {waited:.0f} % of the time, and slows this run; one that begins as a process "
-        "for each core, by torchrun, gets more of them (docs/speed.md)"
+        f"other work waits for these cores {waited:.0f} % of the time, and slows this run; one that begins as a "
+        "process for each core, by torchrun, gets more of them (docs/speed.md)"
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dfer.cli import UserError
-from dfer.config import PRESETS, RunConfig, parse_config
+from dfer.config import PRESETS, Config, RunConfig, config_from_json, parse_config
 from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
 from dfer.precision import amp_of_trained
@@ -24,7 +24,7 @@ from dfer.run.folder import RunFolder, started_config
 from dfer.run.folds import fold_runs, with_one_start
 from dfer.run.launchers import Place
 from dfer.run.memory import memory_advice
-from dfer.run.resolving import busy_beside, in_words, raw_bytes, settled, short_of_cores, with_cache
+from dfer.run.resolving import busy_beside, evaluated, in_words, raw_bytes, settled, short_of_cores, with_cache
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -282,6 +282,32 @@ def test_a_trained_model_is_computed_as_its_run_on_such_a_device():
     full = RunConfig(device="cuda", amp="off")  # which was typed, as it is no GPU's by itself
     assert [amp_of_trained(full, "cuda"), amp_of_trained(full, "cpu")] == ["off", "off"]
     assert amp_of_trained(RunConfig(device="cpu", amp="off"), "cuda") == "auto"
+
+
+def test_a_trained_model_is_launched_as_its_run_on_such_a_device(machine, tmp_path):
+    """What was settled for one kind of device says nothing of the other."""
+
+    def found(saved: Config, device: str = "auto") -> tuple:
+        config = evaluated(saved, device)
+        assert config.run.device == device and not config.run.compile
+        return config.run.graph, config.run.fused, config.model.crf_backend
+
+    machine(None)
+    cpu = settled(parse_config(["debug"]))
+    machine(80)
+    gpu = settled(parse_config(["debug"]))
+    typed = settled(parse_config(["debug", "--run.graph", "off", "--run.fused", "norm", "--model.crf-backend", "sdpa"]))
+    compiled = settled(parse_config(["debug", "--run.compile"]))
+    export = config_from_json('{"preset": "exported", "data": {"train_list": "a", "val_list": "b"}}', tmp_path)
+    here = ("on", "both", "triton")
+    assert [found(c) for c in (gpu, cpu, export)] == [here] * 3
+    assert found(typed) == ("off", "norm", "sdpa") and found(compiled) == ("on", "off", "triton")
+    older = dataclasses.replace(gpu, run=dataclasses.replace(gpu.run, device="auto", graph="on", fused="off"))
+    assert found(older) == ("on", "off", "triton")
+    assert [found(c, "cpu")[:2] for c in (gpu, cpu, export, typed, older)] == [("off", "off")] * 5
+    machine(None)
+    assert [found(c)[:2] for c in (gpu, cpu, export, typed, older)] == [("off", "off")] * 5
+    assert found(cpu)[2] == found(export)[2] == "dense"
 
 
 # ---- Batch and learning rate

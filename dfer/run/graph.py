@@ -188,7 +188,7 @@ class Graphs:
                 return
             if left:
                 recover()
-        self.note = f"--run.graph: {name} cannot be captured ({why}); steps go on without a graph"
+        self.note = f"--run.graph: {name} cannot be captured ({why}); all goes on without a graph"
         self.close()
         recover()
         function()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dfer.cli import UserError
 from dfer.config import RunConfig
 from dfer.files import reason
 from dfer.run.distributed import World, first_failure
@@ -256,12 +255,7 @@ def resolved_graph(run: RunConfig) -> RunConfig:
 
     Graphs where this process is alone and has a GPU; fewer passes where there are graphs, since our kernels, launched
     one by one, cost the host more than torch's, and not where a compiler fuses.
-
-    Raises:
-        UserError: if steps are to be graphs, and the run on a CPU.
     """
-    if run.graph == "on" and run.device == "cpu":
-        raise UserError("--run.graph on: a run on a CPU has no graphs; leave it out")
     graph, fused = run.graph, run.fused
     if graph == "auto":
         alone = find_place().size == 1

@@ -26,11 +26,7 @@ _BUSY = 25.0  # percent of the time
 
 
 def settled(config: Config) -> Config:
-    """Return a configuration with what this machine has for each option that is open, but for weights and the cache.
-
-    Raises:
-        UserError: if steps of a CPU are to be graphs.
-    """
+    """Return a configuration with what this machine has for each option that is open, but for weights and the cache."""
     gpu = config.run.device != "cpu" and torch.cuda.is_available()
     run = config.run
     if run.device == "auto":

@@ -61,10 +61,8 @@ def evaluated(config: Config, device: Literal["auto", "cpu", "cuda"], amp: Amp |
     if not gpu:
         run = dataclasses.replace(run, graph="off", fused="off")
     elif run.device == "cpu":
-        run, model = (
-            dataclasses.replace(run, graph="auto", fused="auto"),
-            dataclasses.replace(model, crf_backend="auto"),
-        )
+        run = dataclasses.replace(run, graph="auto", fused="auto")
+        model = dataclasses.replace(model, crf_backend="auto")
     run = dataclasses.replace(run, device=device, amp=amp, compile=False)
     model = dataclasses.replace(model, crf_backend=resolve_backend(model.crf_backend, gpu))
     return dataclasses.replace(config, run=resolved_graph(run), model=model)

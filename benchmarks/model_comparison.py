@@ -73,6 +73,7 @@ class Data(NamedTuple):
     watched: Path  # the first clips of the test list
     clips: int  # to train on
     fingerprint: dict[str, str]
+    root: Path | None = None  # where relative paths start
 
 
 class Run(NamedTuple):
@@ -97,7 +98,7 @@ def draw(name: str) -> None:
         faults.write_fault_lists(name, out)
 
 
-def find_data(words: list[str], clips: int | None, log_dir: Path) -> Data:
+def find_data(words: list[str], clips: int | None, log_dir: Path, root: Path | None = None) -> Data:
     """Return the data that the command line names: one of ours, or two lists; with only the first `clips` to train on.
 
     Raises:
@@ -112,14 +113,16 @@ def find_data(words: list[str], clips: int | None, log_dir: Path) -> Data:
     else:
         known = ", ".join((*DRAWN, *faults.FAULTS))
         raise UserError(f"--data {' '.join(words)}: must be one of {known}, or a list to train on and one to test on")
-    records = read_annotations(train)
+    records = read_annotations(train, root)
     if clips is not None:
         if clips > len(records):
             raise UserError(f"--clips {clips}: {train} has only {len(records)}")
         train = first_clips(records[:clips], log_dir / "lists" / f"{name.replace('/', '-')}-first-{clips}.txt")
-    prints = {"test": data_fingerprint(test), "train": data_fingerprint(train)}
-    watched = first_clips(read_annotations(test)[:WATCHED], log_dir / "lists" / f"watched-{prints['test'][:10]}.txt")
-    return Data(name, train, test, watched, clips or len(records), prints)
+    prints = {"test": data_fingerprint(test, root), "train": data_fingerprint(train, root)}
+    watched = first_clips(
+        read_annotations(test, root)[:WATCHED], log_dir / "lists" / f"watched-{prints['test'][:10]}.txt"
+    )
+    return Data(name, train, test, watched, clips or len(records), prints, root)
 
 
 def first_clips(records: list[VideoRecord], path: Path) -> Path:
@@ -188,11 +191,14 @@ def call(command: list[str], threads: int, output: Any) -> int:
             RUNNING.discard(child)
 
 
-def evaluate(folder: Path, test: Path, segments: list[int], threads: int) -> dict[int, dict[str, Any]]:
+def evaluate(
+    folder: Path, test: Path, segments: list[int], threads: int, root: Path | None = None
+) -> dict[int, dict[str, Any]]:
     """Return WAR, UAR and the confusion matrix of a run on a list, its clips cut into each number of segments."""
     script, out = str(ROOT / "scripts" / "evaluate.py"), folder.with_name(f"{folder.name}.evaluation")
     with open(out, "wb") as output:
         words = ["--json", "--list", str(test), "--segments", *map(str, segments)]
+        words += ["--root", str(root)] if root else []
         code = call([sys.executable, script, str(folder), *words], threads, output)
     lines = out.read_text(errors="replace").splitlines()
     if code:
@@ -223,7 +229,7 @@ def finish(run: Run, data: Data, args: argparse.Namespace, folder: Path, threads
     epochs = run.config.optim.epochs
     speeds = [r["throughput/total_clips_per_s"] for r in rows if "train/loss" in r and r["epoch"] > min(1, epochs - 1)]
     trained = run.config.data.num_segments
-    found = evaluate(folder, data.test, segments_of(run.config, args), threads)
+    found = evaluate(folder, data.test, segments_of(run.config, args), threads, data.root)
     counts = found[trained]["confusion"]
     present = [k for k in range(len(EMOTIONS)) if sum(counts[k])]
     parameters, flops = cost(run.config)
@@ -332,7 +338,8 @@ def main(args: argparse.Namespace) -> int:
         rows, results = chosen_rows(args), read_results(args.file)  # what can be refused before data are drawn
         args.log_dir = args.log_dir.resolve()
         args.log_dir.mkdir(parents=True, exist_ok=True)
-        data = find_data(args.data, args.clips, args.log_dir)
+        root = parse_config(["faces", *args.extra]).data.root
+        data = find_data(args.data, args.clips, args.log_dir, root)
         runs = plan(args, rows, data)
         left = [run for run in runs if not is_done(run, results, data, args)]
         print(f"{len(runs)} runs, {len(runs) - len(left)} of them in {args.file.name}", flush=True)

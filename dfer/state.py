@@ -180,10 +180,7 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     _check_values_per_channel(model, config)
     model.to(device)
-    if precision.channels_last:
-        for weight in model.parameters():
-            if weight.dim() == 4:  # 3-D convolutions have a format of their own, which their clips do not come in
-                weight.data = weight.data.to(memory_format=torch.channels_last)
+    precision.lay_out(model)
     optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay, optim.layer_decay)
     ema = build_ema(model, optim.ema, optim.ema_warmup)
     state = TrainState(model, optimizer, precision.scaler(), ema, started=started)

@@ -4,6 +4,7 @@ Works under torchrun too; every clip counts exactly once whatever the number of 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,18 +16,19 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("evaluate", "torch, DALI and timm")
-import torch
-
-from dfer.cli import Parser, UserError, in_range, one_line_errors, progress
+from dfer.cli import Parser, UserError, in_range, one_line_errors, progress, say_once
 from dfer.config import Config, RunConfig, config_from_json
 from dfer.evaluation import Watch, evaluate
 from dfer.files import check_output
 from dfer.lists.index import load_index
-from dfer.precision import amp_of_trained, build_precision
+from dfer.precision import build_precision
 from dfer.run import distributed
 from dfer.run.checkpoint import load_checkpoint
+from dfer.run.graph import build_graphs
 from dfer.run.logger import print_result
 from dfer.run.predictions import write_predictions
+from dfer.run.resolving import evaluated
+from dfer.run.step import captured_evaluation, ready_to_evaluate
 from dfer.state import load_trained
 
 
@@ -43,15 +45,23 @@ def run(args: argparse.Namespace) -> None:
     from dali_pipes.build import build_loader  # DALI and numba, which a wrong command need not wait for
 
     world = distributed.setup(config.run.device)
+    precision = build_precision(config.run, world.device)
     model = load_trained(state, config).to(world.device)
+    for note in ready_to_evaluate(model, config.run, precision, world):
+        say_once(note)
     watch: Watch = functools.partial(progress, what="batches", to_stderr=True, quiet_s=5)
     told = {"watch": watch} if world.is_main else {}
     for segments in args.segments or [data.num_segments]:
         # The clips are cut otherwise, and the model stays that of training: it takes any number of frames.
         cut = dataclasses.replace(config, data=dataclasses.replace(data, num_segments=segments))
         loader = build_loader(cut, index, "eval", world)
-        result = evaluate(model, loader, world, build_precision(config.run, world.device), **told)
+        graphs = build_graphs(config.run, world).beside()
+        with contextlib.closing(graphs):
+            predict = captured_evaluation(model, precision, graphs)
+            result = evaluate(model, loader, world, precision, **told, predict=predict)
         assert result is not None, "nothing can stop it"
+        if note := graphs.take_note():
+            say_once(note)
         if not world.is_main:
             continue
         if args.out:  # first: what is kept does not depend on who listens
@@ -83,10 +93,7 @@ def evaluated_config(config: Config, args: argparse.Namespace) -> Config:
         views=args.views or config.data.views,
         mirror_views=config.data.mirror_views if args.mirror_views is None else args.mirror_views,
     )
-    gpu = args.device != "cpu" and torch.cuda.is_available()
-    amp = args.amp or amp_of_trained(config.run, "cuda" if gpu else "cpu")
-    run = dataclasses.replace(config.run, device=args.device, amp=amp)
-    return dataclasses.replace(config, data=data, run=run)
+    return evaluated(dataclasses.replace(config, data=data), args.device, args.amp)
 
 
 def main(arguments: list[str] | None = None) -> int:

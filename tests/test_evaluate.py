@@ -1,9 +1,11 @@
 """Testing on several views of a clip: averaged in one process by hand, and by evaluate in one and in two."""
 
 import argparse
+import copy
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,10 @@ from dfer.model.build import build_model
 from dfer.precision import Precision
 from dfer.run.checkpoint import save_checkpoint
 from dfer.run.distributed import World
+from dfer.run.graph import WARM_UP, Graphs
+from dfer.run.step import ready_to_evaluate
 from scripts.evaluate import evaluated_config, main
+from tests.recorded import Recorder, Refusing
 from tests.test_distributed import torchrun
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
@@ -93,8 +98,7 @@ def test_views_differ(config, model):
 
 def test_two_processes_and_the_script_average_alike(config, model, tmp_path):
     saved = with_views(config, 1, False)  # the flags say what the run did not
-    state = {"model": model.state_dict(), "ema": None, "config": saved.to_json(), "emotions": list(EMOTIONS)}
-    save_checkpoint(tmp_path / "checkpoints", state | {"step": 1})
+    trained(saved, model, tmp_path)
     done = torchrun(2, "scripts/evaluate.py", str(tmp_path), "--views", "2", "--mirror-views",
                     "--device", "cpu", "--json", "--out", str(tmp_path / "p.csv"))  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -108,6 +112,61 @@ def test_two_processes_and_the_script_average_alike(config, model, tmp_path):
         found = torch.tensor([float(row[f"p_{e}"]) for e in EMOTIONS])
         torch.testing.assert_close(found, want[video], atol=2e-6, rtol=0)
         assert int(row["prediction"]) == int(want[video].argmax())
+
+
+def trained(config: Config, model: torch.nn.Module, folder: Path) -> Path:
+    """The folder of a run that has such a model."""
+    state = {"model": model.state_dict(), "ema": None, "config": config.to_json(), "emotions": list(EMOTIONS)}
+    save_checkpoint(folder / "checkpoints", state | {"step": 1})
+    return folder
+
+
+def test_batches_are_graphs_of_the_same_bits_and_a_capture_that_fails_is_said(
+    config, model, tmp_path, capsys, monkeypatch
+):
+    """The last batch is padded, as in training; of another number of segments there is another graph."""
+    run, found = str(trained(with_views(config, 1, False), model, tmp_path / "run")), []
+    refusing = Refusing(lambda: list(model.state_dict().values()), "_softmax", 1)
+    for backend in (None, recorder := Recorder(), refusing):
+        monkeypatch.setattr("scripts.evaluate.build_graphs", lambda run, world, backend=backend: Graphs(backend))
+        assert main([run, "--device", "cpu", "--out", str(tmp_path / "p.csv")]) == 0
+        said = capsys.readouterr().err
+        assert ("--run.graph: an evaluated batch cannot be captured (" in said) == (backend is refusing)
+        found.append((tmp_path / "p.csv").read_bytes())
+    assert found[0] == found[1] == found[2] and found[0].count(b"\n") == 10
+    assert (recorder.warmed, recorder.captured, recorder.replayed) == (WARM_UP, 1, 3)  # of two clips, nine in all
+    monkeypatch.setattr("scripts.evaluate.build_graphs", lambda run, world: Graphs(recorder))
+    assert main([run, "--device", "cpu", "--segments", "1", "2"]) == 0
+    assert (recorder.warmed, recorder.captured, recorder.replayed) == (3 * WARM_UP, 3, 9)
+
+
+def test_a_model_is_made_ready_for_a_gpu_as_training_makes_it(config, model, monkeypatch):
+    """And on a CPU stays what it was, but for the diagnostics that evaluation drops."""
+    monkeypatch.setattr("dfer.run.step.why_not", lambda device, dtype: None)
+    monkeypatch.setattr("dfer.run.step.trouble", lambda device, operands: "they burn")
+    run = dataclasses.replace(config.run, fused="both")
+    for device, crf, kind in (("cpu", "triton", "BatchNorm2d"), ("cuda", "dense", "FusedNorm")):
+        ours = copy.deepcopy(model)
+        ours.crf.backend = "triton"
+        where = torch.device(device)
+        notes = ready_to_evaluate(ours, run, FLOAT32._replace(device=where), dataclasses.replace(WORLD, device=where))
+        kinds = {type(m).__name__ for m in ours.modules()}
+        assert kind in kinds and ours.crf.backend == crf and not ours.crf.diagnosed
+        assert notes == ["--model.crf-backend triton: they burn; dense is taken"] * (device == "cuda")
+        weight = next(w for w in ours.parameters() if w.dim() == 4 and w.shape[2] > 1)
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (device == "cuda")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_graph_with_fused_layers_predicts_as_torchs_operators(config, model, tmp_path):
+    config, found = with_views(config, 2, True), []
+    for graph, fused, crf in (("off", "off", "dense"), ("on", "both", "triton")):
+        run = dataclasses.replace(config.run, device="cuda", graph=graph, fused=fused)
+        other = dataclasses.replace(config, run=run, model=dataclasses.replace(config.model, crf_backend=crf))
+        assert main([str(trained(other, model, tmp_path / graph)), "--out", str(tmp_path / "p.csv")]) == 0
+        with open(tmp_path / "p.csv", newline="") as file:
+            found.append(torch.tensor([[float(row[f"p_{e}"]) for e in EMOTIONS] for row in csv.DictReader(file)]))
+    torch.testing.assert_close(*found, atol=5e-3, rtol=0)  # of TF32
 
 
 def test_the_runs_own_list_is_read_as_the_run_reads_it(config, tmp_path):

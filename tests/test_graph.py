@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfer.batch import Batch, Mix, empty_batch
-from dfer.cli import UserError
 from dfer.config import Config, DataConfig, ModelConfig, RunConfig
 from dfer.losses import Objective, build_objective
 from dfer.optim import average
@@ -406,8 +405,6 @@ def test_a_graph_is_chosen_once(monkeypatch):
 
     assert [chosen(True), chosen(False), chosen(True, 2), chosen(True, device="cpu")] == ["on", "off", "off", "off"]
     assert [chosen(False, graph="on"), chosen(True, 2, graph="on"), chosen(True, graph="off")] == ["on", "on", "off"]
-    with pytest.raises(UserError, match=r"--run.graph on: a run on a CPU has no graphs"):
-        chosen(True, graph="on", device="cpu")
 
 
 def test_why_there_is_no_graph_is_said():

@@ -1,6 +1,9 @@
 """Mixup and cutmix: what is drawn, and what becomes of a batch, against loops."""
 
+import dataclasses
 import hashlib
+import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,9 +12,10 @@ import torch
 from dali_pipes.build import build_loader
 from dfer.batch import Batch, mixed
 from dfer.cli import UserError
-from dfer.config import parse_config
+from dfer.config import Config, DataConfig, parse_config
 from dfer.lists.index import load_index
 from dfer.plan.augmentation import Augmentation
+from dfer.plan.balance import Balance
 from dfer.plan.sampling import epoch_plan, shard
 from dfer.run.distributed import World
 from tests.conftest import no_waiting
@@ -128,6 +132,40 @@ def test_the_loader_mixes(clips):
         want = mixed(a, plan.mix[plan.order[4 * step : 4 * step + 4]])
         assert a.mix is None and torch.equal(want.clips, b.clips) and torch.equal(want.mix.share, b.mix.share)
     assert step >= 1
+
+
+MIXING = {"off": {}, "mixup": {"mixup": 0.8}, "cutmix": {"cutmix": 1.0}}
+
+
+@pytest.mark.parametrize("mixing", MIXING)
+@pytest.mark.parametrize("balance", get_args(Balance))
+def test_an_epoch_is_the_same_on_two_ranks_and_from_its_middle(clips, balance, mixing):
+    """Clips, labels, whose pixels are in them, and pixels, to the bit, with the ranks' rows put together."""
+    index = dataclasses.replace(load_index(clips / "train.txt"), labels=np.array([0] * 12 + [1] * 6 + [2] * 2))
+    drawn = Augmentation(**MIXING[mixing])
+    data = DataConfig(size=32, num_segments=2, balance=balance, augmentation=drawn)
+
+    def batches(world_size: int = 1, start_step: int = 0) -> list[list[Batch]]:
+        """Step -> the batches of all ranks, each of a loader of its own, as of a process that has just begun."""
+        config, ranks = Config(data=dataclasses.replace(data, batch_size=4 // world_size)), []
+        for rank in range(world_size):
+            world = World(rank, world_size, rank, world_size, torch.device("cpu"))
+            ranks.append(list(build_loader(config, index, "train", world)(1, start_step)))
+        return [list(step) for step in zip(*ranks, strict=True)]
+
+    whole, shared, rest = batches(), batches(2), batches(2, start_step=2)
+    assert len(whole) == 5
+    for (want,), ranks in itertools.chain(zip(whole, shared, strict=True), zip(whole[2:], rest, strict=True)):
+        for name in ("ids", "labels", "valid", "clips"):
+            assert torch.equal(torch.cat([getattr(batch, name) for batch in ranks]), getattr(want, name)), name
+        assert (want.mix is not None) == (mixing != "off") == any(batch.mix is not None for batch in ranks)
+        if want.mix is not None:
+            partners = torch.cat([batch.mix.partner + 2 * rank for rank, batch in enumerate(ranks)])
+            assert torch.equal(partners, want.mix.partner) and partners.tolist() == [1, 0, 3, 2]
+            assert torch.equal(torch.cat([batch.mix.share for batch in ranks]), want.mix.share)
+    ids = torch.cat([batch.ids for (batch,) in whole])
+    assert (len(ids.unique()) == len(index)) == (balance == "none")  # else it draws some again
+    assert mixing == "off" or len({float(s) for (batch,) in whole for s in batch.mix.share}) > 5
 
 
 @pytest.mark.gpu

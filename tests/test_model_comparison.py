@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -161,12 +161,85 @@ def test_the_line_of_a_run_names_no_place(tmp_path, monkeypatch):
     row = {"train/loss": 1.0, "epoch": run.config.optim.epochs, "throughput/total_clips_per_s": 5.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
     numbers = {"WAR": 50.0, "UAR": 40.0, "clips": 7, "confusion": np.eye(7, dtype=int).tolist()}
-    monkeypatch.setattr(mc, "evaluate", lambda folder, test, segments, threads: dict.fromkeys(segments, numbers))
+    monkeypatch.setattr(mc, "evaluate", lambda folder, test, segments, *_: dict.fromkeys(segments, numbers))
     monkeypatch.setattr(mc, "cost", lambda config: (1, 2))
-    args = argparse.Namespace(extra=["--model.init", str(tmp_path / "w.pt")], budget="short", jobs=1)
+    args = argparse.Namespace(
+        extra=["--model.init", str(tmp_path / "w.pt")], budget="short", jobs=1, ablation=None, clips=20
+    )
     data = mc.Data("faces", tmp_path, tmp_path, tmp_path, 20, DATA)
     line = mc.finish(run, data, args, tmp_path, 1)
     assert str(tmp_path) not in json.dumps(line) and line["extra"][1] == line["config"]["model"]["init"]
+
+
+def path_options(section: type, prefix: str = "") -> set[str]:
+    """The options that are a path, or may be one, or several."""
+    found = set()
+    for name, kind in get_type_hints(section).items():
+        if dataclasses.is_dataclass(kind):
+            found |= path_options(kind, f"{prefix}{name}.")
+        elif Path in (kind, *get_args(kind)):
+            found.add(prefix + name)
+    return found
+
+
+def placed(config: Config, name: str, path: Path) -> Config:
+    section, field = name.split(".")
+    value = str(path) if name == "model.init" else path
+    part = dataclasses.replace(getattr(config, section), **{field: value})
+    return dataclasses.replace(config, **{section: part})
+
+
+def test_no_option_that_is_a_path_leaves_its_place_in_a_record(tmp_path):
+    """Another one has to be left out, or to be known by what lies there."""
+    assert path_options(Config) | {"model.init"} == {*record.PLACES, *record.CONTENT}
+    plain = Config()
+    for name in (*record.PLACES, *record.CONTENT):
+        found = []
+        for folder, content in (("here", b"1"), ("there", b"1"), ("other", b"2")):
+            path = tmp_path / folder / "file"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            config = record.portable(placed(plain, name, path))
+            for flag in {f"--{name}", f"--{name.replace('_', '-')}"}:
+                for words in ([flag, str(path)], [f"{flag}={path}"]):
+                    told = record.portable_words(["--optim.lr", "0.1", *words], config)
+                    assert str(tmp_path) not in config.to_json() + " ".join(told) and told[:2] == ["--optim.lr", "0.1"]
+                    assert len(told) == 2 + 2 * (name in record.CONTENT)
+            assert record.portable(config) == config
+            found.append(config)
+        here, there, other = found
+        assert here == there and (here == other) == (name in record.PLACES)
+
+
+def test_votes_are_known_by_their_content_where_a_record_is_read(tmp_path):
+    (tmp_path / "votes.csv").write_bytes(b"votes")
+    config = record.portable(placed(starting_from("random"), "loss.soft_labels", tmp_path / "votes.csv"))
+    known = f"votes.csv sha256:{hashlib.sha256(b'votes').hexdigest()}"
+    assert str(config.loss.soft_labels) == known
+    words = record.portable_words(["--loss.soft-labels", str(tmp_path / "votes.csv")], config)
+    (tmp_path / "votes.csv").unlink()
+    assert words == ["--loss.soft-labels", known]
+    assert str(record.portable(parse_config(["faces", *words])).loss.soft_labels) == known  # as the page reads them
+    run = result("dfernet", 0, 80.0, config=json.loads(config.to_json()))
+    assert record.recorded_config(run) == config and record.find_result([run], config, DATA) is run
+    with pytest.raises(UserError, match=r"^--loss\.soft-labels .*gone\.csv: no such file"):
+        record.portable(placed(Config(), "loss.soft_labels", tmp_path / "gone.csv"))
+
+
+def test_clips_below_a_root_are_known_by_their_bytes(clips, tmp_path, monkeypatch):
+    """Which are those that are trained and evaluated on, wherever the list lies."""
+    for name in ("train", "test"):
+        shutil.copy(clips / f"{name}.txt", tmp_path / f"{name}.txt")
+    lists = [str(tmp_path / f"{name}.txt") for name in ("train", "test")]
+    data = mc.find_data(lists, None, tmp_path, clips)
+    assert (
+        data.fingerprint
+        == mc.find_data([str(clips / "train.txt"), str(clips / "test.txt")], None, tmp_path).fingerprint
+    )
+    asked = []
+    monkeypatch.setattr(mc, "call", lambda command, threads, output: asked.append(command) or 0)
+    mc.evaluate(tmp_path / "run", data.test, [2], 1, data.root)
+    assert asked[0][-2:] == ["--root", str(clips)]
 
 
 @pytest.mark.slow  # 0.2 s for each row
@@ -494,7 +567,7 @@ def test_a_run_that_was_cut_off_is_found_again(monkeypatch, clips, tmp_path):
         raise UserError("cut off")
 
     monkeypatch.setattr(mc, "train", train)
-    args = argparse.Namespace(log_dir=tmp_path, budget="short", jobs=1)
+    args = argparse.Namespace(log_dir=tmp_path, budget="short", jobs=1, ablation=None, clips=20)
     data = mc.Data("faces", clips / "train.txt", clips / "test.txt", clips / "test.txt", 20, DATA)
     moved = data._replace(train=tmp_path / "train.txt")
     config = record.recorded_config(result("dfernet", 0, 0.0))

@@ -1,30 +1,32 @@
 """What is open is settled at the first start of a run, by a stated rule, and stays so wherever the run goes on."""
 
+import contextlib
 import dataclasses
 import json
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
 import torch
 
 from dfer.cli import UserError
-from dfer.config import PRESETS, RunConfig, parse_config
+from dfer.config import PRESETS, Config, DataConfig, RunConfig, begun_config, config_from_json, parse_config
 from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
 from dfer.precision import amp_of_trained
 from dfer.run import defaults, distributed, resolving
 from dfer.run.algorithms import chosen_algorithms
 from dfer.run.continuing import differences, parse_command
-from dfer.run.defaults import MOST_CLIPS, batch_factor, cache_tier, scaled_lr, suited
+from dfer.run.defaults import MOST_CLIPS, batch_factor, cache_tier, only_of_a_gpu, scaled_lr, suited
 from dfer.run.distributed import World
 from dfer.run.fingerprints import changes
 from dfer.run.folder import RunFolder, started_config
 from dfer.run.folds import fold_runs, with_one_start
 from dfer.run.launchers import Place
 from dfer.run.memory import memory_advice
-from dfer.run.resolving import busy_beside, in_words, raw_bytes, settled, short_of_cores, with_cache
+from dfer.run.resolving import busy_beside, evaluated, in_words, raw_bytes, settled, short_of_cores, with_cache
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -126,8 +128,12 @@ def test_a_run_of_a_gpu_goes_on_without_one_where_that_is_said(machine, begin, t
     state = {"config": config.to_json(), "data": {k: {"source": "raw", "bytes": None, "listed": ""}
              for k in ("train_list", "val_list")}}  # fmt: skip
     assert changes(state, now, state["data"]) == [
-        "--run.device was cuda, is cpu: it rounds otherwise than it would have"
+        "--run.device was cuda, is cpu: it rounds otherwise than it would have",
+        "--data.jpeg-decoder sms --run.graph on --run.fused all: only a GPU has that; the run goes on without",
     ]
+    assert only_of_a_gpu(now) == {} and only_of_a_gpu(config).keys() == {"data.jpeg_decoder", "run.graph", "run.fused"}
+    back = settled(config)
+    assert changes(state, back, state["data"]) == []
     now = again(tmp_path, "debug", "--run.device", "cpu", "--run.amp", "off")
     assert differences(config, now) == ["--run.amp was bf16, is off"]
 
@@ -175,13 +181,59 @@ def test_a_run_that_left_its_device_open_goes_on_without_a_gpu_and_its_graphs(ma
         RunFolder(now, "a").close()
 
 
-def test_a_graph_that_is_typed_is_refused_where_there_is_none(machine, begin, tmp_path):
-    machine(80)
-    begin("debug")
-    for gb, words in ((80, ("--run.device", "cpu")), (None, ("--run.device", "cpu"))):
+# Options with a choice of values that mean something wherever a run is, or are refused by what needs them.
+ANYWHERE = {"data.source", "data.bad_clips", "data.balance", "data.mirror_views", "run.device", "run.wandb", "run.amp"}
+ANYWHERE |= {f"run.{name}" for name in ("compile", "deterministic", "channels_last", "sync_bn", "tensorboard")}
+CHOICES = {  # of all options of where and how a run computes
+    f"{section}.{field.name}": get_args(field.type) or (False, True)
+    for section, options in (("data", DataConfig), ("run", RunConfig))
+    for field in dataclasses.fields(options)
+    if get_origin(field.type) is Literal or field.type is bool
+}
+
+
+def test_every_choice_has_a_meaning_on_a_cpu_or_is_known_to_have_none():
+    assert CHOICES.keys() == defaults.ON_A_CPU.keys() | ANYWHERE and not ANYWHERE & defaults.ON_A_CPU.keys()
+    for name, known in defaults.ON_A_CPU.items():
+        assert set(known) < set(CHOICES[name]) and known[-1] in ("off", "cores"), name
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name in defaults.ON_A_CPU for v in CHOICES[name]])
+def test_what_only_a_gpu_has_is_refused_on_a_cpu_where_it_is_typed(machine, begin, tmp_path, name, value):
+    """Whatever else a run had of it; and a run that had it goes on without."""
+    flag, gpus = f"--{name.replace('_', '-')}", value not in defaults.ON_A_CPU[name]
+    refused = pytest.raises(UserError, match=rf"^{flag} {value}: only a GPU has that, and this run is on a CPU; leave")
+    for gb, device in ((80, "cpu"), (None, "cpu"), (None, "auto")):
         machine(gb)
-        with pytest.raises(UserError, match=r"--run\.graph on: a run on a CPU has no graphs"):
-            again(tmp_path, "debug", "--run.graph", "on", *words)
+        with refused if gpus else contextlib.nullcontext():
+            started_config(parse_config(["debug", "--run.device", device, flag, value]))
+    machine(80)
+    assert started_config(parse_config(["debug", flag, value])).run.device == "cuda"
+    begin("debug", flag, value)
+    assert again(tmp_path, "debug").run.device == "cuda"
+    machine(None)
+    assert only_of_a_gpu(again(tmp_path, "debug", "--run.device", "cpu")) == {}
+    with refused if gpus else contextlib.nullcontext():
+        again(tmp_path, "debug", "--run.device", "cpu", flag, value)
+
+
+def test_all_that_only_a_gpu_has_is_named_at_once(machine, tmp_path):
+    words = ["--run.fused", "pool", "--data.video-decoder", "nvdec"]
+    with pytest.raises(UserError, match=r"^--data\.video-decoder nvdec --run\.fused pool: only a GPU has that"):
+        started_config(parse_config(["debug", *words]))
+
+
+def test_a_run_of_a_cpu_that_an_older_version_began_goes_on_there(machine, begin, tmp_path):
+    """It was saved with decoders of a GPU, or with none named."""
+    begin("debug")
+    path = tmp_path / "a" / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["data"]["jpeg_decoder"] == "sms"
+    del saved["data"]["jpeg_decoder"], saved["data"]["video_decoder"]
+    path.write_text(json.dumps(saved))
+    now = again(tmp_path, "debug")
+    assert only_of_a_gpu(now) == {} and begun_config(tmp_path / "a").data.video_decoder == "nvdec"
+    RunFolder(now, "a").close()
 
 
 def test_several_processes_go_on_with_graphs_where_that_is_typed(machine, begin, tmp_path, monkeypatch):
@@ -207,9 +259,6 @@ def test_a_run_is_not_tied_to_a_card_that_held_its_clips(machine, begin, tmp_pat
     machine(None)
     now = again(tmp_path, "debug", "--run.device", "cpu")
     assert now.data.cache == "off" and differences(config, now) == []
-    assert (
-        again(tmp_path, "debug", "--run.device", "cpu", "--data.cache", "gpu").data.cache == "gpu"
-    )  # which is refused
 
 
 def test_what_no_cpu_has_may_be_left_out_there(machine, begin, tmp_path, monkeypatch):
@@ -223,7 +272,8 @@ def test_what_no_cpu_has_may_be_left_out_there(machine, begin, tmp_path, monkeyp
     state = {"config": config.to_json(), "data": {k: {"source": "raw", "bytes": None, "listed": ""}
              for k in ("train_list", "val_list")}}  # fmt: skip
     assert [line.split(":")[0] for line in changes(state, now, state["data"])] == [
-        "--run.device was cuda, is cpu", "--run.amp was fp16, is off", "--run.sync-bn was True, is False"
+        "--run.device was cuda, is cpu", "--run.amp was fp16, is off", "--run.sync-bn was True, is False",
+        "--data.jpeg-decoder sms --run.graph on --run.fused all",
     ]  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", "2")  # each of whose batch statistics would be of its own clips
     assert differences(config, now) == ["--run.sync-bn was True, is False"]
@@ -282,6 +332,32 @@ def test_a_trained_model_is_computed_as_its_run_on_such_a_device():
     full = RunConfig(device="cuda", amp="off")  # which was typed, as it is no GPU's by itself
     assert [amp_of_trained(full, "cuda"), amp_of_trained(full, "cpu")] == ["off", "off"]
     assert amp_of_trained(RunConfig(device="cpu", amp="off"), "cuda") == "auto"
+
+
+def test_a_trained_model_is_launched_as_its_run_on_such_a_device(machine, tmp_path):
+    """What was settled for one kind of device says nothing of the other."""
+
+    def found(saved: Config, device: str = "auto") -> tuple:
+        config = evaluated(saved, device)
+        assert config.run.device == device and not config.run.compile
+        return config.run.graph, config.run.fused, config.model.crf_backend
+
+    machine(None)
+    cpu = settled(parse_config(["debug"]))
+    machine(80)
+    gpu = settled(parse_config(["debug"]))
+    typed = settled(parse_config(["debug", "--run.graph", "off", "--run.fused", "norm", "--model.crf-backend", "sdpa"]))
+    compiled = settled(parse_config(["debug", "--run.compile"]))
+    export = config_from_json('{"preset": "exported", "data": {"train_list": "a", "val_list": "b"}}', tmp_path)
+    here = ("on", "both", "triton")  # all: casts of weights too, which are those of training
+    assert [found(c) for c in (gpu, cpu, export)] == [("on", "all", "triton"), here, here]
+    assert found(typed) == ("off", "norm", "sdpa") and found(compiled) == ("on", "off", "triton")
+    older = dataclasses.replace(gpu, run=dataclasses.replace(gpu.run, device="auto", graph="on", fused="off"))
+    assert found(older) == ("on", "off", "triton")
+    assert [found(c, "cpu")[:2] for c in (gpu, cpu, export, typed, older)] == [("off", "off")] * 5
+    machine(None)
+    assert [found(c)[:2] for c in (gpu, cpu, export, typed, older)] == [("off", "off")] * 5
+    assert found(cpu)[2] == found(export)[2] == "dense"
 
 
 # ---- Batch and learning rate

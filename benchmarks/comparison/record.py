@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,48 +59,73 @@ def append_result(path: Path, result: Result) -> None:
         os.fsync(file.fileno())
 
 
+# Options that say where something lies. What is read there a record knows by what it is: these clips by their bytes.
+PLACES = ("data.train_list", "data.val_list", "data.root", "run.log_dir")
+CONTENT = ("model.init", "loss.soft_labels")  # and these files by a hash
+
+
 def portable(config: Config) -> Config:
     """Return a configuration without what does not change a result: places, names, decoders and the log.
 
-    Of weights to start from it has a name and what they are, not where they lie.
+    Of weights to start from, and of votes, it has a name and what they are, not where they lie.
 
     Raises:
-        UserError: if there are no such weights.
+        UserError: if there are no such weights or votes.
     """
     where = ("train_list", "val_list", "root", "source", "cache", "jpeg_decoder", "video_decoder")
     data = dataclasses.replace(config.data, **{name: DataConfig.__dataclass_fields__[name].default for name in where})
     run = RunConfig(device=config.run.device, amp=config.run.amp, channels_last=config.run.channels_last)
     model = dataclasses.replace(config.model, init=_portable_init(config.model.init))
-    return dataclasses.replace(config, data=data, model=model, run=run)
+    votes = config.loss.soft_labels
+    votes = None if votes is None else Path(_portable_file(str(votes), _sha256_of_file, "--loss.soft-labels"))
+    loss = dataclasses.replace(config.loss, soft_labels=votes)
+    return dataclasses.replace(config, data=data, model=model, loss=loss, run=run)
 
 
 def _portable_init(init: str) -> str:
-    """Return --model.init with `NAME sha256:...` for a path: what has that form already, as in a record, stays."""
+    """Return --model.init with `NAME sha256:...` for a path."""
     path = init.removeprefix(ALONE)
-    if path in ("random", "timm", "auto") or path.startswith("hf:") or re.fullmatch(r"[^/]+ sha256:[0-9a-f]{64}", path):
+    if path in ("random", "timm", "auto") or path.startswith("hf:"):
         return init
+    return f"{init[: -len(path)]}{_portable_file(path, _sha256_of_weights, '--model.init')}"
+
+
+def _portable_file(path: str, sha256: Callable[[str], str], flag: str) -> str:
+    """Return `NAME sha256:...` for a path: what has that form already, as in a record, stays."""
+    if re.fullmatch(r"[^/]+ sha256:[0-9a-f]{64}", path):
+        return path
     try:
-        return f"{init[: -len(path)]}{os.path.basename(os.path.abspath(path))} sha256:{_sha256_of_weights(path)}"
+        return f"{os.path.basename(os.path.abspath(path))} sha256:{sha256(path)}"
     except UserError as error:
-        raise UserError(f"--model.init {error}") from None
+        raise UserError(f"{flag} {error}") from None
+
+
+@functools.cache
+def _sha256_of_file(path: str) -> str:
+    return hashlib.sha256(read_file(Path(path))).hexdigest()
 
 
 @functools.cache
 def _sha256_of_weights(path: str) -> str:
     """Return the SHA-256 of a file, or of the weights in a folder: of a run those of its average, if it has one."""
     if not os.path.isdir(path):
-        return hashlib.sha256(read_file(Path(path))).hexdigest()
+        return _sha256_of_file(path)
     content = load_tensors(Path(path))
     taken = held_tensors(content.get("ema") or content.get("model") or content)
     return digest({f"{where}{name}": tensor for where, tensors in taken for name, tensor in tensors.items()}, {})
 
 
 def portable_words(words: Sequence[str], config: Config) -> list[str]:
-    """Return words for train.py that make a configuration with its weights to start from, as a record has both."""
-    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flag.add_argument("--model.init", "--model.weights", dest="init")
-    found, others = flag.parse_known_args(words)
-    return [*others, "--model.init", config.model.init] if found.init is not None else list(words)
+    """Return words for train.py without places, and with what lies there as a record's configuration has it."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (*PLACES, *CONTENT):
+        also = ["--model.weights"] if name == "model.init" else []
+        flags.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, *also, dest=name)
+    found, others = flags.parse_known_args(words)
+    for name in (name for name in CONTENT if getattr(found, name) is not None):
+        section, field = name.split(".")
+        others += [f"--{name.replace('_', '-')}", str(getattr(getattr(config, section), field))]
+    return others
 
 
 def find_result(results: list[Result], config: Config, data: dict[str, str]) -> Result | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from dfer.cli import UserError
 from dfer.run.launchers import number
 
 Section = TypeVar("Section", bound=Any)
@@ -26,6 +27,16 @@ OPEN: dict[str, str | int] = {
     "run.graph": "auto",
     "run.fused": "auto",
     "run.threads": 0,
+}
+
+# Options of which a CPU knows these values alone, the last of them for what a run had of a GPU; all others are a GPU's.
+# What it lacks of others, precision and batch norm, would make another run: each is refused where it is needed.
+ON_A_CPU: dict[str, tuple[str, ...]] = {
+    "data.cache": ("auto", "off"),
+    "data.jpeg_decoder": ("auto", "cores"),
+    "data.video_decoder": ("auto", "cores"),
+    "run.graph": ("auto", "off"),
+    "run.fused": ("auto", "off"),
 }
 
 # Share of the images that a GPU's JPEG engine decodes, where it has one, its SMs the others; None: the cores decode.
@@ -76,13 +87,41 @@ def at_this_place(config: Section, typed: Any) -> Section:
         config: what the run was begun with, under the flags of the command that continues it.
         typed: what those flags make of a preset.
     """
-    data, run = config.data, config.run
-    cpu = run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available())
-    if run.graph == "on" and typed.run.graph != "on" and (cpu or (number("WORLD_SIZE", 1) or 1) > 1):
-        run = dataclasses.replace(run, graph="off")
-    if data.cache == "gpu" and typed.data.cache != "gpu" and cpu:
-        data = dataclasses.replace(data, cache="off")
-    return dataclasses.replace(config, data=data, run=run)
+    lacks = only_of_a_gpu(config) if _on_a_cpu(config) else {}
+    if config.run.graph == "on" and (number("WORLD_SIZE", 1) or 1) > 1:
+        lacks["run.graph"] = "on"
+    for name, value in lacks.items():
+        section, field = name.split(".")
+        if getattr(getattr(typed, section), field) != value:
+            part = dataclasses.replace(getattr(config, section), **{field: ON_A_CPU[name][-1]})
+            config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def only_of_a_gpu(config: Any) -> dict[str, str]:
+    """Return the options that have a value which is nothing to a CPU, such as {"run.graph": "on"}."""
+    values = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in ON_A_CPU}
+    return {name: value for name, value in values.items() if value not in ON_A_CPU[name]}
+
+
+def check_place(config: Any) -> None:
+    """Check that a configuration asks nothing of a CPU that only a GPU does. What a run had by itself is left out.
+
+    Raises:
+        UserError: if it does, which was typed.
+    """
+    if _on_a_cpu(config) and (typed := only_of_a_gpu(config)):
+        raise UserError(f"{as_flags(typed)}: only a GPU has that, and this run is on a CPU; leave it out")
+
+
+def as_flags(values: dict[str, str]) -> str:
+    """Return options and their values as a user types them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+def _on_a_cpu(config: Any) -> bool:
+    device = config.run.device
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def suited(config: Section, memory: int, world_size: int) -> Section:

@@ -18,7 +18,7 @@ from dfer.lists.hashes import SIZE
 from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
 from dfer.losses import Objective
-from dfer.run.defaults import is_open
+from dfer.run.defaults import as_flags, is_open, only_of_a_gpu
 
 DataOfRun = tuple[ClipIndex, ClipIndex, Objective]  # to train on, to evaluate on, to minimise
 ROUNDING = ("run.device", "run.threads", "run.amp", "run.sync_bn")  # may be others where a run goes on
@@ -162,6 +162,8 @@ def changes(state: dict[str, Any], config: Config, now: dict[str, Any]) -> list[
         was, now_ = _get(begun, name), _get(config, name)
         if was != now_ and not is_open(name, was):
             lines.append(f"{_flag(name)} was {was}, is {now_}: it rounds otherwise than it would have")
+    had = only_of_a_gpu(begun) if (begun.run.device, config.run.device) == ("cuda", "cpu") else {}
+    lines += [f"{as_flags(had)}: only a GPU has that; the run goes on without"] * bool(had)
     if begun.model.init != config.model.init:
         lines.append(f"--model.init {config.model.init} is not read: the checkpoint has all weights")
     for key in ("train_list", "val_list") if "data" in state else ():

@@ -28,6 +28,7 @@ from dfer.model.start import resolved
 from dfer.run import distributed
 from dfer.run.checkpoint import delete_all_but, find_manifests, save_checkpoint
 from dfer.run.continuing import differences
+from dfer.run.defaults import check_place
 from dfer.run.distributed import World
 from dfer.run.fingerprints import DataOfRun, changes, check_data, data_fingerprints, relocated
 from dfer.run.resolving import settled, settled_for
@@ -191,6 +192,7 @@ def started_config(config: Config) -> Config:
     """
     check_settings(config)
     check_tensorboard(config.run.tensorboard)
+    check_place(config)
     return settled(dataclasses.replace(config, model=resolved(config.model)))
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dfer.cli import UserError
 from dfer.config import RunConfig
 from dfer.files import reason
 from dfer.run.distributed import World, first_failure
@@ -188,7 +187,7 @@ class Graphs:
                 return
             if left:
                 recover()
-        self.note = f"--run.graph: {name} cannot be captured ({why}); steps go on without a graph"
+        self.note = f"--run.graph: {name} cannot be captured ({why}); all goes on without a graph"
         self.close()
         recover()
         function()
@@ -257,12 +256,7 @@ def resolved_graph(run: RunConfig) -> RunConfig:
     Graphs where this process is alone and has a GPU; fewer passes where there are graphs, since our kernels, launched
     one by one, cost the host more than torch's, and not where a compiler fuses. Weights are cast at once where autocast
     casts them and no other process waits for their gradients.
-
-    Raises:
-        UserError: if steps are to be graphs, and the run on a CPU.
     """
-    if run.graph == "on" and run.device == "cpu":
-        raise UserError("--run.graph on: a run on a CPU has no graphs; leave it out")
     graph, fused, alone = run.graph, run.fused, find_place().size == 1
     if graph == "auto":
         graph = "on" if alone and run.device != "cpu" and torch.cuda.is_available() else "off"

@@ -5,16 +5,17 @@ import dataclasses
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from dfer.cli import say_once, usable_cores
-from dfer.config import Config
+from dfer.config import Amp, Config
 from dfer.crf.backends import resolve_backend
 from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
-from dfer.precision import auto_amp
+from dfer.precision import amp_of_trained, auto_amp
 from dfer.run.defaults import cache_tier, card_memory
 from dfer.run.distributed import World
 from dfer.run.graph import resolved_graph
@@ -25,11 +26,7 @@ _BUSY = 25.0  # percent of the time
 
 
 def settled(config: Config) -> Config:
-    """Return a configuration with what this machine has for each option that is open, but for weights and the cache.
-
-    Raises:
-        UserError: if steps of a CPU are to be graphs.
-    """
+    """Return a configuration with what this machine has for each option that is open, but for weights and the cache."""
     gpu = config.run.device != "cpu" and torch.cuda.is_available()
     run = config.run
     if run.device == "auto":
@@ -51,6 +48,24 @@ def settled_for(begun: Config, now: Config) -> Config:
     """Return what a run was begun with, as the command that continues it would have what is open in it settled."""
     there = dataclasses.replace(begun.run, device=now.run.device, graph=now.run.graph)
     return settled(dataclasses.replace(begun, run=there))
+
+
+def evaluated(config: Config, device: Literal["auto", "cpu", "cuda"], amp: Amp | None = None) -> Config:
+    """Return a run's configuration with how its trained model is computed on a device: as by the run, on such a device.
+
+    On another kind it is what suits that, as it is settled for a run there. Nothing is compiled.
+    """
+    gpu = device != "cpu" and torch.cuda.is_available()
+    run, model = config.run, config.model
+    amp = amp or amp_of_trained(run, "cuda" if gpu else "cpu")
+    if not gpu:
+        run = dataclasses.replace(run, graph="off", fused="off")
+    elif run.device == "cpu":
+        run = dataclasses.replace(run, graph="auto", fused="auto")
+        model = dataclasses.replace(model, crf_backend="auto")
+    run = dataclasses.replace(run, device=device, amp=amp, compile=False)
+    model = dataclasses.replace(model, crf_backend=resolve_backend(model.crf_backend, gpu))
+    return dataclasses.replace(config, run=resolved_graph(run), model=model)
 
 
 def threads_here() -> int:

@@ -1,17 +1,18 @@
 """The training step: what is done with each batch, as functions that a graph can capture."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from dfer.batch import Batch, Mix
 from dfer.cli import say_once
+from dfer.config import RunConfig
 from dfer.crf.backends import trouble
 from dfer.crf.layers import GaussianCRF, MeanFieldCRF
 from dfer.evaluation import probabilities
@@ -19,12 +20,15 @@ from dfer.files import reason
 from dfer.metrics import DeviceClock
 from dfer.model.fused import Parts, fuse, why_not
 from dfer.optim.rates import DeviceRates
+from dfer.precision import Precision
 from dfer.run import distributed
+from dfer.run.distributed import World
 from dfer.run.flops import flops_a_clip
 from dfer.run.graph import CapturedCall, Graphs, refilled
 from dfer.state import Job, Step
 
 LossOfBatch = Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]  # its loss, and the model's diagnostics
+Models = Sequence[nn.Module]
 
 
 _NAMES = {  # of what is captured, by whether a batch is the first one and the last one of a step
@@ -65,10 +69,9 @@ class TrainingStep:
         self._earlier: list[Tensor | None] = []  # gradients that the batch adds to
         self._diagnostics: dict[str, Tensor] = {}
         self._steps: dict[str, Step] = {}  # what was done last, of each kind: what a graph replays, it writes there
-        self._crfs = [crf for crf in _crfs_of(job) if isinstance(crf, MeanFieldCRF)]
-        predict = partial(probabilities, state.evaluated_model(), job.precision)
+        self._crfs = [crf for crf in _crfs_of(_models(job)) if isinstance(crf, MeanFieldCRF)]
         self._evaluation = graphs.beside()
-        self._predict = CapturedCall(self._evaluation, "an evaluated batch", predict, self._dtype)
+        self._predict = captured_evaluation(state.evaluated_model(), job.precision, self._evaluation)
 
     def __call__(self, batch: Batch, first: bool, last: bool) -> Step | None:
         """Take a batch, the first one or the last one of a step or both; return what the last one leaves.
@@ -205,12 +208,11 @@ class TrainingStep:
 def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     """Return a job with what takes its steps."""
     optim = job.config.optim
-    job, one_by_one = _weights(job)
+    precision, one_by_one = _with_casts(job.config.run, job.precision, job.world)
+    job = job._replace(precision=precision)
     step = TrainingStep(job, loss_of, graphs)
-    triton = job.config.run.fused in LAYERS or any(crf.backend == "triton" for crf in _crfs_of(job))
-    if triton and job.world.device.type == "cuda":
-        say_once("Triton's kernels for this GPU are compiled, if they were not before")
-    step.notes += [note for note in (one_by_one, _fused(job), _crf(job)) if note is not None]
+    step.notes += [one_by_one] if one_by_one is not None else []
+    step.notes += with_kernels(_models(job), job.config.run, job.precision, job.world)
     if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
         step.notes.append(f"--run.graph: {optim.optimizer} reads its learning rate on the host; its step runs outside")
     if job.world.is_main and job.world.device.type == "cuda":  # whose peak it is held against
@@ -218,53 +220,83 @@ def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     return job._replace(step=step)
 
 
-def _weights(job: Job) -> tuple[Job, str | None]:
-    """Return a job whose weights are cast at once, if they are to be; and why they cannot be."""
-    run, why = job.config.run, None
+def _with_casts(run: RunConfig, precision: Precision, world: World) -> tuple[Precision, str | None]:
+    """Return a precision that casts all weights of training at once, if it is to; and why it cannot."""
     if run.fused not in ("weights", "all"):
-        return job, None
-    if job.precision.dtype is None:
+        return precision, None
+    if precision.dtype is None:
         why = "there are no casts"
     elif run.compile:
         why = "the compiler fuses casts"
-    elif job.world.size > 1:
+    elif world.size > 1:
         why = "gradients would all be exchanged after the backward pass, none during it"
-    if why is not None:
-        return job, f"--run.fused {run.fused}: {why}; weights are cast one by one"
-    return job._replace(precision=job.precision._replace(at_once=True)), None
+    else:
+        return precision._replace(at_once=True), None
+    return precision, f"--run.fused {run.fused}: {why}; weights are cast one by one"
 
 
-def _fused(job: Job) -> str | None:
-    """Have the models of a job take fewer passes, if they are to and all ranks can; return why one cannot."""
-    run, state, device = job.config.run, job.state, job.precision.device
-    if run.fused not in LAYERS or device.type != "cuda":
+def captured_evaluation(model: nn.Module, precision: Precision, graphs: Graphs) -> CapturedCall:
+    """Return `probabilities` of a model for batches of one shape, each launched at once where there are graphs."""
+    dtype = precision.dtype if precision.device.type == "cuda" else None  # to which the model rounds in any case
+    return CapturedCall(graphs, "an evaluated batch", partial(probabilities, model, precision), dtype)
+
+
+def ready_to_evaluate(model: nn.Module, run: RunConfig, precision: Precision, world: World) -> list[str]:
+    """Have a trained model, which is on its device, computed there as a run evaluates it; return why that cannot be.
+
+    On a CPU its numbers stay what they were, to the bit.
+    """
+    for crf in _crfs_of([model]):
+        if isinstance(crf, MeanFieldCRF):
+            crf.diagnosed = False
+    if precision.device.type != "cuda":
+        return []
+    precision.lay_out(model)
+    return with_kernels([model], run, precision, world)
+
+
+def with_kernels(models: Models, run: RunConfig, precision: Precision, world: World) -> list[str]:
+    """Have models computed by the kernels that a run is to take, where all ranks can; return why they cannot."""
+    triton = run.fused in LAYERS or any(crf.backend == "triton" for crf in _crfs_of(models))
+    if triton and world.device.type == "cuda":
+        say_once("Triton's kernels for this GPU are compiled, if they were not before")
+    notes = (_fused(models, run, precision, world), _crf(models, precision, world))
+    return [note for note in notes if note is not None]
+
+
+def _fused(models: Models, run: RunConfig, precision: Precision, world: World) -> str | None:
+    """Have models take fewer passes, if they are to and all ranks can; return why one cannot."""
+    if run.fused not in LAYERS or precision.device.type != "cuda":
         return None
-    if (why := _agreed(why_not(device, _operands(job)), job)) is not None:
+    if (why := _agreed(why_not(precision.device, _operands(precision)), world)) is not None:
         return f"--run.fused {run.fused}: {why}; torch's operators are taken"
-    for model in (state.model, state.evaluated_model()):
+    for model in models:
         fuse(model, LAYERS[run.fused])
     return None
 
 
-def _crf(job: Job) -> str | None:
-    """Have the CRFs of a job take dense pairs if not all ranks can take Triton's; return why one cannot."""
-    crfs = [crf for crf in _crfs_of(job) if crf.backend == "triton"]
-    if not crfs or (why := _agreed(trouble(job.precision.device, _operands(job)), job)) is None:
+def _crf(models: Models, precision: Precision, world: World) -> str | None:
+    """Have CRFs take dense pairs if not all ranks can take Triton's; return why one cannot."""
+    crfs = [crf for crf in _crfs_of(models) if crf.backend == "triton"]
+    if not crfs or (why := _agreed(trouble(precision.device, _operands(precision)), world)) is None:
         return None
     for crf in crfs:
         crf.backend = "dense"
     return f"--model.crf-backend triton: {why}; dense is taken"
 
 
-def _crfs_of(job: Job) -> list[MeanFieldCRF | GaussianCRF]:
-    models = (job.state.model, job.state.evaluated_model())
+def _models(job: Job) -> Models:
+    return job.state.model, job.state.evaluated_model()
+
+
+def _crfs_of(models: Models) -> list[MeanFieldCRF | GaussianCRF]:
     return [m for model in models for m in model.modules() if isinstance(m, (MeanFieldCRF, GaussianCRF))]
 
 
-def _operands(job: Job) -> torch.dtype:
-    return job.precision.dtype or torch.float32
+def _operands(precision: Precision) -> torch.dtype:
+    return precision.dtype or torch.float32
 
 
-def _agreed(why: str | None, job: Job) -> str | None:
+def _agreed(why: str | None, world: World) -> str | None:
     """Return on all ranks why the first of those cannot that cannot: they compute alike, and rank 0 alone speaks."""
-    return why if job.world.size == 1 else distributed.first_failure(why, job.world)
+    return why if world.size == 1 else distributed.first_failure(why, world)

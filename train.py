@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipes.build import build_loader
 from dfer.batch import Batch, empty_batch
@@ -115,13 +116,12 @@ def prepare(config: Config, data: Data, world: World, checkpoint: dict[str, Any]
     precision = build_precision(config.run, world.device)
     state = build_state(config, precision, checkpoint)
     objective, graphs = data.objective.on(world.device), build_graphs(config.run, world)
-    with graphs.stream():
-        model = distributed.parallel(state.model, world) if world.size > 1 else state.model
-        job = Job(config, world, train_loader, val_loader, state, model, objective, schedule, precision)
-        if world.size > 1:
-            size, frames = config.data.size, train_loader.sampler.clip_length
-            empty = empty_batch(config.data.batch_size, frames, size, world.device)
-            distributed.settle_buckets(model, empty, lambda batch: training_loss(job, batch)[0])
+    # Where steps are graphs, gradients are exchanged between them (`Exchange`); else DDP does, while it makes them.
+    model = distributed.parallel(state.model, world) if world.size > 1 and not graphs.active else state.model
+    job = Job(config, world, train_loader, val_loader, state, model, objective, schedule, precision)
+    if isinstance(model, DistributedDataParallel):
+        empty = empty_batch(config.data.batch_size, train_loader.sampler.clip_length, config.data.size, world.device)
+        distributed.settle_buckets(model, empty, lambda batch: training_loss(job, batch)[0])
     return with_step(job, training_loss, graphs)
 
 

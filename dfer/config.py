@@ -122,10 +122,10 @@ class RunConfig:
     compile: bool = False
     """torch.compile the model."""
     graph: Literal["auto", "on", "off"] = "auto"
-    """Launch a whole step on a GPU at once, as a CUDA graph; auto = where one process trains on one."""
+    """Launch a whole step on a GPU at once, as a CUDA graph, of several processes as two; auto = on a GPU, without sync_bn."""
     fused: Literal["auto", "norm", "pool", "both", "weights", "all", "off"] = "auto"
     """What takes fewer passes: layers of a ResNet, by Triton kernels on a GPU (norm, pool, both), mixed precision's
-    casts of weights, or all; auto = all where steps are graphs, but both without casts or of several processes."""
+    casts of weights, or all; auto = all where steps are graphs, but both without casts."""
     threads: Annotated[int, Range(0, 4096)] = 0
     """Threads of torch on a CPU; 0 = the cores there are. A run keeps their number, as another one rounds otherwise."""
     deterministic: bool = False

@@ -236,16 +236,22 @@ def test_a_run_of_a_cpu_that_an_older_version_began_goes_on_there(machine, begin
     RunFolder(now, "a").close()
 
 
-def test_several_processes_go_on_with_graphs_where_that_is_typed(machine, begin, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sync_bn", [False, True])
+def test_several_processes_go_on_with_graphs_unless_they_exchange_within_a_pass(
+    machine, begin, tmp_path, monkeypatch, sync_bn
+):
     machine(80)
-    config = begin("debug")
+    words = ["--run.sync-bn"] if sync_bn else []
+    config = begin("debug", *words)
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    found = [again(tmp_path, "debug", *typed).run for typed in ((), ("--run.graph", "on"), ("--run.graph", "auto"))]
-    assert [run.graph for run in found] == ["off", "on", "off"]
+    found = [
+        again(tmp_path, "debug", *words, *typed).run for typed in ((), ("--run.graph", "on"), ("--run.graph", "off"))
+    ]
+    assert [run.graph for run in found] == ["off" if sync_bn else "on", "on", "off"]
     assert [run.fused for run in found] == [config.run.fused] * 3 == ["all"] * 3
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert again(tmp_path, "debug").run.graph == "on"
+    assert again(tmp_path, "debug", *words).run.graph == "on"
 
 
 def test_a_run_is_not_tied_to_a_card_that_held_its_clips(machine, begin, tmp_path):

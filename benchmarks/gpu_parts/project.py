@@ -233,10 +233,11 @@ class Step:
         if options.ddp:
             join_alone(setting)
             graphs = together(backend if options.graph else None, world)
-            with graphs.stream():
+            if not options.graph:
                 model = distributed.parallel(model, world)
         job = Job(config, world, nothing, nothing, self.state, model, objective, schedule, precision)
-        self._take = TrainingStep(job, self._loss_of, graphs)
+        exchange = distributed.Exchange(self.model, world) if options.ddp and options.graph else None
+        self._take = TrainingStep(job, self._loss_of, graphs, exchange)
         self._algorithms = RunConfig(deterministic=options.deterministic)
 
     def _loss_of(self, job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -80,16 +80,15 @@ def settled_as(config: Section, begun: Any) -> Section:
 def at_this_place(config: Section, typed: Any) -> Section:
     """Return a run's configuration without what it has by itself and cannot have where it goes on.
 
-    On a CPU that is what a GPU held and launched. Several processes capture their steps only where that is asked for.
-    What is typed stays, and is refused where it cannot be.
+    On a CPU that is what a GPU held and launched. What is typed stays, and is refused where it cannot be.
 
     Args:
         config: what the run was begun with, under the flags of the command that continues it.
         typed: what those flags make of a preset.
     """
     lacks = only_of_a_gpu(config) if _on_a_cpu(config) else {}
-    if config.run.graph == "on" and (number("WORLD_SIZE", 1) or 1) > 1:
-        lacks["run.graph"] = "on"
+    if config.run.graph == "on" and config.run.sync_bn and (number("WORLD_SIZE", 1) or 1) > 1:
+        lacks["run.graph"] = "on"  # processes that exchange within a forward pass capture it only where that is typed
     for name, value in lacks.items():
         section, field = name.split(".")
         if getattr(getattr(typed, section), field) != value:

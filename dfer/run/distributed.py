@@ -210,25 +210,53 @@ def first_failure(why: str | None, world: World) -> str | None:
     return f"rank {rank}: {said.decode()}"
 
 
-def parallel(model: nn.Module, world: World, alike: bool = False) -> DistributedDataParallel:
-    """Return a model whose gradients are the means over all ranks. All of them call it.
-
-    Unless it is `alike` on all of them already, it becomes rank 0's.
-    """
+def parallel(model: nn.Module, world: World) -> DistributedDataParallel:
+    """Return a model whose gradients are the means over all ranks. All of them call it, and it becomes rank 0's."""
     on = [world.local_rank] if world.device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=on, gradient_as_bucket_view=True, init_sync=not alike)
-    # It times some of its steps, which a captured one must not be: the first ten, and each one that this divides.
-    ddp._set_ddp_runtime_logging_sample_rate(2**31 - 1)
-    return ddp
+    return DistributedDataParallel(model, device_ids=on, gradient_as_bucket_view=True)
 
 
-def renewed(ddp: DistributedDataParallel, world: World) -> DistributedDataParallel:
-    """Return another one of the same model, where a pass that broke off has left the old one waiting for its end.
+class Exchange:
+    """The mean of the gradients of all ranks, taken between two graphs, of which no exchange is a part.
 
-    Its buckets are to be settled. Gradients that are there now become views of them, and do not last.
+    What DDP does while it computes gradients is done when all of them are there: a graph that holds an exchange may
+    hang where one rank cannot capture it, and this one needs nothing of the host that a graph would not do again.
     """
-    ddp._remove_autograd_hooks()
-    return parallel(ddp.module, world, alike=True)
+
+    def __init__(self, model: nn.Module, world: World):
+        """Give all ranks rank 0's weights and batch statistics. All of them call it."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            dense = tensor.detach().contiguous()
+            dist.broadcast(dense, src=0)
+            tensor.detach().copy_(dense)
+        self._parameters, self._world_size = [p for p in model.parameters() if p.requires_grad], world.size
+        self._flat = torch.zeros(sum(p.numel() for p in self._parameters), device=world.device)
+        parts = self._flat.split([p.numel() for p in self._parameters])
+        self._means = [part.as_strided(p.shape, p.stride()) for part, p in zip(parts, self._parameters, strict=True)]
+        self._collected: list[Tensor | None] = []  # the means of those that have gradients
+
+    def collect(self) -> None:
+        """Put the gradients of this rank in one piece of memory. A graph can capture it."""
+        grads = [p.grad for p in self._parameters]
+        self._collected = [None if g is None else mean for g, mean in zip(grads, self._means, strict=True)]
+        torch._foreach_copy_([m for m in self._collected if m is not None], [g for g in grads if g is not None])
+
+    def run(self) -> None:
+        """Take the mean of what all ranks have collected: as DDP does, shares first, so that none overflows."""
+        self._flat /= self._world_size
+        dist.all_reduce(self._flat)
+
+    @contextlib.contextmanager
+    def given(self) -> Iterator[None]:
+        """Have the parameters' gradients be the means, and those of this rank again afterwards: graphs add to them."""
+        mine = [p.grad for p in self._parameters]
+        for parameter, mean in zip(self._parameters, self._collected, strict=True):
+            parameter.grad = mean
+        try:
+            yield
+        finally:
+            for parameter, grad in zip(self._parameters, mine, strict=True):
+                parameter.grad = grad
 
 
 def settle_buckets(ddp: DistributedDataParallel, batch: Batch, loss_of: Callable[[Batch], Tensor]) -> None:

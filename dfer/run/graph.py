@@ -21,7 +21,6 @@ from dfer.run.distributed import World, first_failure
 from dfer.run.launchers import find_place
 
 WARM_UP = 2  # calls before the one that is captured: state is made in the first, algorithms are chosen
-WARM_UP_TOGETHER = 11  # of several processes: DDP times its first ten
 
 Function = Callable[[], None]
 Agree = Callable[[str | None], str | None]
@@ -153,10 +152,6 @@ class Graphs:
         """Return whether a function is replayed, which is one launch."""
         return name in self._replays
 
-    def stream(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which to make what remembers its stream and will be captured."""
-        return self._backend.stream() if self._backend is not None else contextlib.nullcontext()
-
     def run(self, name: str, function: Function, warm: bool, recover: Function = lambda: None) -> None:
         """Do the work of a function: call it, or capture it once it is warm, and replay it from then on.
 
@@ -253,15 +248,16 @@ def refilled(static: Tensor | None, x: Tensor, dtype: torch.dtype | None = None)
 def resolved_graph(run: RunConfig) -> RunConfig:
     """Return the options with what "auto" means for --run.graph and --run.fused.
 
-    Graphs where this process is alone and has a GPU; fewer passes where there are graphs, since our kernels, launched
-    one by one, cost the host more than torch's, and not where a compiler fuses. Weights are cast at once where autocast
-    casts them and no other process waits for their gradients.
+    Graphs on a GPU, but not where several processes exchange within a forward pass; fewer passes where there are
+    graphs, since our kernels, launched one by one, cost the host more than torch's, and not where a compiler fuses.
+    Weights are cast at once where autocast casts them.
     """
-    graph, fused, alone = run.graph, run.fused, find_place().size == 1
+    graph, fused = run.graph, run.fused
     if graph == "auto":
-        graph = "on" if alone and run.device != "cpu" and torch.cuda.is_available() else "off"
+        exchanges = run.sync_bn and find_place().size > 1
+        graph = "on" if run.device != "cpu" and torch.cuda.is_available() and not exchanges else "off"
     if fused == "auto":
-        most = "all" if alone and run.amp in ("bf16", "fp16") else "both"
+        most = "all" if run.amp in ("bf16", "fp16") else "both"
         fused = most if graph == "on" and not run.compile else "off"
     return dataclasses.replace(run, graph=graph, fused=fused)
 
@@ -277,6 +273,8 @@ def build_graphs(run: RunConfig, world: World) -> Graphs:
 
 
 def together(backend: Backend | None, world: World) -> Graphs:
-    """Return the graphs of one process of several, which capture their steps together or not at all."""
-    # At once: recovering exchanges too, and takes another DDP.
-    return Graphs(backend, WARM_UP_TOGETHER, partial(first_failure, world=world), attempts=1)
+    """Return the graphs of one process of several, which capture their steps together or not at all.
+
+    Those that do and those that do not would round differently, and one that says why it does not is heard on rank 0.
+    """
+    return Graphs(backend, WARM_UP, partial(first_failure, world=world))

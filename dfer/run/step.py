@@ -38,6 +38,7 @@ _NAMES = {  # of what is captured, by whether a batch is the first one and the l
     (False, True): "the last batch of a training step",
 }
 _LOGGED = " that is logged"  # with the CRF's diagnostics
+_END = "the end of a training step"  # of several processes, once they have exchanged gradients
 LAYERS: dict[str, Parts] = {"norm": "norm", "pool": "pool", "both": "both", "all": "both"}  # of --run.fused
 
 
@@ -46,15 +47,19 @@ class TrainingStep:
 
     Where there are graphs, a batch is copied into tensors that stay where they are, and all that follows is launched at
     once. What a graph would not do again is done before it: seeds, learning rates and the average's shares are set by
-    the host. What it must not do is done after it: whether the run has diverged is read some steps late.
+    the host. What it must not do is done after it: whether the run has diverged is read some steps late. Of several
+    processes a step is two graphs, and gradients are exchanged between them.
     """
 
-    def __init__(self, job: Job, loss_of: LossOfBatch, graphs: Graphs):
-        """Take the steps of a job. Clips that are copied are rounded to what the model rounds them to in any case."""
+    def __init__(self, job: Job, loss_of: LossOfBatch, graphs: Graphs, exchange: distributed.Exchange | None = None):
+        """Take the steps of a job. Clips that are copied are rounded to what the model rounds them to in any case.
+
+        `exchange` is that of several processes, unless the job's model is DDP, which exchanges by itself.
+        """
         self.graphs = graphs
         self.flops_a_clip: float | None = None  # of convolutions and products, forwards and backwards; on a GPU
         self.notes: list[str] = []  # what is to be said besides of the graphs, each once
-        self._job, self._loss_of = job, loss_of
+        self._job, self._loss_of, self._exchange = job, loss_of, exchange
         state, device = job.state, job.state.losses.device
         gpu = device.type == "cuda"
         self._dtype = job.precision.dtype if gpu else None
@@ -67,8 +72,9 @@ class TrainingStep:
         self._static: Batch | None = None
         self._batch: Batch | None = None  # that is taken
         self._earlier: list[Tensor | None] = []  # gradients that the batch adds to
-        self._diagnostics: dict[str, Tensor] = {}
-        self._steps: dict[str, Step] = {}  # what was done last, of each kind: what a graph replays, it writes there
+        # What was done last, of each kind: what a graph replays, it writes there.
+        self._diagnostics: dict[str, dict[str, Tensor]] = {}
+        self._norms: dict[str, Tensor] = {}
         self._crfs = [crf for crf in _crfs_of(_models(job)) if isinstance(crf, MeanFieldCRF)]
         self._evaluation = graphs.beside()
         self._predict = captured_evaluation(state.evaluated_model(), job.precision, self._evaluation)
@@ -89,15 +95,25 @@ class TrainingStep:
         warm = self._num_steps >= self.graphs.warm_up
         if self._diagnose(last and (self._job.logs(self._job.steps_done + 1) or not warm)):
             name += _LOGGED
+        self._launch(name, partial(self._do, first, last, name), warm)
+        end = name
+        if last and self._exchange is not None:
+            self._exchange.run()
+            end = _END
+            if self._capturable:
+                self._launch(end, partial(self._update, end), warm)
+        self._num_steps += last
+        if last and not self._capturable:
+            self._update(end)
+        self._batch = None
+        return Step(self._norms[end], self._diagnostics[name]) if last else None
+
+    def _launch(self, name: str, function: Callable[[], None], warm: bool) -> None:
+        """Do the work of a function, as a graph where there are graphs."""
         # A step without a graph, and the capture of one, have gaps, which the clock would take for work.
         clock = self._clock if self.graphs.captured(name) else None
         with clock.running() if clock is not None else contextlib.nullcontext():
-            self.graphs.run(name, partial(self._do, first, last, name), warm, partial(self._recover, first))
-        self._num_steps += last
-        if last and not self._capturable:
-            self._update(name)
-        self._batch = None
-        return self._steps[name] if last else None
+            self.graphs.run(name, function, warm, self._recover)
 
     def worked_s(self) -> float | None:
         """Return for how many seconds the device has worked on steps; None where there are no graphs to say it by."""
@@ -118,21 +134,16 @@ class TrainingStep:
         self._diagnose(False)
         return self._predict(clips)
 
-    def settle(self, batch: Batch | None) -> None:
-        """Have DDP sort its buckets by a batch, whatever is in it, and change nothing else; without DDP do nothing."""
-        job = self._job
-        if isinstance(job.model, DistributedDataParallel):
-            assert batch is not None
-            distributed.settle_buckets(job.model, batch, lambda batch: self._loss_of(job, batch)[0])
-
     def take_note(self) -> str | None:
         """Return the next thing to be said of graphs and kernels, or of what could not be counted, each once."""
         return self.notes.pop(0) if self.notes else self.graphs.take_note() or self._evaluation.take_note()
 
     def _do(self, first: bool, last: bool, name: str) -> None:
         """Do all that is captured."""
-        self._gradients(first, last)
-        if last and self._capturable:
+        self._diagnostics[name] = self._gradients(first, last)
+        if last and self._exchange is not None:
+            self._exchange.collect()
+        elif last and self._capturable:
             self._update(name)
 
     def _placed(self, batch: Batch) -> Batch:
@@ -146,8 +157,8 @@ class TrainingStep:
         self._static = Batch(clips, labels, valid, batch.ids, mix)
         return self._static
 
-    def _gradients(self, first: bool, last: bool) -> None:
-        """Add the gradient of the batch to those of the step."""
+    def _gradients(self, first: bool, last: bool) -> dict[str, Tensor]:
+        """Add the gradient of the batch to those of the step; return the model's diagnostics."""
         assert self._batch is not None
         job, state = self._job, self._job.state
         if first:
@@ -160,17 +171,19 @@ class TrainingStep:
                 loss, diagnostics = self._loss_of(job, self._batch)
             with record_function("backward"):
                 state.backward(loss, job.config.optim.accumulate)
-        self._diagnostics = diagnostics
+        return diagnostics
 
     def _update(self, name: str) -> None:
         """Change weights, batch statistics and the average as the gradients say, or nothing if they are not finite."""
-        state = self._job.state
+        state, nothing = self._job.state, contextlib.nullcontext()
         with record_function("optimizer"):
-            with self._rates.given() if self._rates is not None else contextlib.nullcontext():
-                grad_norm = state.guard.step(self._job.config.optim.clip_norm)
+            with (
+                self._exchange.given() if self._exchange is not None else nothing,
+                self._rates.given() if self._rates is not None else nothing,
+            ):
+                self._norms[name] = state.guard.step(self._job.config.optim.clip_norm)
             if state.ema is not None:
                 state.ema.update(state.model)
-        self._steps[name] = Step(grad_norm, self._diagnostics)
 
     def count_flops(self) -> None:
         """Count what the model computes for a clip; where that cannot be done, have a note say why, and no more."""
@@ -185,20 +198,10 @@ class TrainingStep:
         self.graphs.close()
         self._evaluation.close()
 
-    def _recover(self, first: bool) -> None:
-        """Forget what a capture that broke off, here or on another rank, has left on the host.
-
-        `first`: whether it was of the first batch of a step.
-        """
-        model, ddp = self._job.state.model, self._job.model
-        model.zero_grad()
-        if isinstance(ddp, DistributedDataParallel):  # it waits for the end of the pass that was captured
-            ddp = distributed.renewed(ddp, self._job.world)
-            self._job = self._job._replace(model=ddp)
-            self.settle(self._batch)
-            ddp.require_forward_param_sync = first  # each rank has had statistics of its own since then
-        for parameter, gradient in zip(model.parameters(), self._earlier, strict=True):
-            parameter.grad = gradient  # DDP had moved it into a bucket, where nothing was done
+    def _recover(self) -> None:
+        """Forget what a capture that broke off, here or on another rank, has left on the host."""
+        for parameter, gradient in zip(self._job.state.model.parameters(), self._earlier, strict=True):
+            parameter.grad = gradient
         torch.manual_seed(torch.initial_seed())  # dropout may have drawn
         scaler = self._job.state.scaler
         if scaler.is_enabled():
@@ -210,7 +213,8 @@ def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     optim = job.config.optim
     precision, one_by_one = _with_casts(job.config.run, job.precision, job.world)
     job = job._replace(precision=precision)
-    step = TrainingStep(job, loss_of, graphs)
+    exchange = distributed.Exchange(job.state.model, job.world) if job.world.size > 1 and graphs.active else None
+    step = TrainingStep(job, loss_of, graphs, exchange)
     step.notes += [one_by_one] if one_by_one is not None else []
     step.notes += with_kernels(_models(job), job.config.run, job.precision, job.world)
     if graphs.active and not job.state.optimizer.capturable:  # type: ignore[attr-defined]
@@ -228,7 +232,7 @@ def _with_casts(run: RunConfig, precision: Precision, world: World) -> tuple[Pre
         why = "there are no casts"
     elif run.compile:
         why = "the compiler fuses casts"
-    elif world.size > 1:
+    elif world.size > 1 and run.graph != "on":
         why = "gradients would all be exchanged after the backward pass, none during it"
     else:
         return precision._replace(at_once=True), None

@@ -57,7 +57,7 @@ from scripts.make_faces import DIFFICULTIES, make_data_set
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks" / "results" / "model_comparison.jsonl"
 PAGES = (ROOT / "docs" / "comparison.md", ROOT / "docs" / "recipes.md")
-DRAWN = {"faces": "normal", "faces-hard": "hard"}
+DRAWN = {"faces": "normal", "faces-large": "large", "faces-hard": "hard"}
 WATCHED = 64  # clips of the test list that a training is evaluated on after each epoch; all, when it is over
 RUNNING: set[subprocess.Popen] = set()  # what is ended when this process is
 ENDING = threading.Event()

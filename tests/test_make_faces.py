@@ -19,6 +19,7 @@ GOLDEN = "b471929d2ba45480f2a8d43fd17b73fcd160018bb4d7a8a02f603bce65428769"  # o
 
 PLANNED = {  # of what they are drawn from
     "normal": "f199733e50a36266c9620ee206a76bf582d2c5aa7d9164109ad6e8b06016aea5",
+    "large": "f199733e50a36266c9620ee206a76bf582d2c5aa7d9164109ad6e8b06016aea5",  # as normal: its test list is longer
     "hard": "016d7260ea2e64f08729c16a3fc9721fd8224ba22a8dfe60b06e5f4056086be6",
 }
 

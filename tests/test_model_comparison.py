@@ -476,7 +476,7 @@ def test_the_first_clips_of_a_list(clips, tmp_path):
     assert [r.name for r in read_annotations(data.watched)] == [r.name for r in read_annotations(data.test)][:64]
     with pytest.raises(UserError, match=r"--clips 9999: .*train\.txt has only 20"):
         mc.find_data([str(clips / "train.txt"), str(clips / "test.txt")], 9999, tmp_path)
-    with pytest.raises(UserError, match="--data face: must be one of faces, faces-hard, order"):
+    with pytest.raises(UserError, match="--data face: must be one of faces, faces-large, faces-hard, order"):
         mc.find_data(["face"], None, tmp_path)
 
 

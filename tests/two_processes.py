@@ -86,6 +86,11 @@ def compare(job: Job, want: Job) -> None:
     assert_same(job, want, gradients=False)
 
 
+def compare_logged(logged: list[list[Tensor]], want: list[list[Tensor]]) -> None:
+    for a, b in zip(logged, want, strict=True):
+        assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
 def given(rank: int, accumulate: int) -> Iterator[Batch]:
     """A rank's own batches; two of rank 1's make both ranks skip a step: the first one, and one that is replayed."""
     harmed = (0, accumulate * (WARM_UP + 1)) if rank == 1 else ()
@@ -114,8 +119,7 @@ def play(rank: int, store: str, cases: str, accumulate: int) -> None:
         backend = job.step.graphs._backend
         logged = told(job, given(rank, accumulate))
         compare(job, want)
-        for a, b in zip(logged, want_logged, strict=True):
-            assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+        compare_logged(logged, want_logged)
         parts = accumulate + 1
         note, captured = job.step.take_note(), (backend.warmed, backend.captured, backend.replayed)
         if failing == "none":
@@ -150,9 +154,9 @@ def share_a_card(config: Config, rank: int, accumulate: int) -> None:
             with_ddp(jobs[0], empty_batch(2, 2, 32, world.device)),
             with_graphs(jobs[1], CudaGraphs(world.device), exchange_of(jobs[1])),
         ]
-        for job in jobs:
-            told(job, on_card(given(rank, accumulate)))
+        want_logged, logged = (told(job, on_card(given(rank, accumulate))) for job in jobs)
         compare(jobs[1], jobs[0])
+        compare_logged(logged, want_logged)
     assert jobs[1].step.take_note() is None and jobs[1].step.graphs.active
 
 

@@ -96,8 +96,10 @@ class TrainingStep:
         if self._diagnose(last and (self._job.logs(self._job.steps_done + 1) or not warm)):
             name += _LOGGED
         self._launch(name, partial(self._do, first, last, name), warm)
-        end = name
+        end, diagnostics = name, self._diagnostics[name]
         if last and self._exchange is not None:
+            # The end's graph, if it was captured before this one, works where this one returns them.
+            diagnostics = {key: value.clone() for key, value in diagnostics.items()}
             self._exchange.run()
             end = _END
             if self._capturable:
@@ -106,7 +108,7 @@ class TrainingStep:
         if last and not self._capturable:
             self._update(end)
         self._batch = None
-        return Step(self._norms[end], self._diagnostics[name]) if last else None
+        return Step(self._norms[end], diagnostics) if last else None
 
     def _launch(self, name: str, function: Callable[[], None], warm: bool) -> None:
         """Do the work of a function, as a graph where there are graphs."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfer.batch import Batch, Mix, empty_batch
@@ -30,6 +31,7 @@ from dfer.run.graph import (
     resolved_graph,
     together,
 )
+from dfer.run.profiler import RANGES
 from dfer.run.step import TrainingStep, with_step
 from dfer.state import Job, build_state
 from tests.conftest import run_python
@@ -466,6 +468,21 @@ def test_processes_capture_their_steps_together_or_not_at_all(tmp_path, failing,
     """And each is DDP's eager step to the bit: gradients are exchanged in replays, on all ranks or on none."""
     done = run_python("tests/two_processes.py", str(tmp_path / "store"), failing, accumulate)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_trace_names_the_exchange_of_gradients():
+    """A graph's name holds for what is in it, and no exchange is."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        job = job_of(configured(), None)
+        exchange = distributed.Exchange(job.state.model, job.world)
+        job = job._replace(step=TrainingStep(job, training_loss, Graphs(Recorder()), exchange))
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
+            told(job, batches(2))
+    finally:
+        dist.destroy_process_group()
+    named = [event.name for event in trace.events()]
+    assert named.count("exchange") == named.count("optimizer") == 2 and "exchange" in RANGES
 
 
 # ---- On a card

@@ -2,7 +2,8 @@
 
 `python tests/two_processes.py STORE RANKS N`: a fork each, which says why where it is not as it should be. Each of
 RANKS (such as "none,1,0:2,odd1") is one training: the rank that cannot capture there, or not the second time, or for a
-reason that is no RuntimeError, as Triton has them; "gpu" is one of both processes on one GPU. N batches make a step.
+reason that is no RuntimeError, as Triton has them; "gpu" is one of both processes on one GPU. N batches make a step; of
+several the loss is scaled, as fp16 needs it.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def job_together(
     error: type[Exception] = RuntimeError,
 ) -> Job:  # fmt: skip
     """A job of one rank; `reference`: eager, and wrapped as torch's documentation has it."""
-    job = job_of(config, None)._replace(world=world)
+    job = job_of(config, None, scaled=config.optim.accumulate > 1)._replace(world=world)
     if reference:
         return with_ddp(job, next(batches(1)))
     alone = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
@@ -52,7 +53,9 @@ def job_together(
 
     def changed() -> list[Tensor]:
         gradients = [p.grad for p in job.state.model.parameters() if p.grad is not None]
-        return [*everything(job), *gradients, exchange._flat]
+        scaler = job.state.scaler
+        scale = [scaler._scale, scaler._growth_tracker] if scaler.is_enabled() else []
+        return [*everything(job), *gradients, *scale, exchange._flat]
 
     return with_graphs(job, Apart(changed, alone, fails_at, number, error), exchange)
 

@@ -98,11 +98,12 @@ class TrainingStep:
         self._launch(name, partial(self._do, first, last, name), warm)
         end, diagnostics = name, self._diagnostics[name]
         if last and self._exchange is not None:
-            # The end's graph, if it was captured before this one, works where this one returns them.
-            diagnostics = {key: value.clone() for key, value in diagnostics.items()}
-            self._exchange.run()
+            with record_function("exchange"):
+                self._exchange.run()
             end = _END
             if self._capturable:
+                # The end's graph, if it was captured before this one, works where this one returns them.
+                diagnostics = {key: value.clone() for key, value in diagnostics.items()}
                 self._launch(end, partial(self._update, end), warm)
         self._num_steps += last
         if last and not self._capturable:

@@ -169,6 +169,28 @@ def test_steps_that_are_not_logged_leave_out_the_diagnostics_and_nothing_else(ac
     assert not any(crf.diagnosed for crf in job.step._crfs)
 
 
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_the_gradients_of_the_last_step_can_be_looked_at(exchanged):
+    """Whichever graph has made them: the one without diagnostics was captured first, and the other one in between."""
+    config = dataclasses.replace(configured(ema=0.0), run=RunConfig(log_every=2))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        want, job = job_of(config, None), job_of(config, Recorder())
+        exchange = distributed.Exchange(job.state.model, job.world) if exchanged else None
+        job = job._replace(step=TrainingStep(job, training_loss, job.step.graphs, exchange))
+        given = (list(batches(NUM_STEPS, harmed=(NUM_STEPS - 2,))) for _ in range(2))
+        for _ in zip(train_steps(want, iter(next(given))), train_steps(job, iter(next(given))), strict=True):
+            want.step.show_gradients()
+            shown = [p.grad for p in job.state.model.parameters()]
+            job.step.show_gradients()
+            for a, b in zip(job.state.model.parameters(), want.state.model.parameters(), strict=True):
+                assert torch.equal(a.grad.nan_to_num(), b.grad.nan_to_num())
+            for parameter, gradient in zip(job.state.model.parameters(), shown, strict=True):
+                parameter.grad = gradient
+    finally:
+        dist.destroy_process_group()
+
+
 def test_an_optimizer_that_takes_gradients_from_the_host_has_one_graph():
     config = dataclasses.replace(configured(optimizer="lion"), run=RunConfig(log_every=2))
     job = job_of(config, recorder := Recorder())

@@ -122,8 +122,7 @@ class RunConfig:
     compile: bool = False
     """torch.compile the model."""
     graph: Literal["auto", "on", "off"] = "auto"
-    """Launch a whole step on a GPU at once, as a CUDA graph, of several processes as two; auto = on a GPU, without
-    sync_bn."""
+    """Launch a step on a GPU at once, as a CUDA graph, of several processes as two; auto = on a GPU without sync_bn."""
     fused: Literal["auto", "norm", "pool", "both", "weights", "all", "off"] = "auto"
     """What takes fewer passes: layers of a ResNet, by Triton kernels on a GPU (norm, pool, both), mixed precision's
     casts of weights, or all; auto = all where steps are graphs, but both without casts."""

@@ -131,6 +131,10 @@ class StepTaker(Protocol):
         """Return for how many seconds the device has worked on steps; None where that cannot be told."""
         ...
 
+    def show_gradients(self) -> None:
+        """Have the parameters' gradients be the last step's."""
+        ...
+
     def close(self) -> None:
         """Free its graphs."""
         ...

@@ -1,10 +1,12 @@
 """What plays CUDA graphs on a CPU: operators are recorded once and then done again, on the tensors that they were on.
 
 As in a graph, Python does not run again: a number that it would read or change is the recorded one for ever, and what
-is not written into a tensor that was there when the recording was made is lost.
+is not written into a tensor that was there when the recording was made is lost. As in a pool of memory that graphs
+share, what one of them returns is gone once another one runs that was captured before it.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -45,6 +47,7 @@ class Recording(TorchDispatchMode):
         """With a group of this process alone nothing is exchanged meanwhile, as in a capture."""
         super().__init__()
         self.calls = []
+        self.made: list[Tensor] = []  # memory that is asked for meanwhile
         self._fails_at, self._alone, self._error = fails_at, alone, error
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -61,6 +64,8 @@ class Recording(TorchDispatchMode):
         is_view = not func._schema.is_mutable and storages(tensors(out)) <= storages(tensors((args, kwargs)))
         if not is_view:
             self.calls.append((func, args, kwargs, tensors(out)))
+        if not is_view and not func._schema.is_mutable:
+            self.made += [tensor for tensor in tensors(out) if tensor.is_floating_point()]
         return out
 
     def replay(self) -> None:
@@ -77,6 +82,7 @@ class Recorder:
 
     def __init__(self):
         self.warmed, self.captured, self.replayed = 0, 0, 0
+        self._made: list[list[Tensor]] = []  # by each graph, in the order of their captures
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -89,7 +95,7 @@ class Recorder:
         with Recording() as recording:
             function()
         self.captured += 1
-        done = False
+        done, overwrite = False, self._in_a_pool(recording)
 
         def replay() -> None:
             nonlocal done
@@ -97,8 +103,21 @@ class Recorder:
             if done:
                 recording.replay()
             done = True
+            overwrite()
 
         return replay
+
+    def _in_a_pool(self, recording: Recording) -> Callable[[], None]:
+        """Return what overwrites all that graphs captured later make: where this one works may be free for them."""
+        self._made.append(recording.made)
+        number = len(self._made)
+
+        def overwrite() -> None:
+            with torch.inference_mode():  # it may be of an evaluation
+                for tensor in itertools.chain(*self._made[number:]):
+                    tensor.fill_(torch.nan)
+
+        return overwrite
 
 
 class Unchanged:
@@ -134,10 +153,12 @@ class Apart(Recorder):
         with Unchanged(self._state()), Recording(fails_at, self._alone, self._error) as recording:
             function()
         self.captured += 1
+        overwrite = self._in_a_pool(recording)
 
         def replay() -> None:
             self.replayed += 1
             recording.replay()
+            overwrite()
 
         return replay
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfer.batch import Batch, Mix, empty_batch
@@ -30,6 +31,7 @@ from dfer.run.graph import (
     resolved_graph,
     together,
 )
+from dfer.run.profiler import RANGES
 from dfer.run.step import TrainingStep, with_step
 from dfer.state import Job, build_state
 from tests.conftest import run_python
@@ -165,6 +167,28 @@ def test_steps_that_are_not_logged_leave_out_the_diagnostics_and_nothing_else(ac
     with torch.inference_mode():
         job.step.predict(next(batches(1)).clips)
     assert not any(crf.diagnosed for crf in job.step._crfs)
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_the_gradients_of_the_last_step_can_be_looked_at(exchanged):
+    """Whichever graph has made them: the one without diagnostics was captured first, and the other one in between."""
+    config = dataclasses.replace(configured(ema=0.0), run=RunConfig(log_every=2))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        want, job = job_of(config, None), job_of(config, Recorder())
+        exchange = distributed.Exchange(job.state.model, job.world) if exchanged else None
+        job = job._replace(step=TrainingStep(job, training_loss, job.step.graphs, exchange))
+        given = (list(batches(NUM_STEPS, harmed=(NUM_STEPS - 2,))) for _ in range(2))
+        for _ in zip(train_steps(want, iter(next(given))), train_steps(job, iter(next(given))), strict=True):
+            want.step.show_gradients()
+            shown = [p.grad for p in job.state.model.parameters()]
+            job.step.show_gradients()
+            for a, b in zip(job.state.model.parameters(), want.state.model.parameters(), strict=True):
+                assert torch.equal(a.grad.nan_to_num(), b.grad.nan_to_num())
+            for parameter, gradient in zip(job.state.model.parameters(), shown, strict=True):
+                parameter.grad = gradient
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_optimizer_that_takes_gradients_from_the_host_has_one_graph():
@@ -468,6 +492,21 @@ def test_processes_capture_their_steps_together_or_not_at_all(tmp_path, failing,
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_trace_names_the_exchange_of_gradients():
+    """A graph's name holds for what is in it, and no exchange is."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        job = job_of(configured(), None)
+        exchange = distributed.Exchange(job.state.model, job.world)
+        job = job._replace(step=TrainingStep(job, training_loss, Graphs(Recorder()), exchange))
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
+            told(job, batches(2))
+    finally:
+        dist.destroy_process_group()
+    named = [event.name for event in trace.events()]
+    assert named.count("exchange") == named.count("optimizer") == 2 and "exchange" in RANGES
+
+
 # ---- On a card
 
 
@@ -550,7 +589,8 @@ def test_on_a_gpu_nccl_exchanges_between_two_graphs(tmp_path, accumulate):
     world = World(0, 1, device.index, 1, device)
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
-    config, jobs = configured(accumulate=accumulate), []
+    config, jobs, logged = configured(accumulate=accumulate), [], []
+    config = dataclasses.replace(config, run=RunConfig(log_every=2))  # some are captured when their end has been
     try:
         with chosen_algorithms(RunConfig(deterministic=True)):
             for backend in (None, CudaGraphs(device)):
@@ -562,7 +602,9 @@ def test_on_a_gpu_nccl_exchanges_between_two_graphs(tmp_path, accumulate):
                 exchange = None if backend is None else distributed.Exchange(job.state.model, world)
                 step = TrainingStep(job, training_loss, together(backend, world), exchange)
                 jobs.append(job._replace(step=step))
-                told(jobs[-1], on_card(batches((WARM_UP + 40) * accumulate, harmed=(30,))))
+                logged.append(told(jobs[-1], on_card(batches((WARM_UP + 40) * accumulate, harmed=(30,)))))
+        for a, b in zip(*logged, strict=True):
+            assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
         assert jobs[1].step.take_note() is None and jobs[1].step.graphs.active
         assert_same(*jobs, gradients=False)
     finally:

@@ -150,7 +150,7 @@ def made_up_trace(rng: random.Random, num_steps: int) -> tuple[list[dict], dict[
         began = now
         for outer, inner in (
             ("loading", "reading"), ("loading", "DALI"), ("forward", "dfer::meanfield"), ("forward", None),
-            ("backward", "dfer::meanfield_backward"), ("optimizer", None), (None, None),
+            ("backward", "dfer::meanfield_backward"), ("exchange", None), ("optimizer", None), (None, None),
         ):  # fmt: skip
             start = now
             for _ in range(rng.randrange(4)):

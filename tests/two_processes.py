@@ -2,7 +2,8 @@
 
 `python tests/two_processes.py STORE RANKS N`: a fork each, which says why where it is not as it should be. Each of
 RANKS (such as "none,1,0:2,odd1") is one training: the rank that cannot capture there, or not the second time, or for a
-reason that is no RuntimeError, as Triton has them; "gpu" is one of both processes on one GPU. N batches make a step.
+reason that is no RuntimeError, as Triton has them; "gpu" is one of both processes on one GPU. N batches make a step; of
+several the loss is scaled, as fp16 needs it.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def job_together(
     error: type[Exception] = RuntimeError,
 ) -> Job:  # fmt: skip
     """A job of one rank; `reference`: eager, and wrapped as torch's documentation has it."""
-    job = job_of(config, None)._replace(world=world)
+    job = job_of(config, None, scaled=config.optim.accumulate > 1)._replace(world=world)
     if reference:
         return with_ddp(job, next(batches(1)))
     alone = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
@@ -52,7 +53,9 @@ def job_together(
 
     def changed() -> list[Tensor]:
         gradients = [p.grad for p in job.state.model.parameters() if p.grad is not None]
-        return [*everything(job), *gradients, exchange._flat]
+        scaler = job.state.scaler
+        scale = [scaler._scale, scaler._growth_tracker] if scaler.is_enabled() else []
+        return [*everything(job), *gradients, *scale, exchange._flat]
 
     return with_graphs(job, Apart(changed, alone, fails_at, number, error), exchange)
 
@@ -86,6 +89,11 @@ def compare(job: Job, want: Job) -> None:
     assert_same(job, want, gradients=False)
 
 
+def compare_logged(logged: list[list[Tensor]], want: list[list[Tensor]]) -> None:
+    for a, b in zip(logged, want, strict=True):
+        assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
 def given(rank: int, accumulate: int) -> Iterator[Batch]:
     """A rank's own batches; two of rank 1's make both ranks skip a step: the first one, and one that is replayed."""
     harmed = (0, accumulate * (WARM_UP + 1)) if rank == 1 else ()
@@ -114,8 +122,7 @@ def play(rank: int, store: str, cases: str, accumulate: int) -> None:
         backend = job.step.graphs._backend
         logged = told(job, given(rank, accumulate))
         compare(job, want)
-        for a, b in zip(logged, want_logged, strict=True):
-            assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+        compare_logged(logged, want_logged)
         parts = accumulate + 1
         note, captured = job.step.take_note(), (backend.warmed, backend.captured, backend.replayed)
         if failing == "none":
@@ -150,9 +157,9 @@ def share_a_card(config: Config, rank: int, accumulate: int) -> None:
             with_ddp(jobs[0], empty_batch(2, 2, 32, world.device)),
             with_graphs(jobs[1], CudaGraphs(world.device), exchange_of(jobs[1])),
         ]
-        for job in jobs:
-            told(job, on_card(given(rank, accumulate)))
+        want_logged, logged = (told(job, on_card(given(rank, accumulate))) for job in jobs)
         compare(jobs[1], jobs[0])
+        compare_logged(logged, want_logged)
     assert jobs[1].step.take_note() is None and jobs[1].step.graphs.active
 
 

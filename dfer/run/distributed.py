@@ -246,12 +246,16 @@ class Exchange:
         self._flat /= self._world_size
         dist.all_reduce(self._flat)
 
+    def show(self) -> None:
+        """Have the parameters' gradients be the means."""
+        for parameter, mean in zip(self._parameters, self._collected, strict=True):
+            parameter.grad = mean
+
     @contextlib.contextmanager
     def given(self) -> Iterator[None]:
         """Have the parameters' gradients be the means, and those of this rank again afterwards: graphs add to them."""
         mine = [p.grad for p in self._parameters]
-        for parameter, mean in zip(self._parameters, self._collected, strict=True):
-            parameter.grad = mean
+        self.show()
         try:
             yield
         finally:

@@ -280,6 +280,8 @@ def diverged(job: Job, run: RunFolder | None, batch: Batch) -> UserError:
     dump: Path | str = "rank 0's"
     if run:
         dump = run.path / "skipped_steps.json"
+        if job.step is not None:
+            job.step.show_gradients()
         try:
             _dump_step(dump, job.state, batch, job.train_loader.index)
         except OSError as error:

@@ -75,6 +75,8 @@ class TrainingStep:
         # What was done last, of each kind: what a graph replays, it writes there.
         self._diagnostics: dict[str, dict[str, Tensor]] = {}
         self._norms: dict[str, Tensor] = {}
+        self._left: dict[str, list[Tensor | None]] = {}  # gradients, each kind of last batch in memory of its own
+        self._kind = ""  # of the last batch that was the last of a step
         self._crfs = [crf for crf in _crfs_of(_models(job)) if isinstance(crf, MeanFieldCRF)]
         self._evaluation = graphs.beside()
         self._predict = captured_evaluation(state.evaluated_model(), job.precision, self._evaluation)
@@ -96,17 +98,21 @@ class TrainingStep:
         if self._diagnose(last and (self._job.logs(self._job.steps_done + 1) or not warm)):
             name += _LOGGED
         self._launch(name, partial(self._do, first, last, name), warm)
-        end = name
+        end, diagnostics = name, self._diagnostics[name]
         if last and self._exchange is not None:
-            self._exchange.run()
+            with record_function("exchange"):
+                self._exchange.run()
             end = _END
             if self._capturable:
+                # The end's graph, if it was captured before this one, works where this one returns them.
+                diagnostics = {key: value.clone() for key, value in diagnostics.items()}
                 self._launch(end, partial(self._update, end), warm)
         self._num_steps += last
+        self._kind = name if last else self._kind
         if last and not self._capturable:
             self._update(end)
         self._batch = None
-        return Step(self._norms[end], self._diagnostics[name]) if last else None
+        return Step(self._norms[end], diagnostics) if last else None
 
     def _launch(self, name: str, function: Callable[[], None], warm: bool) -> None:
         """Do the work of a function, as a graph where there are graphs."""
@@ -141,6 +147,8 @@ class TrainingStep:
     def _do(self, first: bool, last: bool, name: str) -> None:
         """Do all that is captured."""
         self._diagnostics[name] = self._gradients(first, last)
+        if last and self.graphs.active:
+            self._left[name] = [p.grad for p in self._job.state.model.parameters()]
         if last and self._exchange is not None:
             self._exchange.collect()
         elif last and self._capturable:
@@ -185,6 +193,17 @@ class TrainingStep:
             if state.ema is not None:
                 state.ema.update(state.model)
 
+    def show_gradients(self) -> None:
+        """Have the parameters' gradients be the last step's, of several processes the means.
+
+        A graph leaves them where it was captured; the parameters have those of the graph that was captured last.
+        """
+        if self._exchange is not None:
+            self._exchange.show()
+        elif self.graphs.active:
+            for parameter, gradient in zip(self._job.state.model.parameters(), self._left[self._kind], strict=True):
+                parameter.grad = gradient
+
     def count_flops(self) -> None:
         """Count what the model computes for a clip; where that cannot be done, have a note say why, and no more."""
         try:
@@ -202,6 +221,8 @@ class TrainingStep:
         """Forget what a capture that broke off, here or on another rank, has left on the host."""
         for parameter, gradient in zip(self._job.state.model.parameters(), self._earlier, strict=True):
             parameter.grad = gradient
+        if not self.graphs.active:
+            self._left.clear()
         torch.manual_seed(torch.initial_seed())  # dropout may have drawn
         scaler = self._job.state.scaler
         if scaler.is_enabled():

@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfer.cli import begin
@@ -20,10 +21,12 @@ from dfer.cli import Parser, UserError, in_range, one_line_errors, progress, say
 from dfer.config import Config, RunConfig, config_from_json
 from dfer.evaluation import Watch, evaluate
 from dfer.files import check_output
-from dfer.lists.index import load_index
+from dfer.lists.index import ClipIndex, load_index
 from dfer.precision import build_precision
 from dfer.run import distributed
+from dfer.run.algorithms import chosen_algorithms
 from dfer.run.checkpoint import load_checkpoint
+from dfer.run.distributed import World
 from dfer.run.graph import build_graphs
 from dfer.run.logger import print_result
 from dfer.run.predictions import write_predictions
@@ -42,9 +45,19 @@ def run(args: argparse.Namespace) -> None:
     config = evaluated_config(config_from_json(state["config"], source=args.checkpoint), args)
     data = config.data
     index = load_index(data.val_list, data.root, data.source)
+    world = distributed.setup(config.run.device)
+    on_gpu = world.device.type == "cuda"
+    with chosen_algorithms(config.run) if on_gpu else contextlib.nullcontext():  # on a CPU it would choose the threads
+        evaluate_all(state, config, index, world, args)
+
+
+def evaluate_all(
+    state: dict[str, Any], config: Config, index: ClipIndex, world: World, args: argparse.Namespace
+) -> None:
+    """Evaluate a checkpoint for each number of segments."""
     from dali_pipes.build import build_loader  # DALI and numba, which a wrong command need not wait for
 
-    world = distributed.setup(config.run.device)
+    data = config.data
     precision = build_precision(config.run, world.device)
     model = load_trained(state, config).to(world.device)
     for note in ready_to_evaluate(model, config.run, precision, world):

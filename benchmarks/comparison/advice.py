@@ -32,7 +32,8 @@ def words_of(choice: Choice) -> Words:
 def command(choice: Choice) -> str:
     """Return the command line that trains as a choice says."""
     name = ("--run.name", f"mine-{choice.init}")
-    return " ".join(("python train.py", choice.preset, *words_of(choice), "--model.init", choice.init, *LISTS, *name))
+    words = (*words_of(choice), *choice.more, "--model.init", choice.init)
+    return " ".join(("python train.py", choice.preset, *words, *LISTS, *name))
 
 
 def evidence(results: list[Result], choice: Choice) -> list[Evidence]:
@@ -92,7 +93,7 @@ def page(results: list[Result]) -> str:
         "",
         "Figures are of the last epoch, in percent: the mean over seeds ± half its 95 % interval (Student's t). The",
         "best baseline is the other model with the highest WAR on the same clips; *ahead by*: paired by seed. The",
-        "budget `short`, 48 px, T = 8 and 10 epochs, is the preset `faces` on a CPU. With a GPU the commands take",
+        "budget `short`, 48 px, T = 8 and 10 epochs, is the preset `faces` on a CPU; `long` has 30. With a GPU they take",
         "larger clips and train for longer, as the presets `dfew` and `ferv39k` always do.",
     ]
     for clips, choices in groupby(CHOICES, key=lambda choice: choice.clips):

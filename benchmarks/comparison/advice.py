@@ -93,8 +93,8 @@ def page(results: list[Result]) -> str:
         "",
         "Figures are of the last epoch, in percent: the mean over seeds ± half its 95 % interval (Student's t). The",
         "best baseline is the other model with the highest WAR on the same clips; *ahead by*: paired by seed. The",
-        "budget `short`, 48 px, T = 8 and 10 epochs, is the preset `faces` on a CPU; `long` has 30. With a GPU they take",
-        "larger clips and train for longer, as the presets `dfew` and `ferv39k` always do.",
+        "budget `short`, 48 px, T = 8 and 10 epochs, is the preset `faces` on a CPU; `long` has 30. With a GPU they",
+        "take larger clips and train for longer, as the presets `dfew` and `ferv39k` always do.",
     ]
     for clips, choices in groupby(CHOICES, key=lambda choice: choice.clips):
         both = list(choices)

@@ -74,7 +74,7 @@ def missing_packages(*packages: str) -> list[str]:
 
 # How often a thread of libgomp, torch's pool on Linux, looks whether the others are done before it sleeps. Its own
 # 300,000 hold a core for milliseconds, in which a thread that is waited for could run, if other work has its core.
-_SPINS = "3000"
+_SPINS = "6000"
 _GONE = "the folder that this was started in is gone: cd to another"
 
 

@@ -233,7 +233,7 @@ def test_torch_takes_no_more_threads_than_there_are_cores(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+    ("said", "spins"), [({}, "6000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
 )
 def test_threads_of_a_command_sleep_soon_where_nobody_says_otherwise(said, spins):
     """Torch's own library for threads is asked, by itself: all of torch takes seconds."""

@@ -198,7 +198,18 @@ def test_every_choice_has_a_meaning_on_a_cpu_or_is_known_to_have_none():
         assert set(known) < set(CHOICES[name]) and known[-1] in ("off", "cores"), name
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, v) for name in defaults.ON_A_CPU for v in CHOICES[name]])
+# Of the others the slow tests take all.
+FEW = ("data.cache", "data.jpeg_decoder", "run.graph")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param(name, v, marks=() if name in FEW and v in ("gpu", "engine", "on", "auto") else pytest.mark.slow)
+        for name in defaults.ON_A_CPU
+        for v in CHOICES[name]
+    ],
+)
 def test_what_only_a_gpu_has_is_refused_on_a_cpu_where_it_is_typed(machine, begin, tmp_path, name, value):
     """Whatever else a run had of it; and a run that had it goes on without."""
     flag, gpus = f"--{name.replace('_', '-')}", value not in defaults.ON_A_CPU[name]

@@ -185,7 +185,7 @@ def sync(server: FakeWandb, run_dir: Path) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_offline_holds_the_rows_of_metrics_jsonl(killed, clips, tmp_path, server):
     run_dir = tmp_path / "a"
     flags = ("--run.wandb", "offline", "--run.save-minutes", "0", "--optim.accumulate", "2")
@@ -240,6 +240,7 @@ def test_a_run_continued_after_an_offline_part_is_recorded_once(then, tmp_path, 
     assert recorded(server, run_dir) == rows(run_dir) and len(rows(run_dir)) == 12
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_duplicates_or_holes(tmp_path, server):
     run_dir = tmp_path / "a"
     client = Client(server, run_dir)

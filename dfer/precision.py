@@ -35,7 +35,7 @@ class Precision(NamedTuple):
         """Return channels-last clips in the memory format that the model takes."""
         return clips if self.channels_last else clips.contiguous()
 
-    def lay_out(self, model: nn.Module) -> None:
+    def layout_weights(self, model: nn.Module) -> None:
         """Have the weights of a model's 2-D convolutions lie in memory as the maps do."""
         for weight in model.parameters() if self.channels_last else ():
             if weight.dim() == 4:  # 3-D convolutions have a format of their own, which their clips do not come in

@@ -184,7 +184,7 @@ def build_state(config: Config, precision: Precision, checkpoint: dict[str, Any]
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     _check_values_per_channel(model, config)
     model.to(device)
-    precision.lay_out(model)
+    precision.layout_weights(model)
     optimizer = build_optimizer(model, optim.optimizer, optim.lr, optim.weight_decay, optim.layer_decay)
     ema = build_ema(model, optim.ema, optim.ema_warmup)
     state = TrainState(model, optimizer, precision.scaler(), ema, started=started)

@@ -198,14 +198,14 @@ def test_every_choice_has_a_meaning_on_a_cpu_or_is_known_to_have_none():
         assert set(known) < set(CHOICES[name]) and known[-1] in ("off", "cores"), name
 
 
-# Of the others the slow tests take all.
-FEW = ("data.cache", "data.jpeg_decoder", "run.graph")
+# A value that is a GPU's of three options, and one that is not; the slow tests take all of all.
+QUICK = {("data.cache", "gpu"), ("data.jpeg_decoder", "engine"), ("run.graph", "on"), ("run.graph", "auto")}
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        pytest.param(name, v, marks=() if name in FEW and v in ("gpu", "engine", "on", "auto") else pytest.mark.slow)
+        pytest.param(name, v, marks=() if (name, v) in QUICK else pytest.mark.slow)
         for name in defaults.ON_A_CPU
         for v in CHOICES[name]
     ],

@@ -61,7 +61,7 @@ def at_lengths(runs: list[Result]) -> list[str]:
     """Return the cells of WAR at other T, of those runs that were evaluated there, and of the largest loss."""
     found = [run for run in runs if all(str(n) in run["WAR_at"] for n in SEGMENTS)]
     if not found:
-        return ["" for _ in SEGMENTS] + [""]
+        return [""] * (len(SEGMENTS) + 1)
     row = [with_interval([run["WAR_at"][str(n)] for run in found]) for n in SEGMENTS]
     return [*row, with_interval([largest_loss(run) for run in found])]
 

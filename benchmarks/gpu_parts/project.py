@@ -39,7 +39,7 @@ from dfer.precision import Precision
 from dfer.run import distributed
 from dfer.run.algorithms import chosen_algorithms
 from dfer.run.distributed import World
-from dfer.run.graph import CudaGraphs, Graphs, together
+from dfer.run.graph import WARM_UP, CudaGraphs, Graphs, together
 from dfer.run.step import LAYERS, TrainingStep
 from dfer.state import Job, TrainState
 
@@ -263,7 +263,7 @@ class Step:
     @property
     def warm_up(self) -> int:
         """How many steps it takes until all that follow are alike: with a graph the next one is its replay."""
-        return self._take.graphs.warm_up + 1
+        return WARM_UP + 1
 
     def worked_s(self) -> float | None:
         """The seconds that the card has worked on steps that are graphs, by its own clock; None of other steps."""

@@ -219,8 +219,8 @@ def parallel(model: nn.Module, world: World) -> DistributedDataParallel:
 class Exchange:
     """The mean of the gradients of all ranks, taken between two graphs, of which no exchange is a part.
 
-    What DDP does while it computes gradients is done when all of them are there: a graph that holds an exchange may
-    hang where one rank cannot capture it, and this one needs nothing of the host that a graph would not do again.
+    DDP exchanges while it computes gradients; here all of them are there first. A graph that held an exchange might
+    leave ranks waiting for one that could not capture it.
     """
 
     def __init__(self, model: nn.Module, world: World):

@@ -78,7 +78,7 @@ class DryRun(NamedTuple):
 
 def warm_up(job: Job) -> int:
     """Return after how many steps they take as long as all others: one allocates and compiles, one is captured."""
-    return 1 + job.step.graphs.warm_up if job.step is not None and job.step.graphs.active else 1
+    return 1 + WARM_UP if job.step is not None and job.step.graphs.active else 1
 
 
 def num_steps(job: Job) -> int:

@@ -20,6 +20,7 @@ from dfer.files import reason
 from dfer.run.distributed import World, first_failure
 from dfer.run.launchers import find_place
 
+_ATTEMPTS = 2  # to capture a function: another thread that waits for the whole device may break one off
 WARM_UP = 2  # calls before the one that is captured: state is made in the first, algorithms are chosen
 
 Function = Callable[[], None]
@@ -123,19 +124,15 @@ def _nothing_collected() -> Iterator[None]:
 class Graphs:
     """Captured functions that belong together: once one of them cannot be captured, none is replayed any more."""
 
-    def __init__(
-        self, backend: Backend | None, warm_up: int = WARM_UP, agree: Agree = lambda why: why, attempts: int = 2
-    ):
+    def __init__(self, backend: Backend | None, agree: Agree = lambda why: why):
         """Have functions captured by a backend; without one they are called.
 
         Args:
             backend: what captures.
-            warm_up: how often each function is called before it is captured.
             agree: gets why this process cannot capture, or None, waits for all, and returns why the first one of them
-                cannot, so that they go on without graphs together: one alone would leave the others waiting for it.
-            attempts: to capture a function. Another thread that waits for the whole device may break one off.
+                cannot, so that they go on without graphs together and compute alike.
         """
-        self._backend, self.warm_up, self._agree, self._attempts = backend, warm_up, agree, attempts
+        self._backend, self._agree = backend, agree
         self._replays: dict[str, Function] = {}
         self.note: str | None = None  # what is to be said, once
 
@@ -158,7 +155,7 @@ class Graphs:
         Args:
             name: by which a function is known. All its calls have to be of the same tensors.
             function: of static tensors.
-            warm: whether it was called `warm_up` times, and what it adds to is captured or will stay where it is.
+            warm: whether it was called WARM_UP times, and what it adds to is captured or will stay where it is.
             recover: undoes what a capture that fails may have left on the host.
         """
         if self._backend is None:
@@ -174,7 +171,7 @@ class Graphs:
     def _begin(self, name: str, function: Function, recover: Function) -> None:
         """Capture a function and replay it; where one process cannot, none does, and all call it."""
         why = None
-        for left in reversed(range(self._attempts)):
+        for left in reversed(range(_ATTEMPTS)):
             replay, why = self._try_to_capture(function)
             if replay is not None and why is None:
                 self._replays[name] = replay
@@ -273,8 +270,5 @@ def build_graphs(run: RunConfig, world: World) -> Graphs:
 
 
 def together(backend: Backend | None, world: World) -> Graphs:
-    """Return the graphs of one process of several, which capture their steps together or not at all.
-
-    Those that do and those that do not would round differently, and one that says why it does not is heard on rank 0.
-    """
-    return Graphs(backend, WARM_UP, partial(first_failure, world=world))
+    """Return the graphs of one process of several, which capture their steps together or not at all."""
+    return Graphs(backend, partial(first_failure, world=world))

@@ -24,7 +24,7 @@ from dfer.precision import Precision
 from dfer.run import distributed
 from dfer.run.distributed import World
 from dfer.run.flops import flops_a_clip
-from dfer.run.graph import CapturedCall, Graphs, refilled
+from dfer.run.graph import WARM_UP, CapturedCall, Graphs, refilled
 from dfer.state import Job, Step
 
 LossOfBatch = Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]  # its loss, and the model's diagnostics
@@ -94,7 +94,7 @@ class TrainingStep:
             self._job.state.ema.advance()
         # Of a step of several batches the first one makes the gradients, and the others add to them.
         name = _NAMES[first, last]
-        warm = self._num_steps >= self.graphs.warm_up
+        warm = self._num_steps >= WARM_UP
         if self._diagnose(last and (self._job.logs(self._job.steps_done + 1) or not warm)):
             name += _LOGGED
         self._launch(name, partial(self._do, first, last, name), warm)
@@ -232,9 +232,10 @@ class TrainingStep:
 def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     """Return a job with what takes its steps."""
     optim = job.config.optim
-    precision, one_by_one = _with_casts(job.config.run, job.precision, job.world)
+    several = job.world.size > 1
+    precision, one_by_one = _with_casts(job.config.run, job.precision, by_ddp=several and not graphs.active)
     job = job._replace(precision=precision)
-    exchange = distributed.Exchange(job.state.model, job.world) if job.world.size > 1 and graphs.active else None
+    exchange = distributed.Exchange(job.state.model, job.world) if several and graphs.active else None
     step = TrainingStep(job, loss_of, graphs, exchange)
     step.notes += [one_by_one] if one_by_one is not None else []
     step.notes += with_kernels(_models(job), job.config.run, job.precision, job.world)
@@ -245,7 +246,7 @@ def with_step(job: Job, loss_of: LossOfBatch, graphs: Graphs) -> Job:
     return job._replace(step=step)
 
 
-def _with_casts(run: RunConfig, precision: Precision, world: World) -> tuple[Precision, str | None]:
+def _with_casts(run: RunConfig, precision: Precision, by_ddp: bool) -> tuple[Precision, str | None]:
     """Return a precision that casts all weights of training at once, if it is to; and why it cannot."""
     if run.fused not in ("weights", "all"):
         return precision, None
@@ -253,7 +254,7 @@ def _with_casts(run: RunConfig, precision: Precision, world: World) -> tuple[Pre
         why = "there are no casts"
     elif run.compile:
         why = "the compiler fuses casts"
-    elif world.size > 1 and run.graph != "on":
+    elif by_ddp:
         why = "gradients would all be exchanged after the backward pass, none during it"
     else:
         return precision._replace(at_once=True), None
@@ -276,7 +277,7 @@ def ready_to_evaluate(model: nn.Module, run: RunConfig, precision: Precision, wo
             crf.diagnosed = False
     if precision.device.type != "cuda":
         return []
-    precision.lay_out(model)
+    precision.layout_weights(model)
     return with_kernels([model], run, precision, world)
 
 

@@ -60,20 +60,17 @@ def _one_pixel(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, n
 def inputs_alone(kind: str, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
     """Build a graph that takes what ours takes, and makes a black pixel of each frame."""
     pipeline = Pipeline(max_frames, num_threads, None, prefetch_queue_depth=1)
-    images = kind == "images"
-    names, kinds = ["source", "parameters"], [graphs._UINT8 if images else graphs._INT64, graphs._FLOAT]
-    if images:
-        names, kinds = [*names, "anchor", "shape"], [*kinds, graphs._FLOAT, graphs._FLOAT]
+    kinds = [graphs._UINT8 if kind == "images" else graphs._INT64, graphs._FLOAT]
     with pipeline:
         operator = graphs._Compiled(
             _black.address,
             [graphs._FLOAT],
             kinds,
             outs_ndim=[3],
-            ins_ndim=[1] * len(kinds),
+            ins_ndim=[1, 1],
             setup_fn=_one_pixel.address,
         )
-        pipeline.set_outputs(operator(*map(graphs._input, names)))
+        pipeline.set_outputs(operator(graphs._input("source"), graphs._input("parameters")))
     pipeline.build()
     return pipeline
 
@@ -81,7 +78,7 @@ def inputs_alone(kind: str, max_frames: int, size: int, dtype: str, num_threads:
 class WithoutPixels(Feed):
     """A feed that hands everything over, and gives black clips of one pixel."""
 
-    def _outputs(self, pipeline: int, rows: np.ndarray, epoch: Epoch) -> torch.Tensor:
+    def _outputs(self, pipeline: int, rows: np.ndarray, epoch: Epoch, samples: object) -> torch.Tensor:
         self._pipelines[pipeline].outputs()
         return self.zeros(self._options.batch_size)
 

@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -63,15 +64,16 @@ class Feed:
         self._stored_as = _STORED_AS.get(options.dtype, "float32") if options.fused else "float32"
         num_samples = options.batch_size * (1 if source.kind == "videos" else clip_length)
         if options.fused:
-            self._build = partial(
-                graphs.fused, source.kind, num_samples, options.size, self._stored_as, options.num_threads
-            )
+            picture = options.size, self._stored_as, options.num_threads
+            self._build = partial(graphs.fused, source.kind, num_samples, *picture)
+            self._build_sliced = partial(graphs.sliced, num_samples, *picture)
         elif options.route(index.source) == "decoded":
             gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.decoded, num_samples, options.num_threads, *gpu)
         else:
             gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.operators, source.kind, num_samples, options.size, options.num_threads, *gpu)
+        self._sliced: Pipeline | None = None  # built when it is needed
         # Several pipelines, as one that has a queue wants it to be full before it begins.
         self._pipelines = [self._build() for _ in range(options.depth)]
         self._idle = deque(range(options.depth))
@@ -102,7 +104,7 @@ class Feed:
         samples = self._as_fed(samples)
         inputs = self._inputs(samples, rows, epoch)
         _schedule(self._pipelines[self._idle[0]], inputs)
-        return self._outputs(self._idle[0], rows, epoch)
+        return self._outputs(self._idle[0], rows, epoch, samples)
 
     def _inputs(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> _Inputs:
         """Return what the graph is fed for one clip of each row, or one frame."""
@@ -115,10 +117,8 @@ class Feed:
         if epoch.on_device is None:
             yuv = None if self._yuv is None else self._yuv[videos]
             normalised = self._options.dtype != torch.uint8
-            table = kernels.parameters(plan, rows, crop=not images, yuv=yuv, normalised=normalised)
+            table = kernels.parameters(plan, rows, yuv=yuv, normalised=normalised)
             inputs.append(("parameters", np.repeat(table, repeat, axis=0)))
-            if images:
-                inputs += _crop_inputs(plan, rows, repeat)
         else:
             inputs += _crop_inputs(plan, rows, repeat)
             # What must be warped or blurred first gets its colours after that.
@@ -144,27 +144,50 @@ class Feed:
         Raises:
             Refused: if DALI refuses the batch, which it does as a whole; the pipeline is built anew.
         """
-        pipeline, rows, epoch, *_held = self._in_flight.popleft()
+        pipeline, rows, epoch, _inputs, samples = self._in_flight.popleft()
         self._idle.append(pipeline)
-        return self._outputs(pipeline, rows, epoch)
+        return self._outputs(pipeline, rows, epoch, samples)
 
-    def _outputs(self, pipeline: int, rows: _Rows, epoch: Epoch) -> torch.Tensor:
+    def _outputs(self, pipeline: int, rows: _Rows, epoch: Epoch, samples: Samples) -> torch.Tensor:
         device = self._options.torch_device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         try:
-            (pictures,) = self._pipelines[pipeline].outputs(cuda_stream=stream)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except RuntimeError as error:
+            with _refusals():
+                pictures, *others = self._pipelines[pipeline].outputs(cuda_stream=stream)
+        except Refused:
             self._pipelines[pipeline] = self._build()  # what a pipeline does after an error is not documented
-            raise Refused(*error.args) from error
+            raise
         if epoch.stages is None:
-            return torch.from_dlpack(pictures.as_tensor())
+            frames = torch.from_dlpack(pictures.as_tensor())
+            if others:
+                places = np.flatnonzero(others[0].as_array())
+                if len(places):
+                    frames[torch.from_numpy(places)] = self._slices(samples, places, rows, epoch)
+            return frames
         size, dtype = self._options.size, self._options.dtype
         clips = pixels.of_decoded(pictures, epoch.plan, rows, epoch.stages, size, dtype, device)
         if device.type == "cuda":
             self._hold(pictures)
         return clips
+
+    def _slices(self, samples: Samples, places: Int64[np.ndarray, " P"], rows: _Rows, epoch: Epoch) -> torch.Tensor:
+        """Return the pictures of those samples, in these places, which our kernel does not decode but DALI."""
+        assert not isinstance(samples, Pictures)
+        repeat = len(samples[0] if isinstance(samples, tuple) else samples) // len(rows)
+        normalised = self._options.dtype != torch.uint8
+        table = kernels.parameters(epoch.plan, rows, crop=False, normalised=normalised)
+        inputs: _Inputs = [("parameters", table[places // repeat])]
+        inputs += [(name, data[places]) for name, data in _crop_inputs(epoch.plan, rows, repeat)]
+        source = samples.data[places] if isinstance(samples, Files) else [samples[place] for place in places.tolist()]
+        self._sliced = self._sliced or self._build_sliced()
+        _schedule(self._sliced, [("source", source), *inputs])
+        try:
+            with _refusals():
+                (pictures,) = self._sliced.outputs()
+        except Refused:
+            self._sliced = None
+            raise
+        return torch.from_dlpack(pictures.as_tensor())
 
     def _hold(self, pictures: object) -> None:
         """Keep what the current stream's work reads until it has, of several batches at most."""
@@ -186,6 +209,17 @@ class Feed:
         return torch.zeros(shape, dtype=getattr(torch, self._stored_as), device=self._options.torch_device)
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise DALI's errors as Refused."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except RuntimeError as error:
+        raise Refused(*error.args) from error
+
+
 def _sample_inputs(samples: Samples, *, lengths: bool) -> _Inputs:
     """Return the inputs of the graph that are what was fetched; `lengths`: also of files."""
     if isinstance(samples, Pictures):
@@ -196,7 +230,7 @@ def _sample_inputs(samples: Samples, *, lengths: bool) -> _Inputs:
     return [("source", samples), *([("length", sizes)] if lengths else [])]
 
 
-def _crop_inputs(plan: EpochPlan, rows: Int64[np.ndarray, " B"], repeat: int) -> _Inputs:
+def _crop_inputs(plan: EpochPlan, rows: _Rows, repeat: int) -> list[tuple[str, np.ndarray]]:
     box = np.repeat(plan.box[rows].astype(np.float32), repeat, axis=0)
     return [("anchor", np.ascontiguousarray(box[:, :2])), ("shape", np.ascontiguousarray(box[:, 2:]))]
 

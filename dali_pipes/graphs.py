@@ -1,8 +1,8 @@
 """The DALI graphs: decode -> crop -> resize -> mirror -> colour and normalise. Deterministic: all draws are inputs.
 
-Graphs for the same clip. `fused` does everything after decoding in our own CPU kernel; `operators` uses DALI's
-operators, on the GPU, or on the CPU, where it is several times slower and serves the tests; `decoded` leaves all but
-decoding to pixels.py.
+Graphs for the same clip. `fused` does everything in our own CPU kernels, and `sliced` all but decoding, of images that
+these do not decode; `operators` uses DALI's operators, on the GPU, or on the CPU, where it is several times slower and
+serves the tests; `decoded` leaves all but decoding to pixels.py.
 """
 
 # numba's types describe Python's side of compiled functions, not the functions.
@@ -20,7 +20,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.numba import NumbaFunction
 
-from dali_pipes import kernels
+from dali_pipes import jpeg, kernels
 from dali_pipes.compiling import cfunc, pointer
 from dali_pipes.options import Kind
 
@@ -28,14 +28,18 @@ _FLOAT, _UINT8, _INT64 = types.DALIDataType.FLOAT, types.DALIDataType.UINT8, typ
 _TYPES = {"float32": _FLOAT, "uint16": types.DALIDataType.UINT16, "uint8": _UINT8}
 
 
-@functools.cache  # each time the machine code takes 300 kB again, which nothing gives back
-def compiled_kernel(size: int, dtype: str, addressed: bool) -> tuple[int, int]:
-    """Return the addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel, and its output's shape.
+# What our kernel is given of a frame: the file, the pixels that a decoder has cut out of it, or where pixels lie.
+Given = Literal["file", "crop", "address"]
 
-    The operator's inputs are the pixels and the parameters of a frame, its output the frame as (size, size, 3) `dtype`:
-    float32, uint16 (the bits of bfloat16) or uint8. `addressed`: in place of the pixels, where they lie in memory as
-    four int64: address, height, width, channels. The first call on a machine compiles for some seconds, later ones
-    find the machine code in numba's cache.
+
+@functools.cache  # each time the machine code takes 300 kB again, which nothing gives back
+def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
+    """Return the addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel, and its outputs' shapes.
+
+    The operator's inputs are what is given of a frame and its parameters, its output the frame as (size, size, 3)
+    `dtype`: float32, uint16 (the bits of bfloat16) or uint8. An address is four int64: where the pixels lie, height,
+    width, channels. Of a file there is another output, (1,) uint8: 1 if jpeg.py does not decode it. The first call on a
+    machine compiles for some seconds, later ones find the machine code in numba's cache.
     """
     out_type = np.dtype(dtype).type
     number = numba.types.int32
@@ -46,13 +50,19 @@ def compiled_kernel(size: int, dtype: str, addressed: bool) -> tuple[int, int]:
     @cfunc(numba.types.void(*arrays, *arrays))
     def run(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
         out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
-        if addressed:
+        parameters, shape = carray(ins[1], (kernels.NUM_PARAMETERS,), np.float32), in_shapes[0]
+        if given == "file":
+            box = parameters[kernels.BOX : kernels.MIRROR]
+            pixels, left, columns = jpeg.decode_crop(carray(ins[0], (shape[0],), np.uint8), box)
+            carray(outs[1], (1,), np.uint8)[0] = len(pixels) == 0
+            if len(pixels):
+                kernels.fused_crop(out, pixels, 0, len(pixels), left, columns, parameters)
+        elif given == "address":
             place = carray(ins[0], (4,), np.int64)
             pixels = carray(pointer(place[0]), (place[1], place[2], place[3]), np.uint8)
+            kernels.fused(out, pixels, parameters)
         else:
-            shape = in_shapes[0]
-            pixels = carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8)
-        kernels.fused(out, pixels, carray(ins[1], (kernels.NUM_PARAMETERS,), np.float32))
+            kernels.fused(out, carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8), parameters)
 
     @cfunc(numba.types.void(shapes, dimensions, number, shapes, dimensions, number, number))
     def setup(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):
@@ -60,6 +70,8 @@ def compiled_kernel(size: int, dtype: str, addressed: bool) -> tuple[int, int]:
             out_shapes[i][0] = size
             out_shapes[i][1] = size
             out_shapes[i][2] = 3
+        for i in range(num_samples, num_outs * num_samples):
+            out_shapes[i][0] = 1
 
     return run.address, setup.address
 
@@ -77,22 +89,36 @@ class _Compiled(NumbaFunction):
 def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
     """Build the graph from images or pixels to one batch of (size, size, 3) `dtype` pictures, on the CPU.
 
-    Inputs, per frame: "source", an image file, or where pixels lie as `compiled_kernel` says; "parameters" as
-    kernels.parameters makes them; and for images "anchor" and "shape", (2,) float32, the crop as (y, x) shares of the
-    image. Behind an image file may stand more bytes: decoders stop at its end, which headers.is_plain has seen.
+    Inputs, per frame: "source", an image file, or where pixels lie as `compiled_kernel` says, and "parameters" as
+    kernels.parameters makes them. Behind an image file may stand more bytes: decoders stop at its end, which
+    headers.is_plain has seen. Images have a second output, which frames `sliced` must make.
+    """
+    images = kind == "images"
+
+    def define() -> list[DataNode]:
+        # Not functions: see _Compiled.
+        run, setup = (cast(Any, address) for address in compiled_kernel(size, dtype, "file" if images else "address"))
+        outs, ins = [_TYPES[dtype], *([_UINT8] if images else [])], [_UINT8 if images else _INT64, _FLOAT]
+        operator = _Compiled(run, outs, ins, outs_ndim=[3, 1][: len(outs)], ins_ndim=[1, 1], setup_fn=setup)
+        pictures = operator(_input("source"), _input("parameters"))
+        return [_node(output) for output in pictures] if images else [_node(pictures)]
+
+    return _build(define, max_frames, num_threads, None)
+
+
+def sliced(max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
+    """Build the graph of `fused` for images that DALI has to decode.
+
+    Inputs, per frame: as of `fused`, whose parameters have no crop; "anchor" and "shape", (2,) float32, the crop as
+    (y, x) shares of the image.
     """
 
-    def define() -> DataNode:
-        frames = _input("source")
-        if kind == "images":
-            # Decodes only the rows of the crop; the pixels are those of decode-then-slice, to the bit.
-            frames = _node(fn.decoders.image_slice(frames, _input("anchor"), _input("shape"), **_CROP))
-        images = kind == "images"
-        # Not functions: see _Compiled.
-        run, setup = (cast(Any, address) for address in compiled_kernel(size, dtype, not images))
-        ins, ins_ndim = [_UINT8 if images else _INT64, _FLOAT], [3 if images else 1, 1]
-        operator = _Compiled(run, [_TYPES[dtype]], ins, outs_ndim=[3], ins_ndim=ins_ndim, setup_fn=setup)
-        return _node(operator(frames, _input("parameters")))
+    def define() -> list[DataNode]:
+        # Decodes only the rows of the crop; the pixels are those of decode-then-slice, to the bit.
+        frames = fn.decoders.image_slice(_input("source"), _input("anchor"), _input("shape"), **_CROP)
+        run, setup = (cast(Any, address) for address in compiled_kernel(size, dtype, "crop"))
+        operator = _Compiled(run, [_TYPES[dtype]], [_UINT8, _FLOAT], outs_ndim=[3], ins_ndim=[3, 1], setup_fn=setup)
+        return [_node(operator(_node(frames), _input("parameters")))]
 
     return _build(define, max_frames, num_threads, None)
 
@@ -115,7 +141,7 @@ def operators(
     (3, 3) and "offset" (3,) float32, the affine map of RGB in 0..255; for videos "frames" (T,) int32.
     """
 
-    def define() -> DataNode:
+    def define() -> list[DataNode]:
         source, crop = _input("source"), (_input("anchor"), _input("shape"))
         mixed = "mixed" if device == "gpu" else "cpu"
         if kind == "images":
@@ -135,7 +161,7 @@ def operators(
         linear = types.DALIInterpType.INTERP_LINEAR
         frames = _node(fn.resize(frames, size=[size, size], interp_type=linear, antialias=True, dtype=_FLOAT))
         frames = _node(fn.flip(frames, horizontal=_input("mirror")))
-        return _node(fn.coord_transform(frames, M=_input("matrix"), T=_input("offset"), dtype=_FLOAT))
+        return [_node(fn.coord_transform(frames, M=_input("matrix"), T=_input("offset"), dtype=_FLOAT))]
 
     return _build(define, max_samples, num_threads, device_id)
 
@@ -148,12 +174,12 @@ def decoded(
     On a GPU nvJPEG decodes them, that share of them by its engine; or if it is None the cores, and they are uploaded.
     """
 
-    def define() -> DataNode:
+    def define() -> list[DataNode]:
         source = _file(_input("source"))
         if device == "cpu" or jpeg_engine is None:
             frames = _node(fn.decoders.image(source, device="cpu"))
-            return frames.gpu() if device == "gpu" else frames
-        return _node(fn.decoders.image(source, device="mixed", hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))
+            return [frames.gpu() if device == "gpu" else frames]
+        return [_node(fn.decoders.image(source, device="mixed", hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))]
 
     return _build(define, max_frames, num_threads, device_id)
 
@@ -182,9 +208,9 @@ def _node(output: object) -> DataNode:
     return output
 
 
-def _build(define: Callable[[], DataNode], max_samples: int, num_threads: int, device_id: int | None) -> Pipeline:
+def _build(define: Callable[[], list[DataNode]], max_samples: int, num_threads: int, device_id: int | None) -> Pipeline:
     pipeline = Pipeline(max_samples, num_threads, device_id, prefetch_queue_depth=1)
     with pipeline:
-        pipeline.set_outputs(define())
+        pipeline.set_outputs(*define())
     pipeline.build()
     return pipeline

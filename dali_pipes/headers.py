@@ -57,7 +57,7 @@ def claimed_pixels(data):
         for i in range(8):
             if data[8 + i] != _IHDR[i]:
                 return 0
-        return _number(data, 20, 4) * _number(data, 16, 4)
+        return number_at(data, 20, 4) * number_at(data, 16, 4)
     if size < 4 or data[0] != 0xFF or data[1] != 0xD8:
         return -1
     most, place = 0, 2
@@ -78,8 +78,8 @@ def claimed_pixels(data):
         if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
             if place + 7 > size:
                 return most
-            most = max(most, _number(data, place + 3, 2) * _number(data, place + 5, 2))
-        place += max(_number(data, place, 2), 2)
+            most = max(most, number_at(data, place + 3, 2) * number_at(data, place + 5, 2))
+        place += max(number_at(data, place, 2), 2)
 
 
 @njit(nogil=True)
@@ -102,7 +102,7 @@ def _is_plain_jpeg(data):
     while True:
         if place + 4 > size or data[place] != 0xFF:
             return False
-        marker, start, end = data[place + 1], place + 4, place + 2 + _number(data, place + 2, 2)
+        marker, start, end = data[place + 1], place + 4, place + 2 + number_at(data, place + 2, 2)
         if end < start or end > size:
             return False
         place = end
@@ -121,7 +121,7 @@ def _is_plain_jpeg(data):
                 start += 65 if data[start] < 16 else 129
             if start != end:
                 return False
-        elif marker == 0xE1 and _starts(data, start, end, b"Exif\0\0"):
+        elif marker == 0xE1 and starts(data, start, end, b"Exif\0\0"):
             exifs += 1
             if not _is_plain_exif(data[start + 6 : end]):
                 return False
@@ -153,7 +153,7 @@ def _ends_well(data, place, several):
             continue
         if not several or marker not in (0xC4, 0xDA, 0xDD, 0xFE) or place + 2 > size:
             return False
-        place += max(_number(data, place, 2), 2)
+        place += max(number_at(data, place, 2), 2)
     return False
 
 
@@ -162,7 +162,7 @@ def _is_plain_frame(data, start, end):
     """Return whether a frame header is of 8 bits, and of one channel, or of three with the first at full resolution."""
     if end - start < 9 or data[start] != 8:
         return False
-    channels, pixels = data[start + 5], _number(data, start + 1, 2) * _number(data, start + 3, 2)
+    channels, pixels = data[start + 5], number_at(data, start + 1, 2) * number_at(data, start + 3, 2)
     if (channels != 1 and channels != 3) or end - start != 6 + 3 * channels or not 0 < pixels <= MAX_PIXELS:
         return False
     first = data[start + 7]
@@ -178,19 +178,19 @@ def _is_plain_frame(data, start, end):
 @njit(nogil=True)
 def _is_plain_segment(data, marker, start, end):
     """Return whether an application segment, no EXIF, changes nothing and is as long as its name demands."""
-    if marker == 0xE0 and _starts(data, start, end, b"JFIF"):
+    if marker == 0xE0 and starts(data, start, end, b"JFIF"):
         return end - start >= 14
-    if marker == 0xE1 and _starts(data, start, end, b"http"):
+    if marker == 0xE1 and starts(data, start, end, b"http"):
         for place in range(start, end):
-            if data[place] == 0x3A and _starts(data, place, end, b":Orientation"):
+            if data[place] == 0x3A and starts(data, place, end, b":Orientation"):
                 return False
-    if marker == 0xE2 and _starts(data, start, end, b"ICC_PROFILE"):
+    if marker == 0xE2 and starts(data, start, end, b"ICC_PROFILE"):
         return end - start >= 14
-    if marker == 0xE2 and _starts(data, start, end, b"MPF"):
+    if marker == 0xE2 and starts(data, start, end, b"MPF"):
         return False
-    if marker == 0xED and _starts(data, start, end, b"Photoshop"):
+    if marker == 0xED and starts(data, start, end, b"Photoshop"):
         return False
-    if marker == 0xEE and _starts(data, start, end, b"Adobe"):
+    if marker == 0xEE and starts(data, start, end, b"Adobe"):
         return end - start >= 12 and data[start + 11] == 1  # YCbCr
     return True
 
@@ -201,8 +201,8 @@ def _is_plain_exif(tiff):
     size = len(tiff)
     if size < 14:
         return False
-    little = _starts(tiff, 0, size, b"II*\0\x08\0\0\0")
-    if not little and not _starts(tiff, 0, size, b"MM\0*\0\0\0\x08"):
+    little = starts(tiff, 0, size, b"II*\0\x08\0\0\0")
+    if not little and not starts(tiff, 0, size, b"MM\0*\0\0\0\x08"):
         return False
     entries, orientations = _ordered(tiff, 8, 2, little), 0
     if 10 + 12 * entries > size:
@@ -236,21 +236,21 @@ def _is_plain_png(data):
         if data[i] != _PNG[i] or data[8 + i] != _IHDR[i]:
             return False
     colours, size, place = data[25], len(data), 8
-    if data[24] != 8 or not 0 < _number(data, 16, 4) * _number(data, 20, 4) <= MAX_PIXELS:
+    if data[24] != 8 or not 0 < number_at(data, 16, 4) * number_at(data, 20, 4) <= MAX_PIXELS:
         return False
     if colours != 0 and colours != 2 and colours != 3 and colours != 6:
         return False
     while place + 12 <= size:
-        length = _number(data, place, 4)
+        length = number_at(data, place, 4)
         end = place + 12 + length
         if end > size:
             return False
-        pixels = _starts(data, place + 4, size, b"IDAT")
-        if not pixels and _crc_32(data, place + 4, end - 4) != _number(data, end - 4, 4):
+        pixels = starts(data, place + 4, size, b"IDAT")
+        if not pixels and _crc_32(data, place + 4, end - 4) != number_at(data, end - 4, 4):
             return False
-        if _starts(data, place + 4, size, b"IEND"):
+        if starts(data, place + 4, size, b"IEND"):
             return True
-        known = pixels or _starts(data, place + 4, size, b"IHDR") or _starts(data, place + 4, size, b"PLTE")
+        known = pixels or starts(data, place + 4, size, b"IHDR") or starts(data, place + 4, size, b"PLTE")
         if not known and not _is_plain_chunk(data, place + 4, place + 8, length):
             return False
         place = end
@@ -261,22 +261,20 @@ def _is_plain_png(data):
 def _is_plain_chunk(data, place, start, length):
     """Return whether an ancillary chunk says nothing of orientation, and is as long as it has to be."""
     size = len(data)
-    if _starts(data, place, size, b"pHYs"):
+    if starts(data, place, size, b"pHYs"):
         return length == 9
-    if _starts(data, place, size, b"gAMA"):
+    if starts(data, place, size, b"gAMA"):
         return length == 4
-    if _starts(data, place, size, b"cHRM"):
+    if starts(data, place, size, b"cHRM"):
         return length == 32
-    if _starts(data, place, size, b"sRGB"):
+    if starts(data, place, size, b"sRGB"):
         return length == 1
-    if _starts(data, place, size, b"tIME"):
+    if starts(data, place, size, b"tIME"):
         return length == 7
-    if _starts(data, place, size, b"tEXt"):  # else "Raw profile type exif"
+    if starts(data, place, size, b"tEXt"):  # else "Raw profile type exif"
         return length > 0 and data[start] != 0x52 and data[start] != 0x58
     return (
-        _starts(data, place, size, b"bKGD")
-        or _starts(data, place, size, b"sBIT")
-        or _starts(data, place, size, b"cICP")
+        starts(data, place, size, b"bKGD") or starts(data, place, size, b"sBIT") or starts(data, place, size, b"cICP")
     )
 
 
@@ -289,7 +287,7 @@ def _crc_32(data, start, end):
 
 
 @njit(nogil=True)
-def _starts(data, place, end, text):
+def starts(data, place, end, text):
     """Return whether `text` stands at `place`, before `end`."""
     if end - place < len(text):
         return False
@@ -303,7 +301,7 @@ def _starts(data, place, end, text):
 def _ordered(data, place, size, little):
     """Return the number of `size` bytes at `place`, little-endian or big-endian."""
     if not little:
-        return _number(data, place, size)
+        return number_at(data, place, size)
     value = 0
     for i in range(size):
         value |= np.int64(data[place + i]) << 8 * i
@@ -311,7 +309,7 @@ def _ordered(data, place, size, little):
 
 
 @njit(nogil=True)
-def _number(data, place, size):
+def number_at(data, place, size):
     """Return the big-endian number of `size` bytes at `place`."""
     value = 0
     for i in range(size):

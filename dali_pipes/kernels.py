@@ -75,11 +75,18 @@ def fused(out, pixels, p):
 
     `pixels` is uint8, either RGB (H, W, 3) or planar 4:2:0 YUV (3 H / 2, W, 1); `p` as `parameters` makes it.
     """
+    height = pixels.shape[0] // 3 * 2 if pixels.shape[2] == 1 else pixels.shape[0]
+    top, rows = cut(p[BOX], p[BOX + 2], height)
+    left, columns = cut(p[BOX + 1], p[BOX + 3], pixels.shape[1])
+    fused_crop(out, pixels, top, rows, left, columns, p)
+
+
+@njit(**_FAST)
+def fused_crop(out, pixels, top, rows, left, columns, p):
+    """As `fused`, of the crop that is given in pixels, not of the box in `p`."""
     size = out.shape[0]
     planar = pixels.shape[2] == 1
     height, width = pixels.shape[0] // 3 * 2 if planar else pixels.shape[0], pixels.shape[1]
-    top, rows = _cut(p[BOX], p[BOX + 2], height)
-    left, columns = _cut(p[BOX + 1], p[BOX + 3], width)
     y_first, y_weights = _triangles(rows, size, False)
     x_first, x_weights = _triangles(columns, size, p[MIRROR] != 0)
     blended = np.zeros((_LINES, 3 * columns + 3 * x_weights.shape[1] + 4), np.float32)
@@ -132,7 +139,7 @@ def _edges(start, length, size):
 
 
 @njit(**_FAST)
-def _cut(start, length, size):
+def cut(start, length, size):
     """Return first pixel and number of pixels of a crop, at least one. As in DALI: float64, halves are rounded up."""
     first = min(math.floor(np.float64(start) * size + 0.5), size - 1)
     last = min(math.floor((np.float64(start) + np.float64(length)) * size + 0.5), size)

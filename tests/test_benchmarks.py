@@ -253,7 +253,7 @@ def test_peers_cut_where_the_loader_cuts():
     for start, length in [(0.0, 0.5), (0.25, 0.5), (0.999, 0.001), *rng.random((200, 2)).tolist()]:
         start, length = np.float32(start), np.float32(min(length, 1 - start))
         for size in (10, 97, 224):
-            assert peers.pixels_of(start, length, size) == kernels._cut(start, length, size)
+            assert peers.pixels_of(start, length, size) == kernels.cut(start, length, size)
 
 
 def test_the_fair_share_beside_busy_processes(monkeypatch, capsys):

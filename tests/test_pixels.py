@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 import dali_pipes
 from dali_pipes import pixels, torch_stages
-from dali_pipes.kernels import COLOUR, ERASE, MIRROR, NUM_PARAMETERS, _cut, fused, parameters
+from dali_pipes.kernels import COLOUR, ERASE, MIRROR, NUM_PARAMETERS, fused, parameters
 from dali_pipes.loader import usable
 from dali_pipes.options import LoaderOptions
 from dfer.plan.augmentation import Augmentation
@@ -157,13 +157,13 @@ def test_cuts_are_those_of_the_oracle_and_of_the_kernel():
     box[3000:3100, 2:] = 0
     box[3100:3200] = [0, 0, 1, 1]
     got = pixels.cut_out(np.zeros((4000, 1), np.int64), height, width, box)[:, 0]
-    for (h, w), cut, share in zip(sides.tolist(), got.tolist(), box, strict=True):
+    for (h, w), found, share in zip(sides.tolist(), got.tolist(), box, strict=True):
         number = np.arange(h * w).reshape(h, w)  # of each pixel
         want = crop(number, share)
-        assert cut == [3 * want[0, 0], 3 * w, *want.shape]
-        top, rows = _cut(np.float32(share[0]), np.float32(share[2]), h)
-        left, columns = _cut(np.float32(share[1]), np.float32(share[3]), w)
-        assert cut == [3 * (top * w + left), 3 * w, rows, columns]
+        assert found == [3 * want[0, 0], 3 * w, *want.shape]
+        top, rows = cut(np.float32(share[0]), np.float32(share[2]), h)
+        left, columns = cut(np.float32(share[1]), np.float32(share[3]), w)
+        assert found == [3 * (top * w + left), 3 * w, rows, columns]
 
 
 @pytest.mark.parametrize(

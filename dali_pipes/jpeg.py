@@ -1,0 +1,390 @@
+"""The crop of a JPEG file, decoded in compiled code: what most time of loading frames goes to.
+
+The pixels are libjpeg-turbo's to the bit. It takes two thirds of the time that DALI's decoder takes for a crop: blocks
+outside of it are read over, and no picture is copied on its way. It decodes what cameras and tools write, if it is
+whole: baseline, one scan, 8 bits, gray or YCbCr, with chroma at full resolution, at half of it across, or across and
+down. All else is left to DALI. Nothing is read or written out of bounds, whatever the file.
+
+The format: ITU-T T.81 (1992), B.2, C and F.2.
+"""
+
+# The types of numba describe Python's side of compiled functions, not the functions.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8
+from numba import types
+
+from dali_pipes.compiling import njit
+from dali_pipes.headers import number_at, starts
+from dali_pipes.jpeg_lanes import WIDTH, clear, load, load_bits, paint_420, paint_422, paint_444, store, transform
+from dali_pipes.kernels import cut
+from dfer.images import MAX_PIXELS
+
+# A Huffman table is one line of int32: for all _LOOK bits what the code that they begin with says, packed by `_entry`,
+# or 0 if it is longer; for each length, the first 16 bits behind its codes; for each length, what a code needs to be
+# the number of its symbol; the symbols.
+_LOOK = 10
+_BEHIND, _NUMBER, _SYMBOLS = 2**_LOOK, 2**_LOOK + 18, 2**_LOOK + 36
+_TABLE = _SYMBOLS + 256
+_END = 128  # added to the place of a coefficient, it ends the block
+_PLACES = 64 + _END  # of coefficients, if a broken file's run over the end
+_MOST = 2048  # no encoder makes coefficients as large from pixels
+_AHEAD = 8  # bytes behind the last one that may be looked at
+_MARGIN = 2 * WIDTH  # bytes around rows of samples, as they are read by vectors
+_ODD = np.int64(2**40)  # no difference of a block's mean
+
+_memchr = types.ExternalFunction("memchr", types.intp(types.intp, types.intc, types.uintp))  # the C library's
+_memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.uintp))
+
+
+class _Tables(NamedTuple):
+    """What a header says of how coefficients are stored."""
+
+    quantisers: Int32[np.ndarray, "4 P"]  # by place in the file's order; zeros behind the 64th
+    huffman: Int32[np.ndarray, "4 L"]  # two tables of means, two of the other coefficients
+    used: Int64[np.ndarray, "3 3"]  # of each channel: quantisers; tables of means (times 16) and others; its name
+
+
+class _Planes(NamedTuple):
+    """The samples of blocks; each row has _MARGIN more before and behind it."""
+
+    luma: UInt8[np.ndarray, "1 H W"]
+    chroma: UInt8[np.ndarray, "C h w"]  # C is 2 or, of a gray picture, 0
+    needed: Int64[np.ndarray, "2 4"]  # of luma and chroma: first and last block in y and x
+
+
+def _zigzag() -> np.ndarray:
+    """Return where each coefficient stands in a block by rows; what is behind the last stands behind the block."""
+    diagonals = sorted((y + x, y if (y + x) % 2 else x, 8 * y + x) for y in range(8) for x in range(8))
+    return np.array([place for _, _, place in diagonals] + [64] * _END, np.int32)
+
+
+_ZIGZAG = _zigzag()
+
+
+@njit(nogil=True)
+def decode_crop(data, box):
+    """Decode a part of a JPEG file of a plain header (headers.is_plain).
+
+    Args:
+        data: uint8; behind the end of the file may stand anything.
+        box: (4,) float32, first y and x, height and width as shares of the picture.
+
+    Returns:
+        (H, W, 3) uint8, with H rows of the crop, none if the file is not of the kind that is decoded here, or damaged;
+        then the first and the number of the columns that are the crop.
+    """
+    tables = _Tables(np.zeros((4, _PLACES), np.int32), np.zeros((4, _TABLE), np.int32), np.zeros((3, 3), np.int64))
+    frame, nothing = np.zeros(5, np.int64), np.empty((0, 0, 3), np.uint8)
+    place = _read_header(data, tables, frame)
+    if place == 0:
+        return nothing, 0, 0
+    bits = np.empty(len(data) - place + 2 * _AHEAD, np.uint8)
+    length = _unstuff(data, place, bits)
+    if length < 0:
+        return nothing, 0, 0
+    top, rows = cut(box[0], box[2], frame[0])
+    left, columns = cut(box[1], box[3], frame[1])
+    planes = _planes_of(frame, top, rows, left, columns)
+    if not _read_planes(bits, length, tables, frame, planes):
+        return nothing, 0, 0
+    _extend(planes, frame)
+    shift = left % frame[4]
+    pixels = np.empty((rows, -(-(columns + shift) // WIDTH) * WIDTH, 3), np.uint8)
+    _paint(pixels, planes, frame, top, left - shift)
+    return pixels, shift, columns
+
+
+@njit(nogil=True)
+def _planes_of(frame, top, rows, left, columns):
+    """Return planes of the blocks that a crop needs, with the neighbours that chroma is blended with."""
+    height, width, channels, down, across = frame[0], frame[1], frame[2], frame[3], frame[4]
+    samples = np.empty((2, 4), np.int64)
+    samples[0, 0], samples[0, 1], samples[0, 2], samples[0, 3] = top, top + rows - 1, left, left + columns - 1
+    samples[1, 0] = max(top // down - (down - 1), 0)
+    samples[1, 1] = min((top + rows - 1) // down + (down - 1), -(-height // down) - 1)
+    samples[1, 2] = max(left // across - (across - 1), 0)
+    samples[1, 3] = min((left + columns - 1) // across + (across - 1), -(-width // across) - 1)
+    needed = samples // 8
+    return _Planes(_plane(needed[0], 1), _plane(needed[1], channels - 1), needed)
+
+
+@njit(nogil=True)
+def _plane(needed, number):
+    rows, columns = 8 * (needed[1] - needed[0] + 1), 8 * (needed[3] - needed[2] + 1)
+    return np.empty((number, rows, columns + 2 * _MARGIN), np.uint8)
+
+
+@njit(nogil=True)
+def _read_header(data, tables, frame):
+    """Read all before the scan; return where that begins, or 0 if the file is not of the kind that is decoded here.
+
+    `frame`, (5,) int64, becomes height, width, channels, and the pixels down and across that share a sample of chroma.
+    """
+    size, place, there = len(data), 2, 0
+    while True:
+        if place + 4 > size or data[place] != 0xFF:
+            return 0
+        marker, start, end = data[place + 1], place + 4, place + 2 + number_at(data, place + 2, 2)
+        if end < start or end > size:
+            return 0
+        place = end
+        if marker == 0xDA:
+            break
+        if marker == 0xC0:
+            if frame[2] != 0 or not _read_frame(data, start, end, frame, tables.used):
+                return 0
+        elif marker == 0xDB:
+            while start < end:
+                number = np.int64(data[start])
+                if number > 3 or start + 65 > end:
+                    return 0
+                for i in range(64):
+                    tables.quantisers[number, i] = data[start + 1 + i]
+                there |= 1 << number
+                start += 65
+        elif marker == 0xC4:
+            while start < end:
+                kind = np.int64(data[start])
+                number = (kind >> 4) * 2 + (kind & 15)
+                if kind & 0xEE != 0 or start + 17 > end:
+                    return 0
+                start = _read_table(data, start + 1, end, tables.huffman[number], number >= 2)
+                if start == 0:
+                    return 0
+                there |= 16 << number
+        elif marker == 0xDD:
+            if end - start != 2 or number_at(data, start, 2) != 0:  # restarts
+                return 0
+        elif (
+            marker == 0xE1 and starts(data, start, end, b"Exif")
+        ) or 0xC1 <= marker <= 0xCF:  # which may turn the picture
+            return 0
+    channels, used = frame[2], tables.used
+    if channels == 0 or end - start != 4 + 2 * channels or data[start] != channels:
+        return 0
+    for c in range(channels):
+        kind = np.int64(data[start + 2 + 2 * c])
+        used[c, 1], matches = kind, data[start + 1 + 2 * c] == used[c, 2]
+        needed = 1 << used[c, 0] | 16 << (kind >> 4) | 64 << (kind & 15)
+        if not matches or kind & 0xEE != 0 or there & needed != needed:
+            return 0
+    return place
+
+
+@njit(nogil=True)
+def _read_frame(data, start, end, frame, used):
+    if end - start < 6 or data[start] != 8:
+        return False
+    height, width, channels = number_at(data, start + 1, 2), number_at(data, start + 3, 2), np.int64(data[start + 5])
+    if (channels != 1 and channels != 3) or end - start != 6 + 3 * channels or not 0 < height * width <= MAX_PIXELS:
+        return False
+    for c in range(channels):
+        used[c, 2], used[c, 0] = data[start + 6 + 3 * c], data[start + 8 + 3 * c]
+        if used[c, 0] > 3 or (c > 0 and data[start + 7 + 3 * c] != 0x11):
+            return False
+    factors = np.int64(data[start + 7])
+    across, down = (factors >> 4, factors & 15) if channels == 3 else (1, 1)
+    if not 1 <= down <= across <= 2 or (across == 2 and width <= 4):  # libjpeg does not blend so few samples
+        return False
+    frame[0], frame[1], frame[2], frame[3], frame[4] = height, width, channels, down, across
+    return True
+
+
+@njit(nogil=True)
+def _read_table(data, start, end, table, has_runs):
+    """Read the lengths and the symbols of a Huffman table; return where it ends, or 0 if it is none."""
+    most = 10 if has_runs else 11  # bits of a number, as of 8 bits a sample
+    table[:_SYMBOLS] = 0
+    place, number, code = start + 16, 0, 0
+    for length in range(1, 17):
+        table[_NUMBER + length] = number - code
+        for _ in range(data[start + length - 1]):
+            if number == 256 or place == end or code >= 1 << length or data[place] & (15 if has_runs else 255) > most:
+                return 0
+            symbol = np.int64(data[place])
+            table[_SYMBOLS + number] = symbol
+            if length <= _LOOK:
+                table[code << (_LOOK - length) : (code + 1) << (_LOOK - length)] = _entry(symbol, length)
+            place, number, code = place + 1, number + 1, code + 1
+        table[_BEHIND + length] = code << (16 - length)
+        code <<= 1
+    table[_BEHIND + 17] = 2**17
+    return place
+
+
+@njit(nogil=True)
+def _entry(symbol, length):
+    """Return what a code says: bits of itself and its number, bits of the number, coefficients to go on, its bits."""
+    run, bits = symbol >> 4, symbol & 15
+    return (length + bits) | bits << 8 | (run + 1 if bits > 0 or run == 15 else _END) << 12 | length << 24
+
+
+@njit(nogil=True)
+def _long_entry(buffer, table):
+    """Return what a code of more than _LOOK bits says; 0 if there is no such code."""
+    code, length = np.int64(buffer >> np.uint64(48)), _LOOK + 1
+    while code >= load(table, _BEHIND + length):
+        length += 1
+    if length > 16:
+        return 0
+    number = load(table, _NUMBER + length) + (code >> (16 - length))
+    return _entry(np.int64(load(table, _SYMBOLS + (number & 255))), length)
+
+
+@njit(nogil=True)
+def _unstuff(data, place, bits):
+    """Copy a scan without the zeros behind 0xFF; return its length, or -1 if it is not one scan without restarts."""
+    size, address, out, length = len(data), data.ctypes.data, bits.ctypes.data, 0
+    while True:
+        found = _memchr(address + place, 0xFF, size - place)
+        run = found - address - place
+        if found == 0 or place + run + 2 > size:
+            return -1
+        _memcpy(out + length, address + place, run)
+        length, place = length + run, place + run + 2
+        if data[place - 1] == 0xD9:
+            break
+        if data[place - 1] != 0:
+            return -1
+        bits[length] = 0xFF
+        length += 1
+    bits[length : length + 2 * _AHEAD] = 0
+    return length
+
+
+@njit(nogil=True)
+def _read_planes(bits, length, tables, frame, planes):
+    """Decode the blocks that are needed, and read over the others; return False if the scan is damaged."""
+    channels, down, across, needed = frame[2], frame[3], frame[4], planes.needed
+    begin, zigzag = bits.ctypes.data, _ZIGZAG.ctypes.data
+    reader = np.zeros(3, np.int64)  # bits that are read but not used, how many, where the next ones are
+    reader[2] = begin
+    block, means = np.zeros(65, np.int32), np.zeros(3, np.int64)
+    stop, scratch = begin + length + _AHEAD, block.ctypes.data
+    last = needed[0, 1] // down
+    if channels == 3:
+        last = max(last, needed[1, 1])
+    num_x = -(-frame[1] // (8 * across))
+    for y in range(last + 1):
+        for x in range(num_x):
+            for c in range(channels):
+                own = min(c, 1)
+                plane = planes.luma[0] if c == 0 else planes.chroma[c - 1]
+                quantiser = tables.quantisers[tables.used[c, 0]].ctypes.data
+                table_of_means = tables.huffman[tables.used[c, 1] >> 4].ctypes.data
+                table = tables.huffman[2 + (tables.used[c, 1] & 15)].ctypes.data
+                wide, high = (across, down) if c == 0 else (1, 1)
+                for i in range(wide * high):
+                    row, column = y * high + i // wide, x * wide + i % wide
+                    change = _read_block(reader, stop, table_of_means, table, quantiser, zigzag, scratch, means[c])
+                    if change == _ODD:
+                        return False
+                    means[c] += change
+                    row, column = row - needed[own, 0], column - needed[own, 2]
+                    in_rows = 0 <= row <= needed[own, 1] - needed[own, 0]
+                    if in_rows and 0 <= column <= needed[own, 3] - needed[own, 2]:
+                        to = plane.ctypes.data + 8 * row * plane.shape[1] + _MARGIN + 8 * column
+                        transform(scratch, to, plane.shape[1])
+                    else:
+                        clear(scratch)
+    return 8 * (reader[2] - begin) - reader[1] <= 8 * length
+
+
+@njit(nogil=True)
+def _read_block(reader, stop, table_of_means, table, quantiser, zigzag, block, mean):
+    """Read the coefficients of a block; return how its mean differs from that of the last, or _ODD if it is damaged.
+
+    Whatever the bits are, a code has 16 and a number 11 at most: 32 are enough to begin with.
+    """
+    buffer, count, place = np.uint64(reader[0]), reader[1], reader[2]
+    if count < 32:
+        if place > stop:
+            return _ODD
+        buffer |= load_bits(place) >> np.uint64(count)
+        place += (63 - count) >> 3
+        count |= 56
+    entry = np.int64(load(table_of_means, buffer >> np.uint64(64 - _LOOK)))
+    if entry == 0:
+        entry = _long_entry(buffer, table_of_means)
+        if entry == 0:
+            return _ODD
+    change = _number_of(buffer, entry)
+    buffer <<= np.uint64(entry & 63)
+    count -= entry & 63
+    value = (mean + change) * load(quantiser, 0)
+    store(block, 0, value)
+    most, k = value ^ (value >> 63), 0
+    while k < 63:
+        if count < 32:
+            if place > stop:
+                return _ODD
+            buffer |= load_bits(place) >> np.uint64(count)
+            place += (63 - count) >> 3
+            count |= 56
+        entry = np.int64(load(table, buffer >> np.uint64(64 - _LOOK)))
+        if entry == 0:
+            entry = _long_entry(buffer, table)
+            if entry == 0:
+                return _ODD
+        k += (entry >> 12) & 255
+        value = _number_of(buffer, entry) * load(quantiser, k)
+        buffer <<= np.uint64(entry & 63)
+        count -= entry & 63
+        most |= value ^ (value >> 63)
+        store(block, np.int64(load(zigzag, k)), value)
+    if most >= _MOST or 63 < k < _END:
+        return _ODD
+    reader[0], reader[1], reader[2] = np.int64(buffer), count, place
+    return change
+
+
+@njit(nogil=True)
+def _number_of(buffer, entry):
+    """Return the number behind a code: if its first bit is 0 it is negative (T.81, F.2.2.1)."""
+    bits, rest = (entry >> 8) & 15, buffer << np.uint64(entry >> 24)
+    number = np.int64((rest >> np.uint64(1)) >> np.uint64(63 - bits))
+    return number - (((1 << bits) - 1) & ~(np.int64(rest) >> 63))
+
+
+@njit(nogil=True)
+def _extend(planes, frame):
+    """Repeat the first and the last sample of each row of chroma where they are the picture's."""
+    chroma, needed, width = planes.chroma, planes.needed[1], -(-frame[1] // frame[4])
+    first = _MARGIN - 8 * needed[2]
+    for c in range(len(chroma)):
+        for row in range(chroma.shape[1]):
+            if needed[2] == 0:
+                chroma[c, row, first - 1] = chroma[c, row, first]
+            if 8 * (needed[3] + 1) >= width:
+                chroma[c, row, first + width] = chroma[c, row, first + width - 1]
+
+
+@njit(nogil=True)
+def _paint(pixels, planes, frame, top, left):
+    """Write the rows of a crop from `top` and `left` on, where a sample of chroma begins."""
+    luma, chroma, needed, down, across = planes.luma, planes.chroma, planes.needed, frame[3], frame[4]
+    gray = np.full(WIDTH, 128, np.uint8)
+    last = -(-frame[0] // down) - 1
+    for row in range(pixels.shape[0]):
+        y, out = top + row, pixels[row].ctypes.data
+        of_luma = luma[0, y - 8 * needed[0, 0]].ctypes.data + _MARGIN + left - 8 * needed[0, 2]
+        near, far, step, plane = gray.ctypes.data, gray.ctypes.data, 0, 0
+        if len(chroma):
+            first = chroma.ctypes.data + _MARGIN + left // across - 8 * needed[1, 2]
+            nearest = y // down
+            other = min(max(nearest + (1 if y & 1 else -1), 0), last) if down == 2 else nearest
+            near = first + (nearest - 8 * needed[1, 0]) * chroma.shape[2]
+            far = first + (other - 8 * needed[1, 0]) * chroma.shape[2]
+            step, plane = WIDTH // across, chroma.shape[1] * chroma.shape[2]
+        for i in range(pixels.shape[1] // WIDTH):
+            to, a, b, c = out + 3 * WIDTH * i, of_luma + WIDTH * i, near + step * i, far + step * i
+            if across == 1:
+                paint_444(to, a, b, c, plane)
+            elif down == 1:
+                paint_422(to, a, b, c, plane)
+            else:
+                paint_420(to, a, b, c, plane)

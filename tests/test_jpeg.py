@@ -1,0 +1,155 @@
+"""Our decoder of JPEG files: Pillow's pixels to the bit, all else is refused, and nothing harms it."""
+
+import io
+
+import numpy as np
+import pytest
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+
+from dali_pipes import graphs, kernels
+from dali_pipes.feeding import _crop_inputs
+from dali_pipes.headers import is_plain
+from dali_pipes.jpeg import decode_crop
+from dfer.plan.augmentation import Augmentation
+from dfer.plan.sampling import epoch_plan
+from tests.image_files import HEIGHT, WIDTH, app1_exif, exif, inserted, jpeg, of_ffmpeg, picture, segment
+
+WHOLE = np.array([0, 0, 1, 1], np.float32)
+# Height and width: one block, one more than it, less than one; of 16 and one more; larger.
+SHAPES = [(8, 8), (9, 17), (1, 5), (5, 1), (16, 16), (17, 33), (31, 50), (129, 70), (300, 511)]
+KINDS = {"gray": None, "444": 0, "422": 1, "420": 2}  # of Pillow's subsampling
+
+
+def image(rng: np.random.Generator, height: int, width: int, kind: str) -> Image.Image:
+    """Return noise, waves, or waves of black and white, whose blocks overshoot."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([127 + 127 * np.sin(x / 7), 127 + 127 * np.cos(y / 5), (3 * x + 5 * y) % 256], axis=-1)
+    noise = rng.integers(0, 256, (height, width, 3))
+    return Image.fromarray({"noise": noise, "waves": waves, "edges": 255 * (waves > 127)}[kind].astype(np.uint8))
+
+
+def boxes(rng: np.random.Generator, number: int) -> np.ndarray:
+    start = rng.random((number, 2)) * 0.95
+    return np.concatenate([start, rng.random((number, 2)) * (1 - start)], axis=1).astype(np.float32)
+
+
+def decoded(data: bytes, box: np.ndarray = WHOLE, behind: bytes = b"") -> np.ndarray | None:
+    pixels, first, columns = decode_crop(np.frombuffer(data + behind, np.uint8), box)
+    return pixels[:, first : first + columns] if len(pixels) else None
+
+
+def cut_out(pixels: np.ndarray, box: np.ndarray) -> np.ndarray:
+    (top, rows), (left, columns) = (kernels.cut(box[i], box[i + 2], pixels.shape[i]) for i in (0, 1))
+    return pixels[top : top + rows, left : left + columns]
+
+
+def pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pixels_are_those_of_libjpeg(sampling, shape):
+    """Of whole pictures and of crops; of coarse and fine coefficients; with tables of long codes; whatever follows."""
+    rng, small = np.random.default_rng(shape), max(shape) < 200  # Pillow optimises no large noise
+    for kind in ("noise", "waves", "edges"):
+        for quality in (3, 50, 93, 100):
+            source = image(rng, *shape, kind).convert("L" if sampling == "gray" else "RGB")
+            data = jpeg(source, quality=quality, subsampling=KINDS[sampling] or 0, optimize=small and quality == 93)
+            want = pillow(data)
+            for box in (WHOLE, *boxes(rng, 5)):
+                got = decoded(data, box, rng.bytes(int(rng.integers(40))))
+                if sampling in ("422", "420") and shape[1] <= 4:
+                    assert got is None  # libjpeg does not blend chroma there
+                else:
+                    assert np.array_equal(got, cut_out(want, box))
+
+
+OTHERS = {
+    "progressive": lambda: jpeg(progressive=True),
+    "restarts": lambda: jpeg(restart_marker_blocks=2),
+    "four colours": lambda: jpeg(picture().convert("CMYK")),
+    "EXIF": lambda: inserted(jpeg(), app1_exif(exif(6))),
+    "sampling factors in other terms": lambda: of_ffmpeg("yuvj444p"),
+    "no tables": lambda: jpeg().replace(b"\xff\xc4", b"\xff\xfe"),
+    "no quantisers": lambda: jpeg().replace(b"\xff\xdb", b"\xff\xfe"),
+    "two frames": lambda: inserted(jpeg(), jpeg()[jpeg().index(b"\xff\xc0") :][:19]),
+    "arithmetic": lambda: jpeg().replace(b"\xff\xc0", b"\xff\xc9"),
+    "a table of 300 symbols": lambda: inserted(jpeg(), segment(0xC4, bytes([0, *[20] * 15, 0, *[1] * 300]))),
+    "a picture of gigabytes": lambda: jpeg().replace(bytes([0, HEIGHT, 0, WIDTH]), b"\xff" * 4),
+    "no end": lambda: jpeg()[:-2],
+    "half of it": lambda: jpeg()[: len(jpeg()) // 2],
+    "half of it and an end": lambda: jpeg()[: len(jpeg()) // 2] + b"\xff\xd9",
+    "PNG": lambda: b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "nothing": lambda: b"\xff\xd8",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_of_the_plain_kind_is_refused(name):
+    assert decoded(jpeg()) is not None
+    data = OTHERS[name]()
+    assert data != jpeg() and decoded(data) is None
+
+
+def test_damaged_files_are_refused_or_give_the_pixels_of_libjpeg():
+    rng = np.random.default_rng(0)
+    refused = same = 0
+    for trial in range(4000):
+        if trial % 20 == 0:
+            source = image(rng, *rng.integers(5, 60, 2), rng.choice(["noise", "waves", "edges"]))
+            whole = jpeg(source, quality=int(rng.integers(1, 101)), subsampling=int(rng.integers(3)))
+        data = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            place = int(rng.integers(2, len(data) - 2))
+            change = [[rng.integers(256)], [data[place] ^ 1 << rng.integers(8)], [], rng.integers(0, 256, 3)]
+            data[place : place + 1] = bytes(map(int, change[rng.integers(4)]))
+        (box,) = boxes(rng, 1)
+        got = decoded(bytes(data), box)
+        if got is None or not is_plain(np.frombuffer(bytes(data), np.uint8)):
+            refused += 1
+            continue
+        try:
+            want = pillow(bytes(data))
+        except OSError:  # it ends behind the crop
+            continue
+        same += 1
+        assert np.array_equal(got, cut_out(want, box))
+    assert refused > 1000 and same > 500
+
+
+def test_clips_do_not_depend_on_who_decodes():
+    """Of a frame that is ours, and of one that is not; DALI's operator decodes both."""
+    plan = epoch_plan(1, 0, np.full(2, 9), 1, augmentation=Augmentation(min_crop_area=0.2, colour=0.4))
+    rows = np.arange(2)
+    files = [np.frombuffer(data, np.uint8) for data in (jpeg(), OTHERS["progressive"]())]
+
+    def fed(pipeline: Pipeline, **inputs) -> list[np.ndarray]:
+        for name, data in inputs.items():
+            pipeline.feed_input(name, data)
+        return [output.as_array() for output in pipeline.run()]
+
+    ours, others = fed(
+        graphs.fused("images", 2, 24, "float32", 1), source=files, parameters=kernels.parameters(plan, rows)
+    )
+    crops = dict(_crop_inputs(plan, rows, 1))
+    (dali,) = fed(
+        graphs.sliced(2, 24, "float32", 1), source=files, parameters=kernels.parameters(plan, rows, crop=False), **crops
+    )
+    assert others.tolist() == [[0], [1]] and np.array_equal(ours[0], dali[0])
+    assert not np.array_equal(dali[0], dali[1])
+
+
+def test_decoders_have_the_same_pixels_as_the_operator_of_dali():
+    """As clips of a run may come from either, whatever Pillow's library is."""
+    rng = np.random.default_rng(7)
+    shapes = [(40, 57), (33, 64), (9, 9)]
+    files = [jpeg(image(rng, *shape, "noise"), subsampling=k) for shape in shapes for k in range(3)]
+    pipeline = Pipeline(len(files), 1, None)
+    with pipeline:
+        pipeline.set_outputs(fn.decoders.image(fn.external_source(name="source", batch=True)))
+    pipeline.feed_input("source", [np.frombuffer(data, np.uint8) for data in files])
+    (found,) = pipeline.run()
+    assert all(np.array_equal(decoded(data), found.at(i)) for i, data in enumerate(files))

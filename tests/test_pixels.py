@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 import dali_pipes
 from dali_pipes import pixels, torch_stages
-from dali_pipes.kernels import COLOUR, ERASE, MIRROR, NUM_PARAMETERS, fused, parameters
+from dali_pipes.kernels import COLOUR, ERASE, MIRROR, NUM_PARAMETERS, cut, fused, parameters
 from dali_pipes.loader import usable
 from dali_pipes.options import LoaderOptions
 from dfer.plan.augmentation import Augmentation

@@ -162,7 +162,7 @@ class Feed:
             if others:
                 places = np.flatnonzero(others[0].as_array())
                 if len(places):
-                    frames[torch.from_numpy(places)] = self._slices(samples, places, rows, epoch)
+                    frames.numpy()[places] = self._slices(samples, places, rows, epoch)
             return frames
         size, dtype = self._options.size, self._options.dtype
         clips = pixels.of_decoded(pictures, epoch.plan, rows, epoch.stages, size, dtype, device)
@@ -170,7 +170,7 @@ class Feed:
             self._hold(pictures)
         return clips
 
-    def _slices(self, samples: Samples, places: Int64[np.ndarray, " P"], rows: _Rows, epoch: Epoch) -> torch.Tensor:
+    def _slices(self, samples: Samples, places: Int64[np.ndarray, " P"], rows: _Rows, epoch: Epoch) -> np.ndarray:
         """Return the pictures of those samples, in these places, which our kernel does not decode but DALI."""
         assert not isinstance(samples, Pictures)
         repeat = len(samples[0] if isinstance(samples, tuple) else samples) // len(rows)
@@ -187,7 +187,7 @@ class Feed:
         except Refused:
             self._sliced = None
             raise
-        return torch.from_dlpack(pictures.as_tensor())
+        return pictures.as_array()
 
     def _hold(self, pictures: object) -> None:
         """Keep what the current stream's work reads until it has, of several batches at most."""

@@ -52,11 +52,13 @@ def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
         out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
         parameters, shape = carray(ins[1], (kernels.NUM_PARAMETERS,), np.float32), in_shapes[0]
         if given == "file":
-            box = parameters[kernels.BOX : kernels.MIRROR]
-            pixels, left, columns = jpeg.decode_crop(carray(ins[0], (shape[0],), np.uint8), box)
-            carray(outs[1], (1,), np.uint8)[0] = len(pixels) == 0
-            if len(pixels):
-                kernels.fused_crop(out, pixels, 0, len(pixels), left, columns, parameters)
+            file, box = carray(ins[0], (shape[0],), np.uint8), parameters[kernels.BOX : kernels.MIRROR]
+            rows, width, left, columns = jpeg.crop_shape(file, box)
+            pixels = np.empty((rows, width, 3), np.uint8)
+            there = rows > 0 and jpeg.decode_crop(file, box, pixels)
+            carray(outs[1], (1,), np.uint8)[0] = not there
+            if there:
+                kernels.fused_crop(out, pixels, 0, rows, left, columns, parameters)
         elif given == "address":
             place = carray(ins[0], (4,), np.int64)
             pixels = carray(pointer(place[0]), (place[1], place[2], place[3]), np.uint8)

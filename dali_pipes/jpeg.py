@@ -66,36 +66,56 @@ _ZIGZAG = _zigzag()
 
 
 @njit(nogil=True)
-def decode_crop(data, box):
-    """Decode a part of a JPEG file of a plain header (headers.is_plain).
+def crop_shape(data, box):
+    """Return what `decode_crop` writes of a file: rows and columns; and its crop's first column, and number of columns.
+
+    All are 0 if the file's first frame header is not of the kind that is decoded here.
+    """
+    frame, used = np.zeros(5, np.int64), np.zeros((3, 3), np.int64)
+    size, place = len(data), 2
+    while place + 4 <= size and data[place] == 0xFF and data[place + 1] != 0xDA:
+        start, end = place + 4, place + 2 + number_at(data, place + 2, 2)
+        if end < start or end > size:
+            break
+        if data[place + 1] == 0xC0:
+            if not _read_frame(data, start, end, frame, used):
+                break
+            left, columns = cut(box[1], box[3], frame[1])
+            first = left % frame[4]
+            return cut(box[0], box[2], frame[0])[1], -(-(first + columns) // WIDTH) * WIDTH, first, columns
+        place = end
+    return 0, 0, 0, 0
+
+
+@njit(nogil=True)
+def decode_crop(data, box, pixels):
+    """Decode a part of a JPEG file of a plain header (headers.is_plain); return False if it is damaged, or not decoded.
 
     Args:
         data: uint8; behind the end of the file may stand anything.
         box: (4,) float32, first y and x, height and width as shares of the picture.
-
-    Returns:
-        (H, W, 3) uint8, with H rows of the crop, none if the file is not of the kind that is decoded here, or damaged;
-        then the first and the number of the columns that are the crop.
+        pixels: (H, W, 3) uint8, of the shape that `crop_shape` returns.
     """
     tables = _Tables(np.zeros((4, _PLACES), np.int32), np.zeros((4, _TABLE), np.int32), np.zeros((3, 3), np.int64))
-    frame, nothing = np.zeros(5, np.int64), np.empty((0, 0, 3), np.uint8)
+    frame = np.zeros(5, np.int64)
     place = _read_header(data, tables, frame)
     if place == 0:
-        return nothing, 0, 0
+        return False
     bits = np.empty(len(data) - place + 2 * _AHEAD, np.uint8)
     length = _unstuff(data, place, bits)
     if length < 0:
-        return nothing, 0, 0
+        return False
     top, rows = cut(box[0], box[2], frame[0])
     left, columns = cut(box[1], box[3], frame[1])
+    first = left - left % frame[4]
+    if pixels.shape[0] != rows or pixels.shape[1] < left - first + columns or pixels.shape[1] % WIDTH != 0:
+        return False
     planes = _planes_of(frame, top, rows, left, columns)
     if not _read_planes(bits, length, tables, frame, planes):
-        return nothing, 0, 0
+        return False
     _extend(planes, frame)
-    shift = left % frame[4]
-    pixels = np.empty((rows, -(-(columns + shift) // WIDTH) * WIDTH, 3), np.uint8)
-    _paint(pixels, planes, frame, top, left - shift)
-    return pixels, shift, columns
+    _paint(pixels, planes, frame, top, first)
+    return True
 
 
 @njit(nogil=True)

@@ -15,11 +15,12 @@ from torch.profiler import record_function
 from dali_pipes import pixels, torch_stages
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.feeding import Epoch, Refused
+from dali_pipes.image_stream import ImageStream
 from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Reading, Rooms
 from dali_pipes.resident import ResidentClips
-from dali_pipes.sources import BadClip, Images, Shards, source_of
+from dali_pipes.sources import BadClip, FrameFolders, Images, Shards, source_of
 from dali_pipes.streaming import RawStream, StreamedEpoch
 from dali_pipes.videos import DeviceVideos, feed_of
 from dfer.batch import Batch, mixed
@@ -50,7 +51,7 @@ class _Pass:
 
 
 class _Streamed(NamedTuple):
-    """An epoch of raw clips that is being read for a GPU."""
+    """An epoch of clips that threads read for a GPU, without DALI."""
 
     key: tuple[int, int]
     plan: EpochPlan
@@ -99,8 +100,12 @@ class ClipLoader:
         if options.cached:
             self._resident = ResidentClips(index, self._device, self._verify)
         elif self._route == "streamed":
-            assert index.source == "raw" and isinstance(self._source, Shards), index.source
-            self._stream = RawStream(index, self._source, self._bad, options)
+            if index.source == "raw":
+                assert isinstance(self._source, Shards)
+                self._stream = RawStream(index, self._source, self._bad, options)
+            else:
+                assert isinstance(self._source, FrameFolders | Shards), index.source
+                self._stream = ImageStream(index, self._source, self._bad, options)
         else:
             self._feed = feed_of(index, self._source, sampler.clip_length, options)
         longest = int(index.store.length.max()) if isinstance(index.store, Packed) else None

@@ -8,7 +8,7 @@ import torch
 from dfer.lists.index import Source
 
 # How clips are made: by the CPU's kernel in DALI's graph; by DALI's operators; decoded by DALI, the rest by one kernel
-# (pixels.py); of raw clips without DALI, read into one buffer a batch (streaming.py).
+# (pixels.py); without DALI, of what threads have read or decoded (streaming.py, image_stream.py).
 Graph = Literal["fused", "operators", "decoded", "streamed"]
 AHEAD = 2  # batches that are read, and videos decoded, before their turn
 Kind = Literal["images", "pixels", "videos"]  # of a source: encoded images, uint8 pictures, encoded video files
@@ -27,7 +27,7 @@ class LoaderOptions:
     device_id: int | None = None  # number of the GPU
     graph: Graph | None = None  # None: as `route` says
     # Share of the images for the GPU's JPEG engine, if it has one; its SMs do the others. 0 until a card has shown that
-    # it does not mix the pixels of two batches (benchmarks/gpu.py). None: the machine's cores decode, and DALI uploads.
+    # it does not mix the pixels of two batches (benchmarks/gpu.py). None: the machine's cores decode.
     jpeg_engine: float | None = 0.0
     # What decodes videos for a GPU: the cores, or NVDEC those that it takes; "auto" is the cores.
     video_decoder: Literal["auto", "cores", "nvdec"] = "auto"
@@ -53,7 +53,9 @@ class LoaderOptions:
         """Return how the clips of a source are made, if they are not held in memory."""
         if self.graph is not None or self.device == "cpu":
             return self.graph or "fused"
-        return "operators" if source == "video" else "streamed" if source == "raw" else "decoded"
+        if source == "video":
+            return "operators"
+        return "streamed" if source == "raw" or self.jpeg_engine is None else "decoded"
 
     @property
     def depth(self) -> int:

@@ -1,21 +1,23 @@
-"""Raw clips for a GPU, without DALI: compiled code reads a batch into pinned memory, one copy and one kernel follow.
+"""Clips for a GPU without DALI: threads put a batch into pinned memory, and copies and one kernel follow.
 
-No Python runs for a clip or a frame, but where one is bad. Later batches are read, copied
-and made beside the consumer's work, on the GPU on a stream of their own. Where clips end up on a CPU, as in the tests,
-all is the same but for pinned memory, the stream, and the kernel.
+Here raw clips, which compiled code reads; image_stream.py has images. No Python runs for a clip or a frame, but where
+one is bad. Later batches are read, copied and made beside the consumer's work, on the GPU on a stream of their own.
+Where clips end up on a CPU, as in the tests, all is the same but for pinned memory, the stream, and the kernel.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+import abc
 import contextlib
 import os
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -40,20 +42,25 @@ from dfer.plan.sampling import EpochPlan
 _pread = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
 
 
-class _Reading(NamedTuple):
-    """A batch that is read."""
+@dataclass(frozen=True)
+class Begun:
+    """A batch that threads read."""
 
     rows: Int64[np.ndarray, " B"]  # of the plan
-    buffer: torch.Tensor  # uint8: room for the table, then the clips
-    position: Int64[np.ndarray, " B"]  # in the buffer
-    size: Int64[np.ndarray, " B"]  # bytes of a frame
     states: UInt8[np.ndarray, " B"]
-    jobs: list[Future[None]]
+    jobs: list[Future[None]] = field(default_factory=list, init=False)
 
     @property
     def fine(self) -> bool:
         """Return whether it is there as it should be."""
         return all(job.done() for job in self.jobs) and bool((self.states == DONE).all())
+
+
+@dataclass(frozen=True)
+class _Raw(Begun):
+    buffer: torch.Tensor  # uint8: room for the table, then the clips
+    position: Int64[np.ndarray, " B"]  # in the buffer
+    size: Int64[np.ndarray, " B"]  # bytes of a frame
 
 
 class _Made(NamedTuple):
@@ -64,90 +71,135 @@ class _Made(NamedTuple):
     ready: torch.cuda.Event | None
 
 
-class RawStream:
-    """The clips of a raw source, batch by batch.
+Read = TypeVar("Read", bound=Begun)
 
-    At most AHEAD batches are in pinned memory and one more on its way out of it, a batch being its frames as they are
-    stored (torch rounds each up to a power of two and uses it again); one is made, one with the consumer.
+
+class Stream(abc.ABC, Generic[Read]):
+    """Clips of a source, batch by batch.
+
+    At most AHEAD batches are in pinned memory and one more on its way out of it (torch rounds each up to a power of two
+    and uses it again); one is made, one with the consumer.
 
     Args:
         index: the videos.
-        source: of `index`; it finds out what is wrong with a clip.
         bad: where bad clips are told.
         options: of the loader.
     """
 
-    def __init__(self, index: ClipIndex, source: Shards, bad: BadClips, options: LoaderOptions):
-        self._index, self._source, self._store = index, source, source.store
-        self._bad, self._options, self._device = bad, options, options.torch_device
+    def __init__(self, index: ClipIndex, bad: BadClips, options: LoaderOptions):
+        self._index, self._bad, self._options, self._device = index, bad, options, options.torch_device
         self.num_threads = max(options.num_threads, 4)  # storage is waited for, not computed with
         self._gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._gpu else None
-        self._files = source.files
 
     def begin(self, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]) -> "StreamedEpoch":
         """Return the batches of an epoch, of which the first are read from now on."""
         return StreamedEpoch(self, plan, steps)
 
-    def read(self, readers: Readers, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> _Reading:
+    def read(self, readers: Readers, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Read:
         """Start to read a batch."""
-        store, videos, frames = self._store, plan.video[rows], plan.frames[rows]
-        size = 3 * store.height[videos].astype(np.int64) * store.width[videos]
-        ends = np.cumsum(frames.shape[1] * size) + 8 * pixels.num_words(*frames.shape)
-        buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._gpu)
-        states = np.zeros(len(rows), dtype=np.uint8)
-        reading = _Reading(rows, buffer, ends - frames.shape[1] * size, size, states, [])
+        begun = self._begun(plan, rows)
         parts = np.linspace(0, len(rows), min(len(rows), self.num_threads) + 1).astype(int).tolist()
         for begin, end in pairwise(parts):
-            reading.jobs.append(readers.submit(self._read_part, reading, videos, frames, begin, end))
-        return reading
+            begun.jobs.append(readers.submit(self._read_part, begun, plan, begin, end))
+        return begun
 
-    def _read_part(
-        self,
-        reading: _Reading,
-        videos: Int64[np.ndarray, " B"],
-        frames: Int64[np.ndarray, "B T"],
-        begin: int,
-        end: int,
-    ) -> None:
-        """Read clips [begin, end) of a batch, in a thread."""
-        store, part = self._store, slice(begin, end)
-        files = self._files[store.shard[videos[part]]]
-        offset = store.offset[store.first[videos[part]][:, None] + frames[part]]
-        address = reading.buffer.data_ptr() + reading.position[part]
-        states, digests = reading.states[part], self._source.digests
-        read_clips(files, offset, reading.size[part], address, states)
-        if digests.function:
-            check_hashes(digests, videos[part], frames[part], address, reading.size[part], states)
-        elif self._index.hashes is not None:  # this machine's Python has no such function: one by one
-            states[:] = ODD
+    @abc.abstractmethod
+    def _begun(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Read:
+        """Return a batch of which nothing is read."""
 
-    def _pictures(self, reading: _Reading, place: int, num_frames: int) -> UInt8[np.ndarray, "T _"]:
-        """Return the part of the buffer that holds a clip."""
-        start, size = int(reading.position[place]), int(reading.size[place])
-        return reading.buffer.numpy()[start : start + num_frames * size].reshape(num_frames, size)
+    @abc.abstractmethod
+    def _read_part(self, begun: Read, plan: EpochPlan, begin: int, end: int) -> None:
+        """Read clips [begin, end) of a batch, in a thread. Their states become DONE or ODD."""
+
+    @abc.abstractmethod
+    def _find_bad(self, begun: Read, plan: EpochPlan) -> dict[int, BadClip]:
+        """Return which of the ODD clips of a batch, by their places, are bad; the others are read by other means."""
+
+    @abc.abstractmethod
+    def _frames(
+        self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"]
+    ) -> tuple[pixels.Frames, Int64[torch.Tensor, " B"]]:
+        """Copy a batch to the device; return its table and the rows of that. Those places' clips are shown."""
 
     @record_function("reading")
-    def _wait(self, reading: _Reading, plan: EpochPlan) -> Bool[np.ndarray, " B"]:
-        """Return which clips of a batch are good, once it is read. What was odd is read again, in Python."""
-        videos = plan.video[reading.rows]
-        for job in reading.jobs:
+    def _wait(self, begun: Read, plan: EpochPlan) -> Bool[np.ndarray, " B"]:
+        """Return which clips of a batch are good, once it is read."""
+        videos = plan.video[begun.rows]
+        for job in begun.jobs:
             try:
                 job.result(self._options.patience)
             except TimeoutError:
-                late = np.flatnonzero(reading.states == WAITING)
+                late = np.flatnonzero(begun.states == WAITING)
                 first = int(videos[late[0]]) if len(late) else int(videos[0])  # all may have come since
                 raise hung(self._index, first, max(len(late), 1), len(videos), self._options.patience) from None
         good = np.ones(len(videos), dtype=bool)
-        for place in np.flatnonzero(reading.states != DONE).tolist():
-            video, frames = int(videos[place]), plan.frames[reading.rows[place]]
-            try:
-                pictures = self._stored(video, frames)
-                self._pictures(reading, place, len(frames))[:] = np.reshape(pictures, (len(frames), -1))
-            except BadClip as error:
-                self._bad.add(video, error)
-                good[place] = False
+        for place, error in sorted(self._find_bad(begun, plan).items()):
+            self._bad.add(int(videos[place]), error)
+            good[place] = False
         return good
+
+    def make(self, begun: Read, plan: EpochPlan, stages: Stages) -> _Made:
+        """Start the copy of a batch and its kernel, once it is read."""
+        good, options = self._wait(begun, plan), self._options
+        batch, length, dtype = len(begun.rows), plan.frames.shape[1], options.dtype
+        if not good.any():
+            shape = (batch, length, options.size, options.size, 3)
+            return _Made(torch.zeros(shape, dtype=dtype, device=self._device), good, None)
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            table = self._frames(begun, plan, stand_ins(np.arange(batch), good))
+            clips = pixels.clips(*table, stages, options.size, dtype)
+            return _Made(clips, good, self._stream.record_event() if self._stream else None)
+
+
+class RawStream(Stream[_Raw]):
+    """The clips of a raw source.
+
+    Args:
+        index: the videos.
+        source: of `index`; it finds out what is wrong with a clip.
+        bad: as of Stream.
+        options: as of Stream.
+    """
+
+    def __init__(self, index: ClipIndex, source: Shards, bad: BadClips, options: LoaderOptions):
+        super().__init__(index, bad, options)
+        self._source, self._store, self._files = source, source.store, source.files
+
+    def _begun(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> _Raw:
+        store, videos, length = self._store, plan.video[rows], plan.frames.shape[1]
+        size = 3 * store.height[videos].astype(np.int64) * store.width[videos]
+        ends = np.cumsum(length * size) + 8 * pixels.num_words(len(rows), length)
+        buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._gpu)
+        return _Raw(rows, np.zeros(len(rows), np.uint8), buffer, ends - length * size, size)
+
+    def _read_part(self, begun: _Raw, plan: EpochPlan, begin: int, end: int) -> None:
+        store, part = self._store, slice(begin, end)
+        videos, frames = plan.video[begun.rows[part]], plan.frames[begun.rows[part]]
+        offset = store.offset[store.first[videos][:, None] + frames]
+        address = begun.buffer.data_ptr() + begun.position[part]
+        states, digests = begun.states[part], self._source.digests
+        read_clips(self._files[store.shard[videos]], offset, begun.size[part], address, states)
+        if digests.function:
+            check_hashes(digests, videos, frames, address, begun.size[part], states)
+        elif self._index.hashes is not None:  # this machine's Python has no such function: one by one
+            states[:] = ODD
+
+    def _find_bad(self, begun: _Raw, plan: EpochPlan) -> dict[int, BadClip]:
+        bad = {}
+        for place in np.flatnonzero(begun.states != DONE).tolist():
+            row = begun.rows[place]
+            try:
+                pictures = self._stored(int(plan.video[row]), plan.frames[row])
+                self._pictures(begun, place, len(pictures))[:] = np.reshape(pictures, (len(pictures), -1))
+            except BadClip as error:
+                bad[place] = error
+        return bad
+
+    def _pictures(self, begun: _Raw, place: int, num_frames: int) -> UInt8[np.ndarray, "T _"]:
+        """Return the part of the buffer that holds a clip."""
+        start, size = int(begun.position[place]), int(begun.size[place])
+        return begun.buffer.numpy()[start : start + num_frames * size].reshape(num_frames, size)
 
     def _stored(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W 3"]]:
         """Return the frames of a clip that could not be read at once.
@@ -164,49 +216,39 @@ class RawStream:
                 raise BadClip(f"{self._source.name(video, frame)}: {reason(error)}") from None
         return self._source.stored(video, frames)
 
-    def make(self, reading: _Reading, plan: EpochPlan, stages: Stages) -> _Made:
-        """Start the copy of a batch and its kernel, once it is read."""
-        good, options = self._wait(reading, plan), self._options
-        (batch, length), dtype = (len(reading.rows), plan.frames.shape[1]), options.dtype
-        if not good.any():
-            shape = (batch, length, options.size, options.size, 3)
-            return _Made(torch.zeros(shape, dtype=dtype, device=self._device), good, None)
-        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            there = torch.empty_like(reading.buffer, device=self._device) if self._gpu else reading.buffer
-            words = self._table(reading, plan, stand_ins(np.arange(batch), good), there.data_ptr())
-            reading.buffer[: words.nbytes] = torch.from_numpy(words.view(np.uint8))
-            if self._gpu:
-                there.copy_(reading.buffer, non_blocking=True)
-            table = pixels.Frames.unpack(there[: words.nbytes].view(torch.int64), batch, length)
-            clips = pixels.clips(*table, stages, options.size, dtype)
-            return _Made(clips, good, self._stream.record_event() if self._stream else None)
+    def _frames(
+        self, begun: _Raw, plan: EpochPlan, places: Int64[np.ndarray, " B"]
+    ) -> tuple[pixels.Frames, Int64[torch.Tensor, " B"]]:
+        there = torch.empty_like(begun.buffer, device=self._device) if self._gpu else begun.buffer
+        words = self._table(begun, plan, places, there.data_ptr())
+        begun.buffer[: words.nbytes] = torch.from_numpy(words.view(np.uint8))
+        if self._gpu:
+            there.copy_(begun.buffer, non_blocking=True)
+        table = there[: words.nbytes].view(torch.int64)
+        return pixels.Frames.unpack(table, len(places), plan.frames.shape[1])
 
     def _table(
-        self, reading: _Reading, plan: EpochPlan, places: Int64[np.ndarray, " B"], address: int
+        self, begun: _Raw, plan: EpochPlan, places: Int64[np.ndarray, " B"], address: int
     ) -> Int64[np.ndarray, " _"]:
         """Return what the kernel has to know: which clips, where, and what is done to them.
 
-        Args:
-            reading: the batch.
-            plan: of the epoch.
-            places: in the batch, of the clips whose pixels are shown.
-            address: of the buffer, as the kernel sees it.
+        `address`: of the buffer, as the kernel sees it.
         """
-        rows, store, count = reading.rows[places], self._store, np.arange(plan.frames.shape[1])
-        videos, starts = plan.video[rows], address + reading.position[places]
+        rows, store, count = begun.rows[places], self._store, np.arange(plan.frames.shape[1])
+        videos, starts = plan.video[rows], address + begun.position[places]
         height, width = (side[videos].astype(np.int64)[:, None] for side in (store.height, store.width))
-        cuts = pixels.cut_out(starts[:, None] + count * reading.size[places][:, None], height, width, plan.box[rows])
+        cuts = pixels.cut_out(starts[:, None] + count * begun.size[places][:, None], height, width, plan.box[rows])
         return pixels.pack(cuts, pixels.parameters(plan, rows))
 
 
 class StreamedEpoch:
     """The batches of an epoch: iterated over once. `close` ends the threads that read, as its own end does."""
 
-    def __init__(self, stream: RawStream, plan: EpochPlan, steps: Int64[np.ndarray, "S B"]):
+    def __init__(self, stream: Stream[Any], plan: EpochPlan, steps: Int64[np.ndarray, "S B"]):
         self._stream, self._plan, self._left = stream, plan, iter(steps)
         self._readers = Readers(stream.num_threads)
         self.close = weakref.finalize(self, self._readers.close)
-        self._ahead: deque[_Reading] = deque()
+        self._ahead: deque[Begun] = deque()
         self._stages = Stages(plan)
         self._made: _Made | None = None
         self._read_on()

@@ -15,7 +15,7 @@ from torch import Tensor
 from dfer.plan.resizing import resize
 from dfer.plan.sampling import EpochPlan
 
-__all__ = ["DevicePlan", "Drawn", "Stages", "finish", "resize", "treat", "upload"]
+__all__ = ["DevicePlan", "Drawn", "Stages", "finish", "pinned", "resize", "treat", "upload"]
 
 
 class Stages:
@@ -54,9 +54,13 @@ class DevicePlan(Stages):
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """Return an array on a device, which is not waited for."""
+    return pinned(array, device).to(device, non_blocking=True)
+
+
+def pinned(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor in memory that a device can fetch itself."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def finish(

@@ -221,7 +221,7 @@ def test_a_bad_image(beside, source, kind, capsys):
     check_policies(beside, source, index, reason, name, capsys)
 
 
-@pytest.mark.parametrize("graph", ["operators", "decoded"])
+@pytest.mark.parametrize("graph", ["operators", "decoded", "streamed"])
 @pytest.mark.parametrize("kind", ["huffman tables", "header bomb"])
 def test_a_bad_image_in_other_graphs(beside, kind, graph, capsys):
     make, reason = BAD_IMAGES[kind]
@@ -229,7 +229,9 @@ def test_a_bad_image_in_other_graphs(beside, kind, graph, capsys):
     check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph=graph)
 
 
-@pytest.mark.parametrize(("source", "graph"), [("shards", None), ("raw", None), ("raw", "streamed")])
+@pytest.mark.parametrize(
+    ("source", "graph"), [("shards", None), ("shards", "streamed"), ("raw", None), ("raw", "streamed")]
+)
 def test_a_shard_that_is_cut_while_it_is_mapped(clips, source, graph, capsys):
     """Touching what is not there any more would kill the process."""
     if source == "raw":
@@ -484,7 +486,7 @@ def test_a_bad_frame_that_is_not_drawn_costs_nothing_and_one_that_is_is_decoded_
         assert torch.equal(batch.valid, anew.valid) and torch.equal(batch.clips, anew.clips)
         seen.add(drawn)
     assert seen == {True, False}
-    assert len(built) == 1 + 3  # after the batch, the clip, the frame
+    assert len(built) == 3  # for the batch, the clip, the frame
 
 
 @pytest.mark.parametrize("graph", ["fused", "operators"])
@@ -613,7 +615,7 @@ def test_flipped_bits_are_found_by_hashes(clips, source, capsys):
     where, name = HASHED[source]
     spoil(index, where(clips))
     index = load_index(list_path)
-    streamed = ("streamed",) if source == "raw" else ()
+    streamed = ("streamed",) if source != "video" else ()
     for graph in ("fused", "operators", *streamed):
         options = {"augmentation": PLAIN, "graph": graph} if source == "video" else {"graph": graph}
         with pytest.raises(ValueError, match=re.escape(name)):

@@ -117,7 +117,8 @@ GRAPHS = [(source, graph) for source in ("frames", "shards", "raw") for graph in
 
 @pytest.mark.parametrize("augmentation", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize(
-    ("source", "graph"), [*GRAPHS, ("frames", "decoded"), ("shards", "decoded"), ("raw", "streamed")]
+    ("source", "graph"),
+    [*GRAPHS, *((s, "decoded") for s in ("frames", "shards")), *((s, "streamed") for s in ("frames", "shards", "raw"))],
 )
 def test_clips_equal_the_oracle(indexes, source, graph, augmentation):
     for mode, name in (("train", "train"), ("eval", "test")):
@@ -352,13 +353,13 @@ def test_readers_end_with_the_epoch(indexes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", [PLAIN, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("graph", [None, "operators"])
+@pytest.mark.parametrize("graph", [None, "operators", "streamed"])
 @pytest.mark.parametrize("source", ["frames", "shards", "raw"])
 def test_gpu_clips_are_close_to_the_oracle(indexes, source, graph, augmentation):
     """nvJPEG rounds its inverse DCT and chroma differently: a few steps of 255 at most."""
     clip_loader = loader(indexes[source, "train"], augmentation=augmentation, graph=graph, device="gpu", device_id=0)
     assert all(b.clips.is_cuda for b in clip_loader(0))
-    worst, mean = (0.05, 0.002) if source == "raw" else (12, 1)
+    worst, mean = (0.05, 0.002) if source == "raw" or graph == "streamed" else (12, 1)
     pixels = pillow_frames(indexes["frames", "train"])
     assert len(check_against_oracle(clip_loader, 3, pixels, worst, mean)) == 20
 
@@ -398,12 +399,13 @@ def test_raw_clips_on_a_gpu_are_those_of_the_cpu(indexes, augmentation, cached):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("source", ["frames", "shards", "raw", "held", "video"])
+@pytest.mark.parametrize("source", ["frames", "frames by the cores", "shards", "raw", "held", "video"])
 def test_making_a_batch_waits_for_nothing_that_the_gpu_does(indexes, source, tmp_path):
     """But for DALI, of whose waiting torch does not hear."""
-    held = "raw" if source == "held" else source
-    index = write_videos(tmp_path / "videos", "h264", 1) if source == "video" else indexes[held, "train"]
+    stored = {"held": "raw", "frames by the cores": "frames"}.get(source, source)
+    index = write_videos(tmp_path / "videos", "h264", 1) if source == "video" else indexes[stored, "train"]
     options = {"augmentation": EVERYTHING, "batch_size": 2, "cached": source == "held"}
+    options["jpeg_engine"] = None if source == "frames by the cores" else 0.0
     batches = loader(index, device="gpu", device_id=0, **options)(1)
     next(batches)  # compiles
     with no_waiting():
@@ -411,13 +413,14 @@ def test_making_a_batch_waits_for_nothing_that_the_gpu_does(indexes, source, tmp
 
 
 @pytest.mark.gpu
-def test_streamed_clips_are_right_while_the_gpu_is_busy(indexes):
+@pytest.mark.parametrize("source", ["frames", "raw"])
+def test_streamed_clips_are_right_while_the_gpu_is_busy(indexes, source):
     """Whoever takes a batch late, or keeps it, finds it as it was made."""
-    index, big = indexes["raw", "train"], torch.randn(4096, 4096, device="cuda")
+    index, big = indexes[source, "train"], torch.randn(4096, 4096, device="cuda")
     options = {"augmentation": EVERYTHING, "batch_size": 2}
     want = [batch.clips for batch in loader(index, **options)(1)]
     held = []
-    for batch in loader(index, device="gpu", device_id=0, **options)(1):
+    for batch in loader(index, graph="streamed", device="gpu", device_id=0, **options)(1):
         for _ in range(8):
             big = (big @ big).clamp(-1, 1)
         held.append(batch.clips + 0 * big[0, 0])

@@ -11,7 +11,7 @@ from PIL import Image
 from dali_pipes import graphs, kernels
 from dali_pipes.feeding import _crop_inputs
 from dali_pipes.headers import is_plain
-from dali_pipes.jpeg import decode_crop
+from dali_pipes.jpeg import crop_shape, decode_crop
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import epoch_plan
 from tests.image_files import HEIGHT, WIDTH, app1_exif, exif, inserted, jpeg, of_ffmpeg, picture, segment
@@ -36,8 +36,10 @@ def boxes(rng: np.random.Generator, number: int) -> np.ndarray:
 
 
 def decoded(data: bytes, box: np.ndarray = WHOLE, behind: bytes = b"") -> np.ndarray | None:
-    pixels, first, columns = decode_crop(np.frombuffer(data + behind, np.uint8), box)
-    return pixels[:, first : first + columns] if len(pixels) else None
+    file = np.frombuffer(data + behind, np.uint8)
+    rows, width, first, columns = crop_shape(file, box)
+    pixels = np.empty((rows, width, 3), np.uint8)
+    return pixels[:, first : first + columns] if rows and decode_crop(file, box, pixels) else None
 
 
 def cut_out(pixels: np.ndarray, box: np.ndarray) -> np.ndarray:

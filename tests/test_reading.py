@@ -174,7 +174,7 @@ def test_a_wrong_hash_is_found_in_compiled_code_and_by_machines_without_the_func
     assert (read(index, videos, frames)[0] == np.where(videos == 2, native.ODD, native.DONE)).all()
     for address in (native.sha256_address(), 0):
         monkeypatch.setattr(native, "sha256_address", lambda address=address: address)
-        for graph in ("fused", *(["streamed"] if kind == "raw" else [])):
+        for graph in ("fused", "streamed"):
             loader = ClipLoader(index, ClipSampler(0, FRAMES, mode="eval"), LoaderOptions(4, SIZE, graph=graph))
             with pytest.raises(BadClip, match=r"(frame 1|c2/2\.jpg) of clip c2.*its bytes are not those"):
                 list(loader(0))
@@ -332,7 +332,9 @@ def test_what_is_prepared_is_what_is_asked_for(root):
     assert threading.active_count() <= before
 
 
-@pytest.mark.parametrize(("kind", "graph"), [(None, "fused"), (None, "decoded"), ("raw", "streamed")])
+@pytest.mark.parametrize(
+    ("kind", "graph"), [(None, "fused"), (None, "decoded"), (None, "streamed"), ("raw", "streamed")]
+)
 def test_what_is_prepared_twice_is_being_made_before_it_is_asked_for(root, kind, graph):
     """Once all of the epoch that is on are made; whoever leaves one early or asks for another gets what is right."""
     index = packed(root, kind) if kind else load_index(root / "list.txt")
@@ -445,7 +447,7 @@ def test_an_epoch_that_nobody_asks_for_ends_with_its_loader(root, graph, monkeyp
     assert ends(lambda: threading.active_count() <= before)
 
 
-def python_operations(index, batch_size, length) -> int:
+def python_operations(index, batch_size, length, graph) -> int:
     """How many functions Python calls, in all threads, for three batches."""
     number = 0
 
@@ -455,7 +457,7 @@ def python_operations(index, batch_size, length) -> int:
 
     sampler = ClipSampler(0, length, augmentation=Augmentation(min_crop_area=0.5))
     index = replace(index.head(3 * batch_size), store=index.store)
-    loader = ClipLoader(index, sampler, LoaderOptions(batch_size, 4))
+    loader = ClipLoader(index, sampler, LoaderOptions(batch_size, 4, graph=graph))
     list(loader(0))
     threading.setprofile(count)
     sys.setprofile(count)
@@ -467,8 +469,9 @@ def python_operations(index, batch_size, length) -> int:
     return number
 
 
+@pytest.mark.parametrize("graph", ["fused", "streamed"])
 @pytest.mark.parametrize("kind", ["frames", "shards", "raw"])
-def test_python_does_no_more_for_more_clips_and_frames(root, kind):
+def test_python_does_no_more_for_more_clips_and_frames(root, kind, graph):
     index = load_index(root / "list.txt") if kind == "frames" else packed(root, kind)
     rows = np.arange(192) % CLIPS
     if kind == "frames":
@@ -477,6 +480,6 @@ def test_python_does_no_more_for_more_clips_and_frames(root, kind):
         store = index.store.select(rows)
     records = [index.records[row] for row in rows]
     index = replace(index, records=records, num_frames=index.num_frames[rows], labels=index.labels[rows], store=store)
-    few, more_clips, more_frames = (python_operations(index, *sizes) for sizes in ((8, 4), (64, 4), (8, 16)))
+    few, more_clips, more_frames = (python_operations(index, *sizes, graph) for sizes in ((8, 4), (64, 4), (8, 16)))
     # 168 clips, or 288 frames, more. Waiting for threads takes a few calls more or less.
     assert abs(more_clips - few) < 96 and abs(more_frames - few) < 96, (few, more_clips, more_frames)

@@ -41,7 +41,8 @@ COMPILED = {  # a minute for each batch size
 # How the trainer's clips come to a card: those of videos by the cores.
 ROUTES = {
     "frames": {"source": "frames", "graph": "decoded"},
-    "frames by the cores": {"source": "frames", "graph": "decoded", "engine": None},
+    "frames by the cores": {"source": "frames", "graph": "streamed", "engine": None},
+    "shards144 by the cores": {"source": "shards144", "graph": "streamed", "engine": None},
     "shards144": {"source": "shards144", "graph": "decoded"},
     "raw128": {"source": "raw128", "graph": "streamed"},
     "raw128 held": {"source": "raw128", "held": True},

@@ -1,0 +1,98 @@
+"""Images decoded on the cores for a GPU: the batches of the CPU's graph, from files of all kinds.
+
+On a CPU, where the kernel is the CPU's; tests/test_dali_pipes.py has what needs a GPU, and test_bad_clips.py and
+test_reading.py what all ways to load have in common.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dali_pipes import image_stream
+from dali_pipes.options import LoaderOptions
+from dfer.lists.index import ClipIndex, load_index
+from scripts import pack
+from tests.image_files import app1_exif, exif, inserted, jpeg, png
+from tests.test_jpeg import image
+from tests.test_kernels import EVERYTHING
+from tests.test_streaming import check_same, loader
+
+CLIPS = 11
+KINDS = {"420": {"subsampling": 2}, "422": {"subsampling": 1}, "444": {"subsampling": 0, "quality": 99}}
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory) -> dict[str, ClipIndex]:
+    """Clips that differ in size, length and sampling. One is progressive, of one a frame is a PNG, of one turned."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    rows = []
+    for clip in range(CLIPS):
+        count, (height, width) = int(rng.integers(2, 10)), rng.integers(20, 150, 2).tolist()
+        (root / str(clip)).mkdir()
+        for frame in range(count):
+            picture = image(rng, height, width, "waves" if clip % 2 else "edges")
+            data = jpeg(picture, progressive=clip == 3, **list(KINDS.values())[clip % 3])
+            if (clip, frame) in ((5, 1), (6, 0)):
+                data = png(picture) if clip == 5 else inserted(data, app1_exif(exif(3)))
+            (root / str(clip) / f"{frame}.jpg").write_bytes(data)
+        rows.append(f"{clip} {count} {clip % 7}\n")
+    (root / "list.txt").write_text("".join(rows))
+    assert pack.main([str(root / "list.txt"), "--out", str(root / "tar"), "--workers", "1"]) == 0
+    return {"frames": load_index(root / "list.txt"), "shards": load_index(root / "tar" / "list.txt")}
+
+
+@pytest.mark.parametrize("source", ["frames", "shards"])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("train", {}),
+        ("train", {"dtype": torch.bfloat16, "frames_per_segment": 2, "balance": "full"}),
+        ("train", {"augmentation": replace(EVERYTHING, mixup=0.8, cutmix=1.0), "num_threads": 7, "batch_size": 10}),
+        ("eval", {"rank": 1, "world_size": 2, "batch_size": 5, "num_threads": 1}),
+    ],
+    ids=["train", "pairs of frames", "mixed", "ranks"],
+)
+def test_batches_are_those_of_the_cpus_graph(indexes, source, mode, options):
+    streamed, fused = (loader(indexes[source], graph, mode, **options) for graph in ("streamed", "fused"))
+    for epoch in (0, 3):
+        assert check_same(streamed(epoch), fused(epoch)) == len(fused) > 0
+    assert check_same(streamed(1, start_step=1), fused(1, start_step=1)) == len(fused) - 1
+
+
+@pytest.mark.parametrize("source", ["frames", "shards"])
+def test_files_that_are_too_large_for_their_room_are_the_same_clips(indexes, source, monkeypatch):
+    """And there is room for them afterwards."""
+    index = indexes[source]
+    want = list(loader(index, "fused")(0))
+    monkeypatch.setattr(image_stream, "_STRIDE", 64)
+    streamed, apart = loader(index), []
+    decoded = image_stream.ImageStream._decoded
+    monkeypatch.setattr(image_stream.ImageStream, "_decoded", lambda *args: apart.append(args[1]) or decoded(*args))
+    for _ in range(4):
+        apart.clear()
+        assert check_same(streamed(0), want) == 3
+    assert set(apart) <= {3, 5, 6}
+    monkeypatch.setattr(image_stream, "_LIMIT", 64)
+    assert check_same(loader(index)(0), want) == 3
+
+
+def test_pictures_of_all_sizes_and_boxes_are_cut_alike(tmp_path):
+    """Those that are decoded in compiled code, and those that are not."""
+    rng, rows = np.random.default_rng(1), []
+    for clip in range(12):
+        (tmp_path / str(clip)).mkdir()
+        picture = Image.fromarray(rng.integers(0, 256, (*rng.integers(1, 40, 2), 3), dtype=np.uint8))
+        (tmp_path / str(clip) / "0.jpg").write_bytes(jpeg(picture) if clip % 2 else png(picture))
+        rows.append(f"{clip} 1 {clip % 7}\n")
+    (tmp_path / "list.txt").write_text("".join(rows))
+    index = load_index(tmp_path / "list.txt")
+    for epoch in range(10):
+        assert check_same(loader(index)(epoch), loader(index, "fused")(epoch)) == 4
+
+
+def test_the_cores_decode_for_a_gpu_where_they_are_asked_to():
+    gpu = LoaderOptions(2, 16, device="gpu", jpeg_engine=None)
+    assert [gpu.route(source) for source in ("frames", "shards", "video")] == ["streamed", "streamed", "operators"]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -24,6 +25,9 @@ TORCHRUN = ("-m", "torch.distributed.run")
 
 # cuBLAS reads it when it is first called, which may be in a test before one of fixed algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Under nohup this is ignored, and the tests of commands that stop on it would wait for ever.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Small models and products only wait for a second thread, for ever where other tests run beside.
 torch.set_num_threads(1)

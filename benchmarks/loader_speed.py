@@ -50,6 +50,7 @@ from benchmarks.storage import (
     prepare_frames,
     repeat_list,
     warm,
+    with_ffmpeg,
 )
 from dfer.cli import Parser, in_range, printable
 from dfer.lists.index import load_index
@@ -294,18 +295,8 @@ def run_child(args: argparse.Namespace, case: Case) -> dict:
     Raises:
         ValueError: with the reason, if it fails.
     """
-    names = (
-        "frames",
-        "size",
-        "batch_size",
-        "threads",
-        "min_crop_area",
-        "device",
-        "seconds",
-        "warmup",
-        "rounds",
-        "stem",
-    )
+    names = ["frames", "size", "batch_size", "threads", "min_crop_area"]
+    names += ["device", "seconds", "warmup", "rounds", "stem"]
     if args.cold and case.design in ENGINES and ENGINES[case.design].stores:
         raise ValueError("reads a copy of the data of its own, which --cold does not drop from memory")
     settings = {name: getattr(args, name) for name in names} | dict(case.options)
@@ -316,7 +307,7 @@ def run_child(args: argparse.Namespace, case: Case) -> dict:
     command += ["--soak", str(args.soak)] if args.soak else []
     limit_s = 600 + 20 * args.seconds * args.rounds + 60 * (args.soak or 0)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=with_ffmpeg(args.cache))
     except subprocess.TimeoutExpired:
         raise ValueError(f"still not done after {limit_s / 60:.0f} minutes: ended") from None
     if done.returncode:

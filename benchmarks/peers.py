@@ -226,7 +226,7 @@ def decord_video(task: Task, folder: Path) -> Reader:
 def torchcodec_video(task: Task, folder: Path) -> Reader:
     try:
         from torchcodec.decoders import VideoDecoder
-    except RuntimeError as error:  # it loads FFmpeg's libraries, which no package of Python brings
+    except RuntimeError as error:  # it loads FFmpeg's libraries, for which storage.with_ffmpeg makes links
         raise ImportError("needs FFmpeg's shared libraries: apt-get install ffmpeg", name="torchcodec") from error
     paths = video_paths(task, folder)
 

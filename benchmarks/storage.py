@@ -2,9 +2,11 @@
 
 import ctypes
 import hashlib
+import importlib.util
 import itertools
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,24 @@ PACK = {
     "shards144": ["--format", "shards", "--size", "144"],
     "raw128": ["--format", "raw", "--size", "128"],
 }
+
+
+def with_ffmpeg(cache: Path) -> dict[str, str]:
+    """The environment, in which torchcodec finds FFmpeg's libraries: those of PyAV, by links of the names it asks for.
+
+    PyAV's names are libavcodec-5e6b81c2.so.62.28.102, wanted is libavcodec.so.62. Nothing changes without PyAV.
+    """
+    spec = importlib.util.find_spec("av")
+    libraries = Path(spec.origin).parents[1] / "av.libs" if spec and spec.origin else Path()
+    links = (cache / "ffmpeg").absolute()
+    links.mkdir(parents=True, exist_ok=True)
+    for library in libraries.glob("lib[as][vw]*-*.so.*"):
+        link = links / re.sub(r"-[0-9a-f]+\.so\.(\d+).*", r".so.\1", library.name)
+        if link.resolve() != library:
+            link.unlink(missing_ok=True)
+            link.symlink_to(library)
+    paths = [str(links), str(libraries), os.environ.get("LD_LIBRARY_PATH", "")]
+    return os.environ | {"LD_LIBRARY_PATH": ":".join(filter(None, paths))}
 
 
 def prepare_frames(list_path: Path, root: Path | None, num_clips: int, cache: Path) -> Path:

@@ -150,7 +150,7 @@ OVERSIZED: dict[str, int] = {
     "dfer/video/drawn.py:_compose()": 136,
     "dfer/video/drawn.py:add(...)": 9,
     "benchmarks/crf_speed.py": 418,
-    "benchmarks/loader_speed.py": 692,
+    "benchmarks/loader_speed.py": 683,
     "benchmarks/loader_speed.py:parse()": 65,
     "benchmarks/peers.py": 624,
 }

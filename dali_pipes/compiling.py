@@ -3,12 +3,15 @@
 # numba's types describe Python's side of compiled functions, not the functions.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core import cgutils, sigutils
-from numba.core.caching import FunctionCache, NullCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
@@ -51,6 +54,25 @@ def pointer(typingctx, address):
     return numba.types.voidptr(numba.types.int64), codegen
 
 
+@functools.cache
+def _sources() -> str:
+    """Return what tells this version of the compiled functions of this folder from others."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+class _Function(FunctionCache):
+    """Numba's cache of a function, which knows that it calls others.
+
+    Numba looks at the function's own file alone, and would take machine code in which another one's is that of before.
+    """
+
+    def __init__(self, function: Callable):
+        super().__init__(function)
+        own, base = self._impl.locator.get_source_stamp(), self._impl.filename_base
+        self._cache_file = IndexDataCacheFile(self._cache_path, base, (own, _sources()))
+
+
 class _Cache(NullCache):
     """Numba's cache of a function, for machines where it cannot be written or read.
 
@@ -60,7 +82,7 @@ class _Cache(NullCache):
 
     def __init__(self, function: Callable):
         try:
-            self._cache: FunctionCache | None = FunctionCache(function)
+            self._cache: FunctionCache | None = _Function(function)
         except (RuntimeError, OSError):  # numba's "no locator available"
             self._cache = None
 

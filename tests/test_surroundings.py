@@ -371,3 +371,21 @@ def test_all_parsers_know_the_tilde(monkeypatch):
     assert parser.parse_known_args(["--out=~/x", "~/l", "--y=~/z"])[1] == [f"--y={HOME}/z"]
     for file in [*COMMANDS, "dfer/lists/releases.py"]:  # no command has a parser of its own
         assert "argparse.ArgumentParser(" not in (ROOT / file).read_text(), file
+
+
+def test_machine_code_is_not_that_of_an_older_version_of_what_it_calls(own_cache, monkeypatch, tmp_path):
+    """Numba's own cache knows the function's file, but none that it calls functions of."""
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "compiling.py"))
+    for name in ("caller", "called"):
+        (tmp_path / f"{name}.py").write_text("1")
+    before = compiling._sources.__wrapped__()
+    assert before == compiling._sources.__wrapped__()
+    (tmp_path / "called.py").write_text("2")
+    after = compiling._sources.__wrapped__()
+    assert before != after
+    written = []
+    for sources in (before, after, after):
+        monkeypatch.setattr(compiling, "_sources", lambda sources=sources: sources)
+        assert compiling.njit(nogil=True)(twice)(2) == 4
+        written.append({path: path.stat().st_mtime_ns for path in own_cache.rglob("*.nbi")})
+    assert written[0] != written[1] == written[2]

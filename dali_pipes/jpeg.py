@@ -5,7 +5,7 @@ outside of it are read over, and no picture is copied on its way. It decodes wha
 whole: baseline, one scan, 8 bits, gray or YCbCr, with chroma at full resolution, at half of it across, or across and
 down. All else is left to DALI. Nothing is read or written out of bounds, whatever the file.
 
-The format: ITU-T T.81 (1992), B.2, C and F.2.
+The format: ITU-T T.81 (1992), F.2; jpeg_header.py has the header.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.
@@ -14,38 +14,35 @@ The format: ITU-T T.81 (1992), B.2, C and F.2.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from numba import types
 
 from dali_pipes.compiling import njit
-from dali_pipes.headers import number_at, starts
+from dali_pipes.headers import number_at
+from dali_pipes.jpeg_header import (
+    BEHIND,
+    END,
+    LOOK,
+    NUMBER,
+    PLACES,
+    SYMBOLS,
+    TABLE,
+    Tables,
+    entry_of,
+    read_frame,
+    read_header,
+)
 from dali_pipes.jpeg_lanes import WIDTH, clear, load, load_bits, paint_420, paint_422, paint_444, store, transform
 from dali_pipes.kernels import cut
-from dfer.images import MAX_PIXELS
 
-# A Huffman table is one line of int32: for all _LOOK bits what the code that they begin with says, packed by `_entry`,
-# or 0 if it is longer; for each length, the first 16 bits behind its codes; for each length, what a code needs to be
-# the number of its symbol; the symbols.
-_LOOK = 10
-_BEHIND, _NUMBER, _SYMBOLS = 2**_LOOK, 2**_LOOK + 18, 2**_LOOK + 36
-_TABLE = _SYMBOLS + 256
-_END = 128  # added to the place of a coefficient, it ends the block
-_PLACES = 64 + _END  # of coefficients, if a broken file's run over the end
 _MOST = 2048  # no encoder makes coefficients as large from pixels
+_LONGEST = 16 + 11  # bits of a code and the number behind it
 _AHEAD = 8  # bytes behind the last one that may be looked at
 _MARGIN = 2 * WIDTH  # bytes around rows of samples, as they are read by vectors
 _ODD = np.int64(2**40)  # no difference of a block's mean
 
 _memchr = types.ExternalFunction("memchr", types.intp(types.intp, types.intc, types.uintp))  # the C library's
 _memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.uintp))
-
-
-class _Tables(NamedTuple):
-    """What a header says of how coefficients are stored."""
-
-    quantisers: Int32[np.ndarray, "4 P"]  # by place in the file's order; zeros behind the 64th
-    huffman: Int32[np.ndarray, "4 L"]  # two tables of means, two of the other coefficients
-    used: Int64[np.ndarray, "3 3"]  # of each channel: quantisers; tables of means (times 16) and others; its name
 
 
 class _Planes(NamedTuple):
@@ -59,7 +56,7 @@ class _Planes(NamedTuple):
 def _zigzag() -> np.ndarray:
     """Return where each coefficient stands in a block by rows; what is behind the last stands behind the block."""
     diagonals = sorted((y + x, y if (y + x) % 2 else x, 8 * y + x) for y in range(8) for x in range(8))
-    return np.array([place for _, _, place in diagonals] + [64] * _END, np.int32)
+    return np.array([place for _, _, place in diagonals] + [64] * END, np.int32)
 
 
 _ZIGZAG = _zigzag()
@@ -78,7 +75,7 @@ def crop_shape(data, box):
         if end < start or end > size:
             break
         if data[place + 1] == 0xC0:
-            if not _read_frame(data, start, end, frame, used):
+            if not read_frame(data, start, end, frame, used):
                 break
             left, columns = cut(box[1], box[3], frame[1])
             first = left % frame[4]
@@ -96,9 +93,9 @@ def decode_crop(data, box, pixels):
         box: (4,) float32, first y and x, height and width as shares of the picture.
         pixels: (H, W, 3) uint8, of the shape that `crop_shape` returns.
     """
-    tables = _Tables(np.zeros((4, _PLACES), np.int32), np.zeros((4, _TABLE), np.int32), np.zeros((3, 3), np.int64))
+    tables = Tables(np.zeros((4, PLACES), np.int32), np.zeros((4, TABLE), np.int32), np.zeros((3, 3), np.int64))
     frame = np.zeros(5, np.int64)
-    place = _read_header(data, tables, frame)
+    place = read_header(data, tables, frame)
     if place == 0:
         return False
     bits = np.empty(len(data) - place + 2 * _AHEAD, np.uint8)
@@ -139,120 +136,15 @@ def _plane(needed, number):
 
 
 @njit(nogil=True)
-def _read_header(data, tables, frame):
-    """Read all before the scan; return where that begins, or 0 if the file is not of the kind that is decoded here.
-
-    `frame`, (5,) int64, becomes height, width, channels, and the pixels down and across that share a sample of chroma.
-    """
-    size, place, there = len(data), 2, 0
-    while True:
-        if place + 4 > size or data[place] != 0xFF:
-            return 0
-        marker, start, end = data[place + 1], place + 4, place + 2 + number_at(data, place + 2, 2)
-        if end < start or end > size:
-            return 0
-        place = end
-        if marker == 0xDA:
-            break
-        if marker == 0xC0:
-            if frame[2] != 0 or not _read_frame(data, start, end, frame, tables.used):
-                return 0
-        elif marker == 0xDB:
-            while start < end:
-                number = np.int64(data[start])
-                if number > 3 or start + 65 > end:
-                    return 0
-                for i in range(64):
-                    tables.quantisers[number, i] = data[start + 1 + i]
-                there |= 1 << number
-                start += 65
-        elif marker == 0xC4:
-            while start < end:
-                kind = np.int64(data[start])
-                number = (kind >> 4) * 2 + (kind & 15)
-                if kind & 0xEE != 0 or start + 17 > end:
-                    return 0
-                start = _read_table(data, start + 1, end, tables.huffman[number], number >= 2)
-                if start == 0:
-                    return 0
-                there |= 16 << number
-        elif marker == 0xDD:
-            if end - start != 2 or number_at(data, start, 2) != 0:  # restarts
-                return 0
-        elif (
-            marker == 0xE1 and starts(data, start, end, b"Exif")
-        ) or 0xC1 <= marker <= 0xCF:  # which may turn the picture
-            return 0
-    channels, used = frame[2], tables.used
-    if channels == 0 or end - start != 4 + 2 * channels or data[start] != channels:
-        return 0
-    for c in range(channels):
-        kind = np.int64(data[start + 2 + 2 * c])
-        used[c, 1], matches = kind, data[start + 1 + 2 * c] == used[c, 2]
-        needed = 1 << used[c, 0] | 16 << (kind >> 4) | 64 << (kind & 15)
-        if not matches or kind & 0xEE != 0 or there & needed != needed:
-            return 0
-    return place
-
-
-@njit(nogil=True)
-def _read_frame(data, start, end, frame, used):
-    if end - start < 6 or data[start] != 8:
-        return False
-    height, width, channels = number_at(data, start + 1, 2), number_at(data, start + 3, 2), np.int64(data[start + 5])
-    if (channels != 1 and channels != 3) or end - start != 6 + 3 * channels or not 0 < height * width <= MAX_PIXELS:
-        return False
-    for c in range(channels):
-        used[c, 2], used[c, 0] = data[start + 6 + 3 * c], data[start + 8 + 3 * c]
-        if used[c, 0] > 3 or (c > 0 and data[start + 7 + 3 * c] != 0x11):
-            return False
-    factors = np.int64(data[start + 7])
-    across, down = (factors >> 4, factors & 15) if channels == 3 else (1, 1)
-    if not 1 <= down <= across <= 2 or (across == 2 and width <= 4):  # libjpeg does not blend so few samples
-        return False
-    frame[0], frame[1], frame[2], frame[3], frame[4] = height, width, channels, down, across
-    return True
-
-
-@njit(nogil=True)
-def _read_table(data, start, end, table, has_runs):
-    """Read the lengths and the symbols of a Huffman table; return where it ends, or 0 if it is none."""
-    most = 10 if has_runs else 11  # bits of a number, as of 8 bits a sample
-    table[:_SYMBOLS] = 0
-    place, number, code = start + 16, 0, 0
-    for length in range(1, 17):
-        table[_NUMBER + length] = number - code
-        for _ in range(data[start + length - 1]):
-            if number == 256 or place == end or code >= 1 << length or data[place] & (15 if has_runs else 255) > most:
-                return 0
-            symbol = np.int64(data[place])
-            table[_SYMBOLS + number] = symbol
-            if length <= _LOOK:
-                table[code << (_LOOK - length) : (code + 1) << (_LOOK - length)] = _entry(symbol, length)
-            place, number, code = place + 1, number + 1, code + 1
-        table[_BEHIND + length] = code << (16 - length)
-        code <<= 1
-    table[_BEHIND + 17] = 2**17
-    return place
-
-
-@njit(nogil=True)
-def _entry(symbol, length):
-    """Return what a code says: bits of itself and its number, bits of the number, coefficients to go on, its bits."""
-    run, bits = symbol >> 4, symbol & 15
-    return (length + bits) | bits << 8 | (run + 1 if bits > 0 or run == 15 else _END) << 12 | length << 24
-
-
-@njit(nogil=True)
 def _long_entry(buffer, table):
-    """Return what a code of more than _LOOK bits says; 0 if there is no such code."""
-    code, length = np.int64(buffer >> np.uint64(48)), _LOOK + 1
-    while code >= load(table, _BEHIND + length):
+    """Return what a code of more than LOOK bits says; 0 if there is no such code."""
+    code, length = np.int64(buffer >> np.uint64(48)), LOOK + 1
+    while code >= load(table, BEHIND + length):
         length += 1
     if length > 16:
         return 0
-    number = load(table, _NUMBER + length) + (code >> (16 - length))
-    return _entry(np.int64(load(table, _SYMBOLS + (number & 255))), length)
+    number = load(table, NUMBER + length) + (code >> (16 - length))
+    return entry_of(np.int64(load(table, SYMBOLS + (number & 255))), length)
 
 
 @njit(nogil=True)
@@ -316,18 +208,15 @@ def _read_planes(bits, length, tables, frame, planes):
 
 @njit(nogil=True)
 def _read_block(reader, stop, table_of_means, table, quantiser, zigzag, block, mean):
-    """Read the coefficients of a block; return how its mean differs from that of the last, or _ODD if it is damaged.
-
-    Whatever the bits are, a code has 16 and a number 11 at most: 32 are enough to begin with.
-    """
+    """Read the coefficients of a block; return how its mean differs from that of the last, or _ODD if it is damaged."""
     buffer, count, place = np.uint64(reader[0]), reader[1], reader[2]
-    if count < 32:
+    if count < _LONGEST:
         if place > stop:
             return _ODD
         buffer |= load_bits(place) >> np.uint64(count)
         place += (63 - count) >> 3
         count |= 56
-    entry = np.int64(load(table_of_means, buffer >> np.uint64(64 - _LOOK)))
+    entry = np.int64(load(table_of_means, buffer >> np.uint64(64 - LOOK)))
     if entry == 0:
         entry = _long_entry(buffer, table_of_means)
         if entry == 0:
@@ -339,13 +228,13 @@ def _read_block(reader, stop, table_of_means, table, quantiser, zigzag, block, m
     store(block, 0, value)
     most, k = value ^ (value >> 63), 0
     while k < 63:
-        if count < 32:
+        if count < _LONGEST:
             if place > stop:
                 return _ODD
             buffer |= load_bits(place) >> np.uint64(count)
             place += (63 - count) >> 3
             count |= 56
-        entry = np.int64(load(table, buffer >> np.uint64(64 - _LOOK)))
+        entry = np.int64(load(table, buffer >> np.uint64(64 - LOOK)))
         if entry == 0:
             entry = _long_entry(buffer, table)
             if entry == 0:
@@ -356,7 +245,7 @@ def _read_block(reader, stop, table_of_means, table, quantiser, zigzag, block, m
         count -= entry & 63
         most |= value ^ (value >> 63)
         store(block, np.int64(load(zigzag, k)), value)
-    if most >= _MOST or 63 < k < _END:
+    if most >= _MOST or 63 < k < END:
         return _ODD
     reader[0], reader[1], reader[2] = np.int64(buffer), count, place
     return change

@@ -26,8 +26,9 @@ TORCHRUN = ("-m", "torch.distributed.run")
 # cuBLAS reads it when it is first called, which may be in a test before one of fixed algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Under nohup this is ignored, and the tests of commands that stop on it would wait for ever.
+# Under nohup, and behind a shell's &, these are ignored, and tests of commands that stop on them would wait for ever.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small models and products only wait for a second thread, for ever where other tests run beside.
 torch.set_num_threads(1)

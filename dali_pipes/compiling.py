@@ -15,8 +15,10 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
+from dfer import images
 from dfer.cli import say_once
 from dfer.files import reason
+from dfer.lists import hashes
 
 _INSTEAD = "it is compiled at each start, which takes a while; NUMBA_CACHE_DIR can name another folder"
 
@@ -56,8 +58,8 @@ def pointer(typingctx, address):
 
 @functools.cache
 def _sources() -> str:
-    """Return what tells this version of the compiled functions of this folder from others."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """Return what tells this version of the compiled functions of this folder from others, with others' constants."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(images.__file__), Path(hashes.__file__)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -53,12 +53,13 @@ def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
         parameters, shape = carray(ins[1], (kernels.NUM_PARAMETERS,), np.float32), in_shapes[0]
         if given == "file":
             file, box = carray(ins[0], (shape[0],), np.uint8), parameters[kernels.BOX : kernels.MIRROR]
+            other = carray(outs[1], (1,), np.uint8)
+            other[0] = 1  # first: numba prints errors of memory here, and goes on
             rows, width, left, columns = jpeg.crop_shape(file, box)
             pixels = np.empty((rows, width, 3), np.uint8)
-            there = rows > 0 and jpeg.decode_crop(file, box, pixels)
-            carray(outs[1], (1,), np.uint8)[0] = not there
-            if there:
+            if rows > 0 and jpeg.decode_crop(file, box, pixels):
                 kernels.fused_crop(out, pixels, 0, rows, left, columns, parameters)
+                other[0] = 0
         elif given == "address":
             place = carray(ins[0], (4,), np.int64)
             pixels = carray(pointer(place[0]), (place[1], place[2], place[3]), np.uint8)

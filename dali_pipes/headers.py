@@ -204,23 +204,23 @@ def _is_plain_exif(tiff):
     little = starts(tiff, 0, size, b"II*\0\x08\0\0\0")
     if not little and not starts(tiff, 0, size, b"MM\0*\0\0\0\x08"):
         return False
-    entries, orientations = _ordered(tiff, 8, 2, little), 0
+    entries, orientations = ordered_at(tiff, 8, 2, little), 0
     if 10 + 12 * entries > size:
         return False
     for place in range(10, 10 + 12 * entries, 12):
         tag, kind, count = (
-            _ordered(tiff, place, 2, little),
-            _ordered(tiff, place + 2, 2, little),
-            _ordered(tiff, place + 4, 4, little),
+            ordered_at(tiff, place, 2, little),
+            ordered_at(tiff, place + 2, 2, little),
+            ordered_at(tiff, place + 4, 4, little),
         )
         if kind < 1 or kind > 12:
             return False
         length = count * (8 if kind in (5, 10, 12) else 4 if kind in (4, 9, 11) else 2 if kind in (3, 8) else 1)
-        if length > 4 and _ordered(tiff, place + 8, 4, little) + length > size:
+        if length > 4 and ordered_at(tiff, place + 8, 4, little) + length > size:
             return False
         if tag == 0x0112:
             orientations += 1
-            if kind != 3 or count != 1 or not 1 <= _ordered(tiff, place + 8, 2, little) <= 8:
+            if kind != 3 or count != 1 or not 1 <= ordered_at(tiff, place + 8, 2, little) <= 8:
                 return False
         # DALI expects fractions there, or text, and gives the whole block up if it finds others.
         if tag in (0x011A, 0x011B, 0x013E, 0x013F, 0x0211, 0x0214) and kind != 5:
@@ -298,7 +298,7 @@ def starts(data, place, end, text):
 
 
 @njit(nogil=True)
-def _ordered(data, place, size, little):
+def ordered_at(data, place, size, little):
     """Return the number of `size` bytes at `place`, little-endian or big-endian."""
     if not little:
         return number_at(data, place, size)

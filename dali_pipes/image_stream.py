@@ -28,7 +28,7 @@ from dfer.images import BadImage, decode_image
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import EpochPlan
 
-_STRIDE = 2**14  # bytes for each file at first
+_STRIDE = 2**16  # bytes for each file at first
 _LIMIT = 2**28  # bytes for the files of a part; what needs more is read one by one
 OFFSET, PITCH, ROWS, COLUMNS = 0, 1, 2, 3  # of a table of crops; in pixels but for the first two, in bytes
 
@@ -39,6 +39,11 @@ class _Crops(Begun):
     parts: dict[int, torch.Tensor] = field(default_factory=dict)  # first place -> uint8, the crops of the part
     apart: dict[int, list[UInt8[np.ndarray, "H W 3"]]] = field(default_factory=dict)  # place -> its crops, elsewhere
     bad: dict[int, BadClip] = field(default_factory=dict)  # place -> why it cannot be decoded
+
+    @property
+    def fine(self) -> bool:
+        """Return whether it is there as it should be."""
+        return super().fine and not self.bad
 
 
 class ImageStream(Stream[_Crops]):
@@ -69,6 +74,8 @@ class ImageStream(Stream[_Crops]):
         """Return this thread's memory for the files of a part: new memory costs as much as filling it does."""
         room, stride = getattr(self._own, "room", None), min(self._stride, _LIMIT // num_files)
         if room is None or len(room.data) < num_files or room.data.shape[1] < stride:
+            if self._gpu:  # what a thread pins is of its own device, the first one unless it says
+                torch.cuda.set_device(self._device)
             room = Files(np.empty((num_files, stride), np.uint8), np.zeros((num_files, 1), np.int32))
             self._own.room = room
         return room
@@ -85,8 +92,8 @@ class ImageStream(Stream[_Crops]):
         for place in np.flatnonzero(states != DONE).tolist():
             try:
                 begun.apart[begin + place] = self._decoded(int(videos[place]), frames[place], box[place])
-            except BadClip as error:
-                begun.bad[begin + place] = error
+            except BadClip as error:  # without its frames, which hold the batch
+                begun.bad[begin + place] = error.with_traceback(None)
             states[place] = DONE
 
     def _decoded(
@@ -97,9 +104,9 @@ class ImageStream(Stream[_Crops]):
         Raises:
             BadClip: if there is no such clip.
         """
-        found = []
-        files = self._source.fetch(video, frames)
-        self._widen(max(map(len, files)))
+        found, stored = [], self._source.stored(video, frames)
+        self._widen(max(map(len, stored)))
+        files = self._source.for_dali(video, frames, stored)
         for frame, data in zip(frames.tolist(), files, strict=True):
             try:
                 picture = np.asarray(decode_image(data.tobytes()))

@@ -35,7 +35,9 @@ from dali_pipes.jpeg_header import (
 from dali_pipes.jpeg_lanes import WIDTH, clear, load, load_bits, paint_420, paint_422, paint_444, store, transform
 from dali_pipes.kernels import cut
 
-_MOST = 2048  # no encoder makes coefficients as large from pixels
+# The sum of a block's magnitudes up to which no decoder's 16 bits overflow, as 4 x 1.387 x 5,900 < 2 ** 15. Above it
+# their pixels may differ. What pictures give is below; noise of black and white alone is not.
+_MOST = 5900
 _LONGEST = 16 + 11  # bits of a code and the number behind it
 _AHEAD = 8  # bytes behind the last one that may be looked at
 _MARGIN = 2 * WIDTH  # bytes around rows of samples, as they are read by vectors
@@ -108,7 +110,9 @@ def decode_crop(data, box, pixels):
     if pixels.shape[0] != rows or pixels.shape[1] < left - first + columns or pixels.shape[1] % WIDTH != 0:
         return False
     planes = _planes_of(frame, top, rows, left, columns)
-    if not _read_planes(bits, length, tables, frame, planes):
+    # Not made there: what only an address is taken of has no owner behind that.
+    block = np.zeros(65, np.int32)
+    if not _read_planes(bits, length, tables, frame, planes, block):
         return False
     _extend(planes, frame)
     _paint(pixels, planes, frame, top, first)
@@ -169,13 +173,13 @@ def _unstuff(data, place, bits):
 
 
 @njit(nogil=True)
-def _read_planes(bits, length, tables, frame, planes):
+def _read_planes(bits, length, tables, frame, planes, block):
     """Decode the blocks that are needed, and read over the others; return False if the scan is damaged."""
     channels, down, across, needed = frame[2], frame[3], frame[4], planes.needed
     begin, zigzag = bits.ctypes.data, _ZIGZAG.ctypes.data
     reader = np.zeros(3, np.int64)  # bits that are read but not used, how many, where the next ones are
     reader[2] = begin
-    block, means = np.zeros(65, np.int32), np.zeros(3, np.int64)
+    means = np.zeros(3, np.int64)
     stop, scratch = begin + length + _AHEAD, block.ctypes.data
     last = needed[0, 1] // down
     if channels == 3:
@@ -226,7 +230,7 @@ def _read_block(reader, stop, table_of_means, table, quantiser, zigzag, block, m
     count -= entry & 63
     value = (mean + change) * load(quantiser, 0)
     store(block, 0, value)
-    most, k = value ^ (value >> 63), 0
+    total, k = abs(value), 0
     while k < 63:
         if count < _LONGEST:
             if place > stop:
@@ -243,9 +247,9 @@ def _read_block(reader, stop, table_of_means, table, quantiser, zigzag, block, m
         value = _number_of(buffer, entry) * load(quantiser, k)
         buffer <<= np.uint64(entry & 63)
         count -= entry & 63
-        most |= value ^ (value >> 63)
+        total += abs(value)
         store(block, np.int64(load(zigzag, k)), value)
-    if most >= _MOST or 63 < k < END:
+    if total > _MOST or 63 < k < END:
         return _ODD
     reader[0], reader[1], reader[2] = np.int64(buffer), count, place
     return change

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from dali_pipes.compiling import njit
-from dali_pipes.headers import number_at, starts
+from dali_pipes.headers import number_at, ordered_at, starts
 from dfer.images import MAX_PIXELS
 
 # A Huffman table is one line of int32: for all LOOK bits what the code that they begin with says, packed by `entry_of`,
@@ -71,10 +71,8 @@ def read_header(data, tables, frame):
         elif marker == 0xDD:
             if end - start != 2 or number_at(data, start, 2) != 0:  # restarts
                 return 0
-        elif (
-            marker == 0xE1 and starts(data, start, end, b"Exif")
-        ) or 0xC1 <= marker <= 0xCF:  # which may turn the picture
-            return 0
+        elif 0xC1 <= marker <= 0xCF or (marker == 0xE1 and _turns(data, start, end)):
+            return 0  # another kind of frame
     channels, used = frame[2], tables.used
     if channels == 0 or end - start != 4 + 2 * channels or data[start] != channels:
         return 0
@@ -107,15 +105,33 @@ def read_frame(data, start, end, frame, used):
 
 
 @njit(nogil=True)
+def _turns(data, start, end):
+    """Return whether a segment is an EXIF block, in order (headers.is_plain), that turns or mirrors the picture."""
+    if not starts(data, start, end, b"Exif\0\0"):
+        return False
+    tiff = data[start + 6 : end]
+    if len(tiff) < 14:
+        return True
+    little = tiff[0] == 0x49
+    entries = ordered_at(tiff, 8, 2, little)
+    if 10 + 12 * entries > len(tiff):
+        return True
+    for place in range(10, 10 + 12 * entries, 12):
+        if ordered_at(tiff, place, 2, little) == 0x0112 and ordered_at(tiff, place + 8, 2, little) != 1:
+            return True
+    return False
+
+
+@njit(nogil=True)
 def _read_table(data, start, end, table, has_runs):
     """Read the lengths and the symbols of a Huffman table; return where it ends, or 0 if it is none."""
-    most = 10 if has_runs else 11  # bits of a number, as of 8 bits a sample
+    most, bits = (10, 15) if has_runs else (11, 255)  # of a number, as of 8 bits a sample; what states it
     table[:SYMBOLS] = 0
     place, number, code = start + 16, 0, 0
     for length in range(1, 17):
         table[NUMBER + length] = number - code
         for _ in range(data[start + length - 1]):
-            if number == 256 or place == end or code >= 1 << length or data[place] & (15 if has_runs else 255) > most:
+            if number == 256 or place == end or code >= (1 << length) - 1 or data[place] & bits > most:
                 return 0
             symbol = np.int64(data[place])
             table[SYMBOLS + number] = symbol

@@ -138,7 +138,7 @@ class Reading:
             try:
                 arrays = self._source.fetch(int(self._videos[place]), self._frames[place])
             except BadClip as error:
-                self.bad[place] = error
+                self.bad[place] = error.with_traceback(None)  # its frames hold the batch
             else:
                 self._put(place, arrays)
             states[place] = native.DONE

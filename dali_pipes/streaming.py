@@ -28,7 +28,7 @@ from torch.profiler import record_function
 from dali_pipes import pixels
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.compiling import njit
-from dali_pipes.native import DONE, ODD, WAITING, check_hashes
+from dali_pipes.native import DONE, ODD, READING, WAITING, check_hashes
 from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.sources import BadClip, Shards
@@ -77,8 +77,8 @@ Read = TypeVar("Read", bound=Begun)
 class Stream(abc.ABC, Generic[Read]):
     """Clips of a source, batch by batch.
 
-    At most AHEAD batches are in pinned memory and one more on its way out of it (torch rounds each up to a power of two
-    and uses it again); one is made, one with the consumer.
+    At most AHEAD batches are in pinned memory and one more on its way out of it (torch rounds each piece of it up to a
+    power of two and uses it again); one is made, one with the consumer.
 
     Args:
         index: the videos.
@@ -99,8 +99,7 @@ class Stream(abc.ABC, Generic[Read]):
     def read(self, readers: Readers, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Read:
         """Start to read a batch."""
         begun = self._begun(plan, rows)
-        parts = np.linspace(0, len(rows), min(len(rows), self.num_threads) + 1).astype(int).tolist()
-        for begin, end in pairwise(parts):
+        for begin, end in _parts(len(rows), min(len(rows), self.num_threads)):
             begun.jobs.append(readers.submit(self._read_part, begun, plan, begin, end))
         return begun
 
@@ -126,13 +125,17 @@ class Stream(abc.ABC, Generic[Read]):
     def _wait(self, begun: Read, plan: EpochPlan) -> Bool[np.ndarray, " B"]:
         """Return which clips of a batch are good, once it is read."""
         videos = plan.video[begun.rows]
-        for job in begun.jobs:
+        for (begin, end), job in zip(_parts(len(videos), len(begun.jobs)), begun.jobs, strict=True):
             try:
                 job.result(self._options.patience)
             except TimeoutError:
-                late = np.flatnonzero(begun.states == WAITING)
-                first = int(videos[late[0]]) if len(late) else int(videos[0])  # all may have come since
-                raise hung(self._index, first, max(len(late), 1), len(videos), self._options.patience) from None
+                late = np.flatnonzero(begun.states != DONE)
+                # First what is being read, then what is odd; by now all may be there.
+                order = {READING: 0, ODD: 1, WAITING: 2}
+                of_part = [place for place in late.tolist() if begin <= place < end]
+                first = min(of_part, key=lambda place: order[int(begun.states[place])], default=begin)
+                number = max(len(late), 1)
+                raise hung(self._index, int(videos[first]), number, len(videos), self._options.patience) from None
         good = np.ones(len(videos), dtype=bool)
         for place, error in sorted(self._find_bad(begun, plan).items()):
             self._bad.add(int(videos[place]), error)
@@ -150,6 +153,11 @@ class Stream(abc.ABC, Generic[Read]):
             table = self._frames(begun, plan, stand_ins(np.arange(batch), good))
             clips = pixels.clips(*table, stages, options.size, dtype)
             return _Made(clips, good, self._stream.record_event() if self._stream else None)
+
+
+def _parts(num_clips: int, number: int) -> list[tuple[int, int]]:
+    """Return first clip and end of each part of a batch."""
+    return [*pairwise(np.linspace(0, num_clips, number + 1).astype(int).tolist())]
 
 
 class RawStream(Stream[_Raw]):
@@ -298,6 +306,7 @@ def read_clips(files, offset, size, address, states):
         states: (B,) uint8; becomes DONE, or ODD for what is not to be had.
     """
     for clip in range(len(files)):
+        states[clip] = READING
         t, whole = 0, True
         while t < offset.shape[1] and whole:
             count = 1  # frames that follow each other in the file

@@ -9,7 +9,8 @@ from tests.test_two_nodes import WHY_NOT
 @pytest.mark.parametrize(
     ("kinds", "count"),
     [
-        (ONE_PROCESS, 4),
+        (ONE_PROCESS, 2),
+        pytest.param(ONE_PROCESS, 4, marks=pytest.mark.slow),
         pytest.param(ONE_PROCESS, 12, marks=pytest.mark.slow),
         pytest.param(ON_A_SMALL_DISK, 4, marks=pytest.mark.slow),
         pytest.param(WITH_WANDB, 4, marks=pytest.mark.slow),

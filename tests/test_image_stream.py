@@ -4,6 +4,11 @@ On a CPU, where the kernel is the CPU's; tests/test_dali_pipes.py has what needs
 test_reading.py what all ways to load have in common.
 """
 
+import contextlib
+import gc
+import os
+import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +18,7 @@ from PIL import Image
 
 from dali_pipes import image_stream
 from dali_pipes.options import LoaderOptions
+from dfer.cli import UserError
 from dfer.lists.index import ClipIndex, load_index
 from scripts import pack
 from tests.image_files import app1_exif, exif, inserted, jpeg, png
@@ -76,7 +82,43 @@ def test_files_that_are_too_large_for_their_room_are_the_same_clips(indexes, sou
         assert check_same(streamed(0), want) == 3
     assert set(apart) <= {3, 5, 6}
     monkeypatch.setattr(image_stream, "_LIMIT", 64)
-    assert check_same(loader(index)(0), want) == 3
+    apart.clear()
+    assert check_same(loader(index)(0), want) == 3 and len(set(apart)) == 9
+
+
+def test_what_hangs_is_named(indexes, tmp_path):
+    """The clip that is being read, in whatever part of a batch it is."""
+    for hanging in (1, 7):
+        folder = tmp_path / str(hanging)
+        shutil.copytree(indexes["frames"].records[0].path.parent, folder)
+        rows = [f"{clip} {count} 0" for clip, count in enumerate(indexes["frames"].num_frames)]
+        (folder / "list.txt").write_text("\n".join(rows) + "\n")
+        index = load_index(folder / "list.txt")
+        for frame in (folder / str(hanging)).iterdir():
+            frame.unlink()
+            os.mkfifo(frame)
+        with pytest.raises(UserError, match=rf"reading clip {hanging} .* has taken more than 0\.5 s"):
+            list(loader(index, batch_size=CLIPS, patience=0.5)(0))
+        while any(thread.name == "clip reader" for thread in threading.enumerate()):  # which now may end
+            for frame in (folder / str(hanging)).iterdir():
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.close(os.open(frame, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def test_a_clip_that_is_left_out_holds_no_memory(indexes, tmp_path):
+    shutil.copytree(indexes["frames"].records[0].path.parent, tmp_path / "data")
+    for frame in (tmp_path / "data" / "4").iterdir():
+        frame.write_bytes(b"\xff\xd8 no picture")
+    streamed = loader(load_index(tmp_path / "data" / "list.txt"), bad_clips="skip", batch_size=CLIPS)
+    list(streamed(0))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert sum(int((~batch.valid).sum()) for batch in streamed(0)) == 1
+        assert not [held for held in gc.get_objects() if type(held) is image_stream._Crops]
+    finally:
+        gc.enable()
 
 
 def test_pictures_of_all_sizes_and_boxes_are_cut_alike(tmp_path):

@@ -1,6 +1,9 @@
 """Our decoder of JPEG files: Pillow's pixels to the bit, all else is refused, and nothing harms it."""
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from dali_pipes.headers import is_plain
 from dali_pipes.jpeg import crop_shape, decode_crop
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import epoch_plan
+from tests.conftest import ROOT
 from tests.image_files import HEIGHT, WIDTH, app1_exif, exif, inserted, jpeg, of_ffmpeg, picture, segment
 
 WHOLE = np.array([0, 0, 1, 1], np.float32)
@@ -69,11 +73,34 @@ def test_pixels_are_those_of_libjpeg(sampling, shape):
                     assert np.array_equal(got, cut_out(want, box))
 
 
+def with_code_of_ones(data: bytes) -> bytes:
+    """Give the first table of coefficients one more symbol of 16 bits, after which no code is left."""
+    place = data.index(b"\xff\xc4")
+    while data[place + 4] >> 4 == 0:  # a table of means
+        place = data.index(b"\xff\xc4", place + 2)
+    size = int.from_bytes(data[place + 2 : place + 4], "big")
+    lengths = bytearray(data[place + 5 : place + 21])
+    used = sum(count << 16 - length for length, count in enumerate(lengths, start=1))
+    more = 2**16 - used
+    lengths[15] += more
+    table = data[place + 4 : place + 5] + bytes(lengths) + data[place + 21 : place + 2 + size] + bytes(more)
+    return data[:place] + segment(0xC4, table) + data[place + 2 + size :]
+
+
+def black_and_white() -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 2, (HEIGHT, WIDTH), dtype=np.uint8)
+    return Image.fromarray(255 * noise)
+
+
 OTHERS = {
     "progressive": lambda: jpeg(progressive=True),
     "restarts": lambda: jpeg(restart_marker_blocks=2),
     "four colours": lambda: jpeg(picture().convert("CMYK")),
-    "EXIF": lambda: inserted(jpeg(), app1_exif(exif(6))),
+    "turned by EXIF": lambda: inserted(jpeg(), app1_exif(exif(6))),
+    "turned by EXIF of the other order": lambda: inserted(jpeg(), app1_exif(exif(3, little=False))),
+    "EXIF cut short": lambda: inserted(jpeg(), app1_exif(exif(1)[:12])),
+    "a code of ones alone": lambda: with_code_of_ones(jpeg()),
+    "noise of black and white": lambda: jpeg(black_and_white(), quality=100),
     "sampling factors in other terms": lambda: of_ffmpeg("yuvj444p"),
     "no tables": lambda: jpeg().replace(b"\xff\xc4", b"\xff\xfe"),
     "no quantisers": lambda: jpeg().replace(b"\xff\xdb", b"\xff\xfe"),
@@ -89,16 +116,27 @@ OTHERS = {
 }
 
 
+# Refused only where more than the frame header is read.
+LATER = {"restarts", "no tables", "no quantisers", "two frames", "half of it and an end", "a code of ones alone"}
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_not_of_the_plain_kind_is_refused(name):
     assert decoded(jpeg()) is not None
     data = OTHERS[name]()
     assert data != jpeg() and decoded(data) is None
+    assert name not in LATER or crop_shape(np.frombuffer(data, np.uint8), WHOLE)[0] > 0
+
+
+def test_exif_that_does_not_turn_the_picture_is_no_hindrance():
+    for little in (True, False):
+        data = inserted(jpeg(), app1_exif(exif(1, little=little)))
+        assert np.array_equal(decoded(data), pillow(jpeg()))
 
 
 def test_damaged_files_are_refused_or_give_the_pixels_of_libjpeg():
     rng = np.random.default_rng(0)
-    refused = same = 0
+    refused = same = behind = 0
     for trial in range(4000):
         if trial % 20 == 0:
             source = image(rng, *rng.integers(5, 60, 2), rng.choice(["noise", "waves", "edges"]))
@@ -116,10 +154,30 @@ def test_damaged_files_are_refused_or_give_the_pixels_of_libjpeg():
         try:
             want = pillow(bytes(data))
         except OSError:  # it ends behind the crop
+            behind += 1
             continue
         same += 1
         assert np.array_equal(got, cut_out(want, box))
-    assert refused > 1000 and same > 500
+    assert refused > 1000 and same > 500 and behind < 5
+
+
+FREED = """
+import numpy as np
+from dali_pipes import kernels
+from tests.test_jpeg import WHOLE, decoded, image, jpeg, pillow
+rng = np.random.default_rng(0)
+for sampling in (0, 1, 2):
+    data = jpeg(image(rng, 70, 90, "waves"), subsampling=sampling)
+    assert np.array_equal(decoded(data), pillow(data)), sampling
+"""
+
+
+def test_no_memory_is_used_that_was_freed():
+    """Where freed memory is given back at once, and filled."""
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165"}
+    command = [sys.executable, "-c", FREED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_clips_do_not_depend_on_who_decodes():

@@ -275,13 +275,8 @@ def five_kills(seed: int) -> str:
     return "".join(f"{step - before + 1}," for before, step in itertools.pairwise([1, *steps])) + "-"
 
 
-SLOW_KILLS = [(2, "2,2t,-"), *((n, five_kills(n)) for n in (1, 2, 4))]
-
-
-@pytest.mark.parametrize(
-    ("processes", "words"),
-    [(2, "2,-"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_KILLS)],
-)
+@pytest.mark.slow  # test_another_number_of_processes_takes_the_same_clips is not
+@pytest.mark.parametrize(("processes", "words"), [(2, "2,-"), (2, "2,2t,-"), *((n, five_kills(n)) for n in (1, 2, 4))])
 def test_processes_killed_and_started_again_end_as_unbroken_ones(clips, tmp_path, processes, words):
     """What happens to the last rank ends them all; torchrun starts them again, in the folder that nobody has named."""
     for folder in ("whole", "pieced"):

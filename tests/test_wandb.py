@@ -216,9 +216,8 @@ def test_a_run_offline_holds_the_rows_of_metrics_jsonl(killed, clips, tmp_path, 
     )
 
 
-@pytest.mark.parametrize(
-    "then", ["offline", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sync, offline", "online"))]
-)
+@pytest.mark.slow  # test_a_run_offline_holds_the_rows_of_metrics_jsonl is not
+@pytest.mark.parametrize("then", ["offline", "sync, offline", "online"])
 def test_a_run_continued_after_an_offline_part_is_recorded_once(then, tmp_path, server):
     run_dir = tmp_path / "a"
     client = Client(server, run_dir, mode="offline")

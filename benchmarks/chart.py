@@ -45,28 +45,29 @@ def draw(path: Path, report: dict, title: str) -> None:
         for offset, (height, colour, label) in zip((-width, 0, width), bars, strict=True):
             if height:
                 axes.bar(x + offset, height, 0.94 * width, color=colour, label=label)
-                axes.text(x + offset, height + 0.01 * top, f"{height:,.0f}", ha="center", va="bottom", fontsize=9)
+                spot = {"ha": "center", "va": "bottom", "fontsize": 9, "zorder": 3}
+                behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a line may cross it
+                axes.text(x + offset, height + 0.015 * top, f"{height:,.0f}", bbox=behind, **spot)
         peer = rivals[source][1].removesuffix(f"-{source}")
         ticks.append(f"{source}\n(peer: {peer})" if rivals[source][0] else source)
         limit, name = limits[source]
         if limit:
             beyond = limit > top
             axes.hlines(
-                min(limit, top), x - 1.6 * width, x + 1.6 * width, "black", ":" if beyond else "-", label="limit"
+                min(limit, top), x - 1.6 * width, x + 1.6 * width, "black", ":" if beyond else "-", label="libjpeg-turbo or FFmpeg alone, whole pictures"
             )
             text = f"{name.removeprefix('limit-')} {limit:,.0f}{' (off the scale)' if beyond else ''}"
-            # Beside the bars that reach up to the line, else above it.
-            crowded = any(abs(height - limit) < 0.06 * top for height, *_ in bars)
-            place = {"xy": (x + 1.65 * width, limit), "ha": "left", "va": "center"} if crowded else {"ha": "center"}
-            place = {"xy": (x, min(limit, top)), "xytext": (0, 3)} | place | ({"xytext": (0, 0)} if crowded else {})
-            axes.annotate(text, textcoords="offset points", fontsize=8, **place)
+            # Above the line where the lowest bars are; of the last source beside it, where there is room.
+            last = source == shown_sources[-1]
+            place = {"ha": "left", "va": "center"} if last else {"ha": "right", "va": "bottom"}
+            axes.text(x + (1.65 if last else 1.6) * width, min(limit, top), text, fontsize=8, **place)
     axes.set_xticks(range(len(shown_sources)), ticks)
     axes.set_ylabel("clips/s")
     axes.set_ylim(0, 1.08 * top)
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # one of each label
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, format=path.suffix[1:], dpi=150)
     os.replace(partial, path)

@@ -46,7 +46,7 @@ class BadClip(UserError):
 
 
 class Images(abc.ABC):
-    """What sources of image files share: DALI is given what it reads, at once or after decoding here."""
+    """What sources of image files share: decoders are given what DALI reads, at once or after decoding here."""
 
     kind: Kind = "images"
     reads_at_once: ClassVar[bool] = True

@@ -53,9 +53,8 @@ def draw(path: Path, report: dict, title: str) -> None:
         limit, name = limits[source]
         if limit:
             beyond = limit > top
-            axes.hlines(
-                min(limit, top), x - 1.6 * width, x + 1.6 * width, "black", ":" if beyond else "-", label="libjpeg-turbo or FFmpeg alone, whole pictures"
-            )
+            style, what = ":" if beyond else "-", "libjpeg-turbo or FFmpeg alone, whole pictures"
+            axes.hlines(min(limit, top), x - 1.6 * width, x + 1.6 * width, "black", style, label=what)
             text = f"{name.removeprefix('limit-')} {limit:,.0f}{' (off the scale)' if beyond else ''}"
             # Above the line where the lowest bars are; of the last source beside it, where there is room.
             last = source == shown_sources[-1]

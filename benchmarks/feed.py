@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.storage import files_of, prepare, prepare_frames, warm
 from dali_pipes import graphs, native
 from dali_pipes.compiling import cfunc
-from dali_pipes.feeding import Epoch, Feed
+from dali_pipes.feeding import Feed
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dfer.cli import Parser, in_range, one_line_errors
@@ -78,8 +79,8 @@ def inputs_alone(kind: str, max_frames: int, size: int, dtype: str, num_threads:
 class WithoutPixels(Feed):
     """A feed that hands everything over, and gives black clips of one pixel."""
 
-    def _outputs(self, pipeline: int, rows: np.ndarray, epoch: Epoch, samples: object) -> torch.Tensor:
-        self._pipelines[pipeline].outputs()
+    def _outputs(self, started: Any) -> torch.Tensor:
+        self._pipelines[started.pipeline].outputs()
         return self.zeros(self._options.batch_size)
 
 

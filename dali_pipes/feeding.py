@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int64
 from nvidia.dali.pipeline import Pipeline
 from torch.profiler import record_function
 
-from dali_pipes import graphs, kernels, pixels
+from dali_pipes import graphs, jpeg, kernels, pixels
 from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Files, Pictures, Samples
 from dali_pipes.sources import Source, VideoFiles
@@ -43,6 +43,45 @@ _Rows: TypeAlias = Int64[np.ndarray, " B"]  # of the plan
 _Inputs: TypeAlias = list[tuple[str, np.ndarray | list[np.ndarray]]]  # name and data of each input of the graph
 
 
+class _Started(NamedTuple):
+    """A batch that a pipeline has, with what must be held for it."""
+
+    pipeline: int
+    rows: _Rows
+    epoch: Epoch
+    inputs: _Inputs
+    samples: Samples
+    others: Int64[np.ndarray, " P"]  # places of the frames that the graph `sliced` is making
+
+
+class _Sliced:
+    """The graph of frames that DALI decodes, built when there are any: `start`, then take the `pictures`."""
+
+    def __init__(self, build: Callable[[], Pipeline]):
+        self._build = build
+        self._pipeline: Pipeline | None = None  # before what it reads: so it ends before that is released
+        self._inputs: _Inputs = []
+
+    def start(self, inputs: _Inputs) -> None:
+        self._pipeline, self._inputs = self._pipeline or self._build(), inputs
+        _schedule(self._pipeline, inputs)
+
+    def pictures(self) -> np.ndarray:
+        """Return the frames that were started.
+
+        Raises:
+            Refused: as `Feed.pictures`.
+        """
+        assert self._pipeline is not None
+        try:
+            with _refusals():
+                (pictures,) = self._pipeline.outputs()
+        except Refused:
+            self._pipeline = None
+            raise
+        return pictures.as_array()
+
+
 class Feed:
     """The DALI pipelines of a loader: `start` batches, at most one for each, then take the `pictures` of each in turn.
 
@@ -66,18 +105,17 @@ class Feed:
         if options.fused:
             picture = options.size, self._stored_as, options.num_threads
             self._build = partial(graphs.fused, source.kind, num_samples, *picture)
-            self._build_sliced = partial(graphs.sliced, num_samples, *picture)
+            self._sliced = [_Sliced(partial(graphs.sliced, num_samples, *picture)) for _ in range(options.depth)]
         elif options.route(index.source) == "decoded":
             gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.decoded, num_samples, options.num_threads, *gpu)
         else:
             gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.operators, source.kind, num_samples, options.size, options.num_threads, *gpu)
-        self._sliced: Pipeline | None = None  # built when it is needed
         # Several pipelines, as one that has a queue wants it to be full before it begins.
         self._pipelines = [self._build() for _ in range(options.depth)]
         self._idle = deque(range(options.depth))
-        self._in_flight: deque[tuple[int, _Rows, Epoch, _Inputs, Samples]] = deque()  # pipeline, and what must be held
+        self._in_flight: deque[_Started] = deque()
         # What DALI has decoded for our kernel, and when that has read it, as DALI's memory knows nothing of torch's
         # streams. Handed over as a tensor, it has a thread of DALI's wait for the whole device when that is dropped.
         self._read: deque[tuple[torch.cuda.Event, object]] = deque()
@@ -89,11 +127,7 @@ class Feed:
 
         `samples` are what the source has fetched, clip after clip. One of the pipelines must be idle.
         """
-        pipeline = self._idle.popleft()
-        samples = self._as_fed(samples)
-        inputs = self._inputs(samples, rows, epoch)
-        self._in_flight.append((pipeline, rows, epoch, inputs, samples))
-        _schedule(self._pipelines[pipeline], inputs)
+        self._in_flight.append(self._started(self._idle.popleft(), samples, rows, epoch))
 
     def alone(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> torch.Tensor:
         """Return the pictures of clips or frames, past the batches that were started, on an idle pipeline.
@@ -101,10 +135,17 @@ class Feed:
         Raises:
             Refused: as `pictures`.
         """
+        return self._outputs(self._started(self._idle[0], samples, rows, epoch))
+
+    def _started(self, pipeline: int, samples: Samples, rows: _Rows, epoch: Epoch) -> "_Started":
         samples = self._as_fed(samples)
-        inputs = self._inputs(samples, rows, epoch)
-        _schedule(self._pipelines[self._idle[0]], inputs)
-        return self._outputs(self._idle[0], rows, epoch, samples)
+        inputs, others = self._inputs(samples, rows, epoch), np.empty(0, np.int64)
+        _schedule(self._pipelines[pipeline], inputs)
+        if self._options.fused and isinstance(samples, Files):
+            others = jpeg.of_other_kinds(*samples)
+        if len(others):
+            self._sliced[pipeline].start(self._slices(samples, others, rows, epoch))
+        return _Started(pipeline, rows, epoch, inputs, samples, others)
 
     def _inputs(self, samples: Samples, rows: Int64[np.ndarray, " B"], epoch: Epoch) -> _Inputs:
         """Return what the graph is fed for one clip of each row, or one frame."""
@@ -144,50 +185,52 @@ class Feed:
         Raises:
             Refused: if DALI refuses the batch, which it does as a whole; the pipeline is built anew.
         """
-        pipeline, rows, epoch, _inputs, samples = self._in_flight.popleft()
-        self._idle.append(pipeline)
-        return self._outputs(pipeline, rows, epoch, samples)
+        started = self._in_flight.popleft()
+        self._idle.append(started.pipeline)
+        return self._outputs(started)
 
-    def _outputs(self, pipeline: int, rows: _Rows, epoch: Epoch, samples: Samples) -> torch.Tensor:
-        device = self._options.torch_device
+    def _outputs(self, started: "_Started") -> torch.Tensor:
+        device, epoch = self._options.torch_device, started.epoch
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         try:
             with _refusals():
-                pictures, *others = self._pipelines[pipeline].outputs(cuda_stream=stream)
+                pictures, *refused = self._pipelines[started.pipeline].outputs(cuda_stream=stream)
         except Refused:
-            self._pipelines[pipeline] = self._build()  # what a pipeline does after an error is not documented
+            self._pipelines[started.pipeline] = self._build()  # what one does after an error is not documented
             raise
         if epoch.stages is None:
             frames = torch.from_dlpack(pictures.as_tensor())
-            if others:
-                places = np.flatnonzero(others[0].as_array())
-                if len(places):
-                    frames.numpy()[places] = self._slices(samples, places, rows, epoch)
+            if refused:
+                self._replace(frames.numpy(), np.flatnonzero(refused[0].as_array()), started)
             return frames
         size, dtype = self._options.size, self._options.dtype
-        clips = pixels.of_decoded(pictures, epoch.plan, rows, epoch.stages, size, dtype, device)
+        clips = pixels.of_decoded(pictures, epoch.plan, started.rows, epoch.stages, size, dtype, device)
         if device.type == "cuda":
             self._hold(pictures)
         return clips
 
-    def _slices(self, samples: Samples, places: Int64[np.ndarray, " P"], rows: _Rows, epoch: Epoch) -> np.ndarray:
-        """Return the pictures of those samples, in these places, which our kernel does not decode but DALI."""
+    def _replace(self, frames: np.ndarray, refused: Int64[np.ndarray, " P"], started: "_Started") -> None:
+        """Set the frames in these places, which our kernel does not decode, to what DALI makes of them.
+
+        Those of other kinds are being made already; the rest is damaged, or turns out to be odd behind its header.
+        """
+        sliced = self._sliced[started.pipeline] if len(refused) else None
+        if sliced is not None and len(started.others):
+            frames[started.others] = sliced.pictures()
+            refused = np.setdiff1d(refused, started.others)
+        if sliced is not None and len(refused):
+            sliced.start(self._slices(started.samples, refused, started.rows, started.epoch))
+            frames[refused] = sliced.pictures()
+
+    def _slices(self, samples: Samples, places: Int64[np.ndarray, " P"], rows: _Rows, epoch: Epoch) -> _Inputs:
+        """Return what the graph `sliced` is fed for the samples in these places."""
         assert not isinstance(samples, Pictures)
         repeat = len(samples[0] if isinstance(samples, tuple) else samples) // len(rows)
         normalised = self._options.dtype != torch.uint8
         table = kernels.parameters(epoch.plan, rows, crop=False, normalised=normalised)
-        inputs: _Inputs = [("parameters", table[places // repeat])]
-        inputs += [(name, data[places]) for name, data in _crop_inputs(epoch.plan, rows, repeat)]
         source = samples.data[places] if isinstance(samples, Files) else [samples[place] for place in places.tolist()]
-        self._sliced = self._sliced or self._build_sliced()
-        _schedule(self._sliced, [("source", source), *inputs])
-        try:
-            with _refusals():
-                (pictures,) = self._sliced.outputs()
-        except Refused:
-            self._sliced = None
-            raise
-        return pictures.as_array()
+        inputs: _Inputs = [("source", source), ("parameters", table[places // repeat])]
+        return inputs + [(name, data[places]) for name, data in _crop_inputs(epoch.plan, rows, repeat)]
 
     def _hold(self, pictures: object) -> None:
         """Keep what the current stream's work reads until it has, of several batches at most."""

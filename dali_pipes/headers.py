@@ -1,8 +1,8 @@
 """What an image file claims to be, read before anything is decoded: a few bytes can claim gigabytes.
 
-Decoders, ours (jpeg.py) and DALI's, are given files of plain headers alone. While DALI's parses the headers of a batch, it shares the work with
-its threads; if the part that it does itself fails, it leaves without waiting for them, and they go on in memory that
-is not theirs any more. So one refused header among more than a dozen files can end the process.
+Decoders, ours (jpeg.py) and DALI's, are given files of plain headers alone. While DALI's parses the headers of a batch,
+it shares the work with its threads; if the part that it does itself fails, it leaves without waiting for them, and they
+go on in memory that is not theirs any more. So one refused header among more than a dozen files can end the process.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.

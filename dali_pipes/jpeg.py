@@ -87,6 +87,23 @@ def crop_shape(data, box):
 
 
 @njit(nogil=True)
+def of_other_kinds(data, lengths):
+    """Return the places of files that are not decoded here, as far as their frame headers say.
+
+    Args:
+        data: (F, L) uint8.
+        lengths: (F, 1) int32, of the files.
+    """
+    whole = np.array([0, 0, 1, 1], np.float32)
+    places, number = np.empty(len(data), np.int64), 0
+    for i in range(len(data)):
+        if crop_shape(data[i, : lengths[i, 0]], whole)[0] == 0:
+            places[number] = i
+            number += 1
+    return places[:number]
+
+
+@njit(nogil=True)
 def decode_crop(data, box, pixels):
     """Decode a part of a JPEG file of a plain header (headers.is_plain); return False if it is damaged, or not decoded.
 

@@ -67,10 +67,10 @@ class _Streamed(NamedTuple):
 class ClipLoader:
     """Batches of one rank, epoch by epoch: `for batch in loader(epoch): ...`.
 
-    At most AHEAD + depth + 2 batches exist at a time: AHEAD as they are stored (of videos decoded frames, of images that
-    the cores decode for a GPU their crops), `options.depth` in the graph, one made, one with the consumer. Where
-    `prepare` was called there are AHEAD more as they are stored, and those in the graph may be of the epoch that it has
-    named.
+    At most AHEAD + depth + 2 batches exist at a time: AHEAD as they are stored (of videos decoded frames, of images
+    that the cores decode for a GPU their crops), `options.depth` in the graph, one made, one with the consumer. Where
+    `prepare` was called there are AHEAD more as they are stored, and those in the graph may be of the epoch that it
+    has named.
 
     Args:
         index: the videos and where their frames lie, which decides the source.

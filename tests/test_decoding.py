@@ -287,8 +287,8 @@ def test_a_frame_that_is_decoded_here_is_told_of_once(tmp_path, capfd):
 def test_what_dali_alone_refuses_is_decoded_here_from_then_on(tmp_path, monkeypatch):
     index = write_clips(tmp_path, {"a": jpeg(), "b": DAMAGED["png, CRC of pixels"](), "c": png()})
     loader, built = load(index, "fused", bad_clips="error"), []
-    build = loader._feed._build_sliced
-    monkeypatch.setattr(loader._feed, "_build_sliced", lambda: built.append(1) or build())
+    sliced = loader._feed._sliced[0]
+    monkeypatch.setattr(sliced, "_build", lambda build=sliced._build: built.append(1) or build())
     for epoch in range(3):
         assert len(loaded(loader, epoch)) == 3
     assert len(built) == 1 + 3  # after the batch, the clip, the frame

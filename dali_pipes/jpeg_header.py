@@ -68,9 +68,6 @@ def read_header(data, tables, frame):
                 if start == 0:
                     return 0
                 there |= 16 << number
-        elif marker == 0xDD:
-            if end - start != 2 or number_at(data, start, 2) != 0:  # restarts
-                return 0
         elif 0xC1 <= marker <= 0xCF or (marker == 0xE1 and _turns(data, start, end)):
             return 0  # another kind of frame
     channels, used = frame[2], tables.used

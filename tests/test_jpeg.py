@@ -113,13 +113,15 @@ OTHERS = {
     "no end": lambda: jpeg()[:-2],
     "half of it": lambda: jpeg()[: len(jpeg()) // 2],
     "half of it and an end": lambda: jpeg()[: len(jpeg()) // 2] + b"\xff\xd9",
+    "a few bytes short": lambda: jpeg()[:-5] + b"\xff\xd9",
     "PNG": lambda: b"\x89PNG\r\n\x1a\n" + bytes(100),
     "nothing": lambda: b"\xff\xd8",
 }
 
 
 # Refused only where more than the frame header is read.
-LATER = {"restarts", "no tables", "no quantisers", "two frames", "half of it and an end", "a code of ones alone"}
+LATER = {"restarts", "no tables", "no quantisers", "two frames", "half of it and an end", "a few bytes short"}
+LATER |= {"a code of ones alone"}
 
 
 @pytest.mark.parametrize("name", OTHERS)

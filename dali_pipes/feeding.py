@@ -63,7 +63,10 @@ class _Sliced:
         self._inputs: _Inputs = []
 
     def start(self, inputs: _Inputs) -> None:
-        self._pipeline, self._inputs = self._pipeline or self._build(), inputs
+        """Start the graph on some frames; those of before, if nobody took them because of an error, are dropped."""
+        if self._inputs or self._pipeline is None:
+            self._pipeline = self._build()
+        self._inputs = inputs  # behind the pipeline that may read those of before, and has ended
         _schedule(self._pipeline, inputs)
 
     def pictures(self) -> np.ndarray:
@@ -79,6 +82,8 @@ class _Sliced:
         except Refused:
             self._pipeline = None
             raise
+        finally:
+            self._inputs = []
         return pictures.as_array()
 
 
@@ -107,6 +112,7 @@ class Feed:
             self._build = partial(graphs.fused, source.kind, num_samples, *picture)
             self._sliced = [_Sliced(partial(graphs.sliced, num_samples, *picture)) for _ in range(options.depth)]
         elif options.route(index.source) == "decoded":
+            assert options.jpeg_engine is not None, "what the cores decode is streamed"
             gpu = options.device, options.device_id, options.jpeg_engine
             self._build = partial(graphs.decoded, num_samples, options.num_threads, *gpu)
         else:

@@ -170,18 +170,17 @@ def operators(
 
 
 def decoded(
-    max_frames: int, num_threads: int, device: Literal["cpu", "gpu"], device_id: int | None, jpeg_engine: float | None
+    max_frames: int, num_threads: int, device: Literal["cpu", "gpu"], device_id: int | None, jpeg_engine: float
 ) -> Pipeline:
     """Build the graph from images, the inputs "source" and "length" as of `operators`, to pixels, (H, W, 3) uint8.
 
-    On a GPU nvJPEG decodes them, that share of them by its engine; or if it is None the cores, and they are uploaded.
+    On a GPU nvJPEG decodes them, that share of them by its engine. On a CPU it serves the tests.
     """
 
     def define() -> list[DataNode]:
         source = _file(_input("source"))
-        if device == "cpu" or jpeg_engine is None:
-            frames = _node(fn.decoders.image(source, device="cpu"))
-            return [frames.gpu() if device == "gpu" else frames]
+        if device == "cpu":
+            return [_node(fn.decoders.image(source, device="cpu"))]
         return [_node(fn.decoders.image(source, device="mixed", hw_decoder_load=jpeg_engine, **_FOR_NVJPEG))]
 
     return _build(define, max_frames, num_threads, device_id)

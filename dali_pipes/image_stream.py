@@ -1,8 +1,7 @@
 """Images for a GPU, decoded on the cores without DALI: only their crops are decoded, and uploaded.
 
 Threads read a part of a batch, decode it into pinned memory of their own, and go on: Python has a few steps for a part,
-none for a clip or a frame, but where one is unusual. What DALI would decode whole, or nvJPEG with most of the cores'
-help, is a third of the bytes here.
+none for a clip or a frame, but where one is unusual. What is uploaded is the crop, its lines filled up to 32 pixels.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.
@@ -48,6 +47,8 @@ class _Crops(Begun):
 
 class ImageStream(Stream[_Crops]):
     """The clips of a source of images.
+
+    Beside what Stream holds, each thread has room for the files of its part of a batch, of _LIMIT bytes at most.
 
     Args:
         index: the videos.

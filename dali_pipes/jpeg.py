@@ -1,9 +1,9 @@
 """The crop of a JPEG file, decoded in compiled code: what most time of loading frames goes to.
 
-The pixels are libjpeg-turbo's to the bit. It takes two thirds of the time that DALI's decoder takes for a crop: blocks
-outside of it are read over, and no picture is copied on its way. It decodes what cameras and tools write, if it is
-whole: baseline, one scan, 8 bits, gray or YCbCr, with chroma at full resolution, at half of it across, or across and
-down. All else is left to DALI. Nothing is read or written out of bounds, whatever the file.
+The pixels are libjpeg-turbo's to the bit. It takes some two thirds of the time that DALI's decoder takes for a crop of
+half the picture: blocks outside of it are read over, and no picture is copied on its way. It decodes what cameras and
+tools write, if it is whole: baseline, one scan, 8 bits, gray or YCbCr, with chroma at full resolution, at half of it
+across, or across and down. All else is left to DALI. Nothing is read or written out of bounds, whatever the file.
 
 The format: ITU-T T.81 (1992), F.2; jpeg_header.py has the header.
 """
@@ -231,45 +231,40 @@ def _read_planes(bits, length, tables, frame, planes, block):
 def _read_block(reader, stop, table_of_means, table, quantiser, zigzag, block, mean):
     """Read the coefficients of a block; return how its mean differs from that of the last, or _ODD if it is damaged."""
     buffer, count, place = np.uint64(reader[0]), reader[1], reader[2]
-    if count < _LONGEST:
-        if place > stop:
-            return _ODD
-        buffer |= load_bits(place) >> np.uint64(count)
-        place += (63 - count) >> 3
-        count |= 56
-    entry = np.int64(load(table_of_means, buffer >> np.uint64(64 - LOOK)))
-    if entry == 0:
-        entry = _long_entry(buffer, table_of_means)
-        if entry == 0:
-            return _ODD
+    buffer, count, place, entry = _next_entry(buffer, count, place, stop, table_of_means)
     change = _number_of(buffer, entry)
     buffer <<= np.uint64(entry & 63)
     count -= entry & 63
     value = (mean + change) * load(quantiser, 0)
     store(block, 0, value)
     total, k = abs(value), 0
-    while k < 63:
-        if count < _LONGEST:
-            if place > stop:
-                return _ODD
-            buffer |= load_bits(place) >> np.uint64(count)
-            place += (63 - count) >> 3
-            count |= 56
-        entry = np.int64(load(table, buffer >> np.uint64(64 - LOOK)))
-        if entry == 0:
-            entry = _long_entry(buffer, table)
-            if entry == 0:
-                return _ODD
+    while k < 63 and entry != 0:
+        buffer, count, place, entry = _next_entry(buffer, count, place, stop, table)
         k += (entry >> 12) & 255
         value = _number_of(buffer, entry) * load(quantiser, k)
         buffer <<= np.uint64(entry & 63)
         count -= entry & 63
         total += abs(value)
         store(block, np.int64(load(zigzag, k)), value)
+    if entry == 0:
+        return _ODD
     if total > _MOST or 63 < k < END:
         return _ODD
     reader[0], reader[1], reader[2] = np.int64(buffer), count, place
     return change
+
+
+@njit(nogil=True)
+def _next_entry(buffer, count, place, stop, table):
+    """Return the bits to go on with, how many, where the next ones are, and what the first code says; 0 if none."""
+    if count < _LONGEST:
+        if place > stop:
+            return buffer, count, place, np.int64(0)
+        buffer |= load_bits(place) >> np.uint64(count)
+        place += (63 - count) >> 3
+        count |= 56
+    entry = np.int64(load(table, buffer >> np.uint64(64 - LOOK)))
+    return buffer, count, place, entry if entry != 0 else _long_entry(buffer, table)
 
 
 @njit(nogil=True)

@@ -84,6 +84,7 @@ def read_header(data, tables, frame):
 
 @njit(nogil=True)
 def read_frame(data, start, end, frame, used):
+    """Read a frame header into `frame` and `used`, as of `read_header`; return False if it is not for jpeg.py."""
     if end - start < 6 or data[start] != 8:
         return False
     height, width, channels = number_at(data, start + 1, 2), number_at(data, start + 3, 2), np.int64(data[start + 5])

@@ -237,3 +237,20 @@ def test_files_of_other_kinds_are_decoded_before_they_are_asked_for(tmp_path, mo
     (batch,) = ours(0)
     assert started == [2 * T, "taken", T, "taken"]
     assert (batch.clips - want[0].clips).abs().max() < 0.05
+
+
+def test_frames_that_nobody_took_are_not_those_of_the_next_batch():
+    """After an error of the graph beside them."""
+    plan, rows = epoch_plan(1, 0, np.full(1, 9), 1), np.arange(1)
+    sliced = feeding._Sliced(lambda: graphs.sliced(1, 24, "float32", 1))
+
+    def inputs(seed: int) -> list:
+        file = np.frombuffer(jpeg(picture(seed), progressive=True), np.uint8)
+        parameters = kernels.parameters(plan, rows, crop=False)
+        return [("source", [file]), ("parameters", parameters), *_crop_inputs(plan, rows, 1)]
+
+    sliced.start(inputs(2))
+    want = sliced.pictures().copy()
+    sliced.start(inputs(1))
+    sliced.start(inputs(2))
+    assert np.array_equal(sliced.pictures(), want)

@@ -20,7 +20,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.numba import NumbaFunction
 
-from dali_pipes import jpeg, kernels
+from dali_pipes import jpeg, kernels, planar
 from dali_pipes.compiling import cfunc, pointer
 from dali_pipes.options import Kind
 
@@ -63,7 +63,10 @@ def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
         elif given == "address":
             place = carray(ins[0], (4,), np.int64)
             pixels = carray(pointer(place[0]), (place[1], place[2], place[3]), np.uint8)
-            kernels.fused(out, pixels, parameters)
+            if place[3] == 1:
+                planar.fused(out, pixels, parameters)
+            else:
+                kernels.fused(out, pixels, parameters)
         else:
             kernels.fused(out, carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8), parameters)
 

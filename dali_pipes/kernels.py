@@ -29,7 +29,7 @@ FILL = 41  # (3,) what is erased becomes
 NUM_PARAMETERS = 44
 
 # "contract" lets a product and a sum become one instruction; sums are never reordered.
-_FAST = {"fastmath": {"contract"}, "nogil": True, "error_model": "numpy"}
+FAST = {"fastmath": {"contract"}, "nogil": True, "error_model": "numpy"}
 _F4 = ir.VectorType(ir.FloatType(), 4)
 _LINES = 4  # whose columns are blended together: 8 are slower
 
@@ -69,76 +69,88 @@ def parameters(
     return p
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def fused(out, pixels, p):
     """Write one frame to `out`, (S, S, 3) float32, uint16 (the bits of bfloat16) or uint8 (rounded, clamped to 0..255).
 
-    `pixels` is uint8, either RGB (H, W, 3) or planar 4:2:0 YUV (3 H / 2, W, 1); `p` as `parameters` makes it.
+    `pixels` is uint8 RGB, (H, W, 3); `p` as `parameters` makes it.
     """
-    height = pixels.shape[0] // 3 * 2 if pixels.shape[2] == 1 else pixels.shape[0]
-    top, rows = cut(p[BOX], p[BOX + 2], height)
+    top, rows = cut(p[BOX], p[BOX + 2], pixels.shape[0])
     left, columns = cut(p[BOX + 1], p[BOX + 3], pixels.shape[1])
     fused_crop(out, pixels, top, rows, left, columns, p)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def fused_crop(out, pixels, top, rows, left, columns, p):
     """As `fused`, of the crop that is given in pixels, not of the box in `p`."""
     size = out.shape[0]
-    planar = pixels.shape[2] == 1
-    height, width = pixels.shape[0] // 3 * 2 if planar else pixels.shape[0], pixels.shape[1]
-    y_first, y_weights = _triangles(rows, size, False)
-    x_first, x_weights = _triangles(columns, size, p[MIRROR] != 0)
+    y_first, y_weights = triangles(rows, size, False)
+    x_first, x_weights = triangles(columns, size, p[MIRROR] != 0)
     blended = np.zeros((_LINES, 3 * columns + 3 * x_weights.shape[1] + 4), np.float32)
     lines = np.zeros((_LINES, 3 * size + 4), np.float32)
-    rgb = np.empty(3 * size if planar else 0, np.float32)
-    warps = False
-    for i in range(6):
-        warps |= p[WARP + i] != (1 if i == 0 or i == 4 else 0)
-    geometry = warps or p[BLUR] > 0
+    geometry = touches_geometry(p)
     picture = np.empty((size if geometry else 0, 3 * size), np.float32)
-    flat = pixels.reshape(pixels.shape[0], pixels.shape[1] * pixels.shape[2])
+    flat = pixels.reshape(pixels.shape[0], 3 * pixels.shape[1])
     for y in range(size):
         if y % _LINES == 0:
             for k in range(min(_LINES, size - y)):
                 row, weights = top + y_first[y + k], y_weights[y + k]
-                if planar:
-                    _blend_yuv(blended[k], flat, height, width, row, weights, left, columns, p[CHROMA_LEFT] != 0)
-                else:
-                    _blend_rows(blended[k], flat, row, top + rows - 1, 3 * left, 3 * columns, weights)
+                blend_rows(blended[k], flat, row, top + rows - 1, 3 * left, 3 * columns, weights)
             _blend_columns(lines, blended, x_first, x_weights)
         line = lines[y % _LINES]
-        if planar:
-            _mix(rgb, line, p[YUV:CHROMA_LEFT])
-            for i in range(3 * size):
-                line[i] = min(max(rgb[i], np.float32(0)), np.float32(255))
         if geometry:
             picture[y] = line[: 3 * size]
         else:
             _mix(out[y].reshape(3 * size), line, p[COLOUR:YUV])
     if geometry:
-        if warps:
-            picture = _warp(picture, p[WARP:BLUR])
-        if p[BLUR] > 0:
-            _blur(picture, p[BLUR] * np.float32(size))
-        for y in range(size):
-            _mix(out[y].reshape(3 * size), picture[y], p[COLOUR:YUV])
+        finish(out, picture, p)
+    erase(out, p)
+
+
+@njit(**FAST)
+def touches_geometry(p):
+    """Return whether a frame is warped or blurred."""
+    warps = p[BLUR] > 0
+    for i in range(6):
+        warps |= p[WARP + i] != (1 if i == 0 or i == 4 else 0)
+    return warps
+
+
+@njit(**FAST)
+def finish(out, picture, p):
+    """Warp, blur and colour a frame, (S, 3 S) float32, 0 to 255, into `out` of `fused`."""
+    size = len(picture)
+    warps = False
+    for i in range(6):
+        warps |= p[WARP + i] != (1 if i == 0 or i == 4 else 0)
+    if warps:
+        picture = _warp(picture, p[WARP:BLUR])
+    if p[BLUR] > 0:
+        _blur(picture, p[BLUR] * np.float32(size))
+    for y in range(size):
+        _mix(out[y].reshape(3 * size), picture[y], p[COLOUR:YUV])
+
+
+@njit(**FAST)
+def erase(out, p):
+    """Fill what is to be erased of a frame."""
+    size = out.shape[0]
     y0, y1 = _edges(p[ERASE], p[ERASE + 2], size)
     x0, x1 = _edges(p[ERASE + 1], p[ERASE + 3], size)
     for y in range(y0, y1):
         for x in range(x0, x1):
             for c in range(3):
-                _put(out[y, x], c, p[FILL + c])
+                put(out[y, x], c, p[FILL + c])
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _edges(start, length, size):
     """Return the pixels [a, b) of shares of a side, in float32, rounded half to even, as EpochPlan says of `erase`."""
     n = np.float32(size)
     return int(np.rint(start * n)), int(np.rint((start + length) * n))
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def cut(start, length, size):
     """Return first pixel and number of pixels of a crop, at least one. As in DALI: float64, halves are rounded up."""
     first = min(math.floor(np.float64(start) * size + 0.5), size - 1)
@@ -146,8 +158,8 @@ def cut(start, length, size):
     return first, max(last - first, 1)
 
 
-@njit(**_FAST)
-def _triangles(source, size, mirror):
+@njit(**FAST)
+def triangles(source, size, mirror):
     """Return the antialiased linear resize of a line: for each output the first source pixel and weights from there.
 
     The filter is a triangle as wide as an output pixel but never narrower than an input one; beyond the edge the edge
@@ -177,8 +189,8 @@ def _triangles(source, size, mirror):
     return first, weights
 
 
-@njit(**_FAST)
-def _blend_rows(out, source, row, last, start, length, weights):
+@njit(**FAST)
+def blend_rows(out, source, row, last, start, length, weights):
     """Set out[:length] to weights @ source[row : row + len(weights), start : start + length]; rows end at `last`."""
     taps = len(weights)
     while taps > 2 and weights[taps - 1] == 0 and weights[taps - 2] == 0:  # they would add nothing
@@ -241,7 +253,7 @@ def _blend_pixels(typingctx, out, o, source, j, weights, i, taps):
     return types.void(out, o, source, j, weights, i, taps), codegen
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _blend_columns(out, source, first, weights):
     """Set out[:, 3 x : 3 x + 3] to weights[x] @ pixels of `source` from first[x] on; after the last comes garbage."""
     taps, flat = weights.shape[1], weights.reshape(weights.size)
@@ -262,51 +274,21 @@ def _blend_columns(out, source, first, weights):
             _blend_pixels(out, 3 * x, source, 3 * first[x], flat, taps * x, taps)
 
 
-@njit(**_FAST)
-def _blend_yuv(out, flat, height, width, row, weights, left, columns, chroma_left):
-    """Blend rows of planar 4:2:0 to a line of interleaved YUV: chroma is interpolated to the positions of luma."""
-    luma = np.empty(columns, np.float32)
-    _blend_rows(luma, flat, row, height - 1, left, columns, weights)
-    # Rows of chroma lie a quarter of their distance below and above the luma rows they belong to.
-    begin = max((row - 1) // 2, 0)
-    chroma_weights = np.zeros((len(weights) + 1) // 2 + 2 + (len(weights) + 1) // 2 % 2, np.float32)
-    for k in range(len(weights)):
-        if weights[k] != 0:
-            near, far = (row + k) // 2, (row + k) // 2 + (1 if (row + k) % 2 else -1)
-            chroma_weights[near - begin] += np.float32(0.75) * weights[k]
-            chroma_weights[min(max(far, 0), height // 2 - 1) - begin] += np.float32(0.25) * weights[k]
-    half = width // 2
-    u, v = np.empty(half, np.float32), np.empty(half, np.float32)
-    planes = flat[height:].reshape(2, height // 2, half)
-    _blend_rows(u, planes[0], begin, height // 2 - 1, 0, half, chroma_weights)
-    _blend_rows(v, planes[1], begin, height // 2 - 1, 0, half, chroma_weights)
-    for x in range(columns):
-        near = (left + x) // 2
-        if (left + x) % 2:
-            far, w = near + 1, np.float32(0.5 if chroma_left else 0.75)
-        else:
-            far, w = near - 1, np.float32(1.0 if chroma_left else 0.75)
-        far = min(max(far, 0), half - 1)
-        out[3 * x] = luma[x]
-        out[3 * x + 1] = w * u[near] + (1 - w) * u[far]
-        out[3 * x + 2] = w * v[near] + (1 - w) * v[far]
-
-
-@njit(**_FAST)
+@njit(**FAST)
 def _mix(out, source, m):
     """Set out to m @ (pixel, 1) for interleaved pixels, in the type of `out`, another array; m is (3, 4), flat."""
     for x in range(len(out) // 3):
         r, g, b = source[3 * x], source[3 * x + 1], source[3 * x + 2]
-        _put(out, 3 * x, m[0] * r + m[1] * g + m[2] * b + m[3])
-        _put(out, 3 * x + 1, m[4] * r + m[5] * g + m[6] * b + m[7])
-        _put(out, 3 * x + 2, m[8] * r + m[9] * g + m[10] * b + m[11])
+        put(out, 3 * x, m[0] * r + m[1] * g + m[2] * b + m[3])
+        put(out, 3 * x + 1, m[4] * r + m[5] * g + m[6] * b + m[7])
+        put(out, 3 * x + 2, m[8] * r + m[9] * g + m[10] * b + m[11])
 
 
-def _put(out, i, value) -> None:
+def put(out, i, value) -> None:
     """Set out[i] to value in the type of `out`. Compiled code only: `_put_as` implements it."""
 
 
-@overload(_put, jit_options=_FAST, inline="always")
+@overload(put, jit_options=FAST, inline="always")
 def _put_as(out, i, value):
     if out.dtype == types.float32:
 
@@ -325,7 +307,7 @@ def _put_as(out, i, value):
     return put
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _warp(picture, m):
     """Return the (S, 3 S) picture, bilinearly sampled where the affine map m, (2, 3) flat, sends it; edges repeat."""
     size = len(picture)
@@ -347,7 +329,7 @@ def _warp(picture, m):
     return out
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _blur(picture, sigma):
     """Blur a (S, 3 S) picture by a Gaussian in place, cut off at 3 sigma; the border mirrors about the edge pixel."""
     size = len(picture)

@@ -126,7 +126,6 @@ def test_a_house_of_few_rooms():
 MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 OVERSIZED: dict[str, int] = {
     # Kernels, and operators, whose arguments are their schema and cannot be bundled.
-    "dali_pipes/kernels.py:_blend_yuv(...)": 9,
     "dali_pipes/pixel_kernel.py:_clips_kernel(...)": 12,
     "dfer/crf/gaussian.py:_gaussian_backward_op(...)": 9,
     "dfer/crf/meanfield.py:_meanfield_op(...)": 12,

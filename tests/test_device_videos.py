@@ -8,8 +8,8 @@ import torch
 
 from dali_pipes import videos
 from dali_pipes.feeding import Epoch, Feed, Refused
-from dali_pipes.kernels import fused
 from dali_pipes.options import LoaderOptions
+from dali_pipes.planar import fused
 from dali_pipes.sources import VideoFiles
 from dali_pipes.torch_stages import DevicePlan
 from dali_pipes.videos import CORES, DALI_ON_A_CPU, NVDEC, rule_of, takes

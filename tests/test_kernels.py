@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipes import torch_stages
-from dali_pipes.kernels import fused, parameters
+from dali_pipes import kernels, planar, torch_stages
+from dali_pipes.kernels import parameters
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import EpochPlan, epoch_plan
 from dfer.plan.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -29,7 +29,8 @@ def train_plan(augmentation: Augmentation, num_videos: int, epoch: int = 0) -> E
 
 def one_frame(pixels, plan, video, dtype=np.float32, size=SIZE, **options) -> np.ndarray:
     out = np.full((size, size, 3), 99, dtype)
-    fused(out, pixels, parameters(plan, np.array([video]), **options)[0])
+    kernel = planar if pixels.shape[2] == 1 else kernels
+    kernel.fused(out, pixels, parameters(plan, np.array([video]), **options)[0])
     return out
 
 
@@ -100,30 +101,46 @@ def upsampled(plane: np.ndarray, left: bool) -> np.ndarray:
     return matrix(plane.shape[0], False) @ plane @ matrix(plane.shape[1], left).T
 
 
+def yuv_oracle(yuv, plan, video, to_rgb, chroma_left, size) -> np.ndarray:
+    """Chroma upsampled, all cut and resized, then RGB, clamped, and the rest as of RGB."""
+    height, width = len(yuv) * 2 // 3, yuv.shape[1]
+    u, v = yuv[height:].reshape(2, height // 2, width // 2).astype(float)
+    whole = np.stack([yuv[:height, :, 0].astype(float), upsampled(u, chroma_left), upsampled(v, chroma_left)], axis=2)
+    rows, columns = (
+        (min(int(a * n + 0.5), n - 1), max(int((a + s) * n + 0.5), min(int(a * n + 0.5), n - 1) + 1))
+        for a, s, n in zip(*np.float32(plan.box[video]).astype(float).reshape(2, 2), (height, width), strict=True)
+    )
+    cut = whole[slice(*rows), slice(*columns)]
+    small = np.einsum("iy,jx,yxc->ijc", resize_weights(cut.shape[0], size), resize_weights(cut.shape[1], size), cut)
+    rgb = np.clip(small @ to_rgb[:, :3].T.astype(float) + to_rgb[:, 3], 0, 255)
+    uncut = dataclasses.replace(plan, box=np.tile([0.0, 0, 1, 1], (len(plan.box), 1)))
+    return oracle_clip([rgb], uncut, video, size)[0].transpose(1, 2, 0)
+
+
 @pytest.mark.parametrize("chroma_left", [False, True])
-@pytest.mark.parametrize("shape", [(24, 24), (10, 16), (40, 30), (50, 90), (130, 76), (2, 2), (6, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(24, 24), (10, 16), (40, 30), (50, 90), (130, 76), (2, 2), (6, 4), (2, 40)], ids=str)
 def test_yuv_is_upsampled_resized_converted_and_clamped(shape, chroma_left):
     rng = np.random.default_rng(4)
     height, width = shape
-    planar = rng.integers(0, 256, (height * 3 // 2, width, 1), dtype=np.uint8)
-    luma = planar[:height, :, 0].astype(float)
-    u, v = planar[height:].reshape(2, height // 2, width // 2).astype(float)
-    yuv = np.stack([luma, upsampled(u, chroma_left), upsampled(v, chroma_left)], axis=2)
+    yuv = rng.integers(0, 256, (height * 3 // 2, width, 1), dtype=np.uint8)
     to_rgb = rng.normal(size=(3, 4)).astype(np.float32)
     plan = train_plan(EVERYTHING, 12)
-    plan = dataclasses.replace(plan, warp=np.tile(np.eye(2, 3, dtype=np.float32), (12, 1, 1)), blur=plan.blur * 0)
-    for video in range(12):
-        height_range, width_range = (
-            (min(int(a * n + 0.5), n - 1), max(int((a + s) * n + 0.5), min(int(a * n + 0.5), n - 1) + 1))
-            for a, s, n in zip(*np.float32(plan.box[video]).astype(float).reshape(2, 2), shape, strict=True)
-        )
-        cut = yuv[slice(*height_range), slice(*width_range)]
-        small = np.einsum("iy,jx,yxc->ijc", resize_weights(cut.shape[0], SIZE), resize_weights(cut.shape[1], SIZE), cut)
-        rgb = np.clip(small @ to_rgb[:, :3].T.astype(float) + to_rgb[:, 3], 0, 255)
-        whole = dataclasses.replace(plan, box=np.tile([0.0, 0, 1, 1], (12, 1)))
-        want = oracle_clip([rgb], whole, video, SIZE)[0].transpose(1, 2, 0)
-        row = np.append(to_rgb.reshape(12), chroma_left)[None]
-        assert np.abs(one_frame(planar, plan, video, yuv=row) - want).max() < 5e-4
+    row = np.append(to_rgb.reshape(12), chroma_left)[None]
+    for video, size in zip(range(12), (24, 24, 24, 24, 24, 1, 2, 7, 8, 9, 15, 22), strict=True):
+        want = yuv_oracle(yuv, plan, video, to_rgb, chroma_left, size)
+        assert np.abs(one_frame(yuv, plan, video, size=size, yuv=row) - want).max() < 5e-4
+
+
+def test_yuv_is_rounded_to_its_type():
+    rng = np.random.default_rng(8)
+    plan = train_plan(EVERYTHING, 8)
+    yuv = rng.integers(0, 256, (75, 60, 1), dtype=np.uint8)
+    row = np.append(rng.normal(size=12), 0)[None].astype(np.float32)
+    for video in range(8):
+        half = torch.from_numpy(one_frame(yuv, plan, video, np.uint16, yuv=row)).view(torch.bfloat16)
+        assert torch.equal(half, torch.from_numpy(one_frame(yuv, plan, video, yuv=row)).bfloat16())
+        levels = np.clip(np.rint(one_frame(yuv, plan, video, yuv=row, normalised=False)), 0, 255)
+        assert np.array_equal(one_frame(yuv, plan, video, np.uint8, yuv=row, normalised=False), levels)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -111,6 +111,7 @@ class Feed:
             picture = options.size, self._stored_as, options.num_threads
             self._build = partial(graphs.fused, source.kind, num_samples, *picture)
             self._sliced = [_Sliced(partial(graphs.sliced, num_samples, *picture)) for _ in range(options.depth)]
+            self._has_others = False  # whether our kernel has refused a frame: until then, none is looked for
         elif options.route(index.source) == "decoded":
             assert options.jpeg_engine is not None, "what the cores decode is streamed"
             gpu = options.device, options.device_id, options.jpeg_engine
@@ -147,7 +148,7 @@ class Feed:
         samples = self._as_fed(samples)
         inputs, others = self._inputs(samples, rows, epoch), np.empty(0, np.int64)
         _schedule(self._pipelines[pipeline], inputs)
-        if self._options.fused and isinstance(samples, Files):
+        if self._options.fused and isinstance(samples, Files) and self._has_others:
             others = jpeg.of_other_kinds(*samples)
         if len(others):
             self._sliced[pipeline].start(self._slices(samples, others, rows, epoch))
@@ -218,13 +219,16 @@ class Feed:
     def _replace(self, frames: np.ndarray, refused: Int64[np.ndarray, " P"], started: "_Started") -> None:
         """Set the frames in these places, which our kernel does not decode, to what DALI makes of them.
 
-        Those of other kinds are being made already; the rest is damaged, or turns out to be odd behind its header.
+        Those of other kinds are being made already, but for the first ones; the rest is damaged, or turns out to be odd
+        behind its header.
         """
-        sliced = self._sliced[started.pipeline] if len(refused) else None
-        if sliced is not None and len(started.others):
+        if not len(refused):
+            return
+        sliced, self._has_others = self._sliced[started.pipeline], True
+        if len(started.others):
             frames[started.others] = sliced.pictures()
             refused = np.setdiff1d(refused, started.others)
-        if sliced is not None and len(refused):
+        if len(refused):
             sliced.start(self._slices(started.samples, refused, started.rows, started.epoch))
             frames[refused] = sliced.pictures()
 

@@ -220,7 +220,7 @@ def test_decoders_have_the_same_pixels_as_the_operator_of_dali():
 
 
 def test_files_of_other_kinds_are_decoded_before_they_are_asked_for(tmp_path, monkeypatch):
-    """What only turns out to be odd behind the frame header comes later, and is the same."""
+    """Once there were some. What only turns out to be odd behind the frame header comes later, and is the same."""
     kinds = {"ours": jpeg, "progressive": OTHERS["progressive"], "restarts": OTHERS["restarts"], "png": png}
     for clip, make in kinds.items():
         (tmp_path / clip).mkdir()
@@ -234,9 +234,11 @@ def test_files_of_other_kinds_are_decoded_before_they_are_asked_for(tmp_path, mo
         feeding._Sliced, "start", lambda self, inputs: started.append(len(inputs[0][1])) or start(self, inputs)
     )
     monkeypatch.setattr(feeding._Sliced, "pictures", lambda self: started.append("taken") or take(self))
-    (batch,) = ours(0)
-    assert started == [2 * T, "taken", T, "taken"]
-    assert (batch.clips - want[0].clips).abs().max() < 0.05
+    for expected in ([3 * T, "taken"], [2 * T, "taken", T, "taken"]):
+        (batch,) = ours(0)
+        assert started == expected
+        assert (batch.clips - want[0].clips).abs().max() < 0.05
+        started.clear()
 
 
 def test_frames_that_nobody_took_are_not_those_of_the_next_batch():

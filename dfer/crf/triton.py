@@ -21,12 +21,14 @@ from torch import Tensor
 from dfer.crf.pairs import DifferentiablePairs, rounded
 
 NEVER = 1e5  # a log-distance at which exp is 0 in every type
-# Compiled for compute capabilities 7.5 to 9.0, these need at most 48 KiB of shared memory, and no bf16 kernel spills.
-BLOCK_SHORT, BLOCK_LONG = 64, 32  # tokens, both ways, for operands of 16 and of 32 bits
+# Tokens, both ways. Compiled for compute capabilities 7.5 to 9.0, these need at most 48 KiB of shared memory, and no
+# bf16 kernel spills. With 64, 16-bit operands are multiplied on an H100 or H200 by whole groups of four warps, and what
+# Triton 3.6 made of that was wrong there: a sweep of 7 or 16 columns came out four times too large, or read memory that
+# was not its own, while those of 64 and more, and the steps, were right (seen on an H200).
+BLOCK = 32
 COLUMNS = 128  # of x at a time
 RANKS = 32  # of the gradient pass at a time
 STAGES = 1
-
 
 # The interpreter multiplies bf16 by its bits, as integers: there operands are widened, after they were rounded.
 WIDEN = triton.knobs.runtime.interpret  # type: ignore[attr-defined]
@@ -224,12 +226,11 @@ class TritonPairs(DifferentiablePairs):
             self._launch(_scale_kernel, scale)
         self.scale = scale.contiguous()
 
-    def _launch(self, kernel: triton.JITFunction, *tensors: Tensor, block: int | None = None, **constants) -> None:
+    def _launch(self, kernel: triton.JITFunction, *tensors: Tensor, **constants) -> None:
         batch, num_tokens, dim = self.points.shape
-        block = block or (BLOCK_LONG if self.operands is torch.float32 else BLOCK_SHORT)
         with torch.cuda.device_of(self.points):
-            kernel[(triton.cdiv(num_tokens, block), batch)](
-                self.points, self.half_norm, *tensors, N=num_tokens, D=dim, BLOCK=block, NEVER=NEVER, WIDEN=WIDEN,
+            kernel[(triton.cdiv(num_tokens, BLOCK), batch)](
+                self.points, self.half_norm, *tensors, N=num_tokens, D=dim, BLOCK=BLOCK, NEVER=NEVER, WIDEN=WIDEN,
                 PRECISION="ieee", **constants, num_stages=STAGES,
             )  # fmt: skip
 
@@ -279,7 +280,6 @@ class TritonPairs(DifferentiablePairs):
         out = torch.empty_like(self.points, dtype=torch.float32)
         self._launch(
             _gradient_kernel, left, right, slope.contiguous(), out,
-            block=BLOCK_SHORT if operands is torch.bfloat16 else BLOCK_LONG,
             R=left.shape[-1], RANKS=RANKS, GRADIENT_PRECISION="ieee" if exact else "tf32",
         )  # fmt: skip
         return out[..., : self.width]

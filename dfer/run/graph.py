@@ -79,7 +79,10 @@ class CudaGraphs:
             Exception: if it cannot be captured, of whatever class: CUDA, torch and Triton have their own.
         """
         graph = torch.cuda.CUDAGraph()
-        drawn = self._generator().graphsafe_get_state()  # what the graph draws by, whatever the generator has later
+        # What the graph draws by is its own: a capture that breaks off leaves it unusable.
+        generator, before = self._generator(), self._generator().graphsafe_get_state()
+        drawn = torch.Generator(self._device).manual_seed(torch.initial_seed())
+        generator.graphsafe_set_state(drawn.graphsafe_get_state())
         # Other threads, DALI's among them, may allocate and wait meanwhile: that is no error of this one.
         capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         try:
@@ -89,6 +92,8 @@ class CudaGraphs:
         except Exception:
             self._end_capture()
             raise
+        finally:
+            generator.graphsafe_set_state(before)
 
         def replay() -> None:
             drawn.manual_seed(torch.initial_seed())  # as `torch.manual_seed` has done with the generator's state of now
@@ -100,9 +105,7 @@ class CudaGraphs:
         return torch.cuda.default_generators[torch.cuda.current_device()]
 
     def _end_capture(self) -> None:
-        """Undo what torch leaves of a capture that broke off: its generator and allocator still wait for the end."""
-        fresh = torch.Generator(self._device).manual_seed(torch.initial_seed())
-        self._generator().graphsafe_set_state(fresh.graphsafe_get_state())
+        """Undo what torch leaves of a capture that broke off: its allocator still waits for the end."""
         with contextlib.suppress(RuntimeError):  # it did come to its end
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
         self._pool = torch.cuda.graph_pool_handle()  # newer versions of torch still fill the old one for that graph

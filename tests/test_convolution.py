@@ -98,7 +98,7 @@ def test_large_maps_stay_with_the_library(amx, products, monkeypatch):
 
 
 def test_a_backbone_keeps_its_parameters_and_takes_products_at_its_end(products):
-    backbone = FrameBackbone("resnet18").eval().to(memory_format=torch.channels_last)
+    backbone = with_products(FrameBackbone("resnet18")).eval().to(memory_format=torch.channels_last)
     replaced = [name for name, module in backbone.named_modules() if isinstance(module, Convolution)]
     assert len(replaced) == 13 and not any("layer1" in name for name in replaced)
     frames = torch.randn(2, 3, 48, 48).to(memory_format=torch.channels_last)

@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
@@ -208,12 +209,13 @@ def one_line_errors(program: str, work: Callable[[], int | None], interrupted: s
     if not gc.isenabled():  # since `begin`
         gc.enable()
         gc.freeze()  # what the imports have made is not scanned again
+    ended, code = False, 1
     try:
         _use_no_more_cores()
-        return work() or 0
+        code, ended = work() or 0, True
     except KeyboardInterrupt:
         say_error(f"{program}: {interrupted}")
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except Exception as error:
         line = error if isinstance(error, UserError) else system_error(error)
         if line is None:
@@ -221,14 +223,25 @@ def one_line_errors(program: str, work: Callable[[], int | None], interrupted: s
         # What is wrong before the ranks have joined is wrong on all of them: one says it.
         if getattr(error, "said_by_all", False) or _joined() or _is_first():
             say_error(f"{program}: {printable(line)}")
-        return EXIT_USAGE
+        code = EXIT_USAGE
     finally:
         if _joined():
-            leave()
+            leave(ended, code)
+    return code
 
 
-def leave() -> None:
-    """Leave the processes that this one has joined, as the last thing before it ends."""
+def leave(ended: bool = True, code: int = 0) -> None:
+    """Leave the processes that this one has joined, as the last thing before it ends.
+
+    NCCL leaves together: who has not `ended` as the others do would wait for them, and they for it. It exits at once.
+    """
+    if not ended and sys.modules["torch.distributed"].get_backend() == "nccl":
+        if isinstance(error := sys.exception(), SystemExit):
+            code = int(error.code or 0)
+        elif error is not None:
+            traceback.print_exc()
+        sys.stdout.flush()  # what does not go out is dropped, as ever
+        os._exit(code)
     sys.modules["torch.distributed"].destroy_process_group()
     # gloo's threads outlive the group, which a DistributedDataParallel of torch 2.10 never lets go. One that frees the
     # last exchange's tensors needs the interpreter, and would abort the process if that were ending: it gets it now.

@@ -10,7 +10,8 @@ import pytest
 
 from dfer.__main__ import commands
 from dfer.cli import UserError, one_line_errors, progress, say_error, usable_cores
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
+from tests.nursery import python_path
 
 
 def users_error():
@@ -320,3 +321,34 @@ def test_a_shell_that_ignores_the_interrupt_has_it_ignored():
     done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", INTERRUPTED, "loading"],
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+JOINED = """
+import sys
+import torch.distributed as dist
+from dfer.cli import *
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.get_backend, dist.destroy_process_group = lambda: sys.argv[1], lambda: print("left")
+def work(): {work}
+sys.exit(one_line_errors("x", work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [
+        ("return 75", 75, ""),
+        ("raise UserError('it is wrong')", 2, "x: it is wrong\n"),
+        ("raise OSError(28, '', 'here')", 2, "x: here: No space left on device\n"),
+        ("raise ZeroDivisionError", 1, "ZeroDivisionError\n"),
+        ("raise SystemExit(69)", 69, ""),
+        ("raise KeyboardInterrupt", 130, "x: interrupted\n"),
+    ],
+)
+def test_who_fails_does_not_wait_for_those_that_wait_for_it(work, code, said):
+    """NCCL leaves together, gloo does not."""
+    for backend in ("nccl", "gloo"):
+        done = run_python("-c", JOINED.format(work=work), backend, PYTHONPATH=python_path())
+        assert done.returncode == code and done.stderr.endswith(said), done.stderr
+        assert done.stderr.count("Traceback") == said.startswith("Zero")
+        assert ("left" in done.stdout.splitlines()) == (backend == "gloo" or code == 75)

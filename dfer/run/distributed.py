@@ -91,7 +91,9 @@ def setup(device: Literal["auto", "cpu", "cuda"], timeout: timedelta = timedelta
         # Each attempt prefixes its keys: else it would wait at the addresses of the one before, whose processes died.
         attempt = dist.PrefixStore(f"attempt-{_attempt()}", store)
         backend = "nccl" if use_gpu else "gloo"
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+        # What NCCL waits for ends the process when its time is up, without a word: others, who name it, speak first.
+        patience = timeout + timedelta(minutes=1) if use_gpu else timeout
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=patience)
     except dist.DistError as error:
         raise LauncherError(
             f"rank {rank} finds not all {size} processes by {address}:{port} ({str(error).splitlines()[0][:150]}); is "

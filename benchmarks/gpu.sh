@@ -2,12 +2,12 @@
 # All that a machine with a GPU is asked, in one go and with nobody watching: the tests that need a GPU, then
 # benchmarks/gpu.py. Needs no argument. Each part has a timeout; what they say and measure is in one folder.
 #   OUT=data/gpu-results   the folder         PYTHON=python3     with the libraries, or PYTHONPATH=/tmp/site
-#   BUDGET=540             seconds in all     TEST_SECONDS=150   of them for the tests, which run all at once
+#   BUDGET=540             seconds in all     TEST_SECONDS=120   of them for the tests, which run all at once
 #   BACK=                  another folder, not in OUT, for where little can be taken home: it gets the few files that
 #                          matter and one archive of the others, every 10 s and at the end
 set -u
 cd "$(dirname "$0")/.." || exit 1
-OUT=${OUT:-data/gpu-results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-540} TEST_SECONDS=${TEST_SECONDS:-150}
+OUT=${OUT:-data/gpu-results} PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-540} TEST_SECONDS=${TEST_SECONDS:-120}
 BACK=${BACK:-}
 [ -z "${PYTHONPATH:-}" ] && [ -d /tmp/site ] && export PYTHONPATH=/tmp/site
 export REQUIRE_GPU=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

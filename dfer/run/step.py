@@ -116,6 +116,8 @@ class TrainingStep:
 
     def _launch(self, name: str, function: Callable[[], None], warm: bool) -> None:
         """Do the work of a function, as a graph where there are graphs."""
+        if not self.graphs.captured(name):  # a capture may break off before the function begins
+            self._earlier = [p.grad for p in self._job.state.model.parameters()]
         # A step without a graph, and the capture of one, have gaps, which the clock would take for work.
         clock = self._clock if self.graphs.captured(name) else None
         with clock.running() if clock is not None else contextlib.nullcontext():
@@ -173,7 +175,6 @@ class TrainingStep:
             state.optimizer.zero_grad()
             state.guard.before_forward()
         model = job.model
-        self._earlier = [p.grad for p in state.model.parameters()]
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with record_function("forward"):
                 loss, diagnostics = self._loss_of(job, self._batch)

@@ -172,7 +172,9 @@ def train(job: Job, run: RunFolder | None, checkpoint: dict[str, Any] | None, da
             if run:  # before the checkpoint: one that calls these weights the best finds them
                 run.keep_best(state, better, about)
                 write_predictions(run.path / "predictions.csv", job.val_loader.index, result.ids, result.probabilities)
-            save()
+            # On a GPU an epoch may take less than to save it: a run that is killed repeats some of them then.
+            if run is None or world.device.type == "cpu" or state.evaluated == config.optim.epochs or run.pays():
+                save()
             logger.evaluated(line, state.best)
             if state.evaluated < config.optim.epochs:
                 page.write()

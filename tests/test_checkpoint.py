@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dfer import files
 from dfer.config import Config, OptimConfig, RunConfig
 from dfer.lists.annotations import EMOTIONS
-from dfer.run import checkpoint
+from dfer.run import checkpoint, folder
 from dfer.run.checkpoint import find_manifests, load_checkpoint, newest_checkpoint, save_checkpoint
 from dfer.run.distributed import World
 from dfer.run.folder import RunFolder, open_run
@@ -412,3 +412,16 @@ def test_processes_that_are_started_again_keep_the_folder_that_was_found(tmp_pat
 def test_a_file_in_the_place_of_runs_holds_no_checkpoints(tmp_path):
     (tmp_path / "logs").touch()
     assert find_manifests(tmp_path / "logs" / "run" / "checkpoints") == []
+
+
+def test_a_checkpoint_of_an_epoch_on_a_gpu_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(folder.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(folder, "save_checkpoint", lambda *_: now.__setitem__(0, now[0] + 2))
+    run = RunFolder(config(tmp_path), "a")
+    assert run.pays()  # what one takes is not known yet
+    run.save({})
+    for seconds, pays in ((0, False), (17.9, False), (0.1, True)):
+        now[0] += seconds
+        assert run.pays() == pays
+    run.close()

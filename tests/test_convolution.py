@@ -10,6 +10,7 @@ from torch import nn
 from dfer.model import convolution
 from dfer.model.backbone import FrameBackbone
 from dfer.model.convolution import Convolution, with_products
+from dfer.model.pyramid import FeaturePyramid, TopDownFusion
 
 
 def layer(k: int, stride: int, channels: int = 128, out: int = 40) -> nn.Conv2d:
@@ -98,7 +99,7 @@ def test_large_maps_stay_with_the_library(amx, products, monkeypatch):
 
 
 def test_a_backbone_keeps_its_parameters_and_takes_products_at_its_end(products):
-    backbone = with_products(FrameBackbone("resnet18")).eval().to(memory_format=torch.channels_last)
+    backbone = FrameBackbone("resnet18").eval().to(memory_format=torch.channels_last)
     replaced = [name for name, module in backbone.named_modules() if isinstance(module, Convolution)]
     assert len(replaced) == 13 and not any("layer1" in name for name in replaced)
     frames = torch.randn(2, 3, 48, 48).to(memory_format=torch.channels_last)
@@ -109,6 +110,15 @@ def test_a_backbone_keeps_its_parameters_and_takes_products_at_its_end(products)
             module.__class__ = nn.Conv2d
     for a, b in zip(found, backbone(frames), strict=True):
         assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+def test_so_does_a_pyramid(products):
+    pyramid, fusion = FeaturePyramid([256, 512], 128), TopDownFusion(128)
+    model = nn.ModuleList([pyramid, fusion]).eval().to(memory_format=torch.channels_last)
+    fine, coarse = pyramid([maps(3, 2, 256), maps(2, 1, 512)])
+    fusion(fine[..., :2, :], coarse)
+    assert products[-2:] == [(3, 512, 2, 1), (3, 128, 2, 2)]
+    assert sum(isinstance(module, Convolution) for module in model.modules()) == 3
 
 
 def test_others_are_left_alone():

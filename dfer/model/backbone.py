@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dfer.cli import UserError
 from dfer.files import reason
+from dfer.model.convolution import with_products
 from dfer.model.pretrained import Rename
 from dfer.run.hub import cached, out_of_reach
 
@@ -50,7 +51,7 @@ class FrameBackbone(nn.Module):
             "--model.backbone"
         )
         try:
-            self.net = _extractor(name, **({"drop_path_rate": drop_path} if drop_path else {}))
+            self.net = with_products(_extractor(name, **({"drop_path_rate": drop_path} if drop_path else {})))
         except Exception as error:  # of timm, whose networks raise different classes
             unknown = drop_path and isinstance(error, TypeError)
             raise no_depth if unknown else UserError(f"--model.backbone {name} ({reason(error)})") from None

@@ -8,7 +8,6 @@ from dfer.lists.annotations import EMOTIONS
 from dfer.model import DFERNet
 from dfer.model.backbone import FrameBackbone
 from dfer.model.baselines import GRUNet, LSTMNet, MeanPoolNet, R3DNet, STFormer
-from dfer.model.convolution import with_products
 
 _OF_FRAMES = {"mean-pool": MeanPoolNet, "r18-lstm": LSTMNet, "r18-gru": GRUNet}
 
@@ -19,7 +18,7 @@ def build_model(config: ModelConfig, num_frames: int, num_classes: int = len(EMO
     Raises:
         UserError: if there is no such backbone, or it has no stochastic depth and is to have it.
     """
-    model = with_products(_network(config, num_frames, num_classes))
+    model = _network(config, num_frames, num_classes)
     if config.freeze == "backbone":
         for module in model.modules():
             if isinstance(module, FrameBackbone):

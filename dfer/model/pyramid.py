@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dfer.model.convolution import with_products
 from dfer.model.resize import upsample_aligned
 
 
@@ -20,6 +21,7 @@ class FeaturePyramid(nn.Module):
         self.laterals = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, dim, 1, bias=False), nn.BatchNorm2d(dim)) for c in channels
         )
+        with_products(self)
 
     def forward(self, features: list[Float[Tensor, "F _ _ _"]]) -> list[Float[Tensor, "F D _ _"]]:
         return [lateral(f) for lateral, f in zip(self.laterals, features, strict=True)]
@@ -36,6 +38,7 @@ class TopDownFusion(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(dim)
+        with_products(self)
 
     def forward(self, fine: Float[Tensor, "F D h w"], coarse: Float[Tensor, "F D h2 w2"]) -> Float[Tensor, "F D h w"]:
         return F.gelu(self.norm(self.conv(fine + upsample_aligned(coarse, fine.shape[-2:]))))

@@ -59,7 +59,7 @@ class RunFolder:
         self.path = config.run.log_dir / name
         self.checkpoints = self.path / "checkpoints"
         self._interval_s = 60 * config.run.save_minutes
-        self._saved_at = time.monotonic()
+        self._saved_at, self._cost_s = time.monotonic(), 0.0
         self._lock: int | None = None
         self._new_for = new_for
         if config.resume and not find_manifests(self.checkpoints):
@@ -161,10 +161,16 @@ class RunFolder:
         """Return whether the time between two checkpoints has passed."""
         return time.monotonic() - self._saved_at >= self._interval_s
 
+    def pays(self) -> bool:
+        """Return whether a checkpoint as long as the last one would be a tenth of the time since that, or less."""
+        return time.monotonic() - self._saved_at >= 9 * self._cost_s
+
     def save(self, state: dict[str, Any]) -> None:
         """Add a checkpoint and delete those that it replaces; see `save_checkpoint`."""
+        began = time.monotonic()
         save_checkpoint(self.checkpoints, state)
         self._saved_at = time.monotonic()
+        self._cost_s = self._saved_at - began
 
     def keep_best(self, state: TrainState, names: list[str], about: dict[str, Any]) -> None:
         """Write the weights that are evaluated as the best of each name (WAR, UAR)."""

@@ -351,7 +351,6 @@ def test_who_fails_does_not_wait_for_those_that_wait_for_it(error, code, said, b
 
     with contextlib.suppress(ZeroDivisionError, SystemExit):
         assert one_line_errors("x", work) == code
-    assert ended == (
-        [code] * (backend == "nccl" and error is not None) + ["left"]
-    )  # a process that ends does not leave
+    at_once = backend == "nccl" and error is not None
+    assert ended == [code] * at_once + ["left"]  # a process that has ended does not come to that
     assert capsys.readouterr().err.endswith(said if backend == "nccl" or said != "ZeroDivisionError\n" else "")

@@ -72,10 +72,10 @@ def _distance(device: torch.device, operands: torch.dtype) -> float:
     from dfer.crf.triton import TritonPairs  # here, because Triton is not installed everywhere
 
     # Several blocks of tokens; states and values of the default model, which are no multiples of anything.
-    shape, num_states, num_ranks = (2, 100, 28), 7, 20
+    shape, num_states, num_ranks = (2, 66, 28), 7, 20
     points = torch.arange(math.prod(shape)).view(shape).mul(0.7).sin().mul(0.5)
     points = points.to(operands).double()  # they are rounded anyway
-    waves, shares = torch.arange(2 * 100 * 64).view(2, 100, 64).mul(0.3).cos().double(), points.flip(0).abs()
+    waves, shares = torch.arange(2 * 66 * 64).view(2, 66, 64).mul(0.3).cos().double(), points.flip(0).abs()
     states, values = waves[..., :num_states], waves.flip(1)
     compatibility, eta = shares[0, :num_states, :num_states], torch.tensor([1.0, 0.6]).double()
     step = (states.softmax(-1), states, states.flip(0), shares[..., :num_states], compatibility, eta, values)

@@ -322,9 +322,15 @@ def test_a_killed_run_goes_on_and_ends_as_if_unbroken(source, raw, tmp_path):
     words = [str(source), "--out", str(out), "--format", "raw", "--shard-size", "1", "--workers", "2"]
     with subprocess.Popen([sys.executable, "scripts/pack.py", *words], cwd=ROOT, stdout=subprocess.PIPE) as run:
         deadline = time.monotonic() + 60
-        while not (out / "train-00004.raw.partial").exists() and run.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
+        names, since = [], time.monotonic()
+        while run.poll() is None and time.monotonic() < deadline:
+            before, names = names, sorted(os.listdir(out)) if out.exists() else []
+            if names != before:
+                since = time.monotonic()
+            begun = any(name.endswith(".partial") for name in names)
+            if begun and sum(name.endswith(".raw") for name in names) >= 4 and time.monotonic() > since + 0.5:
+                break  # nothing more comes
+            time.sleep(0.02)
         assert run.poll() is None, "it did not wait at the pipe"
         run.send_signal(signal.SIGKILL)
         run.communicate(timeout=20)  # until the last process that could write there has ended

@@ -110,7 +110,12 @@ def fused_crop(out, pixels, top, rows, left, columns, p):
 @njit(**FAST)
 def touches_geometry(p):
     """Return whether a frame is warped or blurred."""
-    warps = p[BLUR] > 0
+    return _warps(p) or p[BLUR] > 0
+
+
+@njit(**FAST)
+def _warps(p):
+    warps = False
     for i in range(6):
         warps |= p[WARP + i] != (1 if i == 0 or i == 4 else 0)
     return warps
@@ -120,10 +125,7 @@ def touches_geometry(p):
 def finish(out, picture, p):
     """Warp, blur and colour a frame, (S, 3 S) float32, 0 to 255, into `out` of `fused`."""
     size = len(picture)
-    warps = False
-    for i in range(6):
-        warps |= p[WARP + i] != (1 if i == 0 or i == 4 else 0)
-    if warps:
+    if _warps(p):
         picture = _warp(picture, p[WARP:BLUR])
     if p[BLUR] > 0:
         _blur(picture, p[BLUR] * np.float32(size))

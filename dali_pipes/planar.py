@@ -108,7 +108,7 @@ def _of_chroma(first, weights, last, even):
 
 @njit(**FAST)
 def _side_by_side(out, lines, length):
-    """Set out[_LANES * i + k] to lines[k, i]."""
+    """Set out[_LANES * i + k] to lines[k, i]; written out for eight, as only so it becomes vector code."""
     a, b, c, d, e, f, g, h = lines[0], lines[1], lines[2], lines[3], lines[4], lines[5], lines[6], lines[7]
     for i in range(length):
         out[8 * i] = a[i]

@@ -237,7 +237,7 @@ def leave(ended: bool = True, code: int = 0) -> None:
     """
     if not ended and sys.modules["torch.distributed"].get_backend() == "nccl":
         if isinstance(error := sys.exception(), SystemExit):
-            code = int(error.code or 0)
+            code = error.code if isinstance(error.code, int) else bool(error.code)  # as sys.exit takes it
         elif error is not None:
             traceback.print_exc()
         sys.stdout.flush()  # what does not go out is dropped, as ever

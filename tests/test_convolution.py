@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import convolution_speed
 from dfer.model import convolution
 from dfer.model.backbone import FrameBackbone
 from dfer.model.convolution import Convolution, with_products
@@ -148,3 +149,12 @@ def test_a_program_of_torch_export_has_the_convolution():
     program = torch.export.export(Net().eval(), (maps(2, 2),))
     names = [str(node.target) for node in program.graph.nodes]
     assert any("conv2d" in name for name in names) and not any("linear" in name for name in names)
+
+
+def test_the_benchmark_measures_both(capsys):
+    words = ["--size", "32", "--batch-size", "2", "--threads", str(torch.get_num_threads()), "--steps", "1"]
+    assert convolution_speed.main(convolution_speed.parser().parse_args(words)) == 0
+    ours, library, ratio = capsys.readouterr().out.splitlines()
+    assert ours.startswith("products ") and library.startswith("library ") and "times the library's" in ratio
+    taken = [sum(isinstance(m, Convolution) for m in convolution_speed.model(x).modules()) for x in (True, False)]
+    assert taken[0] > 13 and taken[1] == 0  # the pyramids' too

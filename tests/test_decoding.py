@@ -238,7 +238,7 @@ def test_all_readers_agree_on_accidents(tmp_path, all_may_be_bad, seed):
 def test_a_gpu_reads_the_same_files(tmp_path, all_may_be_bad):
     """nvJPEG rounds otherwise, so that only what is taken is compared, and how the pictures lie.
 
-    What it makes of files that are damaged behind their header is another picture (seen on an H200).
+    What it makes of pixels that are missing is another picture (seen on an H200).
     """
     files = {name: make() for name, make in ALL.items()}
     index = write_clips(tmp_path, files)
@@ -246,7 +246,7 @@ def test_a_gpu_reads_the_same_files(tmp_path, all_may_be_bad):
     assert gpu.keys() == cpu.keys()
     for video, clip in cpu.items():
         name = list(files)[video]
-        assert name not in PLAIN | ODD or (gpu[video].cpu() - clip).abs().mean() < 0.05, name
+        assert name == "jpeg, cut and ended" or (gpu[video].cpu() - clip).abs().mean() < 0.05, name
 
 
 # ---- Orientation

@@ -1,5 +1,7 @@
-"""All cases, in the order in which a card does them: what matters most first. What a user of a card has comes within
-some 200 s, all that matters in some 600: a child takes 8 s to begin, and a first step 10 to compile and to try out.
+"""All cases, in the order in which a card does them: what matters most first.
+
+What a user of a card has comes within some 200 s, all that matters in some 600: estimates, by a child that takes 8 s to
+begin, and a first step that takes 10 to compile and to try out.
 
 Cases that follow each other and name the same child share a process, since a start takes 8 s on a card. One that dies
 costs itself; those after it begin another child. Within a child speeds come first: a trace loads what slows launches

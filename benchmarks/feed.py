@@ -47,28 +47,29 @@ _shapes = types.CPointer(types.CPointer(types.int64))
 
 @cfunc(types.void(_addresses, _shapes, _dimensions, types.int32, _addresses, _shapes, _dimensions, types.int32))
 def _black(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
-    pixel = carray(outs[0], (3,), np.float32)
-    pixel[0] = pixel[1] = pixel[2] = 0
+    pixels = carray(outs[0], (3 * out_shapes[0][0],), np.float32)
+    pixels[:] = 0
 
 
 @cfunc(types.void(_shapes, _dimensions, types.int32, _shapes, _dimensions, types.int32, types.int32))
 def _one_pixel(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):
     for i in range(num_samples):
-        out_shapes[i][0] = out_shapes[i][1] = 1
-        out_shapes[i][2] = 3
+        out_shapes[i][0] = in_shapes[i][0]
+        out_shapes[i][1] = out_shapes[i][2] = 1
+        out_shapes[i][3] = 3
 
 
-def inputs_alone(kind: str, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
+def inputs_alone(kind: str, max_samples: int, size: int, dtype: str, num_threads: int) -> Pipeline:
     """Build a graph that takes what ours takes, and makes a black pixel of each frame."""
-    pipeline = Pipeline(max_frames, num_threads, None, prefetch_queue_depth=1)
+    pipeline = Pipeline(max_samples, num_threads, None, prefetch_queue_depth=1)
     kinds = [graphs._UINT8 if kind == "images" else graphs._INT64, graphs._FLOAT]
     with pipeline:
         operator = graphs._Compiled(
             _black.address,
             [graphs._FLOAT],
             kinds,
-            outs_ndim=[3],
-            ins_ndim=[1, 1],
+            outs_ndim=[4],
+            ins_ndim=[2, 1],
             setup_fn=_one_pixel.address,
         )
         pipeline.set_outputs(operator(graphs._input("source"), graphs._input("parameters")))

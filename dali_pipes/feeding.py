@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt8
 from nvidia.dali.pipeline import Pipeline
 from torch.profiler import record_function
 
@@ -24,6 +24,8 @@ from dfer.plan.sampling import EpochPlan
 from dfer.video.colour import yuv_to_rgb
 
 HELD = 4  # batches of decoded pixels that a GPU has yet to read, at most: the host is no further ahead
+# Samples of a batch for each thread, at least: the last one has the other threads wait.
+_SHARES = 32
 _STORED_AS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.uint8: "uint8"}  # by the kernel
 
 
@@ -158,26 +160,25 @@ class Feed:
         """Return what the graph is fed for one clip of each row, or one frame."""
         plan, repeat = epoch.plan, len(samples[0] if isinstance(samples, tuple) else samples) // len(rows)
         videos = plan.video[rows]
-        images = self.source.kind == "images"
-        inputs = _sample_inputs(samples, lengths=images and not self._options.fused)
-        if epoch.stages is not None:
-            return inputs  # the rest is done to what is decoded
-        if epoch.on_device is None:
+        if self._options.fused:
             yuv = None if self._yuv is None else self._yuv[videos]
             normalised = self._options.dtype != torch.uint8
             table = kernels.parameters(plan, rows, yuv=yuv, normalised=normalised)
-            inputs.append(("parameters", np.repeat(table, repeat, axis=0)))
-        else:
-            inputs += _crop_inputs(plan, rows, repeat)
-            # What must be warped or blurred first gets its colours after that.
-            late = epoch.on_device.touches_geometry
-            colour = np.tile(np.eye(3, 4, dtype=np.float32), (len(rows), 1, 1)) if late else plan.colour[rows]
-            colour = colour if self._recolour is None else _compose(colour, self._recolour[videos])
-            inputs.append(("mirror", np.repeat(plan.mirror[rows].astype(np.int32), repeat)))
-            inputs.append(("matrix", np.repeat(np.ascontiguousarray(colour[:, :, :3]), repeat, axis=0)))
-            inputs.append(("offset", np.repeat(np.ascontiguousarray(colour[:, :, 3]), repeat, axis=0)))
-            if self.source.kind == "videos":
-                inputs.append(("frames", plan.frames[rows].astype(np.int32)))
+            source, repeat = _together(samples, len(rows), self._options.num_threads)
+            return [("source", source), ("parameters", np.repeat(table, repeat, axis=0))]
+        inputs = _sample_inputs(samples, lengths=self.source.kind == "images")
+        if epoch.on_device is None:
+            return inputs  # the rest is done to what is decoded
+        inputs += _crop_inputs(plan, rows, repeat)
+        # What must be warped or blurred first gets its colours after that.
+        late = epoch.on_device.touches_geometry
+        colour = np.tile(np.eye(3, 4, dtype=np.float32), (len(rows), 1, 1)) if late else plan.colour[rows]
+        colour = colour if self._recolour is None else _compose(colour, self._recolour[videos])
+        inputs.append(("mirror", np.repeat(plan.mirror[rows].astype(np.int32), repeat)))
+        inputs.append(("matrix", np.repeat(np.ascontiguousarray(colour[:, :, :3]), repeat, axis=0)))
+        inputs.append(("offset", np.repeat(np.ascontiguousarray(colour[:, :, 3]), repeat, axis=0)))
+        if self.source.kind == "videos":
+            inputs.append(("frames", plan.frames[rows].astype(np.int32)))
         return inputs
 
     def _as_fed(self, samples: Samples) -> Samples:
@@ -207,6 +208,8 @@ class Feed:
             raise
         if epoch.stages is None:
             frames = torch.from_dlpack(pictures.as_tensor())
+            if self._options.fused:
+                frames = frames.flatten(0, 1)
             if refused:
                 self._replace(frames.numpy(), np.flatnonzero(refused[0].as_array()), started)
             return frames
@@ -272,6 +275,18 @@ def _refusals() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise Refused(*error.args) from error
+
+
+def _together(
+    samples: Samples, num_clips: int, num_threads: int
+) -> tuple[UInt8[np.ndarray, "S G L"] | Int64[np.ndarray, "S G 4"] | list[np.ndarray], int]:
+    """Return the samples of the graph `fused`, G frames of a clip each, and how many a clip has."""
+    if isinstance(samples, list):
+        return [file[None] for file in samples], len(samples) // num_clips
+    data = samples[0]
+    length, most = len(data) // num_clips, len(data) // (_SHARES * num_threads)
+    frames = max(n for n in range(1, length + 1) if length % n == 0 and n <= max(most, 1))
+    return data.reshape(-1, frames, data.shape[1]), length // frames
 
 
 def _sample_inputs(samples: Samples, *, lengths: bool) -> _Inputs:

@@ -28,18 +28,20 @@ _FLOAT, _UINT8, _INT64 = types.DALIDataType.FLOAT, types.DALIDataType.UINT8, typ
 _TYPES = {"float32": _FLOAT, "uint16": types.DALIDataType.UINT16, "uint8": _UINT8}
 
 
-# What our kernel is given of a frame: the file, the pixels that a decoder has cut out of it, or where pixels lie.
-Given = Literal["file", "crop", "address"]
+# What our kernel is given: files of frames, the pixels that a decoder has cut out of one, or where pixels lie.
+Given = Literal["files", "crop", "addresses"]
 
 
 @functools.cache  # each time the machine code takes 300 kB again, which nothing gives back
 def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
     """Return the addresses of two C functions for DALI's NumbaFuncImpl operator: the kernel, and its outputs' shapes.
 
-    The operator's inputs are what is given of a frame and its parameters, its output the frame as (size, size, 3)
-    `dtype`: float32, uint16 (the bits of bfloat16) or uint8. An address is four int64: where the pixels lie, height,
-    width, channels. Of a file there is another output, (1,) uint8: 1 if jpeg.py does not decode it. The first call on a
-    machine compiles for some seconds, later ones find the machine code in numba's cache.
+    The operator's inputs are what is given and the parameters of a clip. Of a crop the output is one frame as (size,
+    size, 3) `dtype`: float32, uint16 (the bits of bfloat16) or uint8. Else a sample is several frames of one clip, as
+    each costs DALI as much as handing it over: what is given and the output have a first axis more. An address is four
+    int64: where the pixels lie, height, width, channels. Of files there is another output, of a uint8 for each: 1 if
+    jpeg.py does not decode it. The first call on a machine compiles for some seconds, later ones find the machine code
+    in numba's cache.
     """
     out_type = np.dtype(dtype).type
     number = numba.types.int32
@@ -49,35 +51,42 @@ def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
 
     @cfunc(numba.types.void(*arrays, *arrays))
     def run(outs, out_shapes, out_dimensions, num_outs, ins, in_shapes, in_dimensions, num_ins):
-        out = carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), out_type)
         parameters, shape = carray(ins[1], (kernels.NUM_PARAMETERS,), np.float32), in_shapes[0]
-        if given == "file":
-            file, box = carray(ins[0], (shape[0],), np.uint8), parameters[kernels.BOX : kernels.MIRROR]
-            other = carray(outs[1], (1,), np.uint8)
-            other[0] = 1  # first: numba prints errors of memory here, and goes on
-            rows, width, left, columns = jpeg.crop_shape(file, box)
-            pixels = np.empty((rows, width, 3), np.uint8)
-            if rows > 0 and jpeg.decode_crop(file, box, pixels):
-                kernels.fused_crop(out, pixels, 0, rows, left, columns, parameters)
-                other[0] = 0
-        elif given == "address":
-            place = carray(ins[0], (4,), np.int64)
-            pixels = carray(pointer(place[0]), (place[1], place[2], place[3]), np.uint8)
-            if place[3] == 1:
-                planar.fused(out, pixels, parameters)
-            else:
-                kernels.fused(out, pixels, parameters)
-        else:
+        if given == "crop":
+            out = carray(outs[0], (size, size, 3), out_type)
             kernels.fused(out, carray(ins[0], (shape[0], shape[1], shape[2]), np.uint8), parameters)
+            return
+        clip = carray(outs[0], (shape[0], size, size, 3), out_type)
+        if given == "files":
+            files, others = carray(ins[0], (shape[0], shape[1]), np.uint8), carray(outs[1], (shape[0],), np.uint8)
+            box = parameters[kernels.BOX : kernels.MIRROR]
+            others[:] = 1  # first: numba prints errors of memory here, and goes on
+            for i in range(shape[0]):
+                rows, width, left, columns = jpeg.crop_shape(files[i], box)
+                pixels = np.empty((rows, width, 3), np.uint8)
+                if rows > 0 and jpeg.decode_crop(files[i], box, pixels):
+                    kernels.fused_crop(clip[i], pixels, 0, rows, left, columns, parameters)
+                    others[i] = 0
+        else:
+            places = carray(ins[0], (shape[0], 4), np.int64)
+            for i in range(shape[0]):
+                pixels = carray(pointer(places[i, 0]), (places[i, 1], places[i, 2], places[i, 3]), np.uint8)
+                if places[i, 3] == 1:
+                    planar.fused(clip[i], pixels, parameters)
+                else:
+                    kernels.fused(clip[i], pixels, parameters)
 
     @cfunc(numba.types.void(shapes, dimensions, number, shapes, dimensions, number, number))
     def setup(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):
+        frames = 0 if given == "crop" else 1
         for i in range(num_samples):
-            out_shapes[i][0] = size
-            out_shapes[i][1] = size
-            out_shapes[i][2] = 3
+            if frames:
+                out_shapes[i][0] = in_shapes[i][0]
+            out_shapes[i][frames] = size
+            out_shapes[i][frames + 1] = size
+            out_shapes[i][frames + 2] = 3
         for i in range(num_samples, num_outs * num_samples):
-            out_shapes[i][0] = 1
+            out_shapes[i][0] = in_shapes[i - num_samples][0]
 
     return run.address, setup.address
 
@@ -92,24 +101,26 @@ class _Compiled(NumbaFunction):
         return setup_fn
 
 
-def fused(kind: Kind, max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
-    """Build the graph from images or pixels to one batch of (size, size, 3) `dtype` pictures, on the CPU.
+def fused(kind: Kind, max_samples: int, size: int, dtype: str, num_threads: int) -> Pipeline:
+    """Build the graph from images or pixels to one batch of (G, size, size, 3) `dtype` pictures, on the CPU.
 
-    Inputs, per frame: "source", an image file, or where pixels lie as `compiled_kernel` says, and "parameters" as
-    kernels.parameters makes them. Behind an image file may stand more bytes: decoders stop at its end, which
-    headers.is_plain has seen. Images have a second output, which frames `sliced` must make.
+    Inputs, per sample, which is G frames of one clip: "source", (G, L) image files, or where pixels lie as
+    `compiled_kernel` says, (G, 4), and "parameters" as kernels.parameters makes them. Behind an image file may stand
+    more bytes: decoders stop at its end, which headers.is_plain has seen. Images have a second output, which frames
+    `sliced` must make.
     """
     images = kind == "images"
 
     def define() -> list[DataNode]:
         # Not functions: see _Compiled.
-        run, setup = (cast(Any, address) for address in compiled_kernel(size, dtype, "file" if images else "address"))
+        given: Given = "files" if images else "addresses"
+        run, setup = (cast(Any, address) for address in compiled_kernel(size, dtype, given))
         outs, ins = [_TYPES[dtype], *([_UINT8] if images else [])], [_UINT8 if images else _INT64, _FLOAT]
-        operator = _Compiled(run, outs, ins, outs_ndim=[3, 1][: len(outs)], ins_ndim=[1, 1], setup_fn=setup)
+        operator = _Compiled(run, outs, ins, outs_ndim=[4, 1][: len(outs)], ins_ndim=[2, 1], setup_fn=setup)
         pictures = operator(_input("source"), _input("parameters"))
         return [_node(output) for output in pictures] if images else [_node(pictures)]
 
-    return _build(define, max_frames, num_threads, None)
+    return _build(define, max_samples, num_threads, None)
 
 
 def sliced(max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:

@@ -10,7 +10,9 @@ go on in memory that is not theirs any more. So one refused header among more th
 
 import numpy as np
 from jaxtyping import UInt8
+from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 from dali_pipes.compiling import njit
 from dfer.images import MAX_PIXELS
@@ -25,6 +27,7 @@ def _crc_of_byte(byte: int) -> int:
 _PNG = (0x89, 0x50, 0x4E, 0x47, 0x0D, 0x0A, 0x1A, 0x0A)
 _IHDR = (0, 0, 0, 13, 0x49, 0x48, 0x44, 0x52)
 _memchr = types.ExternalFunction("memchr", types.intp(types.intp, types.intc, types.uintp))  # the C library's
+_LANES = 64  # bytes of a scan that are looked at together
 _CRC_32 = np.array([_crc_of_byte(byte) for byte in range(256)], dtype=np.uint32)
 
 
@@ -141,6 +144,8 @@ def _ends_well(data, place, several):
     """
     size, address = len(data), data.ctypes.data
     while place < size:
+        while place + _LANES < size and not _has_marker(address + place):
+            place += _LANES
         found = _memchr(address + place, 0xFF, size - place)
         place = found - address
         if found == 0 or place + 2 > size:
@@ -155,6 +160,33 @@ def _ends_well(data, place, several):
             return False
         place += max(number_at(data, place, 2), 2)
     return False
+
+
+@intrinsic
+def _has_marker(typingctx, address):
+    """Return whether one of _LANES bytes at an address begins a marker, with its byte behind, that is no restart."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.VectorType(ir.IntType(8), _LANES)
+
+        def all_lanes(value):
+            return ir.Constant(kind, [value] * _LANES)
+
+        def load(offset):
+            place = builder.add(args[0], ir.IntType(64)(offset))
+            loaded = builder.load(builder.inttoptr(place, kind.as_pointer()))
+            loaded.align = 1
+            return loaded
+
+        begins = builder.icmp_unsigned("==", load(0), all_lanes(0xFF))
+        then = load(1)
+        stuffed = builder.icmp_unsigned("==", then, all_lanes(0))
+        restart = builder.icmp_unsigned("==", builder.and_(then, all_lanes(0xF8)), all_lanes(0xD0))
+        found = builder.and_(begins, builder.not_(builder.or_(stuffed, restart)))
+        bits = builder.bitcast(found, ir.IntType(_LANES))
+        return builder.icmp_unsigned("!=", bits, ir.IntType(_LANES)(0))
+
+    return types.boolean(types.int64), codegen
 
 
 @njit(nogil=True)

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from dali_pipes import feeding
@@ -134,6 +135,21 @@ def test_sources_give_the_same_bits(indexes):
     for frames, shards, raw in zip(*batches, strict=True):
         assert torch.equal(frames.clips, shards.clips) and torch.equal(frames.clips, raw.clips)
         assert torch.equal(frames.ids, raw.ids) and torch.equal(frames.labels, raw.labels)
+
+
+@pytest.mark.parametrize("source", ["frames", "shards", "raw"])
+def test_clips_do_not_depend_on_how_many_frames_a_sample_has(indexes, source, monkeypatch):
+    alone = [batch.clips for batch in loader(indexes[source, "train"], augmentation=EVERYTHING)(1)]
+    shapes, feed = [], Pipeline.feed_input
+    monkeypatch.setattr(
+        Pipeline, "feed_input", lambda self, name, data: shapes.append(data.shape[:2]) or feed(self, name, data)
+    )
+    for shares, frames in ((1, T), (4, T // 2), (32, 1)):
+        monkeypatch.setattr(feeding, "_SHARES", shares)
+        together = [batch.clips for batch in loader(indexes[source, "train"], augmentation=EVERYTHING)(1)]
+        assert (4 * T // frames, frames) in shapes and len({shape[0] for shape in shapes}) == 1
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+        shapes.clear()
 
 
 @pytest.mark.parametrize("kind", VIDEOS)

@@ -178,6 +178,24 @@ def test_headers_that_end_at_once_are_read_to_their_end():
             assert not headers._is_plain_jpeg.py_func(np.frombuffer(cut, np.uint8))
 
 
+def test_a_marker_is_seen_wherever_it_stands():
+    """Scans are looked at many bytes at a time; no decoder stops at what lies behind their end."""
+    data = jpeg()
+    scan = data.index(b"\xff\xda")
+    header, end = data[: scan + 2 + int.from_bytes(data[scan + 2 : scan + 4])], b"\xff\xd9"
+    for length in (*range(4), *range(60, 70), 200):
+        for place in range(length - 1):
+            for second, plain in ((0x00, True), (0xD0, True), (0xD7, True), (0xD8, False), (0xC1, False), (1, False)):
+                body = bytearray(b"\x11\xd4" * (length // 2 + 1))[:length]
+                body[place : place + 2] = 0xFF, second
+                assert is_plain(np.frombuffer(header + body + end, np.uint8)) == plain, (length, place, second)
+        body = b"\x11" * length
+        assert is_plain(np.frombuffer(header + body + end, np.uint8))
+        assert is_plain(np.frombuffer(header + body + end + b"\xff\xc1" * 90, np.uint8))
+        assert not is_plain(np.frombuffer(header + body, np.uint8))
+        assert not is_plain(np.frombuffer(header + body + b"\xff", np.uint8))
+
+
 def test_packs_of_odd_files_are_the_files(tmp_path):
     """Packed verbatim or raw: the same bits in training."""
     index = write_clips(tmp_path / "folders", {name: make() for name, make in (PLAIN | ODD).items()})

@@ -166,18 +166,27 @@ def test_damaged_files_are_refused_or_give_the_pixels_of_libjpeg():
 
 
 FREED = """
+import ctypes, mmap
 import numpy as np
 from dali_pipes import kernels
+from dali_pipes.headers import is_plain
 from tests.test_jpeg import WHOLE, decoded, image, jpeg, pillow
 rng = np.random.default_rng(0)
 for sampling in (0, 1, 2):
     data = jpeg(image(rng, 70, 90, "waves"), subsampling=sampling)
     assert np.array_equal(decoded(data), pillow(data)), sampling
+    page = mmap.PAGESIZE * -(-len(data) // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, page + mmap.PAGESIZE)
+    place = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(place + page), mmap.PAGESIZE, 0) == 0
+    for length in (*range(len(data) - 150, len(data)), len(data)):
+        memory[page - length : page] = data[:length]
+        assert is_plain(np.frombuffer(memory, np.uint8, length, page - length)) == (length == len(data))
 """
 
 
-def test_no_memory_is_used_that_was_freed():
-    """Where freed memory is given back at once, and filled."""
+def test_no_memory_is_used_that_was_freed_or_lies_behind_a_file():
+    """Where freed memory is given back at once, and filled, and where nothing may be read behind a file."""
     environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165"}
     command = [sys.executable, "-c", FREED]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -196,13 +205,15 @@ def test_clips_do_not_depend_on_who_decodes():
         return [output.as_array() for output in pipeline.run()]
 
     ours, others = fed(
-        graphs.fused("images", 2, 24, "float32", 1), source=files, parameters=kernels.parameters(plan, rows)
+        graphs.fused("images", 2, 24, "float32", 1),
+        source=[file[None] for file in files],
+        parameters=kernels.parameters(plan, rows),
     )
     crops = dict(_crop_inputs(plan, rows, 1))
     (dali,) = fed(
         graphs.sliced(2, 24, "float32", 1), source=files, parameters=kernels.parameters(plan, rows, crop=False), **crops
     )
-    assert others.tolist() == [[0], [1]] and np.array_equal(ours[0], dali[0])
+    assert others.tolist() == [[0], [1]] and np.array_equal(ours[0, 0], dali[0])
     assert not np.array_equal(dali[0], dali[1])
 
 
@@ -219,8 +230,10 @@ def test_decoders_have_the_same_pixels_as_the_operator_of_dali():
     assert all(np.array_equal(decoded(data), found.at(i)) for i, data in enumerate(files))
 
 
-def test_files_of_other_kinds_are_decoded_before_they_are_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shares", [1, 32])
+def test_files_of_other_kinds_are_decoded_before_they_are_asked_for(tmp_path, monkeypatch, shares):
     """Once there were some. What only turns out to be odd behind the frame header comes later, and is the same."""
+    monkeypatch.setattr(feeding, "_SHARES", shares)
     kinds = {"ours": jpeg, "progressive": OTHERS["progressive"], "restarts": OTHERS["restarts"], "png": png}
     for clip, make in kinds.items():
         (tmp_path / clip).mkdir()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import peers
 from benchmarks.peers import Cuts, Task
 from dali_pipes import kernels, planar
-from dali_pipes.sources import VideoFiles
+from dali_pipes.video_files import VideoFiles
 from dfer.cli import Parser, in_range
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler

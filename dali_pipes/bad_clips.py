@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Int64
 
 from dali_pipes.feeding import Epoch, Feed, Refused
-from dali_pipes.sources import BadClip, Images
+from dali_pipes.sources import Images
+from dali_pipes.stored import BadClip
 from dali_pipes.videos import AnyFeed, VideoFeed
 from dfer.cli import UserError, printable, say_error
 from dfer.lists.index import ClipIndex

@@ -16,8 +16,9 @@ from torch.profiler import record_function
 from dali_pipes import graphs, jpeg, kernels, pixels
 from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Files, Pictures, Samples
-from dali_pipes.sources import Source, VideoFiles
+from dali_pipes.sources import Source
 from dali_pipes.torch_stages import DevicePlan, Stages
+from dali_pipes.video_files import VideoFiles
 from dfer.lists.index import ClipIndex
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.plan.sampling import EpochPlan

@@ -21,7 +21,8 @@ from dali_pipes.compiling import njit, pointer
 from dali_pipes.native import DONE, ODD
 from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Files
-from dali_pipes.sources import BadClip, FrameFolders, Shards
+from dali_pipes.sources import FrameFolders, Shards
+from dali_pipes.stored import BadClip
 from dali_pipes.streaming import Begun, Stream
 from dfer.images import BadImage, decode_image
 from dfer.lists.index import ClipIndex

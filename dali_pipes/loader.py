@@ -20,7 +20,8 @@ from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Reading, Rooms
 from dali_pipes.resident import ResidentClips
-from dali_pipes.sources import BadClip, FrameFolders, Images, Shards, source_of
+from dali_pipes.sources import FrameFolders, Images, Shards, source_of
+from dali_pipes.stored import BadClip
 from dali_pipes.streaming import RawStream, StreamedEpoch
 from dali_pipes.videos import DeviceVideos, feed_of
 from dfer.batch import Batch, mixed

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 
 from dali_pipes import native
 from dali_pipes.readers import Readers
-from dali_pipes.sources import BadClip
+from dali_pipes.stored import BadClip
 
 _LIMIT = 2**30  # bytes of the files of a batch that lie side by side; what needs more is handed over file by file
 _FIRST_STRIDE = 2**16  # bytes

@@ -6,43 +6,26 @@ does the same for many clips at once, in compiled code, as far as there is nothi
 
 import abc
 import itertools
-import math
 import os
 import weakref
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
-from av.error import FFmpegError
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
 from dali_pipes import native
 from dali_pipes.headers import is_plain, refusal
 from dali_pipes.options import Kind
 from dali_pipes.shard_files import close_shards, map_shards, open_shards
-from dfer.cli import UserError
+from dali_pipes.stored import BadClip, changed, read_bytes
+from dali_pipes.video_files import VideoBytes, VideoFiles
 from dfer.files import reason
 from dfer.images import MAX_BYTES, BadImage, decode_image, encode_plain
 from dfer.lists.index import ClipIndex
 from dfer.lists.packed import Packed
 from dfer.lists.scan import FrameFiles
-from dfer.lists.scan import VideoFiles as VideoStore
-from dfer.video.colour import yuv_to_rgb
-from dfer.video.decode import BadVideo, check_claims
-from dfer.video.random_access import read_frames
-
-# Codecs whose chroma samples lie on even columns of luma, unless the stream says otherwise, which FFmpeg obeys. Those
-# of all other codecs lie between two columns.
-CHROMA_LEFT = frozenset({"h264", "hevc", "mpeg2video", "mpeg4"})
-
-CHANGED = "its bytes are not those that the hashes beside the list were made of"
-_CHUNK = 65536  # bytes
-
-
-class BadClip(UserError):
-    """A clip that cannot be read, or must not be decoded. The message is one line that names its row and its file."""
 
 
 class Images(abc.ABC):
@@ -153,8 +136,8 @@ class FrameFolders(Images):
         """Return the T image files."""
         images = []
         for frame in frames.tolist():
-            data = _read(self.path(video, frame), MAX_BYTES)
-            problem = data if isinstance(data, str) else _changed(self.index, video, frame, data)
+            data = read_bytes(self.path(video, frame), MAX_BYTES)
+            problem = data if isinstance(data, str) else changed(self.index, video, frame, data)
             if problem is not None or isinstance(data, str):
                 raise BadClip(f"{self.name(video, frame)}: {problem}")
             images.append(data)
@@ -241,7 +224,7 @@ class Shards(Images):
         if self.index.hashes is None:
             return
         for frame, part in zip(frames.tolist(), parts, strict=True):
-            problem = _changed(self.index, video, frame, part)
+            problem = changed(self.index, video, frame, part)
             if problem is not None:
                 raise BadClip(f"{self.name(video, frame)}: {problem}")
 
@@ -261,77 +244,6 @@ class Shards(Images):
         return f"frame {frame} of clip {self.index.records[video].name} in {path}"
 
 
-class VideoFiles:
-    """One video file per clip, decoded by FFmpeg on the calling thread, without its colour conversion."""
-
-    kind: Kind = "pixels"
-    reads_at_once: ClassVar[bool] = False
-
-    def __init__(self, index: ClipIndex):
-        assert isinstance(index.store, VideoStore)
-        self.index, self.store = index, index.store
-
-    def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
-        """Return the T pictures: planar 4:2:0 YUV (3 H / 2, W, 1), or RGB (H, W, 3) from streams of other kinds.
-
-        Raises:
-            BadClip: if the file cannot be read, claims more than MAX_SIDE, or the decoder does not return a frame.
-        """
-        store, record = self.store, self.index.records[video]
-        if video in self.index.bad:  # even if it was mended since: the index lacks its frames
-            raise BadClip(self.index.bad[video])
-        if self.index.hashes is not None:
-            _read_video(self.index, video)
-        part = slice(store.first[video], store.first[video + 1])
-        try:
-            colours = store.matrix[video].item(), bool(store.full_range[video])
-            return read_frames(record.path, store.pts[part], store.key[part], frames, *colours)
-        except (BadVideo, FFmpegError, OSError) as error:
-            raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
-
-    def read(self, *args: Any) -> None:
-        """Do nothing: videos are fetched one by one."""
-
-    def yuv(self) -> Float32[np.ndarray, "N 13"]:
-        """Return how the pixels of each video become RGB: the (3, 4) map, and 1 where chroma lies on even columns."""
-        store, known = self.store, {}
-        rows = np.empty((len(store.codec), 13), dtype=np.float32)
-        streams = zip(store.codec.tolist(), store.matrix.tolist(), store.full_range.tolist(), strict=True)
-        for video, (codec, matrix, full_range) in enumerate(streams):
-            if (codec, matrix, full_range) not in known:
-                known[codec, matrix, full_range] = np.append(yuv_to_rgb(matrix, full_range), codec in CHROMA_LEFT)
-            rows[video] = known[codec, matrix, full_range]
-        return rows
-
-
-class VideoBytes:
-    """Whole video files, for a decoder that takes files (NVDEC)."""
-
-    kind: Kind = "videos"
-    reads_at_once: ClassVar[bool] = False
-
-    def __init__(self, index: ClipIndex):
-        assert isinstance(index.store, VideoStore)
-        self.index = index
-
-    def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, " _"]]:
-        """Return the bytes of the file, as one array.
-
-        Raises:
-            BadClip: if the file cannot be read, is no video, claims more than MAX_SIDE, or its hash differs.
-        """
-        if video in self.index.bad:
-            raise BadClip(self.index.bad[video])
-        try:
-            check_claims(self.index.records[video].path)
-        except (BadVideo, FFmpegError, OSError) as error:
-            raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
-        return [_read_video(self.index, video)]
-
-    def read(self, *args: Any) -> None:
-        """Do nothing: videos are fetched one by one."""
-
-
 Source: TypeAlias = FrameFolders | Shards | VideoFiles | VideoBytes
 
 
@@ -344,45 +256,7 @@ def source_of(index: ClipIndex, *, whole_videos: bool = False) -> Source:
     return VideoBytes(index) if whole_videos else VideoFiles(index)
 
 
-def _changed(index: ClipIndex, video: int, frame: int, data: UInt8[np.ndarray, " _"]) -> str | None:
-    """Return what is wrong with bytes whose hash differs from the one beside the list, else None."""
-    return None if index.hashes is None or index.hashes.fit(video, frame, data) else CHANGED
-
-
 def _texts(texts: Iterable[str]) -> tuple[UInt8[np.ndarray, " _"], Int64[np.ndarray, " N"]]:
     """Return texts as bytes that end with 0, and where each begins."""
     data = np.frombuffer(os.fsencode("\0".join(texts)) + b"\0", dtype=np.uint8)
     return data, np.concatenate([[0], np.flatnonzero(data == 0)[:-1] + 1])
-
-
-def _read_video(index: ClipIndex, video: int) -> UInt8[np.ndarray, " _"]:
-    """Return the bytes of a video file, or raise a BadClip."""
-    data = _read(index.records[video].path)
-    problem = data if isinstance(data, str) else _changed(index, video, 0, data)
-    if problem is not None or isinstance(data, str):
-        raise BadClip(f"{_video_name(index, video)}: {problem}")
-    return data
-
-
-def _video_name(index: ClipIndex, video: int) -> str:
-    """Return what messages call a video file."""
-    record = index.records[video]
-    return f"{record.source}: cannot decode the video {record.path}"
-
-
-def _read(path: str | Path, limit: float = math.inf) -> UInt8[np.ndarray, " _"] | str:
-    """Return the bytes of a file, or why there are none; a file of more than `limit` bytes is not read to its end."""
-    # One system call reads a frame, where Python's file objects need four: a tenth of all of the loader's work.
-    try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            parts = [os.read(file, _CHUNK)]
-            while len(parts[-1]) == _CHUNK:
-                if len(parts) * _CHUNK > limit:
-                    return f"more than {limit:,} bytes"
-                parts.append(os.read(file, _CHUNK))
-        finally:
-            os.close(file)
-    except OSError as error:
-        return reason(error)
-    return np.frombuffer(b"".join(parts), dtype=np.uint8)

@@ -31,7 +31,8 @@ from dali_pipes.compiling import njit
 from dali_pipes.native import DONE, ODD, READING, WAITING, check_hashes
 from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.readers import Readers
-from dali_pipes.sources import BadClip, Shards
+from dali_pipes.sources import Shards
+from dali_pipes.stored import BadClip
 from dali_pipes.torch_stages import Stages
 from dfer.files import reason
 from dfer.lists.index import ClipIndex

@@ -18,12 +18,14 @@ from torch import Tensor
 from dali_pipes.feeding import Epoch, Feed, Refused
 from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Samples
-from dali_pipes.sources import Source, VideoBytes, VideoFiles
+from dali_pipes.sources import Source
+from dali_pipes.video_files import VideoBytes, VideoFiles
 from dfer.cli import printable, say_error
 from dfer.lists.index import ClipIndex
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.plan.resizing import resize, resize_planar
 from dfer.video.decode import VIDEO_ERRORS, plain_pixels
+from dfer.video.random_access import PLANAR
 
 # By codec the shortest side in px that a decoder takes. Seen on an H200, but for AV1: that is what NVIDIA states.
 Rule: TypeAlias = Mapping[str, int]
@@ -31,7 +33,6 @@ NVDEC: Rule = {"h264": 64, "hevc": 144, "vp9": 128, "av1": 128}
 DALI_ON_A_CPU: Rule = {"vp8": 1, "vp9": 1, "mjpeg": 1}  # stands in for NVDEC in tests
 CORES: Rule = {}  # decode everything
 LONGEST = 4096  # px of a side that NVDEC takes of H.264; of others more
-_PLANAR = ("yuv420p", "yuvj420p")
 PINNED = 2**32  # bytes of page-locked memory for decoded frames, at most
 _AT_A_TIME = 8  # batches that have some: read ahead, decoded, uploaded, and as much again by rounding to powers of two
 _AT_ONCE = 2**26  # pixels that are floats at a time: 256 MiB, and as much again on the way
@@ -60,7 +61,7 @@ def takes(rule: Rule, codec: str, pixels: str, height: int, width: int) -> bool:
     least = rule.get(codec)
     return (
         least is not None
-        and pixels in _PLANAR  # 8 bits, 4:2:0
+        and pixels in PLANAR  # 8 bits, 4:2:0
         and not (height % 2 or width % 2)
         and least <= min(height, width)
         and max(height, width) <= LONGEST
@@ -98,7 +99,19 @@ class DeviceVideos:
         """
         if self.is_for_nvdec(video):
             return [*self.files.fetch(video, frames)]
-        return [self._together(self.frames.fetch(video, frames))]
+        memory: list[Tensor] = []
+
+        def allocate(shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
+            memory.append(self._empty(shape))
+            return memory[0].numpy()
+
+        planar = self.frames.planar(video, frames, allocate=allocate)
+        if planar is None:
+            return [self._together(self.frames.others(video, frames))]
+        pictures, which = planar
+        if len(pictures) < len(which):  # some of them several times
+            return [self._together([pictures[number] for number in which.tolist()])]
+        return [[Decoded(memory[0], np.argsort(which).tolist())]]
 
     def read(self, *args: Any) -> None:
         """Do nothing: videos are fetched one by one."""
@@ -123,13 +136,16 @@ class DeviceVideos:
             pixels = str(store.pixels[video])
         return takes(self._rule, str(store.codec[video]), pixels, int(store.height[video]), int(store.width[video]))
 
+    def _empty(self, shape: tuple[int, ...]) -> UInt8[Tensor, "..."]:
+        """Return memory of a clip's frames; pinned, but of frames that are large."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=math.prod(shape) <= self._pinned)
+
     def _together(self, frames: Sequence[UInt8[np.ndarray, "rows W C"]]) -> list[Decoded]:
         """Return frames in one array for each of their shapes; most videos have one."""
         found = []
         for shape in dict.fromkeys(frame.shape for frame in frames):
             places = [place for place, frame in enumerate(frames) if frame.shape == shape]
-            pinned = len(places) * math.prod(shape) <= self._pinned
-            pixels = torch.empty((len(places), *shape), dtype=torch.uint8, pin_memory=pinned)
+            pixels = self._empty((len(places), *shape))
             np.stack([frames[place] for place in places], out=pixels.numpy())
             found.append(Decoded(pixels, places))
         return found

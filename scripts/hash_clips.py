@@ -18,7 +18,8 @@ from dfer.cli import begin
 
 if __name__ == "__main__":
     begin("hash_clips", "torch and numba")
-from dali_pipes.sources import BadClip, Images, Source, source_of
+from dali_pipes.sources import Images, Source, source_of
+from dali_pipes.stored import BadClip
 from dfer.cli import EXIT_PROBLEMS, Parser, UserError, in_range, one_line_errors, printable, progress, usable_cores
 from dfer.files import check_output, disk_errors
 from dfer.lists import load_index

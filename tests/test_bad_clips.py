@@ -28,9 +28,10 @@ from dali_pipes.feeding import Refused
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
-from dali_pipes.sources import MAX_BYTES, _read, source_of
+from dali_pipes.sources import source_of
+from dali_pipes.stored import read_bytes
 from dali_pipes.streaming import read_clips
-from dfer.images import MAX_PIXELS, BadImage, decode_image
+from dfer.images import MAX_BYTES, MAX_PIXELS, BadImage, decode_image
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
@@ -876,9 +877,9 @@ def test_a_long_file_is_read_whole_and_an_endless_one_not(tmp_path):
     for size in (0, 1, 65535, 65536, 65537, 3 * 65536, 200_001):
         data = np.random.default_rng(size).bytes(size)
         (tmp_path / "file").write_bytes(data)
-        assert bytes(_read(tmp_path / "file", 200_001)) == data
+        assert bytes(read_bytes(tmp_path / "file", 200_001)) == data
     (tmp_path / "file").write_bytes(bytes(4 * 65536))
-    assert _read(tmp_path / "file", 200_001) == "more than 200,001 bytes"
+    assert read_bytes(tmp_path / "file", 200_001) == "more than 200,001 bytes"
 
 
 def test_a_video_that_claims_too_much_is_refused_before_it_is_decoded(clips):

@@ -19,7 +19,8 @@ from dali_pipes import headers
 from dali_pipes.headers import is_plain, refusal
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
-from dali_pipes.sources import BadClip, source_of
+from dali_pipes.sources import source_of
+from dali_pipes.stored import BadClip
 from dfer.cli import UserError
 from dfer.images import BadImage, decode_image, encode_plain
 from dfer.lists.index import ClipIndex, load_index

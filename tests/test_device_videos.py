@@ -10,8 +10,8 @@ from dali_pipes import videos
 from dali_pipes.feeding import Epoch, Feed, Refused
 from dali_pipes.options import LoaderOptions
 from dali_pipes.planar import fused
-from dali_pipes.sources import VideoFiles
 from dali_pipes.torch_stages import DevicePlan
+from dali_pipes.video_files import VideoFiles
 from dali_pipes.videos import CORES, DALI_ON_A_CPU, NVDEC, rule_of, takes
 from dfer.lists.annotations import read_annotations
 from dfer.lists.index import ClipIndex, build_index
@@ -113,13 +113,14 @@ def test_clips_of_the_cores_are_those_of_the_cpu_kernel(mixed, augmentation, mon
 
 def test_frames_of_a_clip_may_differ_in_kind_and_size(mixed, monkeypatch):
     """As in a stream that changes on its way."""
-    real = VideoFiles.fetch
+    real = VideoFiles.others
 
-    def fetch(self, video, frames):
+    def others(self, video, frames):
         other = real(self, 2, np.minimum(frames, 6))
         return [(other if place % 3 == 1 else own)[place] for own in [real(self, video, frames)] for place in range(T)]
 
-    monkeypatch.setattr(VideoFiles, "fetch", fetch)
+    monkeypatch.setattr(VideoFiles, "others", others)
+    monkeypatch.setattr(VideoFiles, "planar", lambda *_, **__: None)
     want = list(loader(mixed, batch_size=3, augmentation=EVERYTHING)(4))
     found = list(loader(mixed, batch_size=3, augmentation=EVERYTHING, graph="operators")(4))
     assert len(want) == len(found) == 2

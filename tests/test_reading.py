@@ -20,7 +20,8 @@ from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dali_pipes.readers import Readers
 from dali_pipes.reading import Files, Pictures, Rooms
-from dali_pipes.sources import BadClip, source_of
+from dali_pipes.sources import source_of
+from dali_pipes.stored import BadClip
 from dali_pipes.streaming import RawStream
 from dfer.lists.index import load_index
 from dfer.plan.augmentation import Augmentation

@@ -1,7 +1,10 @@
 """Some frames of a video are, to the bit, those of a full decode, and no more is decoded than they need."""
 
 import functools
+import gc
 import itertools
+import mmap
+import os
 import struct
 import subprocess
 import sys
@@ -15,6 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dali_pipes import ffmpeg, ffmpeg_loop
+from dali_pipes.ffmpeg import read_planar
+from dfer.cli import say_once
 from dfer.video import random_access as ra
 from dfer.video.colour import EXACT, yuv_to_rgb
 from dfer.video.decode import BadVideo, decode, decode_frames
@@ -144,13 +150,28 @@ def sequential(path: Path) -> Iterator[np.ndarray]:
                 yield images[i]
 
 
-def read(path: Path, scan: VideoScan, frames: Sequence[int]) -> list[np.ndarray]:
-    numbers = np.array(frames, dtype=np.int64)
-    return read_frames(path, scan.pts, scan.key, numbers, scan.matrix, scan.full_range)
+def read(path: Path, scan: VideoScan, frames: Sequence[int], compiled: bool = False) -> list[np.ndarray]:
+    """By Python; what compiled code gives must be the same. `compiled`: and it must give something."""
+    asked = path, scan.pts, scan.key, np.array(frames, dtype=np.int64)
+    planar = read_planar(*asked, (scan.height, scan.width), scan.matrix, scan.full_range)
+    try:
+        found = read_frames(*asked, scan.matrix, scan.full_range)
+    except Exception:
+        assert planar is None
+        raise
+    assert planar is not None or not compiled
+    if planar is not None:
+        pictures, which = planar
+        assert len(pictures) == len({*frames})
+        for frame, number in zip(found, which.tolist(), strict=True):
+            assert np.array_equal(frame, pictures[number])
+    return found
 
 
-def assert_read(path: Path, scan: VideoScan, truth: Sequence[np.ndarray], frames: Sequence[int]) -> None:
-    found = read(path, scan, frames)
+def assert_read(
+    path: Path, scan: VideoScan, truth: Sequence[np.ndarray], frames: Sequence[int], compiled: bool = False
+) -> None:
+    found = read(path, scan, frames, compiled)
     assert len(found) == len(frames)
     for number, frame in zip(frames, found, strict=True):
         assert frame.dtype == np.uint8 and frame.flags.c_contiguous
@@ -197,7 +218,7 @@ def test_frames_are_those_of_a_full_decode(
         assert np.array_equal(np.diff(scan.pts) > 0, np.full(F - 1, True)) and scan.key[0]
         monkeypatch.setattr(ra, "_read_all", never)
     for frames in choices(F, seed=len(name)):
-        assert_read(path, scan, truth, frames)
+        assert_read(path, scan, truth, frames, compiled=name in QUICK)
 
 
 @pytest.mark.parametrize("name", ["h264 B-frames", "vp8 hidden frames", "mpeg4 mp4", "h264 ts"])
@@ -263,7 +284,26 @@ def test_a_long_gap_is_not_read(tmp_path: Path, quick: None) -> None:
     for pos, size in packets[10:40]:
         data[pos : pos + size] = bytes(size)
     path.write_bytes(data)
-    assert_read(path, scan, truth, [0, 3, 9, 41, 49])
+    assert_read(path, scan, truth, [0, 3, 9, 41, 49], compiled=True)
+
+
+def test_frames_that_nobody_wants_are_not_decoded(b_frames: Path, tmp_path: Path) -> None:
+    """They may be damaged, if no other frame refers to them."""
+    scan, truth = scan_video(b_frames), list(sequential(b_frames))
+    with av.open(str(b_frames)) as file:
+        times = [packet.pts for packet in file.demux(video=0) if packet.size]
+    kinds = [int(frame.pict_type) for _, frame in decode_frames(b_frames)]
+    path, seen = tmp_path / "v.mp4", 0
+    for number in np.flatnonzero(np.array(kinds) == 3).tolist()[::5]:  # B-frames
+        (data,) = damages(b_frames, [times.index(scan.pts[number])], 0xFF)
+        path.write_bytes(data)
+        try:
+            read(path, scan, [number])
+        except (BadVideo, av.FFmpegError):
+            others = [other for other in range(F) if other != number]
+            assert_read(path, scan, truth, others, compiled=True)
+            seen += 1
+    assert seen > 1
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm"])
@@ -274,7 +314,7 @@ def test_a_stream_may_start_late(suffix: str, start: int, tmp_path: Path, quick:
     scan, truth = scan_video(path), list(sequential(path))
     assert len(truth) == len(scan.pts) == F
     for frames in choices(F, seed=start):
-        assert_read(path, scan, truth, frames)
+        assert_read(path, scan, truth, frames, compiled=True)
 
 
 @pytest.mark.parametrize("skipped", [1, 5, 13, 20, 21, 33])
@@ -291,7 +331,7 @@ def test_what_an_edit_list_cuts_off_is_no_frame(skipped: int, b_frames: Path, tm
     assert len(scan.pts) == len(truth) == F - skipped
     assert [number_of(frame) for frame in truth] == list(range(skipped, F))
     for frames in choices(F - skipped, seed=skipped):
-        assert_read(path, scan, truth, frames)
+        assert_read(path, scan, truth, frames, compiled=True)
 
 
 @pytest.mark.parametrize("options", ["frag_keyframe+empty_moov", "frag_every_frame+empty_moov+default_base_moof"])
@@ -299,7 +339,7 @@ def test_fragments(options: str, tmp_path: Path, quick: None) -> None:
     path = write(tmp_path / "v.mp4", options=B_FRAMES, container={"movflags": options})
     scan, truth = scan_video(path), list(sequential(path))
     for frames in choices(F, seed=0):
-        assert_read(path, scan, truth, frames)
+        assert_read(path, scan, truth, frames, compiled=True)
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
@@ -676,7 +716,7 @@ def test_sound_does_not_mislead(tmp_path: Path, quick: None) -> None:
     path = write(tmp_path / "v.mp4", options=B_FRAMES, audio=True)
     scan, truth = scan_video(path), list(sequential(path))
     for frames in choices(F, seed=0):
-        assert_read(path, scan, truth, frames)
+        assert_read(path, scan, truth, frames, compiled=True)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -705,7 +745,7 @@ def test_many_threads_at_once(b_frames: Path, quick: None) -> None:
     def work(seed: int) -> None:
         try:
             for frames in choices(F, seed):
-                assert_read(b_frames, scan, truth, frames)
+                assert_read(b_frames, scan, truth, frames, compiled=True)
         except BaseException as error:
             errors.append(error)
 
@@ -737,3 +777,77 @@ def test_what_is_no_video_is_refused(tmp_path: Path, b_frames: Path) -> None:
             scan_video(tmp_path / name)
         with pytest.raises(error):
             read(tmp_path / name, scan, [0, 5])
+
+
+def test_compiled_code_says_why_it_is_not_used(
+    b_frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And Python reads the same."""
+    scan = scan_video(b_frames)
+    asked = b_frames, scan.pts, scan.key, np.arange(3), (H, W), scan.matrix, scan.full_range
+    assert read_planar(*asked) is not None
+    monkeypatch.setattr(ffmpeg, "why_not", ffmpeg.why_not.__wrapped__)
+    for versions in ({"avutil": 59}, {"avother": 1}):
+        say_once.cache_clear()
+        monkeypatch.setattr(ffmpeg, "_VERSIONS", versions)
+        assert read_planar(*asked) is None and read_planar(*asked) is None
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "PyAV's" in said and "Python's lock" in said, said
+
+
+@pytest.mark.parametrize(
+    "format_, own, container, plain",
+    [
+        (0, (1, 2, 2, 2), (0, 2, 2, 2), True),  # of AVPixelFormat and the numbers of H.273; first comes the range
+        (12, (0, 2, 2, 6), (0, 2, 2, 2), False),
+        (5, (1, 2, 2, 2), (0, 2, 2, 2), False),
+        (0, (2, 2, 2, 2), (0, 2, 2, 2), False),
+        (0, (1, 9, 16, 5), (0, 2, 2, 2), False),
+        (0, (1, 9, 18, 5), (0, 2, 2, 2), False),
+        (0, (0, 2, 2, 2), (2, 2, 2, 2), False),
+        (0, (0, 2, 2, 2), (1, 2, 2, 5), True),
+        (0, (0, 2, 2, 2), (1, 2, 2, 1), False),
+        (0, (0, 2, 2, 6), (1, 2, 2, 1), True),
+        (0, (0, 2, 2, 2), (1, 2, 16, 5), False),
+        (0, (0, 2, 2, 10), (0, 2, 2, 2), False),
+    ],
+)
+def test_only_frames_in_the_colours_of_the_index_are_plain(
+    format_: int, own: tuple, container: tuple, plain: bool
+) -> None:
+    """BT.601 of limited range. And no frame that states other colours than the one before."""
+    assert ffmpeg.why_not() is None
+    fields = np.zeros(128, np.int32)  # an AVFrame's
+    fields[29], fields[70:74], nothing = format_, own, np.zeros(1, np.int64)
+    address, seen = fields.ctypes.data, np.full(4, -1)
+    matrices = np.array([number in (2, 5, 6) for number in range(10)])
+    frames = ffmpeg_loop.Frames(
+        nothing, nothing > 0, nothing, nothing, np.array(container), seen, is_full_range=False, matrices=matrices
+    )
+    assert ffmpeg_loop._is_plain(address, frames) == plain
+    if plain:
+        fields[73] = 5 if own[3] == 6 else 6
+        assert not ffmpeg_loop._is_plain(address, frames)
+
+
+def test_compiled_code_keeps_no_file_and_no_memory(tmp_path: Path, b_frames: Path) -> None:
+    scan, names = scan_video(b_frames), [tmp_path / f"{name}.mp4" for name in ("good", "cut", "codec", "text")]
+    data = b_frames.read_bytes()
+    changed = data.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzz")
+    for path, content in zip(names, (data, data[: len(data) // 2], changed, b"no video"), strict=True):
+        path.write_bytes(content)
+
+    def read_all() -> list[bool]:
+        asked = scan.pts, scan.key, np.arange(0, F, 3), (H, W), scan.matrix, scan.full_range
+        return [read_planar(path, *asked) is not None for path in names]
+
+    def kept() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    for _ in range(20):
+        assert read_all() == [True, False, False, False]
+    files, memory = kept()
+    for _ in range(300):  # of a decoder some 100 kB would stay each time
+        read_all()
+    assert kept()[0] == files and kept()[1] - memory < 8e6

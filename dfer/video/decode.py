@@ -49,7 +49,7 @@ LIMITS = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}
 # What FFmpeg learns by decoding ahead when a file is opened, which takes longer than decoding three frames, the decoder
 # learns again. With no codec allowed it only demuxes, and with 32 bytes to look at, one packet. Nor need it parse the
 # packets that follow: the containers where this matters say what each is.
-_QUICK = {"codec_whitelist": "none", "probesize": "32", "fflags": "noparse+nofillin"}
+QUICK = {"codec_whitelist": "none", "probesize": "32", "fflags": "noparse+nofillin"}
 
 
 class BadVideo(Exception):
@@ -233,10 +233,10 @@ def open_video(
 
 def open_quickly(path: Path) -> InputContainer:
     """Open a file without decoding ahead. Only what containers themselves say of a stream is known then."""
-    return open_video(path, _format(path), _QUICK)
+    return open_video(path, format_of(path), QUICK)
 
 
-def _format(path: Path) -> str | None:
+def format_of(path: Path) -> str | None:
     """Return FFmpeg's name of a file's format, None if it must find out: it tries all, half the time of opening."""
     file = os.open(path, os.O_RDONLY)
     try:

@@ -45,7 +45,7 @@ from dfer.video.decode import (
 )
 from dfer.video.webp import is_webp
 
-_PLANAR = ("yuv420p", "yuvj420p")
+PLANAR = ("yuv420p", "yuvj420p")
 
 # Containers that store a presentation time for each packet, the same however one came to it.
 _STORES_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -310,7 +310,7 @@ class _WantedFrames:
         height, width = frame.height, frame.width
         self._planes = ()
         if (
-            frame.format.name in _PLANAR
+            frame.format.name in PLANAR
             and not height % 2
             and not width % 2
             and (MATRICES.get(frame.colorspace), is_full_range(frame)) == self._colours
@@ -340,7 +340,7 @@ def _read_some(path: Path, starts: Int64[np.ndarray, " K"], wanted: _WantedFrame
         if decoder is None:
             raise _Unseekable
         wanted.stated = stated_colours(decoder)
-        skip = "NONREF" if _can_skip(decoder) else "DEFAULT"
+        skip = "NONREF" if can_skip(decoder.codec.canonical_name, decoder.extradata or b"") else "DEFAULT"
         packets = container.demux(video)
         sent: set[int | None] = set()
         for start, times in _runs(sorted(wanted.names), starts):
@@ -385,10 +385,9 @@ def _is_before(start: int, packet: av.Packet) -> bool:
     return not packet.is_keyframe or packet.pts != start
 
 
-def _can_skip(decoder: av.VideoCodecContext) -> bool:
-    """Return whether frames that the decoder takes for non-reference ones are such."""
-    if decoder.codec.canonical_name != "hevc":
-        return decoder.codec.canonical_name in _CAN_SKIP
+def can_skip(codec: str, record: bytes) -> bool:
+    """Return whether frames that a decoder takes for non-reference ones are such, by the codec and its `extradata`."""
+    if codec != "hevc":
+        return codec in _CAN_SKIP
     # In HEVC frames of a higher temporal layer may refer to them: the number of layers stands in the hvcC record.
-    record = decoder.extradata or b""
     return len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1

@@ -20,6 +20,7 @@ from dali_pipes import ffmpeg_loop
 from dfer.cli import say_once
 from dfer.video.colour import MATRICES, Matrix
 from dfer.video.decode import LIMITS, QUICK, format_of
+from dfer.video.hdr import TRANSFERS
 from dfer.video.random_access import can_skip
 
 # Places of the fields that are read, here and in ffmpeg_loop.py, in the structures of FFmpeg 8, whose fields do not
@@ -38,16 +39,16 @@ def why_not() -> str | None:
     """Return why the FFmpeg that PyAV brings is not used by compiled code; None if it is."""
     try:
         found = _libraries()
+        for name, version in _VERSIONS.items():
+            major = found[name][f"{name}_version"]() >> 16
+            if major != version:
+                return f"PyAV's lib{name} is of version {major}, not {version}"
+        for name, functions in ffmpeg_loop.FUNCTIONS.items():
+            for function in functions:
+                address = ctypes.cast(found[name][function], ctypes.c_void_p).value
+                binding.add_symbol(ffmpeg_loop.PREFIX + function, address)
     except (OSError, AttributeError) as error:
         return f"PyAV's FFmpeg is not where it is looked for ({error})"
-    for name, version in _VERSIONS.items():
-        major = found[name][f"{name}_version"]() >> 16
-        if major != version:
-            return f"PyAV's lib{name} is of version {major}, not {version}"
-    for name, functions in ffmpeg_loop.FUNCTIONS.items():
-        for function in functions:
-            address = ctypes.cast(found[name][function], ctypes.c_void_p).value
-            binding.add_symbol(ffmpeg_loop.PREFIX + function, address)
     return None
 
 
@@ -108,12 +109,13 @@ def read_planar(
     place = np.full(len(pts), -1)
     place[wanted] = np.arange(len(wanted))
     matrices = np.array([MATRICES.get(number) == matrix for number in range(max(MATRICES) + 1)])
+    is_hdr = np.isin(np.arange(max(TRANSFERS) + 1), list(TRANSFERS))
     planar = allocate((len(wanted), height * 3 // 2, width, 1))
     with _Opened(path) as opened:
         if opened.decoder is None:
             return None
         times, keys, seen = np.ascontiguousarray(pts), np.ascontiguousarray(key), np.full(4, -1)
-        known = ffmpeg_loop.Frames(times, keys, wanted, place, opened.colours, seen, full_range, matrices)
+        known = ffmpeg_loop.Frames(times, keys, wanted, place, opened.colours, seen, full_range, matrices, is_hdr)
         if not ffmpeg_loop.decode(opened.decoder, known, planar):
             return None
     return planar, which

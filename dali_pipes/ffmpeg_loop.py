@@ -1,4 +1,7 @@
-"""The loop over a video's packets in compiled code, without Python's lock: see ffmpeg.py, which opens the file."""
+"""The loop over a video's packets in compiled code, without Python's lock: see ffmpeg.py, which opens the file.
+
+Nothing here may be called before `ffmpeg.why_not` has told where FFmpeg's functions are: the process would end.
+"""
 
 # The types of numba describe Python's side of compiled functions, not the functions.
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -10,7 +13,6 @@ from jaxtyping import Bool, Int64
 from numba import carray, types
 
 from dali_pipes.compiling import njit, pointer
-from dfer.video.hdr import TRANSFERS
 
 # Places of the fields that are read, in the structures of FFmpeg 8: libavcodec/packet.h and libavutil/frame.h.
 _PACKET_PTS, _PACKET_SIZE, _PACKET_STREAM, _PACKET_FLAGS = 8, 32, 36, 40  # AVPacket
@@ -23,7 +25,6 @@ _DISPLAY_MATRIX = 6  # kind of side data
 _NOT_YET, _END = -11, -int.from_bytes(b"EOF ", "little")  # AVERROR(EAGAIN), AVERROR_EOF
 _BACKWARD = 1  # AVSEEK_FLAG_BACKWARD
 _YUV420P, _YUVJ420P, _FULL_RANGE, _UNSPECIFIED = 0, 12, 2, 2
-_PQ, _HLG = sorted(TRANSFERS)
 
 PREFIX = "dfer_"  # of the names under which compiled code finds the functions of PyAV's FFmpeg, not of another
 FUNCTIONS = {
@@ -64,7 +65,8 @@ class Frames(NamedTuple):
     colours: Int64[np.ndarray, " 4"]  # that the container states: range, primaries, transfer, matrix
     seen: Int64[np.ndarray, " 4"]  # that the wanted frames so far state; -1 before the first one
     is_full_range: bool
-    matrices: Bool[np.ndarray, " _"]  # FFmpeg's numbers of those that are the index's
+    matrices: Bool[np.ndarray, " _"]  # by FFmpeg's number of one: whether it is the index's
+    is_hdr: Bool[np.ndarray, " _"]  # by FFmpeg's number of a transfer function
 
 
 @njit(nogil=True)
@@ -202,7 +204,7 @@ def _is_plain(frame, frames):
             colours[i] = frames.colours[i]
     if (colours[0] == _FULL_RANGE or kind == _YUVJ420P) != frames.is_full_range:
         return False
-    if colours[2] == _PQ or colours[2] == _HLG:
+    if 0 <= colours[2] < len(frames.is_hdr) and frames.is_hdr[colours[2]]:
         return False
     return 0 <= colours[3] < len(frames.matrices) and frames.matrices[colours[3]]
 

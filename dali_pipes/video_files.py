@@ -33,6 +33,7 @@ class VideoFiles:
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, VideoStore)
         self.index, self.store = index, index.store
+        self._unusual: set[int] = set()  # videos that `planar` has left to `others`, which could read them
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
         """Return the T pictures: planar 4:2:0 YUV (3 H / 2, W, 1), or RGB (H, W, 3) from streams of other kinds.
@@ -59,20 +60,22 @@ class VideoFiles:
             raise BadClip(self.index.bad[video])
         if self.index.hashes is not None:
             _read_video(self.index, video)
-        if store.pixels is not None and store.pixels[video] not in PLANAR:
+        if video in self._unusual or (store.pixels is not None and store.pixels[video] not in PLANAR):
             return None
         size = int(store.height[video]), int(store.width[video])
         with self._named_errors(video):
             return ffmpeg.read_planar(*self._scan(video), frames, size, *self._colours(video), **memory)
 
     def others(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
-        """Return what `fetch` does, of any video.
+        """Return what `fetch` does, of a video that `planar` has not read.
 
         Raises:
             BadClip: as `fetch`.
         """
         with self._named_errors(video):
-            return read_frames(*self._scan(video), frames, *self._colours(video))
+            pictures = read_frames(*self._scan(video), frames, *self._colours(video))
+        self._unusual.add(video)
+        return pictures
 
     def _scan(self, video: int) -> tuple[Path, Int64[np.ndarray, " F"], Bool[np.ndarray, " F"]]:
         part = slice(self.store.first[video], self.store.first[video + 1])

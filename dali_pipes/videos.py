@@ -99,6 +99,8 @@ class DeviceVideos:
         """
         if self.is_for_nvdec(video):
             return [*self.files.fetch(video, frames)]
+        if len(np.unique(frames)) < len(frames):  # some of them several times
+            return [self._together(self.frames.fetch(video, frames))]
         memory: list[Tensor] = []
 
         def allocate(shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
@@ -107,11 +109,9 @@ class DeviceVideos:
 
         planar = self.frames.planar(video, frames, allocate=allocate)
         if planar is None:
+            memory.clear()  # page-locked memory is never given back to the system
             return [self._together(self.frames.others(video, frames))]
-        pictures, which = planar
-        if len(pictures) < len(which):  # some of them several times
-            return [self._together([pictures[number] for number in which.tolist()])]
-        return [[Decoded(memory[0], np.argsort(which).tolist())]]
+        return [[Decoded(memory[0], np.argsort(planar[1]).tolist())]]
 
     def read(self, *args: Any) -> None:
         """Do nothing: videos are fetched one by one."""

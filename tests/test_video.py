@@ -1,5 +1,6 @@
 """Some frames of a video are, to the bit, those of a full decode, and no more is decoded than they need."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -20,7 +21,9 @@ from PIL import Image
 
 from dali_pipes import ffmpeg, ffmpeg_loop
 from dali_pipes.ffmpeg import read_planar
+from dali_pipes.video_files import VideoFiles
 from dfer.cli import say_once
+from dfer.lists.index import load_index
 from dfer.video import random_access as ra
 from dfer.video.colour import EXACT, yuv_to_rgb
 from dfer.video.decode import BadVideo, decode, decode_frames
@@ -822,12 +825,52 @@ def test_only_frames_in_the_colours_of_the_index_are_plain(
     address, seen = fields.ctypes.data, np.full(4, -1)
     matrices = np.array([number in (2, 5, 6) for number in range(10)])
     frames = ffmpeg_loop.Frames(
-        nothing, nothing > 0, nothing, nothing, np.array(container), seen, is_full_range=False, matrices=matrices
+        nothing,
+        nothing > 0,
+        nothing,
+        nothing,
+        np.array(container),
+        seen,
+        is_full_range=False,
+        matrices=matrices,
+        is_hdr=np.isin(np.arange(19), (16, 18)),
     )
     assert ffmpeg_loop._is_plain(address, frames) == plain
     if plain:
         fields[73] = 5 if own[3] == 6 else 6
         assert not ffmpeg_loop._is_plain(address, frames)
+
+
+@pytest.mark.parametrize("name", ["mjpeg mov", "hevc pyramid", "vp8 webm"])
+def test_damage_that_no_decoder_tells_of_is_the_same(name: str, tmp_path: Path) -> None:
+    """Where pixels are what memory held before."""
+    codec, suffix, options = QUICK[name]
+    path, rng, compared = write(tmp_path / f"v.{suffix}", codec, options), np.random.default_rng(0), 0
+    scan, data = scan_video(path), np.frombuffer(path.read_bytes(), np.uint8)
+    with av.open(str(path)) as file:
+        places = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
+    for _ in range(60):
+        damaged = data.copy()
+        pos, size = places[rng.integers(len(places))]
+        damaged[pos + rng.integers(size, size=3)] ^= rng.integers(1, 256, 3, dtype=np.uint8)
+        path.write_bytes(damaged.tobytes())
+        with contextlib.suppress(BadVideo, av.FFmpegError):
+            read(path, scan, np.sort(rng.permutation(F)[:8]).tolist())
+            compared += 1
+    assert compared > 10
+
+
+def test_what_compiled_code_leaves_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be decoded twice each time."""
+    write(tmp_path / "plain.mp4", pts=[0, 40, 80])
+    write(tmp_path / "other.mp4", pts=[0, 40, 80], colorspace=7)  # SMPTE 240M
+    (tmp_path / "list.txt").write_text("plain.mp4 3 0\nother.mp4 3 0\n")
+    source, real, asked = VideoFiles(load_index(tmp_path / "list.txt")), ffmpeg.read_planar, []
+    monkeypatch.setattr(ffmpeg, "read_planar", lambda path, *a, **k: asked.append(path.stem) or real(path, *a, **k))
+    for _ in range(3):
+        shapes = [[frame.shape[2] for frame in source.fetch(video, np.arange(3))] for video in range(2)]
+        assert shapes == [[1] * 3, [3] * 3]
+    assert sorted(asked) == ["other", "plain", "plain", "plain"]
 
 
 def test_compiled_code_keeps_no_file_and_no_memory(tmp_path: Path, b_frames: Path) -> None:

@@ -281,6 +281,15 @@ class _WantedFrames:
     def complete(self) -> bool:
         return len(self.frames) == len(self.names)
 
+    def take(self, frames: list[av.VideoFrame]) -> None:
+        """Keep those that are wanted, by their times, and none of the decoder's memory.
+
+        Where a stream is damaged and its decoder says nothing, pixels may be what its memory held before: what a caller
+        still refers to would change them.
+        """
+        for frame in frames:
+            self.add(frame.pts, frame)
+
     def add(self, name: int | None, frame: av.VideoFrame) -> None:
         """Keep a frame if it is wanted.
 
@@ -347,8 +356,7 @@ def _read_some(path: Path, starts: Int64[np.ndarray, " K"], wanted: _WantedFrame
             if (
                 start is not None and start not in sent
             ):  # else it went to the decoder with frames that are displayed before it
-                for frame in decoder.decode():  # what it still holds
-                    wanted.add(frame.pts, frame)
+                wanted.take(decoder.decode())  # what it still holds
                 container.seek(start, stream=video)
                 packets = itertools.dropwhile(functools.partial(_is_before, start), container.demux(video))
             unsent = set(times) - sent
@@ -358,12 +366,10 @@ def _read_some(path: Path, starts: Int64[np.ndarray, " K"], wanted: _WantedFrame
                     raise _Unseekable
                 time = packet.pts
                 decoder.skip_frame = "DEFAULT" if time in wanted.names else skip
-                for frame in decoder.decode(packet):
-                    wanted.add(frame.pts, frame)
+                wanted.take(decoder.decode(packet))
                 sent.add(time)
                 unsent.discard(time)
-        for frame in decoder.decode():
-            wanted.add(frame.pts, frame)
+        wanted.take(decoder.decode())
 
 
 def _runs(times: Sequence[int], starts: Int64[np.ndarray, " K"]) -> list[tuple[int | None, list[int]]]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -62,19 +63,20 @@ def test_gradients_of_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_four_processes_count_every_clip_once_and_score_as_one(clips, tmp_path):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_count_every_clip_once_and_score_as_one(clips, tmp_path, processes):
     lists = ("--data.train-list", f"{clips}/train.txt", "--data.val-list", f"{clips}/test.txt")
-    done = torchrun(4, "train.py", *TINY, *lists, "--data.batch-size", "2", "--run.log-dir", str(tmp_path),
-                    "--run.name", "four")  # fmt: skip
+    done = torchrun(processes, "train.py", *TINY, *lists, "--data.batch-size", "2", "--run.log-dir", str(tmp_path),
+                    "--run.name", "several")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    last = [row for row in rows(tmp_path / "four") if "val/WAR" in row][-1]
-    single = run_python("scripts/evaluate.py", str(tmp_path / "four"), "--json", "--device", "cpu",
+    last = [row for row in rows(tmp_path / "several") if "val/WAR" in row][-1]
+    single = run_python("scripts/evaluate.py", str(tmp_path / "several"), "--json", "--device", "cpu",
                         "--out", str(tmp_path / "single.csv"))  # fmt: skip
     assert single.returncode == 0, single.stderr
     numbers = json.loads(single.stdout.splitlines()[-1])
     assert numbers["clips"] == 9 and sum(map(sum, numbers["confusion"])) == 9
     assert (numbers["WAR"], numbers["UAR"]) == (last["val/WAR"], last["val/UAR"])
-    assert (tmp_path / "single.csv").read_text() == (tmp_path / "four" / "predictions.csv").read_text()
+    assert (tmp_path / "single.csv").read_text() == (tmp_path / "several" / "predictions.csv").read_text()
 
 
 def test_freed_memory_is_kept():

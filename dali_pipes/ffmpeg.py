@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -33,6 +34,27 @@ _COLOURS_OF_STREAM = 100  # range, primaries, transfer, matrix
 _OPTION_OFFSET = 16  # AVOption
 _ALL, _UNREFERENCED = 48, 8  # AVDISCARD_ALL, AVDISCARD_NONREF
 
+_ADDRESS, _INT, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
+_SIGNATURES: dict[str, tuple] = {  # library, result, arguments
+    "av_find_input_format": ("avformat", _ADDRESS, _TEXT),
+    "avformat_open_input": ("avformat", _INT, _ADDRESS, _TEXT, _ADDRESS, _ADDRESS),
+    "av_find_best_stream": ("avformat", _INT, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _INT),
+    "avformat_close_input": ("avformat", None, _ADDRESS),
+    "avcodec_find_decoder": ("avcodec", _ADDRESS, _INT),
+    "avcodec_get_name": ("avcodec", _TEXT, _INT),
+    "avcodec_alloc_context3": ("avcodec", _ADDRESS, _ADDRESS),
+    "avcodec_parameters_to_context": ("avcodec", _INT, _ADDRESS, _ADDRESS),
+    "avcodec_open2": ("avcodec", _INT, _ADDRESS, _ADDRESS, _ADDRESS),
+    "avcodec_free_context": ("avcodec", None, _ADDRESS),
+    "av_packet_alloc": ("avcodec", _ADDRESS),
+    "av_packet_free": ("avcodec", None, _ADDRESS),
+    "av_frame_alloc": ("avutil", _ADDRESS),
+    "av_frame_free": ("avutil", None, _ADDRESS),
+    "av_opt_find": ("avutil", _ADDRESS, _ADDRESS, _TEXT, _TEXT, _INT, _INT),
+    "av_dict_set": ("avutil", _INT, _ADDRESS, _TEXT, _TEXT, _INT),
+    "av_dict_free": ("avutil", None, _ADDRESS),
+}
+
 
 @functools.cache
 def why_not() -> str | None:
@@ -47,6 +69,7 @@ def why_not() -> str | None:
             for function in functions:
                 address = ctypes.cast(found[name][function], ctypes.c_void_p).value
                 binding.add_symbol(ffmpeg_loop.PREFIX + function, address)
+        _functions()
     except (OSError, AttributeError) as error:
         return f"PyAV's FFmpeg is not where it is looked for ({error})"
     return None
@@ -64,11 +87,14 @@ def _libraries() -> dict[str, ctypes.CDLL]:
 
 
 @functools.cache
-def _function(library: str, name: str, result: type | None, *arguments: type) -> Callable:
-    """Return a function of FFmpeg, which is called without Python's lock."""
-    function = _libraries()[library][name]
-    function.restype, function.argtypes = result, arguments
-    return function
+def _functions() -> SimpleNamespace:
+    """Return the functions of FFmpeg that open a file and close it. They are called without Python's lock."""
+    libraries, found = _libraries(), SimpleNamespace()
+    for name, (library, result, *arguments) in _SIGNATURES.items():
+        function = libraries[library][name]
+        function.restype, function.argtypes = result, arguments
+        setattr(found, name, function)
+    return found
 
 
 def _new(shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
@@ -125,8 +151,8 @@ class _Opened:
     """A video file whose decoder is open, as a context; `decoder` is None if that cannot be done."""
 
     def __init__(self, path: Path):
-        self._path = path
-        self._objects = (ctypes.c_void_p * 4)()  # container, codec, packet, frame
+        self._path, self._ffmpeg = path, _functions()
+        self._objects = (ctypes.c_void_p * 4)()  # container, decoder, packet, frame
         self.decoder: ffmpeg_loop.Decoder | None = None
         self.colours = np.zeros(4, np.int64)
 
@@ -139,63 +165,58 @@ class _Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
-        names = ("avformat_close_input", "avcodec_free_context", "av_packet_free", "av_frame_free")
-        libraries = ("avformat", "avcodec", "avcodec", "avutil")
-        for place in (1, 2, 3, 0):
-            if self._objects[place]:
-                _function(libraries[place], names[place], None, ctypes.c_void_p)(self._at(place))
-
-    def _at(self, place: int) -> int:
-        return ctypes.addressof(self._objects) + 8 * place
+        ffmpeg, container = self._ffmpeg, ctypes.addressof(self._objects)
+        # Each takes the address of the address, and does nothing where that is 0.
+        ffmpeg.av_frame_free(container + 24)
+        ffmpeg.av_packet_free(container + 16)
+        ffmpeg.avcodec_free_context(container + 8)
+        ffmpeg.avformat_close_input(container)
 
     def _open(self) -> None:
-        address, number, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
-        if not os.path.isfile(self._path):
+        ffmpeg = self._ffmpeg
+        parameters, stream = self._open_container()
+        if not parameters:
             return
-        name = format_of(self._path)
-        kind = None if name is None else _function("avformat", "av_find_input_format", address, text)(name.encode())
-        file = os.fsencode(os.path.abspath(self._path))
-        open_input = _function("avformat", "avformat_open_input", number, address, text, address, address)
-        with _Options(QUICK) as options:
-            if open_input(self._at(0), file, kind, options.address) < 0:
-                return
-        container = self._objects[0]
-        find = _function("avformat", "av_find_best_stream", number, address, number, number, number, address, number)
-        stream = find(container, 0, -1, -1, None, 0)
-        if stream < 0:
-            return
-        table = _number(container + _STREAMS, ctypes.c_void_p)
-        for place in range(_number(container + _NUM_STREAMS, ctypes.c_uint)):
-            if place != stream:
-                other = _number(table + 8 * place, ctypes.c_void_p)
-                ctypes.c_int.from_address(other + _DISCARD).value = _ALL
-        parameters = _number(_number(table + 8 * stream, ctypes.c_void_p) + _CODEC_PARAMETERS, ctypes.c_void_p)
-        self.colours[:] = [_number(parameters + _COLOURS_OF_STREAM + 4 * i, number) for i in range(4)]
-        codec = _function("avcodec", "avcodec_find_decoder", address, number)(_number(parameters + _CODEC_ID, number))
-        if not codec:
-            return
-        self._objects[1] = decoder = _function("avcodec", "avcodec_alloc_context3", address, address)(codec)
-        fill = _function("avcodec", "avcodec_parameters_to_context", number, address, address)
-        if not decoder or fill(decoder, parameters) < 0:
+        self.colours[:] = [_number(parameters + _COLOURS_OF_STREAM + 4 * i, _INT) for i in range(4)]
+        kind = _number(parameters + _CODEC_ID, _INT)
+        codec = ffmpeg.avcodec_find_decoder(kind)
+        self._objects[1] = decoder = ffmpeg.avcodec_alloc_context3(codec) if codec else None
+        if not decoder or ffmpeg.avcodec_parameters_to_context(decoder, parameters) < 0:
             return
         with _Options({**LIMITS, "threads": "1"}) as options:
-            if _function("avcodec", "avcodec_open2", number, address, address, address)(
-                decoder, codec, options.address
-            ):
+            if ffmpeg.avcodec_open2(decoder, codec, options.address) < 0:
                 return
-        self._objects[2] = _function("avcodec", "av_packet_alloc", address)()
-        self._objects[3] = _function("avutil", "av_frame_alloc", address)()
-        find_option = _function("avutil", "av_opt_find", address, address, text, text, number, number)
-        option = find_option(decoder, b"skip_frame", None, 0, 0)
-        if not (self._objects[2] and self._objects[3] and option):
+        self._objects[2], self._objects[3] = packet, frame = ffmpeg.av_packet_alloc(), ffmpeg.av_frame_alloc()
+        option = ffmpeg.av_opt_find(decoder, b"skip_frame", None, 0, 0)
+        if not (packet and frame and option):
             return
-        extra = _number(parameters + _EXTRADATA_SIZE, number)
-        record = ctypes.string_at(_number(parameters + _EXTRADATA, ctypes.c_void_p), extra) if extra else b""
-        named = _function("avcodec", "avcodec_get_name", text, number)(_number(parameters + _CODEC_ID, number))
-        skip = _UNREFERENCED if can_skip(named.decode(), record) else 0
-        setting = decoder + _number(option + _OPTION_OFFSET, number)
-        container, codec, packet, frame = (int(found or 0) for found in self._objects)
-        self.decoder = ffmpeg_loop.Decoder(container, codec, packet, frame, stream, setting, skip)
+        size = _number(parameters + _EXTRADATA_SIZE, _INT)
+        record = ctypes.string_at(_number(parameters + _EXTRADATA, _ADDRESS), size) if size else b""
+        skip = _UNREFERENCED if can_skip(ffmpeg.avcodec_get_name(kind).decode(), record) else 0
+        setting = decoder + _number(option + _OPTION_OFFSET, _INT)
+        self.decoder = ffmpeg_loop.Decoder(int(self._objects[0] or 0), decoder, packet, frame, stream, setting, skip)
+
+    def _open_container(self) -> tuple[int, int]:
+        """Return the address of the video stream's parameters, 0 if there is none, and the stream's number."""
+        ffmpeg = self._ffmpeg
+        if not os.path.isfile(self._path):  # a pipe would never end
+            return 0, 0
+        name = format_of(self._path)
+        kind = None if name is None else ffmpeg.av_find_input_format(name.encode())
+        file = os.fsencode(os.path.abspath(self._path))  # FFmpeg takes "a:b.mp4" for a protocol
+        with _Options(QUICK) as options:
+            if ffmpeg.avformat_open_input(ctypes.addressof(self._objects), file, kind, options.address) < 0:
+                return 0, 0
+        container = int(self._objects[0] or 0)
+        stream = ffmpeg.av_find_best_stream(container, 0, -1, -1, None, 0)
+        if stream < 0:
+            return 0, 0
+        table = _number(container + _STREAMS, _ADDRESS)
+        streams = [_number(table + 8 * i, _ADDRESS) for i in range(_number(container + _NUM_STREAMS, ctypes.c_uint))]
+        for place, other in enumerate(streams):
+            if place != stream:
+                _INT.from_address(other + _DISCARD).value = _ALL
+        return _number(streams[stream] + _CODEC_PARAMETERS, _ADDRESS), stream
 
 
 class _Options:
@@ -206,15 +227,12 @@ class _Options:
         self.address = ctypes.addressof(self._pointer)
 
     def __enter__(self) -> "_Options":
-        put = _function(
-            "avutil", "av_dict_set", ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int
-        )
         for name, value in self._options.items():
-            put(self.address, name.encode(), value.encode(), 0)
+            _functions().av_dict_set(self.address, name.encode(), value.encode(), 0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _function("avutil", "av_dict_free", None, ctypes.c_void_p)(self.address)
+        _functions().av_dict_free(self.address)
 
 
 def _number(address: int, kind: type) -> int:

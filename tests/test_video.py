@@ -790,10 +790,15 @@ def test_compiled_code_says_why_it_is_not_used(
     asked = b_frames, scan.pts, scan.key, np.arange(3), (H, W), scan.matrix, scan.full_range
     assert read_planar(*asked) is not None
     monkeypatch.setattr(ffmpeg, "why_not", ffmpeg.why_not.__wrapped__)
-    for versions in ({"avutil": 59}, {"avother": 1}):
+    for place, name, value in (
+        (ffmpeg, "_VERSIONS", {"avutil": 59}),
+        (ffmpeg, "_VERSIONS", {"avother": 1}),
+        (ffmpeg_loop, "FUNCTIONS", {"avutil": ("av_no_such_function",)}),
+    ):
         say_once.cache_clear()
-        monkeypatch.setattr(ffmpeg, "_VERSIONS", versions)
-        assert read_planar(*asked) is None and read_planar(*asked) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            assert read_planar(*asked) is None and read_planar(*asked) is None
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "PyAV's" in said and "Python's lock" in said, said
 

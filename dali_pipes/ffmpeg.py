@@ -1,7 +1,8 @@
 """Frames of a video by FFmpeg in one call of compiled code, where PyAV takes Python's lock twice for each packet.
 
 It does what `dfer.video.random_access.read_frames` does, by the FFmpeg that PyAV brings, but only what is plain: planar
-frames, shown as they are stored, in the colours that the index knows. Whatever is not as it should be, or only unusual,
+frames of 8 bits and 4:2:0 with even sides, shown as they are stored, in the colours of the index, of files whose index
+has keyframes. Whatever is not as it should be, or only unusual,
 is left to `read_frames`, which finds out what it is.
 """
 

@@ -38,10 +38,10 @@ def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
 
     The operator's inputs are what is given and the parameters of a clip. Of a crop the output is one frame as (size,
     size, 3) `dtype`: float32, uint16 (the bits of bfloat16) or uint8. Else a sample is several frames of one clip, as
-    each costs DALI as much as handing it over: what is given and the output have a first axis more. An address is four
-    int64: where the pixels lie, height, width, channels. Of files there is another output, of a uint8 for each: 1 if
-    jpeg.py does not decode it. The first call on a machine compiles for some seconds, later ones find the machine code
-    in numba's cache.
+    DALI takes half a microsecond for each sample, however small: what is given and the output have a first axis more.
+    An address is four int64: where the pixels lie, height, width, channels. Of files there is another output, of a
+    uint8 for each: 1 if jpeg.py does not decode it. The first call on a machine compiles for some seconds, later ones
+    find the machine code in numba's cache.
     """
     out_type = np.dtype(dtype).type
     number = numba.types.int32
@@ -126,8 +126,8 @@ def fused(kind: Kind, max_samples: int, size: int, dtype: str, num_threads: int)
 def sliced(max_frames: int, size: int, dtype: str, num_threads: int) -> Pipeline:
     """Build the graph of `fused` for images that DALI has to decode.
 
-    Inputs, per frame: as of `fused`, whose parameters have no crop; "anchor" and "shape", (2,) float32, the crop as
-    (y, x) shares of the image.
+    Inputs, per frame: "source", an image file; "parameters" as of `fused`, but without a crop; "anchor" and "shape",
+    (2,) float32, the crop as (y, x) shares of the image.
     """
 
     def define() -> list[DataNode]:
@@ -153,8 +153,8 @@ def operators(
 
     The pictures are (size, size, 3), from videos (T, size, size, 3).
 
-    Inputs, per frame, or per clip for videos: "source", "anchor" and "shape" as in `fused`, but pixels themselves; for
-    images "length" (1,) int32, the bytes of the file; "mirror" int32; "matrix"
+    Inputs, per frame, or per clip for videos: "source", a file or the pixels themselves, "anchor" and "shape" as of
+    `sliced`; for images "length" (1,) int32, the bytes of the file; "mirror" int32; "matrix"
     (3, 3) and "offset" (3,) float32, the affine map of RGB in 0..255; for videos "frames" (T,) int32.
     """
 

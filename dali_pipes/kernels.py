@@ -1,4 +1,4 @@
-"""The fused CPU kernel: crop -> resize -> mirror -> warp -> blur -> colour and normalise -> erase, one frame a call.
+"""The fused CPU kernel: crop -> resize -> mirror -> warp -> blur -> colour and normalise -> erase, one frame at a time.
 
 DALI's own CPU operators do the same in several passes, each of which costs as much as decoding the frame. This kernel
 runs inside the DALI graph, in its threads and without Python, and passes over the memory once: rows are blended with

@@ -1,4 +1,4 @@
-"""The CPU kernel for planar 4:2:0 YUV, as videos have it: what kernels.py does to RGB, one frame a call.
+"""The CPU kernel for planar 4:2:0 YUV, as videos have it: what kernels.py does to RGB, one frame at a time.
 
 Each plane is resized at its own resolution: what interpolates chroma to the positions of luma, and what resizes that,
 are one sum for each output. Rows are blended with contiguous vector code; then columns, of eight lines at once, whose

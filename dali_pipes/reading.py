@@ -1,7 +1,7 @@
 """Reading ahead: the clips of a batch are fetched by several threads, each of which has a part of the batch.
 
 A part takes one call of compiled code, however many clips and frames it has. Only a clip that is unusual, or cannot be
-read, is fetched by Python.
+read, is fetched by Python. Of videos each clip is a part, which one call of compiled code decodes (ffmpeg.py).
 """
 
 from collections import deque

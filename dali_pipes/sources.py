@@ -1,7 +1,8 @@
-"""Sources: from (video, frames) to the bytes or pixels of a clip. One class per kind of storage.
+"""Sources: from (video, frames) to the bytes or pixels of a clip. One class per kind of storage:
+here folders of images and packs, in video_files.py videos.
 
 `kind` is what `fetch` returns: "images" (encoded), "pixels" (uint8 pictures) or "videos" (whole encoded files). `read`
-does the same for many clips at once, in compiled code, as far as there is nothing unusual about them.
+does the same for many clips at once, in compiled code, as far as there is nothing unusual about them; but for videos.
 """
 
 import abc

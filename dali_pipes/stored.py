@@ -26,7 +26,7 @@ def changed(index: ClipIndex, video: int, frame: int, data: UInt8[np.ndarray, " 
 
 def read_bytes(path: str | Path, limit: float = math.inf) -> UInt8[np.ndarray, " _"] | str:
     """Return the bytes of a file, or why there are none; a file of more than `limit` bytes is not read to its end."""
-    # One system call reads a frame, where Python's file objects need four: a tenth of all of the loader's work.
+    # One system call reads a small file, where Python's file objects need four. What is plain, native.py reads.
     try:
         file = os.open(path, os.O_RDONLY)
         try:

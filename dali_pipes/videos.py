@@ -109,7 +109,7 @@ class DeviceVideos:
 
         planar = self.frames.planar(video, frames, allocate=allocate)
         if planar is None:
-            memory.clear()  # page-locked memory is never given back to the system
+            memory.clear()  # before `others` takes as much: page-locked memory is used again, but never given back
             return [self._together(self.frames.others(video, frames))]
         return [[Decoded(memory[0], np.argsort(planar[1]).tolist())]]
 

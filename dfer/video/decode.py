@@ -44,7 +44,7 @@ _CLOCK = 1.0  # s, or a tenth: what the clock of a recorder may be wrong by
 # Seconds between two frames, back or ahead, from which on another recording has begun.
 _JUMP_BACK, _JUMP_AHEAD = 1.0, 10.0
 # FFmpeg must refuse oversized streams before it allocates. The limit works only if it is set on both the container and
-# the codec context.
+# the codec context; a container that is opened by QUICK decodes nothing.
 LIMITS = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}
 # What FFmpeg learns by decoding ahead when a file is opened, which takes longer than decoding three frames, the decoder
 # learns again. With no codec allowed it only demuxes, and with 32 bytes to look at, one packet. Nor need it parse the

@@ -240,9 +240,9 @@ def read_frames(
     samples lie between those of Y is the consumer's business. Any other frame, and any in other colours than the
     scan's, comes as RGB of shape (H, W, 3), to the pixel as from `decode`. Frames that repeat share their memory.
 
-    Decodes on the calling thread alone and mostly without the GIL. Skips what no wanted frame refers to; a video where
-    that fails is decoded as by `decode`, up to the last wanted frame. What FFmpeg makes up for frames that are missing
-    from a spliced stream, without a word, may differ from what it makes up for `decode`.
+    Decodes on the calling thread alone; Python's lock is taken twice for each packet. Skips what no wanted frame refers
+    to; a video where that fails is decoded as by `decode`, up to the last wanted frame. What FFmpeg makes up for frames
+    that are missing from a spliced stream, without a word, may differ from what it makes up for `decode`.
 
     Raises:
         BadVideo, av.FFmpegError: if a wanted frame does not come out whole.
@@ -282,10 +282,10 @@ class _WantedFrames:
         return len(self.frames) == len(self.names)
 
     def take(self, frames: list[av.VideoFrame]) -> None:
-        """Keep those that are wanted, by their times, and none of the decoder's memory.
+        """Keep copies of those that are wanted, by their times, and let go of all of them at once.
 
-        Where a stream is damaged and its decoder says nothing, pixels may be what its memory held before: what a caller
-        still refers to would change them.
+        A decoder that fails to notice damage may show what lay in its memory before: if frames were still held, it
+        would take other memory, and give other pixels.
         """
         for frame in frames:
             self.add(frame.pts, frame)

@@ -35,6 +35,8 @@ _COLOURS_OF_STREAM = 100  # range, primaries, transfer, matrix
 _OPTION_OFFSET = 16  # AVOption
 _ALL, _UNREFERENCED = 48, 8  # AVDISCARD_ALL, AVDISCARD_NONREF
 
+_IS_HDR = np.isin(np.arange(max(TRANSFERS) + 1), list(TRANSFERS))  # by FFmpeg's number of a transfer function
+
 _ADDRESS, _INT, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
 _SIGNATURES: dict[str, tuple] = {  # library, result, arguments
     "av_find_input_format": ("avformat", _ADDRESS, _TEXT),
@@ -136,13 +138,12 @@ def read_planar(
     place = np.full(len(pts), -1)
     place[wanted] = np.arange(len(wanted))
     matrices = np.array([MATRICES.get(number) == matrix for number in range(max(MATRICES) + 1)])
-    is_hdr = np.isin(np.arange(max(TRANSFERS) + 1), list(TRANSFERS))
     planar = allocate((len(wanted), height * 3 // 2, width, 1))
     with _Opened(path) as opened:
         if opened.decoder is None:
             return None
         times, keys, seen = np.ascontiguousarray(pts), np.ascontiguousarray(key), np.full(4, -1)
-        known = ffmpeg_loop.Frames(times, keys, wanted, place, opened.colours, seen, full_range, matrices, is_hdr)
+        known = ffmpeg_loop.Frames(times, keys, wanted, place, opened.colours, seen, full_range, matrices, _IS_HDR)
         if not ffmpeg_loop.decode(opened.decoder, known, planar):
             return None
     return planar, which

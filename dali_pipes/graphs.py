@@ -38,7 +38,7 @@ def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
 
     The operator's inputs are what is given and the parameters of a clip. Of a crop the output is one frame as (size,
     size, 3) `dtype`: float32, uint16 (the bits of bfloat16) or uint8. Else a sample is several frames of one clip, as
-    DALI takes half a microsecond for each sample, however small: what is given and the output have a first axis more.
+    each sample costs DALI most of a microsecond, however small: what is given and the output have a first axis more.
     An address is four int64: where the pixels lie, height, width, channels. Of files there is another output, of a
     uint8 for each: 1 if jpeg.py does not decode it. The first call on a machine compiles for some seconds, later ones
     find the machine code in numba's cache.

@@ -2,8 +2,9 @@
 
 Trains ours and the baselines, or the rows of an ablation, on the same clips with the same budget and seeds, through
 train.py as a user would, and evaluates each at other numbers of segments too. Each finished run is appended to a file
-that is committed, and is not done again, so that hours add up over days; a run that was cut off is continued. The
-tables, and docs/comparison.md and docs/recipes.md (--write-page), come from that file alone.
+that is committed, and is not done again on that kind of machine, so that hours add up over days; a run that was cut off
+is continued. A table has the runs of one kind of machine. The tables, and docs/comparison.md and docs/recipes.md
+(--write-page), come from that file alone.
 benchmarks/comparison/tables.py has the rows, and what is recommended.
 
 Data that is not there is drawn. What drawn faces say about DFEW or FERV39k is not known. Words for train.py, for all
@@ -257,7 +258,7 @@ def segments_of(config: Config, args: argparse.Namespace) -> list[int]:
 
 def is_done(run: Run, results: list[Result], data: Data, args: argparse.Namespace) -> bool:
     """Return whether the record has this run, with all that is asked of it."""
-    found = find_result(results, run.config, data.fingerprint)
+    found = find_result(results, run.config, data.fingerprint, machine()["kind"])
     return found is not None and {str(n) for n in segments_of(run.config, args)} <= found["WAR_at"].keys()
 
 

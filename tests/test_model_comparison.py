@@ -28,6 +28,7 @@ from tests.conftest import ROOT
 from tests.test_docs import commands
 
 DATA = {"train": "a", "test": "b"}
+HERE = "2 cores of one kind"
 TINY = "--data.size 32 --data.num-segments 2 --data.batch-size 2 --model.dim 16 --optim.epochs 2"
 TINY += " --optim.steps-per-epoch 2 --run.log-every 1 --run.device cpu --run.amp off"
 
@@ -37,7 +38,7 @@ def result(row: Any, seed: int, war: float, **more) -> record.Result:
     words = tables.MODELS[row]
     config = dataclasses.replace(Config(), model=ModelConfig(name=row), seed=seed)  # parsing takes 0.2 s
     found = {"row": row, "words": list(words), "extra": [], "data": "faces", "clips": 1400, "fingerprint": DATA}
-    found |= {"budget": "short", "seed": seed, "commit": "c" * 40, "changed": False, "machine": {"kind": "a machine"}}
+    found |= {"budget": "short", "seed": seed, "commit": "c" * 40, "changed": False, "machine": {"kind": HERE}}
     found |= {"jobs": 1, "WAR": war, "UAR": war / 2, "recalls": {"Disgust": 40.0}, "rarest": "Disgust"}
     found |= {"test_clips": 350, "WAR_at": {str(n): war for n in tables.SEGMENTS}, "parameters": 13_080_000}
     return found | {"flops": 3e9, "clips_per_s": 50.0, "config": json.loads(config.to_json())} | more
@@ -69,22 +70,22 @@ def test_a_damaged_record_is_named_by_its_line(tmp_path, line):
 def test_a_run_is_found_by_what_was_trained_on_what():
     runs = [result("dfernet", 0, 80.0), result("mean-pool", 1, 60.0)]
     config = record.recorded_config(runs[1])
-    assert config is not None and record.find_result(runs, config, DATA) is runs[1]
-    assert record.find_result(runs, dataclasses.replace(config, seed=0), DATA) is None
-    assert record.find_result(runs, config, DATA | {"train": "other pixels"}) is None
+    assert config is not None and record.find_result(runs, config, DATA, HERE) is runs[1]
+    assert record.find_result(runs, dataclasses.replace(config, seed=0), DATA, HERE) is None
+    assert record.find_result(runs, config, DATA | {"train": "other pixels"}, HERE) is None
     # An option that did not exist then, at what its default means; and a default that has changed since.
     older = runs[1] | {"config": {**runs[1]["config"], "loss": {"label_smoothing": 0.1}}}
-    assert record.find_result([older], config, DATA) is older
+    assert record.find_result([older], config, DATA, HERE) is older
     # What a saved run without them did on a GPU ("fused": off, videos by NVDEC) is no other model.
     saved = {name: runs[1]["config"][name].copy() for name in ("data", "run")}
     for section, name in (("data", "video_decoder"), ("data", "jpeg_decoder"), ("run", "fused"), ("run", "graph")):
         del saved[section][name]
     older = runs[1] | {"config": {**runs[1]["config"], **saved}}
-    assert record.find_result([older], config, DATA) is older
+    assert record.find_result([older], config, DATA, HERE) is older
     changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.04))
-    assert record.find_result(runs, changed, DATA) is None
+    assert record.find_result(runs, changed, DATA, HERE) is None
     unknown = runs[1] | {"config": runs[1]["config"] | {"gone": 1}}
-    assert record.find_result([unknown], config, DATA) is None and record.recorded_config(unknown) is None
+    assert record.find_result([unknown], config, DATA, HERE) is None and record.recorded_config(unknown) is None
 
 
 def test_places_are_no_part_of_a_configuration():
@@ -113,7 +114,7 @@ def test_a_file_to_start_from_is_known_by_its_content_wherever_it_lies(tmp_path)
     shutil.rmtree(tmp_path)  # a record is read where there are no such weights
     assert record.portable(here) == here
     runs = [result("dfernet", 0, 80.0, config=json.loads(c.to_json())) for c in (other, here, config)]
-    assert record.find_result(runs, there, DATA) is runs[1] and record.recorded_config(runs[1]) == here
+    assert record.find_result(runs, there, DATA, HERE) is runs[1] and record.recorded_config(runs[1]) == here
     with pytest.raises(UserError, match=r"^--model\.init .*gone\.pt: no such file"):
         starting_from(tmp_path / "gone.pt")
 
@@ -152,7 +153,7 @@ def test_words_of_a_record_name_no_place(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "parse_config", lambda words: config)
     runs = [result(row, 0, 50.0, extra=told, config=json.loads(config.to_json())) for row in ("dfernet", "mean-pool")]
     ((title, _, _),) = page.all_tables(runs)
-    assert title.endswith(f"budget short, --model.init backbone:{config.model.init[:20]}, cpu in bf16")
+    assert title.endswith(f"budget short, --model.init backbone:{config.model.init[:20]}, cpu in bf16, {HERE}")
 
 
 def test_the_line_of_a_run_names_no_place(tmp_path, monkeypatch):
@@ -221,7 +222,7 @@ def test_votes_are_known_by_their_content_where_a_record_is_read(tmp_path):
     assert words == ["--loss.soft-labels", known]
     assert str(record.portable(parse_config(["faces", *words])).loss.soft_labels) == known  # as the page reads them
     run = result("dfernet", 0, 80.0, config=json.loads(config.to_json()))
-    assert record.recorded_config(run) == config and record.find_result([run], config, DATA) is run
+    assert record.recorded_config(run) == config and record.find_result([run], config, DATA, HERE) is run
     with pytest.raises(UserError, match=r"^--loss\.soft-labels .*gone\.csv: no such file"):
         record.portable(placed(Config(), "loss.soft_labels", tmp_path / "gone.csv"))
 
@@ -274,15 +275,29 @@ def test_runs_of_a_cpu_and_of_a_gpu_are_not_the_same_and_not_paired(monkeypatch)
         monkeypatch.setattr(resolving, "auto_amp", lambda gpu, amp=amp: amp)
         config = planned()
         assert (config.run.device, config.run.amp) == ("cuda" if has_gpu else "cpu", amp)
-        assert [record.find_result([run], config, DATA) for run in same] == same
-        assert [record.find_result([run], config, DATA) for run in other] == [None] * len(other)
+        assert [record.find_result([run], config, DATA, HERE) for run in same] == same
+        assert [record.find_result([run], config, DATA, HERE) for run in other] == [None] * len(other)
     runs = [older, computed("cpu", "bf16", result("mean-pool", 0, 60.0))]
     runs += [computed("cuda", "bf16", result(row, 0, war)) for row, war in (("dfernet", 70.0), ("mean-pool", 61.0))]
     (first, cpu_rows, _), (second, gpu_rows, _) = page.all_tables(runs)
-    assert [first[-13:], second[-14:]] == [", cpu in bf16", ", cuda in bf16"]
+    assert [title.split(", ", 3)[3] for title in (first, second)] == [f"cpu in bf16, {HERE}", f"cuda in bf16, {HERE}"]
     ahead = page.COLUMNS.index("WAR ahead by")
     assert [rows[1][ahead] for rows in (cpu_rows, gpu_rows)] == ["+20.0 (one seed)", "+9.0 (one seed)"]
     assert page.all_tables(runs[1:3]) == []  # dfernet of a GPU, mean-pool of a CPU
+
+
+def test_runs_of_two_processors_are_not_the_same_and_not_paired():
+    """Who rounds otherwise trains another model: the difference of two rows would be that of their machines too."""
+    there = {"machine": {"kind": "2 cores of another kind"}}
+    runs = [result("dfernet", 0, 80.0), result("dfernet", 0, 70.0, **there), result("mean-pool", 0, 60.0, **there)]
+    config = record.recorded_config(runs[0])
+    assert config is not None and config == record.recorded_config(runs[1])
+    assert record.find_result(runs, config, DATA, HERE) is runs[0]
+    assert record.find_result(runs, config, DATA, "2 cores of another kind") is runs[1]
+    assert record.find_result(runs, config, DATA, "a third") is None
+    ((title, rows, _),) = page.all_tables(runs)  # of the other kind's two runs alone
+    assert title.endswith(", 2 cores of another kind")
+    assert rows[1][page.COLUMNS.index("WAR ahead by")] == "+10.0 (one seed)"
 
 
 def test_intervals_and_paired_differences():
@@ -310,7 +325,8 @@ def test_the_largest_loss_at_another_t_is_that_of_each_seed():
     assert page.largest_loss(gains) == -5.0  # trained at T = 2, better at all others
 
 
-def test_a_run_is_asked_for_other_lengths_where_they_count_and_only_then():
+def test_a_run_is_asked_for_other_lengths_where_they_count_and_only_then(monkeypatch):
+    monkeypatch.setattr(mc, "machine", lambda: {"kind": HERE})
     args = mc.parser().parse_args([])
     few, crf, branches = (
         mc.parser().parse_args(w.split()) for w in ("--clips 9", "--ablation crf", "--ablation branches")
@@ -324,6 +340,8 @@ def test_a_run_is_asked_for_other_lengths_where_they_count_and_only_then():
     run = mc.Run("dfernet", (), 0, [], config)
     assert mc.is_done(run, [short], data, crf) and not mc.is_done(run, [short], data, args)
     assert mc.is_done(run, [short, result("dfernet", 0, 61.0)], data, args) and not mc.is_done(run, [], data, crf)
+    monkeypatch.setattr(mc, "machine", lambda: {"kind": "another"})
+    assert not mc.is_done(run, [short], data, crf)
     # A table of both shows the lengths of the runs that have them.
     runs = {0: short, 1: result("dfernet", 1, 70.0)}
     row = dict(zip(page.COLUMNS, page.cells("dfernet", runs, runs), strict=True))
@@ -362,14 +380,14 @@ def test_the_page_keeps_runs_of_other_defaults_and_of_other_settings_apart():
     runs += [result("r18-gru", 0, 70.0, clips=300), result("dfernet", 0, 75.0, clips=300)]
     (_, small, _), (title, rows, _) = page.all_tables(runs)
     assert [row[0] for row in small] == ["dfernet", "r18-gru"]
-    assert title == "models: faces, 1,400 clips, budget short, cpu in bf16"
+    assert title == f"models: faces, 1,400 clips, budget short, cpu in bf16, {HERE}"
     assert [row[:3] for row in rows] == [
         ["dfernet", "1", "81.0"],  # the latest of the same run
         ["dfernet, as of 0ce724e", "1", "50.0"],
         ["mean-pool", "1", "60.0"],
     ]
     text = page.page(runs)
-    assert "commits 0ce724e, ccccccc" in text and "| mean-pool | 1 | 60.0 | 30.0 | Disgust 40.0 |" in text
+    assert "Commits 0ce724e, ccccccc" in text and "| mean-pool | 1 | 60.0 | 30.0 | Disgust 40.0 |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {len(page.COLUMNS) + 1}
     assert "No table" in page.page(runs[:1])
@@ -400,7 +418,7 @@ def test_a_recipe_is_spoken_for_by_runs_of_its_size_and_start_alone():
             "faces",
             "300",
             "short",
-            "cpu in bf16",
+            f"cpu in bf16, {HERE}",
             "2",
             "62.0 ± 25.4",
             "31.0 ± 12.7",
@@ -408,7 +426,7 @@ def test_a_recipe_is_spoken_for_by_runs_of_its_size_and_start_alone():
         ),
         *("r18-gru", "51.0 ± 12.7", "+11.0 (s.e. 1.0, -1.7 to +23.7)", "+5.5 (s.e. 0.5, -0.9 to +11.9)"),
     ]
-    assert larger[3:8] == ["400", "short", "cpu in bf16", "2", "62.0 ± 25.4"] and larger[10:] == [
+    assert larger[3:8] == ["400", "short", f"cpu in bf16, {HERE}", "2", "62.0 ± 25.4"] and larger[10:] == [
         "not measured",
         "",
         "",

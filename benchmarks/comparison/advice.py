@@ -66,7 +66,7 @@ def cells(choice: Choice, found: Evidence) -> list[str]:
     setting, runs = found.setting, list(found.runs.values())
     rarest = runs[0]["rarest"]
     row = [found.init, choice.row, setting.data, f"{setting.clips:,}", " ".join((setting.budget, *setting.extra))]
-    row.append(f"{setting.device} in {PRECISION[setting.amp]}")
+    row.append(f"{setting.device} in {PRECISION[setting.amp]}, {setting.machine}")
     row += [str(len(runs)), *(with_interval([run[key] for run in runs]) for key in ("WAR", "UAR"))]
     row.append(f"{rarest} {with_interval([run['recalls'][rarest] for run in runs])}")
     if found.baseline is None:

@@ -20,7 +20,7 @@ PRECISION = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 class Setting(NamedTuple):
-    """What the runs of one table share."""
+    """What the runs of one table share, so that its differences are those of the rows."""
 
     data: str
     fingerprint: str  # as JSON
@@ -29,11 +29,12 @@ class Setting(NamedTuple):
     extra: tuple[str, ...]  # words for train.py that the harness was given
     device: str
     amp: str  # precision
+    machine: str  # its kind: cores or card
 
 
 def setting_of(result: Result) -> Setting:
     fingerprint = json.dumps(result["fingerprint"], sort_keys=True)
-    where = computed_with(result)
+    where = (*computed_with(result), result["machine"]["kind"])
     return Setting(result["data"], fingerprint, result["clips"], result["budget"], tuple(result["extra"]), *where)
 
 
@@ -148,7 +149,7 @@ def all_tables(results: list[Result]) -> list[tuple[str, list[list[str]], list[R
             title = f"{table}: {setting.data}, {setting.clips:,} clips, budget {setting.budget}"
             extra = re.sub(r"(?<= sha256:[0-9a-f]{8})[0-9a-f]{56}\b", "", " ".join(setting.extra))
             title += f", {extra}" if extra else ""
-            title += f", {setting.device} in {PRECISION[setting.amp]}"
+            title += f", {setting.device} in {PRECISION[setting.amp]}, {setting.machine}"
             runs = [run for by_seed in rows.values() for run in by_seed.values()]
             found.append((title, [cells(name, by_seed, first) for name, by_seed in rows.items()], runs))
     return found
@@ -161,22 +162,22 @@ def page(results: list[Result]) -> str:
         "",
         "Written by `python benchmarks/model_comparison.py --write-page` from the runs in",
         "`benchmarks/results/model_comparison.jsonl`; not to be edited. The rows of a table were trained on the same",
-        "list with the same budget. WAR and UAR of the last epoch in percent: the mean ± half the 95 % interval over",
-        "seeds (Student's t). *Ahead by*: how much the first row is ahead, paired by seed, with its standard error and",
-        "95 % interval. *WAR at n*: the test clips are cut into n segments, whatever the model was trained with.",
-        "*Largest loss at another T*: WAR at the T of training less the smallest WAR at n, mean over seeds. FLOP: of",
-        "one clip forward, multiplications and additions counted apart. clips/s: of training, not comparable where",
-        "trainings shared a machine. Faces are drawn: of DFEW and FERV39k they say nothing.",
+        "list with the same budget, by the same kind of machine: another processor rounds otherwise, which moves the",
+        "WAR of a seed as far as another seed does. WAR and UAR of the last epoch in percent: the mean ± half the 95 %",
+        "interval over seeds (Student's t). *Ahead by*: how much the first row is ahead, paired by seed, with its",
+        "standard error and 95 % interval. *WAR at n*: the test clips are cut into n segments, whatever the model was",
+        "trained with. *Largest loss at another T*: WAR at the T of training less the smallest WAR at n, mean over",
+        "seeds. FLOP: of one clip forward, multiplications and additions counted apart. clips/s: of training, not",
+        "comparable where trainings shared a machine. Faces are drawn: of DFEW and FERV39k they say nothing.",
         "",
         "Models differ in what they do at another T. The GRU of `dfernet` scales its gate by T: at twice the frames of",
         "training each counts half. The recurrent units of `r18-gru` and `r18-lstm` do not: each frame counts as one.",
     ]
     found = all_tables(results)
     for title, rows, runs in found:
-        machines = sorted({run["machine"]["kind"] for run in runs})
         commits = sorted({run["commit"][:7] + "+" * run["changed"] for run in runs})
         shared = " Several trainings shared it." if any(run["jobs"] > 1 for run in runs) else ""
-        lines += ["", f"## {title}", "", f"On {', '.join(machines)}; commits {', '.join(commits)}.{shared}", ""]
+        lines += ["", f"## {title}", "", f"Commits {', '.join(commits)}.{shared}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
     if not found:

@@ -128,13 +128,16 @@ def portable_words(words: Sequence[str], config: Config) -> list[str]:
     return others
 
 
-def find_result(results: list[Result], config: Config, data: dict[str, str]) -> Result | None:
-    """Return the latest run of this configuration on this data; None if there is none.
+def find_result(results: list[Result], config: Config, data: dict[str, str], machine: str) -> Result | None:
+    """Return the latest run of this configuration on this data and kind of machine; None if there is none.
+
+    Another processor rounds otherwise, which moves the WAR of a seed as far as another seed does.
 
     A run that was recorded before an option existed was trained with what the option's default then meant, as for a run
     that is continued (`_BEFORE` of dfer/config.py).
     """
-    return next((r for r in reversed(results) if r["fingerprint"] == data and recorded_config(r) == config), None)
+    there = (r for r in reversed(results) if r["machine"]["kind"] == machine and r["fingerprint"] == data)
+    return next((r for r in there if recorded_config(r) == config), None)
 
 
 def recorded_config(result: Result) -> Config | None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peers
 from benchmarks.peers import Cuts, Task
-from dali_pipes import kernels, planar
+from dali_pipes import kernels
 from dali_pipes.video_files import VideoFiles
 from dfer.cli import Parser, in_range
 from dfer.plan.augmentation import Augmentation
@@ -71,12 +71,11 @@ def ways(task: Task) -> tuple[dict[str, Work], dict[str, str]]:
     def times(video: int) -> set[int]:
         return set(store.pts[store.first[video] + plan.frames[video]].tolist())
 
-    memory = np.empty((plan.frames.shape[1], task.size, task.size, 3), dtype=np.float32)  # used again, as by DALI
+    memory = np.empty((plan.frames.shape[1], task.size, task.size, 3), dtype=np.float32)  # used again, as by the loader
 
     def ours(video: int) -> object:
         table = kernels.parameters(plan, np.array([video]), yuv=yuv[[video]])
-        for out, picture in zip(memory, source.fetch(video, plan.frames[video]), strict=True):
-            (planar if picture.shape[2] == 1 else kernels).fused(out, picture, table[0])
+        source.write(video, plan.frames[video], memory, table[0])
         return memory
 
     found: dict[str, Work] = {

@@ -13,6 +13,7 @@ from dfer.plan.sampling import ClipSampler
 from dfer.precision import build_precision
 from dfer.run.defaults import JPEG_ENGINE
 from dfer.run.distributed import World
+from dfer.run.neighbours import Neighbours
 
 
 def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"], world: World) -> ClipLoader:
@@ -38,8 +39,8 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
             f"--data.batch-size {data.batch_size}: mixup and cutmix mix pairs: they take an even number per process"
         )
     gpu = world.device.type == "cuda"
-    if data.cache == "gpu" and not gpu:
-        raise UserError("--data.cache gpu: there is no GPU here")
+    if data.cache in ("gpu", "shares") and not gpu:
+        raise UserError(f"--data.cache {data.cache}: there is no GPU here")
     options = LoaderOptions(
         batch_size=data.batch_size,
         size=data.size,
@@ -47,7 +48,8 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         jpeg_engine=JPEG_ENGINE[data.jpeg_decoder],
         video_decoder=data.video_decoder,
         bad_clips=data.bad_clips if mode == "train" else "error",
-        cached=data.cache == "gpu",
+        cached=data.cache in ("gpu", "shares"),
+        neighbours=Neighbours(world) if data.cache == "shares" else None,
         rank=world.rank,
         world_size=world.size,
         num_threads=world.own_cores(),

@@ -18,7 +18,6 @@ from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Files, Pictures, Samples
 from dali_pipes.sources import Source
 from dali_pipes.torch_stages import DevicePlan, Stages
-from dali_pipes.video_files import VideoFiles
 from dfer.lists.index import ClipIndex
 from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.plan.sampling import EpochPlan
@@ -27,7 +26,7 @@ from dfer.video.colour import yuv_to_rgb
 HELD = 4  # batches of decoded pixels that a GPU has yet to read, at most: the host is no further ahead
 # Samples of a batch for each thread, at least: the last one has the other threads wait.
 _SHARES = 32
-_STORED_AS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.uint8: "uint8"}  # by the kernel
+STORED_AS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.uint8: "uint8"}  # by the kernel
 
 
 class Refused(RuntimeError):
@@ -106,9 +105,8 @@ class Feed:
     def __init__(self, index: ClipIndex, source: Source, clip_length: int, options: LoaderOptions):
         self.source = source
         self._clip_length, self._options = clip_length, options
-        self._yuv = source.yuv() if isinstance(source, VideoFiles) else None
         self._recolour = _from_bt601(index) if source.kind == "videos" else None
-        self._stored_as = _STORED_AS.get(options.dtype, "float32") if options.fused else "float32"
+        self._stored_as = STORED_AS.get(options.dtype, "float32") if options.fused else "float32"
         num_samples = options.batch_size * (1 if source.kind == "videos" else clip_length)
         if options.fused:
             picture = options.size, self._stored_as, options.num_threads
@@ -162,9 +160,7 @@ class Feed:
         plan, repeat = epoch.plan, len(samples[0] if isinstance(samples, tuple) else samples) // len(rows)
         videos = plan.video[rows]
         if self._options.fused:
-            yuv = None if self._yuv is None else self._yuv[videos]
-            normalised = self._options.dtype != torch.uint8
-            table = kernels.parameters(plan, rows, yuv=yuv, normalised=normalised)
+            table = kernels.parameters(plan, rows, normalised=self._options.dtype != torch.uint8)
             source, repeat = _together(samples, len(rows), self._options.num_threads)
             return [("source", source), ("parameters", np.repeat(table, repeat, axis=0))]
         inputs = _sample_inputs(samples, lengths=self.source.kind == "images")

@@ -12,10 +12,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import av
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from llvmlite import binding
 
 from dali_pipes import ffmpeg_loop
@@ -104,49 +105,78 @@ def _new(shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
     return np.empty(shape, np.uint8)
 
 
+class Wanted(NamedTuple):
+    """Frames of a video."""
+
+    path: Path
+    pts: Int64[np.ndarray, " F"]  # of its scan, as key, matrix and full_range
+    key: Bool[np.ndarray, " F"]
+    frames: Int64[np.ndarray, " T"]  # their numbers
+    size: tuple[int, int]  # height and width of a frame in pixels
+    matrix: Matrix
+    full_range: bool
+
+
 def read_planar(
-    path: Path,
-    pts: Int64[np.ndarray, " F"],
-    key: Bool[np.ndarray, " F"],
-    frames: Int64[np.ndarray, " T"],
-    size: tuple[int, int],
-    matrix: Matrix,
-    full_range: bool,
-    allocate: Callable[[tuple[int, ...]], UInt8[np.ndarray, "..."]] = _new,
+    wanted: Wanted, allocate: Callable[[tuple[int, ...]], UInt8[np.ndarray, "..."]] = _new
 ) -> tuple[UInt8[np.ndarray, "n rows W 1"], Int64[np.ndarray, " T"]] | None:
-    """Return some frames of a video as `read_frames` does, each once, and which one each of T is.
+    """Return the frames as `read_frames` does, each once, and which one each of T is.
 
     None if that is for `read_frames` to do: all must be planar, and nothing unusual.
 
     Args:
-        path: the file.
-        pts: of its scan, as `key`, `matrix` and `full_range`.
-        key: see there.
-        frames: their numbers.
-        size: height and width of a frame in pixels.
-        matrix: see `pts`.
-        full_range: see `pts`.
+        wanted: the frames.
         allocate: memory of a shape.
     """
-    height, width = size
-    if (why := why_not()) is not None:
-        say_once(f"{why}: videos are decoded packet by packet, which holds Python's lock")
+    if not _can_read(wanted):
         return None
-    if not key.any() or height % 2 or width % 2 or not len(frames):
-        return None
-    wanted, which = np.unique(frames, return_inverse=True)
-    place = np.full(len(pts), -1)
-    place[wanted] = np.arange(len(wanted))
-    matrices = np.array([MATRICES.get(number) == matrix for number in range(max(MATRICES) + 1)])
-    planar = allocate((len(wanted), height * 3 // 2, width, 1))
-    with _Opened(path) as opened:
-        if opened.decoder is None:
-            return None
-        times, keys, seen = np.ascontiguousarray(pts), np.ascontiguousarray(key), np.full(4, -1)
-        known = ffmpeg_loop.Frames(times, keys, wanted, place, opened.colours, seen, full_range, matrices, _IS_HDR)
-        if not ffmpeg_loop.decode(opened.decoder, known, planar):
+    height, width = wanted.size
+    numbers, which = np.unique(wanted.frames, return_inverse=True)
+    planar = allocate((len(numbers), height * 3 // 2, width, 1))
+    with _Opened(wanted.path) as opened:
+        known = _known(wanted, numbers, opened.colours)
+        if opened.decoder is None or not ffmpeg_loop.decode(opened.decoder, known, planar):
             return None
     return planar, which
+
+
+def read_clip(wanted: Wanted, out: Shaped[np.ndarray, "T S S 3"], parameters: Float32[np.ndarray, " P"]) -> bool:
+    """Write what planar.fused makes of the frames to `out`; return False where `read_planar` returns None.
+
+    Each is resized where FFmpeg has decoded it: it is not copied, and still in the cache.
+
+    Args:
+        wanted: the frames.
+        out: as of planar.fused, for each.
+        parameters: see there.
+    """
+    if not _can_read(wanted):
+        return False
+    numbers, first, which = np.unique(wanted.frames, return_index=True, return_inverse=True)
+    with _Opened(wanted.path) as opened:
+        known = _known(wanted, numbers, opened.colours)
+        if opened.decoder is None or not ffmpeg_loop.decode_clip(opened.decoder, known, out, first, parameters):
+            return False
+    again = np.flatnonzero(first[which] != np.arange(len(which)))
+    out[again] = out[first[which[again]]]
+    return True
+
+
+def _can_read(wanted: Wanted) -> bool:
+    if (why := why_not()) is not None:
+        say_once(f"{why}: videos are decoded packet by packet, which holds Python's lock")
+        return False
+    return bool(wanted.key.any()) and not (wanted.size[0] % 2 or wanted.size[1] % 2) and len(wanted.frames) > 0
+
+
+def _known(wanted: Wanted, numbers: Int64[np.ndarray, " n"], colours: Int64[np.ndarray, " 4"]) -> ffmpeg_loop.Frames:
+    """Return what compiled code has to know of the frames; `colours` are those that the container states."""
+    place = np.full(len(wanted.pts), -1)
+    place[numbers] = np.arange(len(numbers))
+    matrices = np.array([MATRICES.get(number) == wanted.matrix for number in range(max(MATRICES) + 1)])
+    pts, key, seen = np.ascontiguousarray(wanted.pts), np.ascontiguousarray(wanted.key), np.full(4, -1)
+    looks = (*wanted.size, wanted.full_range, matrices, _IS_HDR)
+    return ffmpeg_loop.Frames(pts, key, numbers, place, colours, seen, *looks)
 
 
 class _Opened:

@@ -9,9 +9,11 @@ Nothing here may be called before `ffmpeg.why_not` has told where FFmpeg's funct
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64, Shaped
 from numba import carray, types
+from numba.extending import overload
 
+from dali_pipes import planar
 from dali_pipes.compiling import njit, pointer
 
 # Places of the fields that are read, in the structures of FFmpeg 8: libavcodec/packet.h and libavutil/frame.h.
@@ -64,14 +66,35 @@ class Frames(NamedTuple):
     place: Int64[np.ndarray, " F"]  # of a frame among those, else -1
     colours: Int64[np.ndarray, " 4"]  # that the container states: range, primaries, transfer, matrix
     seen: Int64[np.ndarray, " 4"]  # that the wanted frames so far state; -1 before the first one
+    height: int  # of a frame in pixels, even
+    width: int
     is_full_range: bool
     matrices: Bool[np.ndarray, " _"]  # by FFmpeg's number of one: whether it is the index's
     is_hdr: Bool[np.ndarray, " _"]  # by FFmpeg's number of a transfer function
 
 
+class Clip(NamedTuple):
+    """What is made of the wanted frames, one by one while they are in the cache, by the CPU's kernel."""
+
+    pictures: Shaped[np.ndarray, "T S S 3"]  # as of planar.fused
+    place: Int64[np.ndarray, " n"]  # of each wanted frame among them
+    resize: planar.Resize
+    parameters: Float32[np.ndarray, " P"]
+
+
+@njit(nogil=True)
+def decode_clip(decoder, frames, pictures, place, parameters):
+    """Decode what the wanted frames need and make pictures of them, as `Clip` says; return as `decode`."""
+    resize = planar.resize_of(frames.height, frames.width, pictures.shape[1], parameters)
+    return decode(decoder, frames, Clip(pictures, place, resize, parameters))
+
+
 @njit(nogil=True)
 def decode(decoder, frames, out):
-    """Decode what the wanted frames need into `out`, (n, 3 H / 2, W, 1); return False if it is for `read_frames`."""
+    """Decode what the wanted frames need; return False if it is for `read_frames`.
+
+    `out` takes them: an array, (n, 3 H / 2, W, 1), as they are, or a Clip.
+    """
     sent, taken = np.zeros(len(frames.pts), np.bool_), np.zeros(len(frames.wanted), np.bool_)
     first = 0
     while first < len(frames.wanted):
@@ -170,21 +193,51 @@ def _take(frame, frames, out, taken):
     place = frames.place[number] if number >= 0 else -1
     if place < 0:
         return True
-    height, width = out.shape[1] // 3 * 2, out.shape[2]
-    if _int32(frame + _HEIGHT) != height or _int32(frame + _WIDTH) != width:
+    if _int32(frame + _HEIGHT) != frames.height or _int32(frame + _WIDTH) != frames.width:
         return False
     if not _is_plain(frame, frames):
         return False
-    to = out[place].ctypes.data
-    for plane in range(3):
-        rows, columns = (height, width) if plane == 0 else (height // 2, width // 2)
-        line, step = _int64(frame + 8 * plane), _int32(frame + _LINES + 4 * plane)
-        for _ in range(rows):
-            _memcpy(to, line, columns)
-            to += columns
-            line += step
-    taken[place] = True
-    return True
+    taken[place] = put(frame, frames.height, frames.width, out, place)
+    return taken[place]
+
+
+def put(frame, height, width, out, place) -> bool:
+    """Give a frame to `out` of `decode`; return False if its lines run upwards. Compiled code only: `_put_as`."""
+    raise NotImplementedError
+
+
+@overload(put, jit_options={"nogil": True})
+def _put_as(frame, height, width, out, place):
+    if isinstance(out, types.Array):
+
+        def copy(frame, height, width, out, place):
+            to = out[place].ctypes.data
+            for plane in range(3):
+                rows, columns = (height, width) if plane == 0 else (height // 2, width // 2)
+                line, step = _int64(frame + 8 * plane), _int32(frame + _LINES + 4 * plane)
+                for _ in range(rows):
+                    _memcpy(to, line, columns)
+                    to += columns
+                    line += step
+            return True
+
+        return copy
+
+    def write(frame, height, width, out, place):
+        luma, cb, cr = _plane(frame, 0, height), _plane(frame, 1, height // 2), _plane(frame, 2, height // 2)
+        if luma.shape[1] < width or min(cb.shape[1], cr.shape[1]) < width // 2:
+            return False
+        planar.write(out.pictures[out.place[place]], luma, cb, cr, out.resize, out.parameters)
+        return True
+
+    return write
+
+
+@njit(nogil=True)
+def _plane(frame, number, rows):
+    """Return a plane of a frame where FFmpeg has it, with what fills its lines up; lines of 0 if they run upwards."""
+    step = max(_int32(frame + _LINES + 4 * number), 0)
+    return carray(pointer(_int64(frame + 8 * number)), (rows, step), np.uint8)
 
 
 @njit(nogil=True)

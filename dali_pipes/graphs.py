@@ -20,7 +20,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.numba import NumbaFunction
 
-from dali_pipes import jpeg, kernels, planar
+from dali_pipes import jpeg, kernels
 from dali_pipes.compiling import cfunc, pointer
 from dali_pipes.options import Kind
 
@@ -71,10 +71,7 @@ def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
             places = carray(ins[0], (shape[0], 4), np.int64)
             for i in range(shape[0]):
                 pixels = carray(pointer(places[i, 0]), (places[i, 1], places[i, 2], places[i, 3]), np.uint8)
-                if places[i, 3] == 1:
-                    planar.fused(clip[i], pixels, parameters)
-                else:
-                    kernels.fused(clip[i], pixels, parameters)
+                kernels.fused(clip[i], pixels, parameters)
 
     @cfunc(numba.types.void(shapes, dimensions, number, shapes, dimensions, number, number))
     def setup(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):

@@ -23,7 +23,7 @@ from dali_pipes.options import LoaderOptions
 from dali_pipes.reading import Files
 from dali_pipes.sources import FrameFolders, Shards
 from dali_pipes.stored import BadClip
-from dali_pipes.streaming import Begun, Stream
+from dali_pipes.streaming import Begun, PixelStream
 from dfer.images import BadImage, decode_image
 from dfer.lists.index import ClipIndex
 from dfer.plan.sampling import EpochPlan
@@ -46,7 +46,7 @@ class _Crops(Begun):
         return super().fine and not self.bad
 
 
-class ImageStream(Stream[_Crops]):
+class ImageStream(PixelStream[_Crops]):
     """The clips of a source of images.
 
     Beside what Stream holds, each thread has room for the files of its part of a batch, of _LIMIT bytes at most.

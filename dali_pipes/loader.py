@@ -23,6 +23,7 @@ from dali_pipes.resident import ResidentClips
 from dali_pipes.sources import FrameFolders, Images, Shards, source_of
 from dali_pipes.stored import BadClip
 from dali_pipes.streaming import RawStream, StreamedEpoch
+from dali_pipes.video_stream import VideoStream
 from dali_pipes.videos import DeviceVideos, feed_of
 from dfer.batch import Batch, mixed
 from dfer.cli import UserError, printable, say_error, say_once
@@ -93,18 +94,20 @@ class ClipLoader:
         for video, reason in index.bad.items():
             self._bad.add(video, BadClip(reason), tell=options.rank == 0)
         self._route = None if options.cached else options.route(index.source)
-        if options.dtype == torch.uint8 and self._route != "fused":
+        if options.dtype == torch.uint8 and (options.cached or not options.fused):
             raise UserError("clips of uint8 come from the CPU kernel only")
-        on_device = index.source == "video" and not options.fused
-        self._source = DeviceVideos(index, options) if on_device else source_of(index)
+        self._source = DeviceVideos(index, options) if index.source == "video" else source_of(index)
         self._told = False
         self._stream, self._resident = None, None
         if options.cached:
-            self._resident = ResidentClips(index, self._device, self._verify)
+            self._resident = ResidentClips(index, self._device, self._verify, options.neighbours)
+            self._learn_of_bad_clips()
         elif self._route == "streamed":
             if index.source == "raw":
                 assert isinstance(self._source, Shards)
                 self._stream = RawStream(index, self._source, self._bad, options)
+            elif isinstance(self._source, DeviceVideos):
+                self._stream = VideoStream(index, self._source.frames, self._bad, options)
             else:
                 assert isinstance(self._source, FrameFolders | Shards), index.source
                 self._stream = ImageStream(index, self._source, self._bad, options)
@@ -243,7 +246,15 @@ class ClipLoader:
         try:
             self._source.verify(video, np.arange(len(pictures)), pictures)
         except BadClip as error:
-            self._bad.add(video, error, tell=self.options.rank == 0)
+            self._bad.add(video, error, tell=self.options.rank == 0 or self.options.neighbours is not None)
+
+    def _learn_of_bad_clips(self) -> None:
+        """Know those that neighbours have found in their shares of what is held."""
+        neighbours = self.options.neighbours
+        for found in neighbours.each(dict(self.bad_clips)) if neighbours is not None else ():
+            for video, reason in found.items():
+                if video not in self.bad_clips:
+                    self._bad.add(video, BadClip(reason), tell=False)
 
     @record_function("reading")
     def _schedule(self, reading: Reading, rows: Int64[np.ndarray, " B"], drawn: Epoch) -> Bool[np.ndarray, " B"]:

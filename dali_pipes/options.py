@@ -1,17 +1,38 @@
 """The options of the loader, without DALI."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from jaxtyping import UInt8
 
 from dfer.lists.index import Source
 
 # How clips are made: by the CPU's kernel in DALI's graph; by DALI's operators; decoded by DALI, the rest by one kernel
-# (pixels.py); without DALI, of what threads have read or decoded (streaming.py, image_stream.py).
+# (pixels.py); without DALI, of what threads have read or decoded (streaming.py, image_stream.py, video_stream.py). The
+# CPU's kernel makes clips of videos where they are decoded, without a graph: "fused" is "streamed" there.
 Graph = Literal["fused", "operators", "decoded", "streamed"]
 AHEAD = 2  # batches that are read, and videos decoded, before their turn
 Kind = Literal["images", "pixels", "videos"]  # of a source: encoded images, uint8 pictures, encoded video files
+
+
+class Neighbours(Protocol):
+    """The processes of a machine, each with a device: dfer.run.neighbours, where the methods are described."""
+
+    rank: int
+    size: int
+
+    def memory(self, num_bytes: int) -> tuple[UInt8[torch.Tensor, " _"], list[int]]:
+        """Return memory, and where the device finds that of each process."""
+        ...
+
+    def agree(self, why: str | None) -> None:
+        """Wait for all; raise in all if one fails."""
+        ...
+
+    def each(self, found: Any) -> list[Any]:
+        """Return what each has found."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,7 @@ class LoaderOptions:
     # Of NVDEC, beside each other: sessions x depth DALI pipelines. Only benchmarks/gpu.py sets it; a run has one.
     nvdec_sessions: int = 1
     cached: bool = False  # hold all pictures of a raw source in the device's memory; nothing is loaded after the start
+    neighbours: Neighbours | None = None  # who hold shares of them, of which this device has one then
     num_threads: int = 2  # of the graph
     rank: int = 0
     world_size: int = 1
@@ -51,6 +73,8 @@ class LoaderOptions:
 
     def route(self, source: Source) -> Graph:
         """Return how the clips of a source are made, if they are not held in memory."""
+        if source == "video" and self.fused:
+            return "streamed"
         if self.graph is not None or self.device == "cpu":
             return self.graph or "fused"
         if source == "video":

@@ -8,6 +8,8 @@ values lie side by side.
 # The types of numba describe Python's side of compiled functions, not the functions.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 
+from typing import NamedTuple
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -35,51 +37,82 @@ _LANES = 8  # lines whose columns are blended together
 _VECTOR = ir.VectorType(ir.FloatType(), _LANES)
 
 
+class Resize(NamedTuple):
+    """How the frames of a clip are cut and resized, and memory for what lies between."""
+
+    height: int
+    top: int
+    left: int
+    columns: int
+    begin: int  # first column of chroma that is needed
+    samples: int  # columns of chroma that are needed
+    y: tuple[np.ndarray, np.ndarray]  # for each line of the output first line of luma, weights
+    x: tuple[np.ndarray, np.ndarray]
+    v: tuple[np.ndarray, np.ndarray]  # of chroma, as u
+    u: tuple[np.ndarray, np.ndarray]
+    line: np.ndarray
+    lanes: np.ndarray
+    planes: np.ndarray
+    picture: np.ndarray
+
+
+@njit(**FAST)
+def resize_of(height, width, size, p):
+    """Return the Resize of frames of a height and a width, which are even; `p` as of kernels.fused."""
+    top, rows = cut(p[BOX], p[BOX + 2], height)
+    left, columns = cut(p[BOX + 1], p[BOX + 3], width)
+    y, x = triangles(rows, size, False), triangles(columns, size, p[MIRROR] != 0)
+    v = _of_chroma(top + y[0], y[1], height // 2 - 1, False)
+    u = _of_chroma(left + x[0], x[1], width // 2 - 1, p[CHROMA_LEFT] != 0)
+    begin = max((left - 1) // 2, 0)
+    samples = min((left + columns) // 2 + 1, width // 2) - begin
+    u[0][:] -= begin
+    longest = max(columns, samples)
+    line = np.empty((_LANES, longest), np.float32)
+    lanes = np.zeros((longest + max(x[1].shape[1], u[1].shape[1])) * _LANES, np.float32)
+    planes = np.empty((3, size * _LANES), np.float32)
+    picture = np.empty((size if touches_geometry(p) else 0, 3 * size), np.float32)
+    return Resize(height, top, left, columns, begin, samples, y, x, v, u, line, lanes, planes, picture)
+
+
 @njit(**FAST)
 def fused(out, pixels, p):
     """Write one frame to `out`; `out` and `p` as of kernels.fused.
 
     `pixels` is uint8, (3 H / 2, W, 1): H rows of Y, then Cb and Cr, H/2 x W/2 each; H and W are even.
     """
-    size, height, width = out.shape[0], len(pixels) // 3 * 2, pixels.shape[1]
-    half = width // 2
+    height, width = len(pixels) // 3 * 2, pixels.shape[1]
+    chroma = pixels[height:].reshape(2, height // 2, width // 2)
     luma = pixels[:height].reshape(height, width)
-    chroma_planes = pixels[height:].reshape(2, height // 2, half)
-    top, rows = cut(p[BOX], p[BOX + 2], height)
-    left, columns = cut(p[BOX + 1], p[BOX + 3], width)
-    y_first, y_weights = triangles(rows, size, False)
-    x_first, x_weights = triangles(columns, size, p[MIRROR] != 0)
-    v_first, v_weights = _of_chroma(top + y_first, y_weights, height // 2 - 1, False)
-    u_first, u_weights = _of_chroma(left + x_first, x_weights, half - 1, p[CHROMA_LEFT] != 0)
-    begin = max((left - 1) // 2, 0)
-    samples = min((left + columns) // 2 + 1, half) - begin
-    u_first -= begin
-    longest = max(columns, samples)
-    line = np.empty((_LANES, longest), np.float32)
-    lanes = np.zeros((longest + max(x_weights.shape[1], u_weights.shape[1])) * _LANES, np.float32)
-    planes = np.empty((3, size * _LANES), np.float32)
+    write(out, luma, chroma[0], chroma[1], resize_of(height, width, out.shape[0], p), p)
+
+
+@njit(**FAST)
+def write(out, luma, cb, cr, r, p):
+    """Write one frame to `out` as `fused` does, from its planes, whose lines may be longer than the frame is wide."""
+    size, last = out.shape[0], r.height // 2 - 1
+    planes, line, lanes = r.planes, r.line, r.lanes
     geometry = touches_geometry(p)
-    picture = np.empty((size if geometry else 0, 3 * size), np.float32)
     for y in range(0, size, _LANES):
         count = min(_LANES, size - y)
         for k in range(count):
-            blend_rows(line[k], luma, top + y_first[y + k], height - 1, left, columns, y_weights[y + k])
-        _side_by_side(lanes, line, columns)
-        _blend_columns(planes[0], lanes, x_first, x_weights)
+            blend_rows(line[k], luma, r.top + r.y[0][y + k], r.height - 1, r.left, r.columns, r.y[1][y + k])
+        _side_by_side(lanes, line, r.columns)
+        _blend_columns(planes[0], lanes, *r.x)
         for plane in range(2):
-            source = chroma_planes[plane]
+            source = cb if plane == 0 else cr
             for k in range(count):
-                blend_rows(line[k], source, v_first[y + k], height // 2 - 1, begin, samples, v_weights[y + k])
-            _side_by_side(lanes, line, samples)
-            _blend_columns(planes[1 + plane], lanes, u_first, u_weights)
-        _to_rgb(planes, p[YUV:CHROMA_LEFT])
+                blend_rows(line[k], source, r.v[0][y + k], last, r.begin, r.samples, r.v[1][y + k])
+            _side_by_side(lanes, line, r.samples)
+            _blend_columns(planes[1 + plane], lanes, *r.u)
         if geometry:
-            _deal(picture[y : y + count], planes)
+            _to_rgb(planes, p[YUV:CHROMA_LEFT])
+            _deal(r.picture[y : y + count], planes)
         else:
-            _mix(planes, p[COLOUR:YUV])
+            _to_colours(planes, p[YUV:CHROMA_LEFT], p[COLOUR:YUV])
             _deal(out[y : y + count].reshape(count, 3 * size), planes)
     if geometry:
-        finish(out, picture, p)
+        finish(out, r.picture, p)
     erase(out, p)
 
 
@@ -183,14 +216,18 @@ def _to_rgb(planes, m):
 
 
 @njit(**FAST)
-def _mix(planes, m):
-    """Set each pixel to m @ (pixel, 1) in place; m is (3, 4), flat."""
+def _to_colours(planes, m, n):
+    """Make YUV RGB as `_to_rgb` does, and set each pixel to n @ (pixel, 1) in place; n is (3, 4), flat."""
+    low, high = np.float32(0), np.float32(255)
     a, b, c = planes[0], planes[1], planes[2]
     for i in range(len(a)):
         x, y, z = a[i], b[i], c[i]
-        a[i] = m[0] * x + m[1] * y + m[2] * z + m[3]
-        b[i] = m[4] * x + m[5] * y + m[6] * z + m[7]
-        c[i] = m[8] * x + m[9] * y + m[10] * z + m[11]
+        red = min(max(m[0] * x + m[1] * y + m[2] * z + m[3], low), high)
+        green = min(max(m[4] * x + m[5] * y + m[6] * z + m[7], low), high)
+        blue = min(max(m[8] * x + m[9] * y + m[10] * z + m[11], low), high)
+        a[i] = n[0] * red + n[1] * green + n[2] * blue + n[3]
+        b[i] = n[4] * red + n[5] * green + n[6] * blue + n[7]
+        c[i] = n[8] * red + n[9] * green + n[10] * blue + n[11]
 
 
 @njit(**FAST)

@@ -1,13 +1,13 @@
 """Reading ahead: the clips of a batch are fetched by several threads, each of which has a part of the batch.
 
 A part takes one call of compiled code, however many clips and frames it has. Only a clip that is unusual, or cannot be
-read, is fetched by Python. Of videos each clip is a part, which one call of compiled code decodes (ffmpeg.py).
+read, is fetched by Python. Of videos each clip is a part.
 """
 
 from collections import deque
 from concurrent.futures import Future
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -47,8 +47,6 @@ Samples: TypeAlias = Files | Pictures | list[Any]  # of a list: an array for eac
 
 class Readable(Protocol):
     """What can be read: a source, or videos for a GPU."""
-
-    reads_at_once: ClassVar[bool]
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[Any]:
         """Return the samples of one clip."""
@@ -125,7 +123,7 @@ class Reading:
         self._listed, self.room = listed, room
         self._apart: dict[int, list[Any]] = {}  # place in the batch -> what was fetched, where it is in no room
         self.bad: dict[int, BadClip] = {}  # place -> why it cannot be read
-        num_parts = len(videos) if listed or not source.reads_at_once else min(readers.num_threads, len(videos))
+        num_parts = len(videos) if listed else min(readers.num_threads, len(videos))
         self._ends = np.linspace(0, len(videos), num_parts + 1).astype(int).tolist()
         self._parts: list[Future[None]] = [readers.submit(self._read, *part) for part in pairwise(self._ends)]
 

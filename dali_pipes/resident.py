@@ -1,4 +1,4 @@
-"""A raw data set held whole in the memory of a device: clips are cut out of it, nothing is loaded after the start."""
+"""A raw data set held in the memory of a device, or of several: clips are cut out of it, nothing is loaded later."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dali_pipes import pixels
 from dali_pipes.native import DONE
+from dali_pipes.options import Neighbours
 from dali_pipes.shard_files import close_shards, open_shards
 from dali_pipes.streaming import read_clips
 from dali_pipes.torch_stages import upload
@@ -24,61 +25,95 @@ _PART = 2**28  # bytes that are read, and copied to the device, at a time
 
 
 class ResidentClips:
-    """All pictures of a raw source on one device, of any sizes.
+    """All pictures of a raw source in the memory of one device, or in shares in that of each of a machine's.
 
     Args:
         index: the videos.
         device: where the pictures are held.
-        check: called with what was read of each video.
+        check: called with what this process has read of each video.
+        neighbours: who hold the other shares, and make theirs at the same time; None: this device holds all.
 
     Raises:
         UserError: if the source is not raw, or the memory does not hold them.
     """
 
-    def __init__(self, index: ClipIndex, device: torch.device, check: Check):
+    def __init__(self, index: ClipIndex, device: torch.device, check: Check, neighbours: Neighbours | None = None):
         store = index.store
         if index.source != "raw" or not isinstance(store, Packed):
             raise UserError(
                 f"--data.cache gpu holds raw clips, these are {index.source}: {command_of('pack')} --format raw"
             )
-        self._store, self._device = store, device
+        self._store, self._device, self._neighbours = store, device, neighbours
         frames, sizes = store.first[1:] - store.first[:-1], 3 * store.height.astype(np.int64) * store.width
-        self._start = np.concatenate([[0], np.cumsum(frames * sizes)])  # of each video; its frames follow each other
-        self.pictures = _load(index, store, self._start, device, check)
+        start = np.concatenate([[0], np.cumsum(frames * sizes)])  # of each video; its frames follow each other
+        ends = _shares(start, 1 if neighbours is None else neighbours.size)
+        largest = int((start[ends[1:]] - start[ends[:-1]]).max())
+        why = _no_room(largest, device)
+        if neighbours is not None:
+            neighbours.agree(why)  # before one waits for another's memory
+            self.pictures, addresses = neighbours.memory(largest)
+            own = slice(*ends[neighbours.rank : neighbours.rank + 2].tolist())
+            try:
+                _load(index, store, start, own, self.pictures, check)
+            except UserError as error:
+                why = str(error)
+            neighbours.agree(why)  # before one looks where another has not read yet
+        elif why is not None:
+            raise UserError(why)
+        else:
+            self.pictures = torch.empty(largest, dtype=torch.uint8, device=device)
+            addresses = [self.pictures.data_ptr()]
+            _load(index, store, start, slice(0, len(store.shard)), self.pictures, check)
+        bases = np.array(addresses) - start[ends[:-1]]
+        self._address = np.repeat(bases, np.diff(ends)) + start[:-1]  # of each video
 
     def frames(self, plan: EpochPlan) -> pixels.Frames:
         """Return where the frames of all rows of a plan lie, for as long as this lives; nothing is waited for."""
         store, video = self._store, plan.video
         height, width = (side[video].astype(np.int64)[:, None] for side in (store.height, store.width))
-        address = self.pictures.data_ptr() + self._start[video][:, None] + plan.frames * (3 * height * width)
+        address = self._address[video][:, None] + plan.frames * (3 * height * width)
         cuts = pixels.cut_out(address, height, width, plan.box)
         parameters = pixels.parameters(plan, np.arange(len(video)))
         return pixels.Frames(upload(cuts, self._device), upload(parameters, self._device))
 
 
+def _shares(start: Int64[np.ndarray, " _"], number: int) -> Int64[np.ndarray, " _"]:
+    """Return where shares of about as many bytes begin, in videos, and where the last one ends."""
+    inner = np.searchsorted(start[:-1], start[-1] * np.arange(1, number) // number)
+    return np.concatenate([[0], inner, [len(start) - 1]])
+
+
+def _no_room(needed: int, device: torch.device) -> str | None:
+    """Return why a device does not hold so many bytes; None if it does."""
+    if device.type != "cuda" or needed <= 0.8 * (free := torch.cuda.mem_get_info(device)[0]):
+        return None
+    return (
+        f"--data.cache: {needed / 2**30:.1f} GiB of pictures for a GPU of which {free / 2**30:.1f} GiB are free; "
+        "--data.cache off reads the clips instead of holding them"
+    )
+
+
 def _load(
-    index: ClipIndex, store: Packed, start: Int64[np.ndarray, " _"], device: torch.device, check: Check
-) -> UInt8[Tensor, " _"]:
-    """Return all pictures of a pack on a device, video after video."""
-    needed = int(start[-1])
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        if needed > 0.8 * free:
-            raise UserError(
-                f"--data.cache gpu: {needed / 2**30:.1f} GiB of pictures, {free / 2**30:.1f} GiB of GPU memory are free"
-            )
-    pictures = torch.empty(needed, dtype=torch.uint8, device=device)
+    index: ClipIndex,
+    store: Packed,
+    start: Int64[np.ndarray, " _"],
+    videos: slice,
+    pictures: UInt8[Tensor, " _"],
+    check: Check,
+) -> None:
+    """Read the pictures of some videos of a pack, one after the other, into the memory of a device."""
     files = open_shards(store)
     try:
-        first = 0
-        while first < len(store.shard):
+        first = videos.start
+        while first < videos.stop:
             # As many videos as a part holds, but at least one.
             last = max(int(np.searchsorted(start, start[first] + _PART, side="right")) - 1, first + 1)
-            part = torch.empty(int(start[last] - start[first]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+            last = min(last, videos.stop)
+            part = torch.empty(int(start[last] - start[first]), dtype=torch.uint8, pin_memory=pictures.is_cuda)
             states = np.zeros(last - first, dtype=np.uint8)
-            videos, offset = slice(first, last), store.offset[store.first[first:last]][:, None]
-            address = part.data_ptr() + start[videos] - start[first]
-            read_clips(files[store.shard[videos]], offset, start[first + 1 : last + 1] - start[videos], address, states)
+            some, offset = slice(first, last), store.offset[store.first[first:last]][:, None]
+            address = part.data_ptr() + start[some] - start[first]
+            read_clips(files[store.shard[some]], offset, start[first + 1 : last + 1] - start[some], address, states)
             for place in np.flatnonzero(states != DONE)[:1]:
                 path = store.paths[store.shard[first + place]]
                 raise UserError(
@@ -88,8 +123,8 @@ def _load(
                 begin, end = (start[video : video + 2] - start[first]).tolist()
                 size = 3 * int(store.height[video]) * int(store.width[video])
                 check(video, part.numpy()[begin:end].reshape(-1, size))
-            pictures[int(start[first]) : int(start[last])].copy_(part, non_blocking=True)
+            to = int(start[first] - start[videos.start])
+            pictures[to : to + len(part)].copy_(part, non_blocking=True)
             first = last
     finally:
         close_shards(files)
-    return pictures

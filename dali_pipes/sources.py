@@ -1,5 +1,5 @@
 """Sources: from (video, frames) to the bytes or pixels of a clip. One class per kind of storage:
-here folders of images and packs, in video_files.py videos.
+here folders of images and packs, in video_files.py whole video files.
 
 `kind` is what `fetch` returns: "images" (encoded), "pixels" (uint8 pictures) or "videos" (whole encoded files). `read`
 does the same for many clips at once, in compiled code, as far as there is nothing unusual about them; but for videos.
@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -21,7 +21,7 @@ from dali_pipes.headers import is_plain, refusal
 from dali_pipes.options import Kind
 from dali_pipes.shard_files import close_shards, map_shards, open_shards
 from dali_pipes.stored import BadClip, changed, read_bytes
-from dali_pipes.video_files import VideoBytes, VideoFiles
+from dali_pipes.video_files import VideoBytes
 from dfer.files import reason
 from dfer.images import MAX_BYTES, BadImage, decode_image, encode_plain
 from dfer.lists.index import ClipIndex
@@ -33,7 +33,6 @@ class Images(abc.ABC):
     """What sources of image files share: decoders are given what DALI reads, at once or after decoding here."""
 
     kind: Kind = "images"
-    reads_at_once: ClassVar[bool] = True
 
     def __init__(self, index: ClipIndex):
         self.index = index
@@ -245,16 +244,16 @@ class Shards(Images):
         return f"frame {frame} of clip {self.index.records[video].name} in {path}"
 
 
-Source: TypeAlias = FrameFolders | Shards | VideoFiles | VideoBytes
+Source: TypeAlias = FrameFolders | Shards | VideoBytes
 
 
-def source_of(index: ClipIndex, *, whole_videos: bool = False) -> Source:
-    """Return the source of an index; `whole_videos`: videos as files, not as pixels."""
+def source_of(index: ClipIndex) -> Source:
+    """Return the source of an index."""
     if index.source == "frames":
         return FrameFolders(index)
     if index.source in ("shards", "raw"):
         return Shards(index)
-    return VideoBytes(index) if whole_videos else VideoFiles(index)
+    return VideoBytes(index)
 
 
 def _texts(texts: Iterable[str]) -> tuple[UInt8[np.ndarray, " _"], Int64[np.ndarray, " N"]]:

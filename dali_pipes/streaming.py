@@ -101,9 +101,13 @@ class Stream(abc.ABC, Generic[Read]):
     def read(self, readers: Readers, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Read:
         """Start to read a batch."""
         begun = self._begun(plan, rows)
-        for begin, end in _parts(len(rows), min(len(rows), self.num_threads)):
+        for begin, end in _parts(len(rows), self._num_parts(len(rows))):
             begun.jobs.append(readers.submit(self._read_part, begun, plan, begin, end))
         return begun
+
+    def _num_parts(self, num_clips: int) -> int:
+        """Return into how many jobs a batch is divided."""
+        return min(num_clips, self.num_threads)
 
     @abc.abstractmethod
     def _begun(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Read:
@@ -118,10 +122,8 @@ class Stream(abc.ABC, Generic[Read]):
         """Return which of the ODD clips of a batch, by their places, are bad; the others are read by other means."""
 
     @abc.abstractmethod
-    def _frames(
-        self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"]
-    ) -> tuple[pixels.Frames, Int64[torch.Tensor, " B"]]:
-        """Copy a batch to the device; return its table and the rows of that. Those places' clips are shown."""
+    def _clips(self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"], stages: Stages) -> torch.Tensor:
+        """Start to make a batch of the clips in these places, (B, T, S, S, 3)."""
 
     @record_function("reading")
     def _wait(self, begun: Read, plan: EpochPlan) -> Bool[np.ndarray, " B"]:
@@ -152,9 +154,22 @@ class Stream(abc.ABC, Generic[Read]):
             shape = (batch, length, options.size, options.size, 3)
             return _Made(torch.zeros(shape, dtype=dtype, device=self._device), good, None)
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            table = self._frames(begun, plan, stand_ins(np.arange(batch), good))
-            clips = pixels.clips(*table, stages, options.size, dtype)
+            clips = self._clips(begun, plan, stand_ins(np.arange(batch), good), stages)
             return _Made(clips, good, self._stream.record_event() if self._stream else None)
+
+
+class PixelStream(Stream[Read]):
+    """Clips that one kernel makes of pixels which threads have read."""
+
+    @abc.abstractmethod
+    def _frames(
+        self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"]
+    ) -> tuple[pixels.Frames, Int64[torch.Tensor, " B"]]:
+        """Copy a batch to the device; return its table and the rows of that. Those places' clips are shown."""
+
+    def _clips(self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"], stages: Stages) -> torch.Tensor:
+        table = self._frames(begun, plan, places)
+        return pixels.clips(*table, stages, self._options.size, self._options.dtype)
 
 
 def _parts(num_clips: int, number: int) -> list[tuple[int, int]]:
@@ -162,7 +177,7 @@ def _parts(num_clips: int, number: int) -> list[tuple[int, int]]:
     return [*pairwise(np.linspace(0, num_clips, number + 1).astype(int).tolist())]
 
 
-class RawStream(Stream[_Raw]):
+class RawStream(PixelStream[_Raw]):
     """The clips of a raw source.
 
     Args:

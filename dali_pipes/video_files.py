@@ -1,15 +1,15 @@
 """Sources of videos: their frames, decoded by FFmpeg, or whole files for a decoder that takes those."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import numpy as np
 from av.error import FFmpegError
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 
-from dali_pipes import ffmpeg
+from dali_pipes import ffmpeg, kernels, planar
 from dali_pipes.options import Kind
 from dali_pipes.stored import BadClip, changed, read_bytes
 from dfer.files import reason
@@ -23,12 +23,11 @@ from dfer.video.random_access import PLANAR, read_frames
 # of all other codecs lie between two columns.
 CHROMA_LEFT = frozenset({"h264", "hevc", "mpeg2video", "mpeg4"})
 
+Read = TypeVar("Read")
+
 
 class VideoFiles:
     """One video file per clip, decoded by FFmpeg on the calling thread, without its colour conversion."""
-
-    kind: Kind = "pixels"
-    reads_at_once: ClassVar[bool] = False
 
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, VideoStore)
@@ -50,11 +49,33 @@ class VideoFiles:
     def planar(
         self, video: int, frames: Int64[np.ndarray, " T"], **memory: Any
     ) -> tuple[UInt8[np.ndarray, "n rows W 1"], Int64[np.ndarray, " T"]] | None:
-        """Return what ffmpeg.read_planar does; None if that is for `others` to do.
+        """Return what ffmpeg.read_planar does, None included.
 
         Raises:
             BadClip: if the file is known to be bad, or cannot be opened.
         """
+        return self._compiled(ffmpeg.read_planar, video, frames, **memory)
+
+    def write(
+        self,
+        video: int,
+        frames: Int64[np.ndarray, " T"],
+        out: Shaped[np.ndarray, "T S S 3"],
+        parameters: Float32[np.ndarray, " P"],
+    ) -> None:
+        """Write a clip, by the CPU's kernels, whose `parameters` these are.
+
+        Raises:
+            BadClip: as `fetch`; what `out` is then means nothing.
+        """
+        if not self._compiled(ffmpeg.read_clip, video, frames, out=out, parameters=parameters):
+            for place, picture in zip(out, self.others(video, frames), strict=True):
+                (planar if picture.shape[2] == 1 else kernels).fused(place, picture, parameters)
+
+    def _compiled(
+        self, read: Callable[..., Read], video: int, frames: Int64[np.ndarray, " T"], **more: Any
+    ) -> Read | None:
+        """Return what one of the functions of ffmpeg.py reads of a video; None if that is for `others` to do."""
         store = self.store
         if video in self.index.bad:  # even if it was mended since: the index lacks its frames
             raise BadClip(self.index.bad[video])
@@ -64,7 +85,7 @@ class VideoFiles:
             return None
         size = int(store.height[video]), int(store.width[video])
         with self._named_errors(video):
-            return ffmpeg.read_planar(*self._scan(video), frames, size, *self._colours(video), **memory)
+            return read(ffmpeg.Wanted(*self._scan(video), frames, size, *self._colours(video)), **more)
 
     def others(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
         """Return what `fetch` does, of a video that `planar` has not read.
@@ -92,9 +113,6 @@ class VideoFiles:
         except (BadVideo, FFmpegError, OSError) as error:
             raise BadClip(f"{_video_name(self.index, video)}: {reason(error)}") from None
 
-    def read(self, *args: Any) -> None:
-        """Do nothing: videos are fetched one by one."""
-
     def yuv(self) -> Float32[np.ndarray, "N 13"]:
         """Return how the pixels of each video become RGB: the (3, 4) map, and 1 where chroma lies on even columns."""
         store, known = self.store, {}
@@ -111,7 +129,6 @@ class VideoBytes:
     """Whole video files, for a decoder that takes files (NVDEC)."""
 
     kind: Kind = "videos"
-    reads_at_once: ClassVar[bool] = False
 
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, VideoStore)

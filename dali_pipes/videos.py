@@ -8,7 +8,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -79,7 +79,6 @@ class DeviceVideos:
     """Video files as a `VideoFeed` takes them."""
 
     kind: Literal["videos"] = "videos"
-    reads_at_once: ClassVar[bool] = False
 
     def __init__(self, index: ClipIndex, options: LoaderOptions):
         assert isinstance(index.store, VideoStore)

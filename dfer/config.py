@@ -45,8 +45,8 @@ class DataConfig:
     """What decodes videos for a GPU: the cores, or NVDEC those that it takes. auto = cores, until a card shows more."""
     bad_clips: Literal["error", "skip"] = "skip"
     """Training clips that cannot be read: stop, or leave them out, by name and 1 % at most. Evaluation always stops."""
-    cache: Literal["off", "gpu", "auto"] = "off"
-    """gpu = hold the whole raw data set in GPU memory; auto = where it fits (docs/speed.md)."""
+    cache: Literal["off", "gpu", "shares", "auto"] = "off"
+    """gpu = hold all raw clips on each GPU; shares = on a machine's together; auto = as they fit (docs/speed.md)."""
     size: Annotated[int, Range(32, 1024)] = 112
     """Height and width of a clip in pixels."""
     num_segments: Annotated[int, Range(1, 1024)] = 16

@@ -55,7 +55,7 @@ def problem(source: Source, video: int) -> str | None:
 def open_source(args: argparse.Namespace) -> Source:
     """Return the clips of the list, with hashes if they are to be verified."""
     with disk_errors("cannot read"):
-        return source_of(load_index(args.list, args.root, hashed=args.verify), whole_videos=True)
+        return source_of(load_index(args.list, args.root, hashed=args.verify))
 
 
 def write(args: argparse.Namespace) -> int:

@@ -106,7 +106,7 @@ def reads(work: Callable[[], object]) -> str:
 
 def readers(index: ClipIndex) -> dict[str, list[str]]:
     """What all readers that look at one frame after the other say of each clip."""
-    source, found = source_of(index, whole_videos=True), {}
+    source, found = source_of(index), {}
 
     def clip(video: int) -> Clip:
         record = index.records[video]

@@ -41,6 +41,18 @@ def mixed(tmp_path_factory) -> ClipIndex:
     return write_mixed(tmp_path_factory.mktemp("mixed") / "videos", [*kinds, ("mjpeg", 98, 70)])
 
 
+def test_memory_of_clips_is_used_again_but_not_while_somebody_has_a_part_of_it(mixed):
+    clip_loader, parts, places = loader(mixed, batch_size=1, augmentation=EVERYTHING), [], set()
+    for batch in clip_loader(4):
+        parts.append((batch.clips[0, 1], batch.clips[0, 1].clone()))
+    del batch
+    for _ in range(3):
+        places.update(batch.clips.data_ptr() for batch in clip_loader(5))
+    assert all(torch.equal(part, then) for part, then in parts)
+    assert len(parts) == len(mixed) and places.isdisjoint(part.data_ptr() for part, _ in parts)
+    assert len(places) < len(mixed)
+
+
 def test_who_decodes_what():
     """A table of what NVDEC refuses, in part seen on an H200, or would show otherwise, and of its neighbours."""
     for codec, pixels, height, width, by_nvdec in (
@@ -120,7 +132,7 @@ def test_frames_of_a_clip_may_differ_in_kind_and_size(mixed, monkeypatch):
         return [(other if place % 3 == 1 else own)[place] for own in [real(self, video, frames)] for place in range(T)]
 
     monkeypatch.setattr(VideoFiles, "others", others)
-    monkeypatch.setattr(VideoFiles, "planar", lambda *_, **__: None)
+    monkeypatch.setattr(VideoFiles, "_compiled", lambda *_, **__: None)
     want = list(loader(mixed, batch_size=3, augmentation=EVERYTHING)(4))
     found = list(loader(mixed, batch_size=3, augmentation=EVERYTHING, graph="operators")(4))
     assert len(want) == len(found) == 2

@@ -55,7 +55,7 @@ def packed(root, kind):
 
 def read(index, videos, frames, width=4096, states=None):
     """What compiled code makes of a batch: its states, and the bytes or pixels of each frame."""
-    source = source_of(index, whole_videos=False)
+    source = source_of(index)
     states = np.zeros(len(videos), np.uint8) if states is None else states
     if source.kind == "images":
         room = Files(np.full((frames.size, width), 7, np.uint8), np.zeros((frames.size, 1), np.int32))
@@ -87,7 +87,7 @@ def test_compiled_code_reads_what_python_reads(root, kind, hashed):
     videos, frames = some_frames()
     states, found = read(index, videos, frames)
     assert (states == native.DONE).all()
-    source = source_of(index, whole_videos=False)
+    source = source_of(index)
     want = [a for video, of in zip(videos, frames, strict=True) for a in source.fetch(int(video), of)]
     assert all(np.array_equal(a, b) for a, b in zip(found, want, strict=True)) and len(found) == len(want)
 

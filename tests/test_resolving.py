@@ -511,4 +511,9 @@ def test_the_cache_is_settled_by_the_clips(machine, capsys, monkeypatch):
     assert tier(large, *auto) == "off" and tier(large, *auto, gb=2.5) == "gpu"
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(resolving, "find_place", lambda: Place(0, 2, 0, 2))
-    assert tier(index_of(), *auto, gb=1.1) == "off" and "only in shares, which are not held" in capsys.readouterr().err
+    seen = []
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: seen.append((a, b)) or True)
+    assert tier(index_of(), *auto, gb=1.1) == "shares" and sorted(seen) == [(0, 1), (1, 0)]
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a < b)
+    assert capsys.readouterr().err == "" and tier(index_of(), *auto, gb=1.1) == "off"
+    assert "only in shares, and not each reads all others' memory: off" in capsys.readouterr().err

@@ -3,27 +3,30 @@
 On a CPU, where the kernel is the CPU's; tests/test_pixels.py and tests/test_dali_pipes.py have what needs a GPU.
 """
 
+import dataclasses
 import itertools
 import sys
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from dali_pipes import resident, sources, streaming
+from dali_pipes import bad_clips, resident, sources, streaming
 from dali_pipes.build import type_of_clips
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
 from dali_pipes.resident import ResidentClips
+from dali_pipes.stored import BadClip
+from dfer.cli import UserError
 from dfer.config import Config, RunConfig
 from dfer.lists.index import ClipIndex, load_index
 from dfer.plan.augmentation import Augmentation
 from dfer.plan.sampling import ClipSampler
 from scripts import pack
-from tests.conftest import smooth_image
+from tests.conftest import run_python, smooth_image
 from tests.test_kernels import EVERYTHING
 
 T, SIZE, CLIPS = 4, 16, 11
@@ -302,3 +305,97 @@ def test_a_shard_that_was_cut_is_not_held(index):
     store = replace(index.store, offset=index.store.offset + 10**9)
     with pytest.raises(ValueError, match=r"list-0000\d\.raw: cannot be read as far as it was packed; copy it again"):
         ResidentClips(replace(index, store=store), torch.device("cpu"), lambda *args: None)
+
+
+@dataclasses.dataclass
+class Beside:
+    """In dfer.run.neighbours' place: threads, each of which has memory of its own."""
+
+    rank: int
+    size: int
+    barrier: threading.Barrier
+    said: dict
+
+    def each(self, found):
+        self.said[self.rank] = found
+        self.barrier.wait(20)
+        everywhere = [self.said[rank] for rank in range(self.size)]
+        self.barrier.wait(20)
+        return everywhere
+
+    def memory(self, num_bytes):
+        own = torch.full((num_bytes,), 77, dtype=torch.uint8)
+        return own, self.each(own.data_ptr())
+
+    def agree(self, why):
+        for rank, one in enumerate(self.each(why)):
+            if one is not None:
+                raise UserError(f"rank {rank}: {one}")
+
+
+def in_threads(size: int, work) -> list:
+    """What `work` returns, or raises, in a thread for each of some neighbours."""
+    barrier, said = threading.Barrier(size), {}
+
+    def guarded(rank: int):
+        try:
+            return work(Beside(rank, size, barrier, said))
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(guarded, range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, CLIPS + 2])
+def test_what_neighbours_hold_in_shares_are_the_same_clips(index, size):
+    whole = loader(index, cached=True)
+    want, total = list(whole(3)), len(whole._resident.pictures)
+
+    def held(neighbours: Beside):
+        shared = loader(index, cached=True, neighbours=neighbours)
+        neighbours.agree(None)
+        found = list(shared(3))
+        neighbours.agree(None)  # before one of them goes, and its memory
+        return found, len(shared._resident.pictures)
+
+    largest = int(((index.store.first[1:] - index.store.first[:-1]) * 3 * index.store.height * index.store.width).max())
+    for found, num_bytes in in_threads(size, held):
+        assert check_same(found, want) == len(want) > 2
+        assert total / size <= num_bytes <= total / size + largest
+
+
+def test_a_share_that_cannot_be_read_ends_all(index):
+    """The last video is in the last share."""
+    offset = index.store.offset.copy()
+    offset[index.store.first[-2]] += 10**9
+    cut = replace(index, store=replace(index.store, offset=offset, paths=[*index.store.paths]))
+    found = in_threads(3, lambda neighbours: loader(cut, cached=True, neighbours=neighbours))
+    assert len({str(error) for error in found}) == 1
+    assert str(found[0]).startswith("rank 2: ") and "cannot be read as far as it was packed" in str(found[0])
+
+
+def test_a_bad_clip_of_one_share_is_known_to_all(index, monkeypatch, capsys):
+    def verify(self, video, frames, pictures):
+        if video in (1, CLIPS - 1):
+            raise BadClip(f"clip {video} has changed")
+
+    monkeypatch.setattr(sources.Shards, "verify", verify)
+    monkeypatch.setattr(bad_clips, "TOLERATED", 0.5)
+    found = in_threads(3, lambda beside: loader(index, cached=True, bad_clips="skip", neighbours=beside).bad_clips)
+    assert found == [{1: "clip 1 has changed", CLIPS - 1: f"clip {CLIPS - 1} has changed"}] * 3
+    assert capsys.readouterr().err.count("clip left out") == 2
+    found = in_threads(3, lambda beside: loader(index, cached=True, neighbours=beside))
+    assert {str(error) for error in found} == {"rank 0: clip 1 has changed"}
+
+
+def test_neighbours_are_the_processes_of_a_machine(tmp_path):
+    done = run_python("tests/sharing.py", str(tmp_path / "store"), "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_two_processes_hold_clips_in_shares(index, tmp_path):
+    """On one card, which is all that there may be."""
+    done = run_python("tests/sharing.py", str(tmp_path / "store"), "gpu", str(index.store.paths[0].parent / "list.txt"))
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dali_pipes import ffmpeg, ffmpeg_loop
-from dali_pipes.ffmpeg import read_planar
+from dali_pipes import ffmpeg, ffmpeg_loop, kernels
+from dali_pipes.ffmpeg import Wanted, read_clip, read_planar
+from dali_pipes.planar import fused
 from dali_pipes.video_files import VideoFiles
 from dfer.cli import say_once
 from dfer.lists.index import load_index
@@ -83,6 +84,13 @@ COUNTED = {
 CONSTANT = ("mpeg2video", "flv", "rawvideo", "avi", "mpg", "h264")  # codecs and containers without time stamps
 RATES = [(name, True) for name in QUICK | COUNTED]
 RATES += [(name, False) for name, (codec, suffix, _) in (QUICK | COUNTED).items() if not {codec, suffix} & {*CONSTANT}]
+
+SIZE = 20  # of a clip's pictures
+PARAMETERS = np.zeros(kernels.NUM_PARAMETERS, np.float32)  # a crop, mirrored, of colours that are mixed
+PARAMETERS[kernels.BOX : kernels.WARP] = 0.1, 0.15, 0.8, 0.7, 1
+PARAMETERS[[kernels.WARP, kernels.WARP + 4]] = 1
+PARAMETERS[kernels.COLOUR : kernels.YUV] = np.eye(3, 4).ravel() + 0.1
+PARAMETERS[kernels.YUV : kernels.CHROMA_LEFT] = yuv_to_rgb("bt601", False).ravel()
 
 
 def picture(number: int, height: int = H, width: int = W) -> np.ndarray:
@@ -156,7 +164,10 @@ def sequential(path: Path) -> Iterator[np.ndarray]:
 def read(path: Path, scan: VideoScan, frames: Sequence[int], compiled: bool = False) -> list[np.ndarray]:
     """By Python; what compiled code gives must be the same. `compiled`: and it must give something."""
     asked = path, scan.pts, scan.key, np.array(frames, dtype=np.int64)
-    planar = read_planar(*asked, (scan.height, scan.width), scan.matrix, scan.full_range)
+    looks = (scan.height, scan.width), scan.matrix, scan.full_range
+    planar = read_planar(Wanted(*asked, *looks))
+    clip = np.full((len(frames), SIZE, SIZE, 3), np.nan, np.float32)
+    assert read_clip(Wanted(*asked, *looks), clip, PARAMETERS) == (planar is not None)
     try:
         found = read_frames(*asked, scan.matrix, scan.full_range)
     except Exception:
@@ -166,8 +177,11 @@ def read(path: Path, scan: VideoScan, frames: Sequence[int], compiled: bool = Fa
     if planar is not None:
         pictures, which = planar
         assert len(pictures) == len({*frames})
-        for frame, number in zip(found, which.tolist(), strict=True):
+        picture = np.empty_like(clip[0])
+        for frame, number, made in zip(found, which.tolist(), clip, strict=True):
             assert np.array_equal(frame, pictures[number])
+            fused(picture, frame, PARAMETERS)
+            assert np.array_equal(made, picture)
     return found
 
 
@@ -273,8 +287,8 @@ def test_no_more_is_read_than_needed(tmp_path: Path, quick: None) -> None:
         path = write(tmp_path / f"v.{suffix}", "mjpeg", pictures=pictures)
         scan = scan_video(path)
         before = bytes_read()
-        read(path, scan, [3, 45])
-        assert bytes_read() - before < path.stat().st_size / 2
+        read(path, scan, [3, 45])  # three times: to frames, and by compiled code to planes and to pictures
+        assert bytes_read() - before < 3 / 4 * path.stat().st_size
 
 
 def test_a_long_gap_is_not_read(tmp_path: Path, quick: None) -> None:
@@ -787,8 +801,8 @@ def test_compiled_code_says_why_it_is_not_used(
 ) -> None:
     """And Python reads the same."""
     scan = scan_video(b_frames)
-    asked = b_frames, scan.pts, scan.key, np.arange(3), (H, W), scan.matrix, scan.full_range
-    assert read_planar(*asked) is not None
+    asked = Wanted(b_frames, scan.pts, scan.key, np.arange(3), (H, W), scan.matrix, scan.full_range)
+    assert read_planar(asked) is not None
     monkeypatch.setattr(ffmpeg, "why_not", ffmpeg.why_not.__wrapped__)
     for place, name, value in (
         (ffmpeg, "_VERSIONS", {"avutil": 59}),
@@ -798,7 +812,7 @@ def test_compiled_code_says_why_it_is_not_used(
         say_once.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
-            assert read_planar(*asked) is None and read_planar(*asked) is None
+            assert read_planar(asked) is None and read_planar(asked) is None
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "PyAV's" in said and "Python's lock" in said, said
 
@@ -836,6 +850,8 @@ def test_only_frames_in_the_colours_of_the_index_are_plain(
         nothing,
         np.array(container),
         seen,
+        height=2,
+        width=2,
         is_full_range=False,
         matrices=matrices,
         is_hdr=np.isin(np.arange(19), (16, 18)),
@@ -871,11 +887,16 @@ def test_what_compiled_code_leaves_is_not_tried_again(tmp_path: Path, monkeypatc
     write(tmp_path / "other.mp4", pts=[0, 40, 80], colorspace=7)  # SMPTE 240M
     (tmp_path / "list.txt").write_text("plain.mp4 3 0\nother.mp4 3 0\n")
     source, real, asked = VideoFiles(load_index(tmp_path / "list.txt")), ffmpeg.read_planar, []
-    monkeypatch.setattr(ffmpeg, "read_planar", lambda path, *a, **k: asked.append(path.stem) or real(path, *a, **k))
+    monkeypatch.setattr(ffmpeg, "read_planar", lambda wanted, **k: asked.append(wanted.path.stem) or real(wanted, **k))
     for _ in range(3):
         shapes = [[frame.shape[2] for frame in source.fetch(video, np.arange(3))] for video in range(2)]
         assert shapes == [[1] * 3, [3] * 3]
     assert sorted(asked) == ["other", "plain", "plain", "plain"]
+    source, real, clip, tried = VideoFiles(source.index), ffmpeg.read_clip, np.empty((3, SIZE, SIZE, 3), np.float32), []
+    monkeypatch.setattr(ffmpeg, "read_clip", lambda wanted, **k: tried.append(wanted.path.stem) or real(wanted, **k))
+    for video in (0, 1) * 3:
+        source.write(video, np.arange(3), clip, PARAMETERS)
+    assert sorted(tried) == sorted(asked)
 
 
 def test_compiled_code_keeps_no_file_and_no_memory(tmp_path: Path, b_frames: Path) -> None:
@@ -887,7 +908,11 @@ def test_compiled_code_keeps_no_file_and_no_memory(tmp_path: Path, b_frames: Pat
 
     def read_all() -> list[bool]:
         asked = scan.pts, scan.key, np.arange(0, F, 3), (H, W), scan.matrix, scan.full_range
-        return [read_planar(path, *asked) is not None for path in names]
+        wanted = [Wanted(path, *asked) for path in names]
+        clip = np.empty((len(asked[2]), SIZE, SIZE, 3), np.float32)
+        read = [read_planar(one) is not None for one in wanted]
+        assert [read_clip(one, clip, PARAMETERS) for one in wanted] == read
+        return read
 
     def kept() -> tuple[int, int]:
         gc.collect()

@@ -78,7 +78,7 @@ def reading(setting: Setting) -> Iterator[Row]:
     """Fetching a clip as the readers do, in one thread."""
     for source in ("frames", "shards144", "raw128"):
         index = index_of(setting, source, "short")
-        fetch = source_of(index, whole_videos=True).fetch
+        fetch = source_of(index).fetch
         frames = np.arange(setting.frames)
         times = []
         for number in range(setting.warm_up + 10 * setting.repeats):

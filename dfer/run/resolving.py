@@ -21,6 +21,7 @@ from dfer.run.distributed import World
 from dfer.run.graph import resolved_graph
 from dfer.run.launchers import find_place
 from dfer.run.memory import free_memory
+from dfer.run.neighbours import can_share
 
 _BUSY = 25.0  # percent of the time
 
@@ -75,19 +76,22 @@ def threads_here() -> int:
 
 
 def with_cache(config: Config, train: ClipIndex, val: ClipIndex) -> Config:
-    """Return a configuration with "gpu" or "off" for --data.cache auto, by the clips of both lists."""
+    """Return a configuration with "gpu", "shares" or "off" for --data.cache auto, by the clips of both lists."""
     if config.data.cache != "auto":
         return config
-    tier = "off"
+    tier: Literal["gpu", "shares", "off"] = "off"
     if config.run.device == "cuda":
         place, pictures = find_place(), [raw_bytes(index) for index in (train, val)]
         memory = card_memory(place.local_rank)
         if memory is not None and None not in pictures:
             free = free_memory(torch.device("cuda", min(place.local_rank, torch.cuda.device_count() - 1)))
             tier = cache_tier(sum(n or 0 for n in pictures), min(memory, free), place.local_size)
-    if tier == "shares":
-        say_once("--data.cache auto: the clips fit the GPUs of this machine only in shares, which are not held: off")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache="gpu" if tier == "gpu" else "off"))
+    if tier == "shares" and not can_share(find_place().local_size):
+        tier = "off"
+        say_once(
+            "--data.cache auto: the clips fit these GPUs only in shares, and not each reads all others' memory: off"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache=tier))
 
 
 def raw_bytes(index: ClipIndex) -> int | None:

@@ -1,5 +1,6 @@
 """The loader that a configuration names."""
 
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -49,7 +50,7 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         video_decoder=data.video_decoder,
         bad_clips=data.bad_clips if mode == "train" else "error",
         cached=data.cache in ("gpu", "shares"),
-        neighbours=Neighbours(world) if data.cache == "shares" else None,
+        neighbours=Neighbours(world, timedelta(seconds=config.run.timeout)) if data.cache == "shares" else None,
         rank=world.rank,
         world_size=world.size,
         num_threads=world.own_cores(),

@@ -1,9 +1,10 @@
 """The fused CPU kernel: crop -> resize -> mirror -> warp -> blur -> colour and normalise -> erase, one frame at a time.
 
 DALI's own CPU operators do the same in several passes, each of which costs as much as decoding the frame. This kernel
-runs inside the DALI graph, in its threads and without Python, and passes over the memory once: rows are blended with
-contiguous vector code, columns one pixel at a time (in four lanes, of which the last is not used) for a few lines at
-once, and the colours of a line are mixed while it is in the cache. Nothing is rounded in between.
+runs inside the DALI graph (of videos where they are decoded), in threads without Python, and passes over the memory
+once: rows are blended with contiguous vector code, columns one pixel at a time (in four lanes, of which the last is not
+used) for a few lines at once, and the colours of a line are mixed while it is in the cache. Nothing is rounded in
+between.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.

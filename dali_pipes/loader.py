@@ -53,7 +53,7 @@ class _Pass:
 
 
 class _Streamed(NamedTuple):
-    """An epoch of clips that threads read for a GPU, without DALI."""
+    """An epoch of clips that threads make without DALI, or read for a GPU."""
 
     key: tuple[int, int]
     plan: EpochPlan
@@ -69,8 +69,9 @@ class _Streamed(NamedTuple):
 class ClipLoader:
     """Batches of one rank, epoch by epoch: `for batch in loader(epoch): ...`.
 
-    At most AHEAD + depth + 2 batches exist at a time: AHEAD as they are stored (of videos decoded frames, of images
-    that the cores decode for a GPU their crops), `options.depth` in the graph, one made, one with the consumer. Where
+    At most AHEAD + depth + 2 batches exist at a time: AHEAD as they are stored (of videos decoded frames, on a CPU
+    clips; of images that the cores decode for a GPU their crops), `options.depth` in the graph, if there is one, one
+    made, one with the consumer. Where
     `prepare` was called there are AHEAD more as they are stored, and those in the graph may be of the epoch that it
     has named.
 
@@ -328,6 +329,8 @@ def usable(options: LoaderOptions, index: ClipIndex) -> LoaderOptions:
     if options.device == "cpu" or not (options.cached or options.route(index.source) in ("decoded", "streamed")):
         return options
     why = pixels.why_not(options.torch_device)
+    if options.neighbours is not None:  # none holds its share without the others
+        options.neighbours.agree(why)
     if why is None:
         return options
     say_once(f"{why}: DALI's operators make the clips" + ("; none are held in memory" if options.cached else ""))

@@ -22,8 +22,8 @@ class Neighbours(Protocol):
     rank: int
     size: int
 
-    def memory(self, num_bytes: int) -> tuple[UInt8[torch.Tensor, " _"], list[int]]:
-        """Return memory, and where the device finds that of each process."""
+    def memory(self, num_bytes: int) -> list[UInt8[torch.Tensor, " _"]]:
+        """Return memory of each process, as this one's device reads it."""
         ...
 
     def agree(self, why: str | None) -> None:
@@ -54,9 +54,9 @@ class LoaderOptions:
     video_decoder: Literal["auto", "cores", "nvdec"] = "auto"
     # Of NVDEC, beside each other: sessions x depth DALI pipelines. Only benchmarks/gpu.py sets it; a run has one.
     nvdec_sessions: int = 1
-    cached: bool = False  # hold all pictures of a raw source in the device's memory; nothing is loaded after the start
-    neighbours: Neighbours | None = None  # who hold shares of them, of which this device has one then
-    num_threads: int = 2  # of the graph
+    cached: bool = False  # hold all pictures of a raw source in memory of devices; nothing is loaded after the start
+    neighbours: Neighbours | None = None  # who hold shares of them, of which this device has one; None: it has all
+    num_threads: int = 2  # of the graph, or at least of the readers
     rank: int = 0
     world_size: int = 1
 

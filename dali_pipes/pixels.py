@@ -2,7 +2,7 @@
 
 The table is all that a batch needs beside the pixels: it is made of arrays, whatever the number of frames, and holds
 the crop already, so that a frame costs no Python and no size has to be the same. On a GPU one kernel reads it
-(pixel_kernel.py); on a CPU, where DALI's graphs serve training, the CPU's kernel does, and so the tests.
+(pixel_kernel.py); on a CPU, where training has other ways, the CPU's kernel does, for the tests.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.

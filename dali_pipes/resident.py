@@ -41,9 +41,10 @@ class ResidentClips:
         store = index.store
         if index.source != "raw" or not isinstance(store, Packed):
             raise UserError(
-                f"--data.cache gpu holds raw clips, these are {index.source}: {command_of('pack')} --format raw"
+                f"--data.cache holds raw clips, these are {index.source}: {command_of('pack')} --format raw"
             )
-        self._store, self._device, self._neighbours = store, device, neighbours
+        self._store, self._device = store, device
+        self._neighbours = neighbours  # whose memory it is
         frames, sizes = store.first[1:] - store.first[:-1], 3 * store.height.astype(np.int64) * store.width
         start = np.concatenate([[0], np.cumsum(frames * sizes)])  # of each video; its frames follow each other
         ends = _shares(start, 1 if neighbours is None else neighbours.size)
@@ -51,20 +52,20 @@ class ResidentClips:
         why = _no_room(largest, device)
         if neighbours is not None:
             neighbours.agree(why)  # before one waits for another's memory
-            self.pictures, addresses = neighbours.memory(largest)
+            self.parts = neighbours.memory(largest)
             own = slice(*ends[neighbours.rank : neighbours.rank + 2].tolist())
             try:
-                _load(index, store, start, own, self.pictures, check)
+                _load(index, store, start, own, self.parts[neighbours.rank], check)
             except UserError as error:
                 why = str(error)
             neighbours.agree(why)  # before one looks where another has not read yet
+            neighbours.agree(_misread(self.parts, neighbours))
         elif why is not None:
             raise UserError(why)
         else:
-            self.pictures = torch.empty(largest, dtype=torch.uint8, device=device)
-            addresses = [self.pictures.data_ptr()]
-            _load(index, store, start, slice(0, len(store.shard)), self.pictures, check)
-        bases = np.array(addresses) - start[ends[:-1]]
+            self.parts = [torch.empty(largest, dtype=torch.uint8, device=device)]
+            _load(index, store, start, slice(0, len(store.shard)), self.parts[0], check)
+        bases = np.array([part.data_ptr() for part in self.parts]) - start[ends[:-1]]
         self._address = np.repeat(bases, np.diff(ends)) + start[:-1]  # of each video
 
     def frames(self, plan: EpochPlan) -> pixels.Frames:
@@ -81,6 +82,21 @@ def _shares(start: Int64[np.ndarray, " _"], number: int) -> Int64[np.ndarray, " 
     """Return where shares of about as many bytes begin, in videos, and where the last one ends."""
     inner = np.searchsorted(start[:-1], start[-1] * np.arange(1, number) // number)
     return np.concatenate([[0], inner, [len(start) - 1]])
+
+
+def _misread(parts: list[UInt8[Tensor, " _"]], neighbours: Neighbours) -> str | None:
+    """Return that this device reads something else in another's memory than that one does; None if it does not.
+
+    Some machines say that their GPUs read each other's memory where that gives other bytes.
+    """
+    sums = [int(part.sum(dtype=torch.int64)) for part in parts]
+    wrong = [rank for rank, there in enumerate(neighbours.each(sums[neighbours.rank])) if there != sums[rank]]
+    if not wrong:
+        return None
+    return (
+        f"--data.cache shares: reads other bytes in the memory of GPU {wrong[0]} than that GPU does: is an IOMMU on? "
+        "--data.cache off reads the clips from storage"
+    )
 
 
 def _no_room(needed: int, device: torch.device) -> str | None:

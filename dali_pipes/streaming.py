@@ -1,8 +1,9 @@
-"""Clips for a GPU without DALI: threads put a batch into pinned memory, and copies and one kernel follow.
+"""Clips without DALI. For a GPU threads put a batch into pinned memory, and copies and one kernel follow.
 
 Here raw clips, which compiled code reads; image_stream.py has images. No Python runs for a clip or a frame, but where
-one is bad. Later batches are read, copied and made beside the consumer's work, on the GPU on a stream of their own.
-Where clips end up on a CPU, as in the tests, all is the same but for pinned memory, the stream, and the kernel.
+one is bad. video_stream.py has videos on a CPU, of which threads make the clips. Later batches are read, copied and
+made beside the consumer's work, on the GPU on a stream of their own. Where clips end up on a CPU, as in the tests, all
+is the same but for pinned memory, the stream, and the kernel.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.
@@ -79,8 +80,9 @@ Read = TypeVar("Read", bound=Begun)
 class Stream(abc.ABC, Generic[Read]):
     """Clips of a source, batch by batch.
 
-    At most AHEAD batches are in pinned memory and one more on its way out of it (torch rounds each piece of it up to a
-    power of two and uses it again); one is made, one with the consumer, _TAKEN of those before wait for the GPU.
+    At most AHEAD batches are read, into pinned memory for a GPU, and one more on its way out of it (torch rounds each
+    piece of it up to a power of two and uses it again); one is made, one with the consumer, _TAKEN of those before wait
+    for the GPU.
 
     Args:
         index: the videos.
@@ -90,7 +92,7 @@ class Stream(abc.ABC, Generic[Read]):
 
     def __init__(self, index: ClipIndex, bad: BadClips, options: LoaderOptions):
         self._index, self._bad, self._options, self._device = index, bad, options, options.torch_device
-        self.num_threads = max(options.num_threads, 4)  # storage is waited for, not computed with
+        self.num_threads = max(options.num_threads, 4)  # some wait for storage
         self._gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._gpu else None
 
@@ -115,11 +117,11 @@ class Stream(abc.ABC, Generic[Read]):
 
     @abc.abstractmethod
     def _read_part(self, begun: Read, plan: EpochPlan, begin: int, end: int) -> None:
-        """Read clips [begin, end) of a batch, in a thread. Their states become DONE or ODD."""
+        """Read clips [begin, end) of a batch, in a thread. Their states become DONE, or ODD for `_find_bad`."""
 
     @abc.abstractmethod
     def _find_bad(self, begun: Read, plan: EpochPlan) -> dict[int, BadClip]:
-        """Return which of the ODD clips of a batch, by their places, are bad; the others are read by other means."""
+        """Return which clips of a batch are bad, by their places; others that are ODD are read by other means."""
 
     @abc.abstractmethod
     def _clips(self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"], stages: Stages) -> torch.Tensor:

@@ -32,7 +32,7 @@ class VideoFiles:
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, VideoStore)
         self.index, self.store = index, index.store
-        self._unusual: set[int] = set()  # videos that `planar` has left to `others`, which could read them
+        self._unusual: set[int] = set()  # videos that compiled code has left to `others`, which could read them
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
         """Return the T pictures: planar 4:2:0 YUV (3 H / 2, W, 1), or RGB (H, W, 3) from streams of other kinds.
@@ -88,7 +88,7 @@ class VideoFiles:
             return read(ffmpeg.Wanted(*self._scan(video), frames, size, *self._colours(video)), **more)
 
     def others(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
-        """Return what `fetch` does, of a video that `planar` has not read.
+        """Return what `fetch` does, of a video that compiled code has not read.
 
         Raises:
             BadClip: as `fetch`.

@@ -62,7 +62,7 @@ class VideoStream(Stream[_Clips]):
         size = self._options.size
         shape = (self._options.batch_size, length, size, size, 3)
         memory = self._free.pop() if self._free else np.empty(shape, self._stored_as)
-        clips = memory[:num_clips]  # what whoever has the batch holds
+        clips = memory[:num_clips]  # what whoever has the batch holds; a view of this is one of `memory`, and would not
         weakref.finalize(clips, self._free.append, memory).atexit = False
         return clips
 

@@ -45,7 +45,7 @@ def on_one_card(rank: int, world: World, list_path: str) -> None:
     options = LoaderOptions(2, 32, device="gpu", device_id=0, cached=True, rank=rank, world_size=2)
     shared = LoaderOptions(**vars(options) | {"neighbours": Neighbours(world)})
     whole, loader = (ClipLoader(index, sampler, some) for some in (options, shared))
-    assert len(loader._resident.pictures) < len(whole._resident.pictures)
+    assert len(loader._resident.parts[0]) < len(whole._resident.parts[0])
     count = 0
     for batch, want in zip(loader(1), whole(1), strict=True):
         assert torch.equal(batch.clips, want.clips) and torch.equal(batch.ids, want.ids)

@@ -35,9 +35,9 @@ CPU = World(0, 1, 0, 1, torch.device("cpu"))
 def machine(monkeypatch):
     """A function that gives this process a GPU with so many GB, free ones, or none, and so many cores."""
 
-    def give(gb: float | None = None, cores: int = 8, free: float = 1000) -> None:
+    def give(gb: float | None = None, cores: int = 8, free: float = 1000, gpus: int = 1) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gb is not None)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gb is not None))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus * (gb is not None))
         properties = SimpleNamespace(total_memory=int(1e9 * (gb or 0)))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(1e9 * free), properties.total_memory))
@@ -497,8 +497,8 @@ def test_the_bytes_of_raw_clips_are_those_of_each_of_its_frames():
 
 
 def test_the_cache_is_settled_by_the_clips(machine, capsys, monkeypatch):
-    def tier(train, *words, gb=2, free=1000):
-        machine(gb, free=free)
+    def tier(train, *words, gb=2, free=1000, gpus=1):
+        machine(gb, free=free, gpus=gpus)
         return with_cache(settled(parse_config(["debug", *words])), train, index_of()).data.cache
 
     auto = ("--data.cache", "auto")
@@ -513,7 +513,7 @@ def test_the_cache_is_settled_by_the_clips(machine, capsys, monkeypatch):
     monkeypatch.setattr(resolving, "find_place", lambda: Place(0, 2, 0, 2))
     seen = []
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: seen.append((a, b)) or True)
-    assert tier(index_of(), *auto, gb=1.1) == "shares" and sorted(seen) == [(0, 1), (1, 0)]
+    assert tier(index_of(), *auto, gb=1.1, gpus=2) == "shares" and sorted(seen) == [(0, 1), (1, 0)]
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a < b)
-    assert capsys.readouterr().err == "" and tier(index_of(), *auto, gb=1.1) == "off"
+    assert capsys.readouterr().err == "" and tier(index_of(), *auto, gb=1.1, gpus=2) == "off"
     assert "only in shares, and not each reads all others' memory: off" in capsys.readouterr().err

@@ -292,10 +292,10 @@ def test_what_is_held_in_memory_is_read_in_parts(index, monkeypatch, part):
     for video, shard in enumerate(store.shard.tolist()):
         for row in range(store.first[video], store.first[video + 1]):
             frame = want[shard][store.offset[row] : store.offset[row] + store.length[row]]
-            assert np.array_equal(held.pictures[begin : begin + len(frame)].numpy(), frame)
+            assert np.array_equal(held.parts[0][begin : begin + len(frame)].numpy(), frame)
             begin += len(frame)
             assert np.array_equal(told[video][1][row - store.first[video]], frame)
-    assert begin == len(held.pictures) and [video for video, _ in told] == list(range(CLIPS))
+    assert begin == len(held.parts[0]) and [video for video, _ in told] == list(range(CLIPS))
     told.clear()
     ResidentClips(index.head(3), torch.device("cpu"), lambda video, frames: told.append(video))
     assert told == [0, 1, 2]
@@ -324,8 +324,7 @@ class Beside:
         return everywhere
 
     def memory(self, num_bytes):
-        own = torch.full((num_bytes,), 77, dtype=torch.uint8)
-        return own, self.each(own.data_ptr())
+        return self.each(torch.full((num_bytes,), 77, dtype=torch.uint8))
 
     def agree(self, why):
         for rank, one in enumerate(self.each(why)):
@@ -350,14 +349,14 @@ def in_threads(size: int, work) -> list:
 @pytest.mark.parametrize("size", [1, 2, 3, CLIPS + 2])
 def test_what_neighbours_hold_in_shares_are_the_same_clips(index, size):
     whole = loader(index, cached=True)
-    want, total = list(whole(3)), len(whole._resident.pictures)
+    want, total = list(whole(3)), len(whole._resident.parts[0])
 
     def held(neighbours: Beside):
         shared = loader(index, cached=True, neighbours=neighbours)
         neighbours.agree(None)
         found = list(shared(3))
         neighbours.agree(None)  # before one of them goes, and its memory
-        return found, len(shared._resident.pictures)
+        return found, len(shared._resident.parts[neighbours.rank])
 
     largest = int(((index.store.first[1:] - index.store.first[:-1]) * 3 * index.store.height * index.store.width).max())
     for found, num_bytes in in_threads(size, held):
@@ -373,6 +372,17 @@ def test_a_share_that_cannot_be_read_ends_all(index):
     found = in_threads(3, lambda neighbours: loader(cut, cached=True, neighbours=neighbours))
     assert len({str(error) for error in found}) == 1
     assert str(found[0]).startswith("rank 2: ") and "cannot be read as far as it was packed" in str(found[0])
+
+
+def test_memory_that_is_read_otherwise_than_by_its_owner_is_not_used(index):
+    def held(neighbours: Beside):
+        memory = neighbours.memory
+        if neighbours.rank == 1:  # sees a copy of what rank 0 had before it read its share
+            neighbours.memory = lambda n: [p.clone() if i == 0 else p for i, p in enumerate(memory(n))]
+        loader(index, cached=True, neighbours=neighbours)
+
+    found = {str(error) for error in in_threads(2, held)}
+    assert len(found) == 1 and "rank 1: --data.cache shares: reads other bytes in the memory of GPU 0" in found.pop()
 
 
 def test_a_bad_clip_of_one_share_is_known_to_all(index, monkeypatch, capsys):

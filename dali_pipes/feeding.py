@@ -23,7 +23,9 @@ from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.plan.sampling import EpochPlan
 from dfer.video.colour import yuv_to_rgb
 
-HELD = 4  # batches of decoded pixels that a GPU has yet to read, at most: the host is no further ahead
+# Batches of decoded pixels that a GPU has yet to read, and their bytes, at most: the host is no further ahead. One of
+# them may have more bytes.
+HELD, HELD_BYTES = 4, 2**32
 # Samples of a batch for each thread, at least: the last one has the other threads wait.
 _SHARES = 32
 STORED_AS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.uint8: "uint8"}  # by the kernel
@@ -89,6 +91,35 @@ class _Sliced:
         return pictures.as_array()
 
 
+class Held:
+    """What DALI has decoded for our kernel, until that has read it, as DALI's memory knows nothing of torch's streams.
+
+    Handed over as a tensor, it would have a thread of DALI's wait for the whole device when that is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._batches: deque[tuple[torch.cuda.Event, object, int]] = deque()
+
+    def add(self, done: torch.cuda.Event, pictures: object, num_bytes: int) -> None:
+        """Hold a batch until an event has come; wait for the oldest ones if there are too many."""
+        self._batches.append((done, pictures, num_bytes))
+        while self._batches and (self._batches[0][0].query() or self._too_many()):
+            self._drop()
+
+    def clear(self) -> None:
+        """Wait for all."""
+        while self._batches:
+            self._drop()
+
+    def _too_many(self) -> bool:
+        count = len(self._batches)
+        return count > HELD or (count > 1 and sum(num_bytes for *_, num_bytes in self._batches) > HELD_BYTES)
+
+    def _drop(self) -> None:
+        self._batches[0][0].synchronize()  # before the pixels are dropped
+        self._batches.popleft()
+
+
 class Feed:
     """The DALI pipelines of a loader: `start` batches, at most one for each, then take the `pictures` of each in turn.
 
@@ -124,9 +155,7 @@ class Feed:
         self._pipelines = [self._build() for _ in range(options.depth)]
         self._idle = deque(range(options.depth))
         self._in_flight: deque[_Started] = deque()
-        # What DALI has decoded for our kernel, and when that has read it, as DALI's memory knows nothing of torch's
-        # streams. Handed over as a tensor, it has a thread of DALI's wait for the whole device when that is dropped.
-        self._read: deque[tuple[torch.cuda.Event, object]] = deque()
+        self._read = Held()
         # Our kernels read memory whose addresses they were given: they must have ended before that is released.
         weakref.finalize(self, _end, self._pipelines, self._read, self._in_flight, source)
 
@@ -210,10 +239,13 @@ class Feed:
             if refused:
                 self._replace(frames.numpy(), np.flatnonzero(refused[0].as_array()), started)
             return frames
+        sizes = np.array(pictures.shape(), dtype=np.int64).reshape(len(started.rows), -1, 3)
         size, dtype = self._options.size, self._options.dtype
-        clips = pixels.of_decoded(pictures, epoch.plan, started.rows, epoch.stages, size, dtype, device)
+        clips = pixels.of_decoded(pictures, sizes, epoch.plan, started.rows, epoch.stages, size, dtype, device)
         if device.type == "cuda":
-            self._hold(pictures)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+            self._read.add(done, pictures, int(sizes.prod(2).sum()))
         return clips
 
     def _replace(self, frames: np.ndarray, refused: Int64[np.ndarray, " P"], started: "_Started") -> None:
@@ -241,15 +273,6 @@ class Feed:
         source = samples.data[places] if isinstance(samples, Files) else [samples[place] for place in places.tolist()]
         inputs: _Inputs = [("source", source), ("parameters", table[places // repeat])]
         return inputs + [(name, data[places]) for name, data in _crop_inputs(epoch.plan, rows, repeat)]
-
-    def _hold(self, pictures: object) -> None:
-        """Keep what the current stream's work reads until it has, of several batches at most."""
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self._options.torch_device))
-        self._read.append((done, pictures))
-        while self._read and (self._read[0][0].query() or len(self._read) > HELD):
-            self._read[0][0].synchronize()  # before the pixels are dropped
-            self._read.popleft()
 
     def drain(self) -> None:
         """Throw away batches that were started and never asked for."""
@@ -307,11 +330,9 @@ def _schedule(pipeline: Pipeline, inputs: _Inputs) -> None:
     pipeline.schedule_run()
 
 
-def _end(pipelines: list[Pipeline], read: deque[tuple[torch.cuda.Event, object]], *_: object) -> None:
+def _end(pipelines: list[Pipeline], read: Held, *_: object) -> None:
     """End pipelines, which wait for what they are doing, before the other arguments are released."""
-    while read:
-        read[0][0].synchronize()
-        read.popleft()
+    read.clear()
     pipelines.clear()
 
 

@@ -32,10 +32,6 @@ _PARAMETER_WORDS = kernels.NUM_PARAMETERS // 2  # of 8 bytes
 class Decoded(Protocol):
     """Decoded frames, each without gaps: a TensorList of DALI that a pipeline has returned."""
 
-    def shape(self) -> list[tuple[int, ...]]:
-        """Return the shape of each frame."""
-        ...
-
     def as_reshaped_tensor(self, shape: list[int]) -> Any:
         """Return all of them as one tensor, which has a `data_ptr`; a RuntimeError if they do not lie one by one."""
         ...
@@ -127,6 +123,7 @@ def clips(
 
 def of_decoded(
     decoded: Decoded,
+    sizes: Int64[np.ndarray, "B T 3"],
     plan: EpochPlan,
     rows: Int64[np.ndarray, " B"],
     stages: torch_stages.Stages,
@@ -137,8 +134,8 @@ def of_decoded(
     """Return the clips of some rows of a plan, of whose frames, T of each, `decoded` has all pixels, on this device.
 
     On a GPU they are being made when this returns: `decoded` has to be held until the current stream has come so far.
+    `sizes` are height, width and 3 of each frame.
     """
-    sizes = np.array(decoded.shape(), dtype=np.int64).reshape(len(rows), -1, 3)
     ends = np.cumsum(sizes.prod(2)).reshape(sizes.shape[:2])
     try:
         first = decoded.as_reshaped_tensor([int(ends[-1, -1])]).data_ptr()

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import av
@@ -427,6 +428,50 @@ def test_making_a_batch_waits_for_nothing_that_the_gpu_does(indexes, source, tmp
     next(batches)  # compiles
     with no_waiting():
         next(batches)
+
+
+def test_decoded_pixels_are_held_until_they_were_read_within_bounds():
+    """Of batches, and of bytes: frames of 1080p would be most of a GPU's memory."""
+
+    class Event:
+        done = False
+
+        def query(self):
+            return self.done
+
+        def synchronize(self):
+            assert batches[self]() is not None  # dropped after that alone
+            self.done = True
+
+    class Pixels:
+        pass
+
+    def fill(sizes):
+        held = feeding.Held()
+        for size in sizes:
+            event, pixels = Event(), Pixels()
+            batches[event] = weakref.ref(pixels)
+            held.add(event, pixels, size)
+            del pixels
+        return held, [pixels() is not None for pixels in batches.values()]
+
+    for sizes, there in (
+        ([1] * (feeding.HELD + 2), [False] * 2 + [True] * feeding.HELD),
+        ([feeding.HELD_BYTES // 2] * 3, [False, True, True]),
+        ([feeding.HELD_BYTES + 1] * 2, [False, True]),
+        ([feeding.HELD_BYTES, 0, 1], [False, True, True]),
+    ):
+        batches: dict[Event, weakref.ref] = {}
+        held, found = fill(sizes)
+        assert found == there
+        list(batches)[-2].done = True  # read, but behind one that is not: the GPU works in order
+        held.clear()
+        assert all(event.done for event in batches) and not any(pixels() for pixels in batches.values())
+    batches = {}
+    held, _ = fill([1, 1])
+    next(iter(batches)).done = True
+    held.add(Event(), None, 1)
+    assert [pixels() is not None for pixels in batches.values()] == [False, True]
 
 
 @pytest.mark.gpu

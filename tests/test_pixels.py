@@ -140,7 +140,8 @@ def test_decoded_frames_may_lie_apart(one_piece):
         with pytest.raises(RuntimeError, match="contiguous"):
             decoded.as_reshaped_tensor([int(pictures.sizes.prod(2).sum()) * 3])
     cpu = torch.device("cpu")
-    got = pixels.of_decoded(decoded, pictures.plan, rows, stages, 10, torch.float32, cpu)
+    sizes = np.array(decoded.shape()).reshape(len(rows), -1, 3)
+    got = pixels.of_decoded(decoded, sizes, pictures.plan, rows, stages, 10, torch.float32, cpu)
     assert np.array_equal(got.numpy(), pictures.by_the_cpu()[::-1])
 
 

@@ -61,17 +61,21 @@ def compiled_kernel(size: int, dtype: str, given: Given) -> tuple[int, int]:
             files, others = carray(ins[0], (shape[0], shape[1]), np.uint8), carray(outs[1], (shape[0],), np.uint8)
             box = parameters[kernels.BOX : kernels.MIRROR]
             others[:] = 1  # first: numba prints errors of memory here, and goes on
+            resize = kernels.resize_of(1, 1, size, parameters)
             for i in range(shape[0]):
                 rows, width, left, columns = jpeg.crop_shape(files[i], box)
                 pixels = np.empty((rows, width, 3), np.uint8)
                 if rows > 0 and jpeg.decode_crop(files[i], box, pixels):
-                    kernels.fused_crop(clip[i], pixels, 0, rows, left, columns, parameters)
+                    resize = kernels.fitting(resize, rows, columns, size, parameters)
+                    kernels.write(clip[i], pixels, 0, left, resize, parameters)
                     others[i] = 0
         else:
-            places = carray(ins[0], (shape[0], 4), np.int64)
+            places, resize = carray(ins[0], (shape[0], 4), np.int64), kernels.resize_of(1, 1, size, parameters)
             for i in range(shape[0]):
                 pixels = carray(pointer(places[i, 0]), (places[i, 1], places[i, 2], places[i, 3]), np.uint8)
-                kernels.fused(clip[i], pixels, parameters)
+                top, left, rows, columns = kernels.crop(parameters, places[i, 1], places[i, 2])
+                resize = kernels.fitting(resize, rows, columns, size, parameters)
+                kernels.write(clip[i], pixels, top, left, resize, parameters)
 
     @cfunc(numba.types.void(shapes, dimensions, number, shapes, dimensions, number, number))
     def setup(out_shapes, out_dimensions, num_outs, in_shapes, in_dimensions, num_ins, num_samples):

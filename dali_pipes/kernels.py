@@ -11,6 +11,7 @@ between.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportPrivateImportUsage=false
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -70,41 +71,70 @@ def parameters(
     return p
 
 
+class Resize(NamedTuple):
+    """How crops of one size are resized, and memory for what lies between."""
+
+    rows: int
+    columns: int
+    y: tuple[np.ndarray, np.ndarray]  # for each line of the output first row of the crop, weights
+    x: tuple[np.ndarray, np.ndarray]
+    blended: np.ndarray
+    lines: np.ndarray
+    picture: np.ndarray
+
+
+@njit(**FAST)
+def resize_of(rows, columns, size, p):
+    """Return the Resize of crops of so many rows and columns; `p` as of `fused`."""
+    y, x = triangles(rows, size, False), triangles(columns, size, p[MIRROR] != 0)
+    blended = np.zeros((_LINES, 3 * columns + 3 * x[1].shape[1] + 4), np.float32)
+    lines = np.zeros((_LINES, 3 * size + 4), np.float32)
+    picture = np.empty((size if touches_geometry(p) else 0, 3 * size), np.float32)
+    return Resize(rows, columns, y, x, blended, lines, picture)
+
+
+@njit(**FAST)
+def fitting(r, rows, columns, size, p):
+    """Return the Resize of crops of so many rows and columns: r itself, that of the frame before, if it is one."""
+    return r if rows == r.rows and columns == r.columns else resize_of(rows, columns, size, p)
+
+
 @njit(**FAST)
 def fused(out, pixels, p):
     """Write one frame to `out`, (S, S, 3) float32, uint16 (the bits of bfloat16) or uint8 (rounded, clamped to 0..255).
 
     `pixels` is uint8 RGB, (H, W, 3); `p` as `parameters` makes it.
     """
-    top, rows = cut(p[BOX], p[BOX + 2], pixels.shape[0])
-    left, columns = cut(p[BOX + 1], p[BOX + 3], pixels.shape[1])
-    fused_crop(out, pixels, top, rows, left, columns, p)
+    top, left, rows, columns = crop(p, pixels.shape[0], pixels.shape[1])
+    write(out, pixels, top, left, resize_of(rows, columns, out.shape[0], p), p)
 
 
 @njit(**FAST)
-def fused_crop(out, pixels, top, rows, left, columns, p):
-    """As `fused`, of the crop that is given in pixels, not of the box in `p`."""
-    size = out.shape[0]
-    y_first, y_weights = triangles(rows, size, False)
-    x_first, x_weights = triangles(columns, size, p[MIRROR] != 0)
-    blended = np.zeros((_LINES, 3 * columns + 3 * x_weights.shape[1] + 4), np.float32)
-    lines = np.zeros((_LINES, 3 * size + 4), np.float32)
-    geometry = touches_geometry(p)
-    picture = np.empty((size if geometry else 0, 3 * size), np.float32)
+def crop(p, height, width):
+    """Return the crop of a frame: first row and column, and how many there are."""
+    top, rows = cut(p[BOX], p[BOX + 2], height)
+    left, columns = cut(p[BOX + 1], p[BOX + 3], width)
+    return top, left, rows, columns
+
+
+@njit(**FAST)
+def write(out, pixels, top, left, r, p):
+    """As `fused`, of the crop that begins at a pixel and has the size of `r`, not of the box in `p`."""
+    size, geometry = out.shape[0], touches_geometry(p)
     flat = pixels.reshape(pixels.shape[0], 3 * pixels.shape[1])
     for y in range(size):
         if y % _LINES == 0:
             for k in range(min(_LINES, size - y)):
-                row, weights = top + y_first[y + k], y_weights[y + k]
-                blend_rows(blended[k], flat, row, top + rows - 1, 3 * left, 3 * columns, weights)
-            _blend_columns(lines, blended, x_first, x_weights)
-        line = lines[y % _LINES]
+                row, weights = top + r.y[0][y + k], r.y[1][y + k]
+                blend_rows(r.blended[k], flat, row, top + r.rows - 1, 3 * left, 3 * r.columns, weights)
+            _blend_columns(r.lines, r.blended, *r.x)
+        line = r.lines[y % _LINES]
         if geometry:
-            picture[y] = line[: 3 * size]
+            r.picture[y] = line[: 3 * size]
         else:
             _mix(out[y].reshape(3 * size), line, p[COLOUR:YUV])
     if geometry:
-        finish(out, picture, p)
+        finish(out, r.picture, p)
     erase(out, p)
 
 

@@ -4,7 +4,6 @@ import os
 import sys
 import threading
 import weakref
-from collections import deque
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipes import feeding, native
 from dali_pipes import loader as loader_module
+from dali_pipes import native
 from dali_pipes.headers import is_plain
 from dali_pipes.loader import ClipLoader
 from dali_pipes.options import LoaderOptions
@@ -222,57 +221,6 @@ def test_rooms_are_used_again_but_not_while_they_are_needed():
     rooms.widen(9000)
     rooms.give_back(second)  # too narrow by now
     assert rooms.take().data.shape == (4, 12288)
-
-
-class Event:
-    """In a CUDA event's place: done when the test says so, or when it is waited for, which must find the pixels."""
-
-    done = False
-    pixels = weakref.ref(object)
-
-    def record(self, stream):
-        """Nothing: it is not done."""
-
-    def query(self):
-        return self.done
-
-    def synchronize(self):
-        assert self.pixels() is not None
-        self.done = True
-
-
-def test_decoded_pixels_are_held_until_they_are_read(monkeypatch):
-    """Of a GPU's, whose kernel reads them later; the host waits for it when too many are held, and at the end."""
-    made = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    feed = object.__new__(feeding.Feed)
-    feed._options, feed._read = SimpleNamespace(torch_device=None), deque()
-    pictures = [np.zeros(number + 1) for number in range(feeding.HELD + 2)]
-    alive = [weakref.ref(picture) for picture in pictures]
-
-    def event():
-        made.append(Event())
-        made[-1].pixels = alive[min(len(made), len(alive)) - 1]
-        return made[-1]
-
-    monkeypatch.setattr(torch.cuda, "Event", event)
-
-    def held():
-        return [number for number, picture in enumerate(alive) if picture() is not None]
-
-    for number in range(feeding.HELD):
-        feed._hold(pictures[number])
-    pictures[: feeding.HELD] = [None] * feeding.HELD
-    assert held() == list(range(feeding.HELD + 2))
-    made[0].done = made[1].done = True
-    feed._hold(pictures[feeding.HELD])
-    pictures[feeding.HELD] = None
-    assert held() == [*range(2, feeding.HELD + 2)]
-    for _ in range(2):
-        feed._hold(pictures[-1])
-    assert made[2].done and not made[3].done and len(feed._read) == feeding.HELD
-    feeding._end([], feed._read)
-    assert all(event.done for event in made) and not feed._read
 
 
 def test_where_pictures_lie():

@@ -58,7 +58,7 @@ class VideoStream(Stream[_Clips]):
         return _Clips(rows, np.zeros(len(rows), np.uint8), self._memory(len(rows), plan.frames.shape[1]))
 
     def _memory(self, num_clips: int, length: int) -> Shaped[np.ndarray, "B T S S 3"]:
-        """Return memory that nobody has any more: new memory takes longer to come than its clips to be resized."""
+        """Return memory that nobody has any more: new memory takes as long to come as its clips to be resized."""
         size = self._options.size
         shape = (self._options.batch_size, length, size, size, 3)
         memory = self._free.pop() if self._free else np.empty(shape, self._stored_as)

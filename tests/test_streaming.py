@@ -377,8 +377,8 @@ def test_a_share_that_cannot_be_read_ends_all(index):
 def test_memory_that_is_read_otherwise_than_by_its_owner_is_not_used(index):
     def held(neighbours: Beside):
         memory = neighbours.memory
-        if neighbours.rank == 1:  # sees a copy of what rank 0 had before it read its share
-            neighbours.memory = lambda n: [p.clone() if i == 0 else p for i, p in enumerate(memory(n))]
+        if neighbours.rank == 1:  # sees nothing where rank 0's pictures are
+            neighbours.memory = lambda n: [torch.zeros_like(p) if i == 0 else p for i, p in enumerate(memory(n))]
         loader(index, cached=True, neighbours=neighbours)
 
     found = {str(error) for error in in_threads(2, held)}

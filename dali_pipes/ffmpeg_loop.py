@@ -197,47 +197,42 @@ def _take(frame, frames, out, taken):
         return False
     if not _is_plain(frame, frames):
         return False
-    taken[place] = put(frame, frames.height, frames.width, out, place)
-    return taken[place]
+    for plane in range(3):
+        if _int32(frame + _LINES + 4 * plane) < (frames.width if plane == 0 else frames.width // 2):
+            return False  # lines that run upwards
+    put(frame, frames.height, frames.width, out, place)
+    taken[place] = True
+    return True
 
 
-def put(frame, height, width, out, place) -> bool:
-    """Give a frame to `out` of `decode`; return False if its lines run upwards. Compiled code only: `_put_as`."""
-    raise NotImplementedError
+def put(frame, height, width, out, place) -> None:
+    """Give a frame to `out` of `decode`. Compiled code only: `_put_as` implements it."""
 
 
 @overload(put, jit_options={"nogil": True})
 def _put_as(frame, height, width, out, place):
-    if isinstance(out, types.Array):
-
-        def copy(frame, height, width, out, place):
-            to = out[place].ctypes.data
-            for plane in range(3):
-                rows, columns = (height, width) if plane == 0 else (height // 2, width // 2)
-                line, step = _int64(frame + 8 * plane), _int32(frame + _LINES + 4 * plane)
-                for _ in range(rows):
-                    _memcpy(to, line, columns)
-                    to += columns
-                    line += step
-            return True
-
-        return copy
+    def copy(frame, height, width, out, place):
+        to = out[place].ctypes.data
+        for plane in range(3):
+            rows, columns = (height, width) if plane == 0 else (height // 2, width // 2)
+            line, step = _int64(frame + 8 * plane), _int32(frame + _LINES + 4 * plane)
+            for _ in range(rows):
+                _memcpy(to, line, columns)
+                to += columns
+                line += step
 
     def write(frame, height, width, out, place):
         luma, cb, cr = _plane(frame, 0, height), _plane(frame, 1, height // 2), _plane(frame, 2, height // 2)
-        if luma.shape[1] < width or min(cb.shape[1], cr.shape[1]) < width // 2:
-            return False
         planar.write(out.pictures[out.place[place]], luma, cb, cr, out.resize, out.parameters)
-        return True
 
-    return write
+    return copy if isinstance(out, types.Array) else write
 
 
 @njit(nogil=True)
 def _plane(frame, number, rows):
-    """Return a plane of a frame where FFmpeg has it, with what fills its lines up; lines of 0 if they run upwards."""
-    step = max(_int32(frame + _LINES + 4 * number), 0)
-    return carray(pointer(_int64(frame + 8 * number)), (rows, step), np.uint8)
+    """Return a plane of a frame where FFmpeg has it, with what fills its lines up."""
+    shape = rows, _int32(frame + _LINES + 4 * number)
+    return carray(pointer(_int64(frame + 8 * number)), shape, np.uint8)
 
 
 @njit(nogil=True)

@@ -38,12 +38,6 @@ class _Crops(Begun):
     crops: Int64[np.ndarray, "B T 4"]  # OFFSET in the memory of the part that the clip is of
     parts: dict[int, torch.Tensor] = field(default_factory=dict)  # first place -> uint8, the crops of the part
     apart: dict[int, list[UInt8[np.ndarray, "H W 3"]]] = field(default_factory=dict)  # place -> its crops, elsewhere
-    bad: dict[int, BadClip] = field(default_factory=dict)  # place -> why it cannot be decoded
-
-    @property
-    def fine(self) -> bool:
-        """Return whether it is there as it should be."""
-        return super().fine and not self.bad
 
 
 class ImageStream(PixelStream[_Crops]):
@@ -119,9 +113,6 @@ class ImageStream(PixelStream[_Crops]):
             top, left = place // pitch, place % pitch // 3
             found.append(np.ascontiguousarray(picture[top : top + rows, left : left + columns]))
         return found
-
-    def _find_bad(self, begun: _Crops, plan: EpochPlan) -> dict[int, BadClip]:
-        return begun.bad
 
     def _frames(
         self, begun: _Crops, plan: EpochPlan, places: Int64[np.ndarray, " B"]

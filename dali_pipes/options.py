@@ -1,12 +1,12 @@
 """The options of the loader, without DALI."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
-from jaxtyping import UInt8
 
 from dfer.lists.index import Source
+from dfer.run.neighbours import Neighbours
 
 # How clips are made: by the CPU's kernel in DALI's graph; by DALI's operators; decoded by DALI, the rest by one kernel
 # (pixels.py); without DALI, of what threads have read or decoded (streaming.py, image_stream.py, video_stream.py). The
@@ -14,25 +14,6 @@ from dfer.lists.index import Source
 Graph = Literal["fused", "operators", "decoded", "streamed"]
 AHEAD = 2  # batches that are read, and videos decoded, before their turn
 Kind = Literal["images", "pixels", "videos"]  # of a source: encoded images, uint8 pictures, encoded video files
-
-
-class Neighbours(Protocol):
-    """The processes of a machine, each with a device: dfer.run.neighbours, where the methods are described."""
-
-    rank: int
-    size: int
-
-    def memory(self, num_bytes: int) -> list[UInt8[torch.Tensor, " _"]]:
-        """Return memory of each process, as this one's device reads it."""
-        ...
-
-    def agree(self, why: str | None) -> None:
-        """Wait for all; raise in all if one fails."""
-        ...
-
-    def each(self, found: Any) -> list[Any]:
-        """Return what each has found."""
-        ...
 
 
 @dataclass(frozen=True)

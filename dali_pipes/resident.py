@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dali_pipes import pixels
 from dali_pipes.native import DONE
-from dali_pipes.options import Neighbours
 from dali_pipes.shard_files import close_shards, open_shards
 from dali_pipes.streaming import read_clips
 from dali_pipes.torch_stages import upload
 from dfer.cli import UserError, command_of
 from dfer.lists.index import ClipIndex, Packed
 from dfer.plan.sampling import EpochPlan
+from dfer.run.neighbours import REMEDY, Neighbours
 
 # Told each video and its frames' bytes, (N, bytes), before they are copied to the device.
 Check: TypeAlias = Callable[[int, UInt8[np.ndarray, "N _"]], None]
@@ -94,8 +94,8 @@ def _misread(parts: list[UInt8[Tensor, " _"]], neighbours: Neighbours) -> str | 
     if not wrong:
         return None
     return (
-        f"--data.cache shares: reads other bytes in the memory of GPU {wrong[0]} than that GPU does: is an IOMMU on? "
-        "--data.cache off reads the clips from storage"
+        f"--data.cache shares: reads other bytes in the memory of GPU {wrong[0]} than that GPU does: is an IOMMU on?"
+        f"{REMEDY}"
     )
 
 
@@ -104,8 +104,7 @@ def _no_room(needed: int, device: torch.device) -> str | None:
     if device.type != "cuda" or needed <= 0.8 * (free := torch.cuda.mem_get_info(device)[0]):
         return None
     return (
-        f"--data.cache: {needed / 2**30:.1f} GiB of pictures for a GPU of which {free / 2**30:.1f} GiB are free; "
-        "--data.cache off reads the clips instead of holding them"
+        f"--data.cache: {needed / 2**30:.1f} GiB of pictures for a GPU of which {free / 2**30:.1f} GiB are free{REMEDY}"
     )
 
 

@@ -52,11 +52,12 @@ class Begun:
     rows: Int64[np.ndarray, " B"]  # of the plan
     states: UInt8[np.ndarray, " B"]
     jobs: list[Future[None]] = field(default_factory=list, init=False)
+    bad: dict[int, BadClip] = field(default_factory=dict, init=False)  # place -> why it cannot be had
 
     @property
     def fine(self) -> bool:
         """Return whether it is there as it should be."""
-        return all(job.done() for job in self.jobs) and bool((self.states == DONE).all())
+        return all(job.done() for job in self.jobs) and not self.bad and bool((self.states == DONE).all())
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ class Stream(abc.ABC, Generic[Read]):
     def _read_part(self, begun: Read, plan: EpochPlan, begin: int, end: int) -> None:
         """Read clips [begin, end) of a batch, in a thread. Their states become DONE, or ODD for `_find_bad`."""
 
-    @abc.abstractmethod
     def _find_bad(self, begun: Read, plan: EpochPlan) -> dict[int, BadClip]:
         """Return which clips of a batch are bad, by their places; others that are ODD are read by other means."""
+        return begun.bad
 
     @abc.abstractmethod
     def _clips(self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"], stages: Stages) -> torch.Tensor:

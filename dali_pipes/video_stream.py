@@ -4,7 +4,7 @@ So nothing of a frame is copied, and the kernel finds it in the cache. A clip is
 """
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,12 +26,6 @@ from dfer.plan.sampling import EpochPlan
 @dataclass(frozen=True)
 class _Clips(Begun):
     clips: Shaped[np.ndarray, "B T S S 3"]
-    bad: dict[int, BadClip] = field(default_factory=dict)  # place -> why it cannot be decoded
-
-    @property
-    def fine(self) -> bool:
-        """Return whether it is there as it should be."""
-        return super().fine and not self.bad
 
 
 class VideoStream(Stream[_Clips]):
@@ -76,9 +70,6 @@ class VideoStream(Stream[_Clips]):
             except BadClip as error:
                 begun.bad[place] = error.with_traceback(None)  # its frames hold the batch
             begun.states[place] = DONE
-
-    def _find_bad(self, begun: _Clips, plan: EpochPlan) -> dict[int, BadClip]:
-        return begun.bad
 
     def _clips(self, begun: _Clips, plan: EpochPlan, places: Int64[np.ndarray, " B"], stages: Stages) -> torch.Tensor:
         others = np.flatnonzero(places != np.arange(len(places)))

@@ -5,7 +5,6 @@ cpu: two machines, of two processes and of one. gpu: two processes on one card, 
 
 import os
 import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from dfer.lists.index import load_index
 from dfer.plan.sampling import ClipSampler
 from dfer.run.distributed import World
 from dfer.run.neighbours import Neighbours
+from tests.forks import in_forks
 
 PLACES = {"cpu": [(0, 2), (1, 2), (0, 1)], "gpu": [(0, 2), (1, 2)]}  # local rank and size
 
@@ -70,20 +70,7 @@ def play(kind: str, rank: int, store: str, list_path: str) -> None:
 def main(store: str, kind: str, list_path: str = "") -> int:
     torch.set_num_threads(1)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # for tests, as torch says
-    children = []
-    for rank in range(len(PLACES[kind])):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                play(kind, rank, store, list_path)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    return in_forks(len(PLACES[kind]), lambda rank: play(kind, rank, store, list_path))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ several the loss is scaled, as fp16 needs it.
 
 import dataclasses
 import itertools
-import os
 import sys
-import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +27,7 @@ from dfer.run.distributed import Exchange, World, broadcast_buffers, settle_buck
 from dfer.run.graph import WARM_UP, CudaGraphs, together
 from dfer.run.step import TrainingStep
 from dfer.state import Job
+from tests.forks import in_forks
 from tests.recorded import Apart
 from tests.test_graph import assert_same, batches, configured, everything, job_of, on_card, told
 from train import training_loss
@@ -165,20 +164,7 @@ def share_a_card(config: Config, rank: int, accumulate: int) -> None:
 
 def main(store: str, cases: str, accumulate: str) -> int:
     torch.set_num_threads(1)
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                play(rank, store, cases, int(accumulate))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    return in_forks(2, lambda rank: play(rank, store, cases, int(accumulate)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from dfer.run.distributed import World
 
 Found = TypeVar("Found")
 
+REMEDY = "; --data.cache off reads the clips instead of holding them"
+
 
 def can_share(local_size: int) -> bool:
     """Return whether each of the first GPUs of this machine, one for each process, reads the memory of all others."""
@@ -65,7 +67,7 @@ class Neighbours:
             own = symmetric.empty(num_bytes, dtype=torch.uint8, device=self._world.device)
         except RuntimeError as error:
             why = (
-                f"--data.cache shares: no {num_bytes / 2**30:.1f} GiB of GPU memory to share ({reason(error)}){_REMEDY}"
+                f"--data.cache shares: no {num_bytes / 2**30:.1f} GiB of GPU memory to share ({reason(error)}){REMEDY}"
             )
         self.agree(why)  # before one waits for another's memory
         assert own is not None
@@ -76,7 +78,7 @@ class Neighbours:
             raise  # of a process that is gone
         except RuntimeError as error:
             raise UserError(
-                f"--data.cache shares: the GPUs of this machine do not share memory ({reason(error)}){_REMEDY}"
+                f"--data.cache shares: the GPUs of this machine do not share memory ({reason(error)}){REMEDY}"
             ) from None
         self._handles.append((own, handle))  # which keep what is mapped
         assert parts[self.rank].data_ptr() == own.data_ptr()
@@ -98,9 +100,6 @@ class Neighbours:
     def each(self, found: Found) -> list[Found]:
         """Return what each process of this machine has found."""
         return _gathered(found, self.size, self._group)
-
-
-_REMEDY = "; --data.cache off reads the clips instead of holding them"
 
 
 def _gathered(found: Found, size: int, group: Any = None) -> list[Found]:

@@ -80,13 +80,14 @@ def with_cache(config: Config, train: ClipIndex, val: ClipIndex) -> Config:
     if config.data.cache != "auto":
         return config
     tier: Literal["gpu", "shares", "off"] = "off"
+    place = find_place()
     if config.run.device == "cuda":
-        place, pictures = find_place(), [raw_bytes(index) for index in (train, val)]
+        pictures = [raw_bytes(index) for index in (train, val)]
         memory = card_memory(place.local_rank)
         if memory is not None and None not in pictures:
             free = free_memory(torch.device("cuda", min(place.local_rank, torch.cuda.device_count() - 1)))
             tier = cache_tier(sum(n or 0 for n in pictures), min(memory, free), place.local_size)
-    if tier == "shares" and not can_share(find_place().local_size):
+    if tier == "shares" and not can_share(place.local_size):
         tier = "off"
         say_once(
             "--data.cache auto: the clips fit these GPUs only in shares, and not each reads all others' memory: off"

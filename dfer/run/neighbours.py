@@ -57,8 +57,8 @@ class Neighbours:
         """
         if self.size == 1:
             return [torch.empty(num_bytes, dtype=torch.uint8, device=self._world.device)]
-        # Memory of torch's own allocator is mapped for copies between GPUs, not for kernels. Groups of GPUs that write
-        # at once, which NVSwitch has, are not needed, and are what fails most often.
+        # Memory of torch's own allocator is mapped for copies between GPUs, not for kernels. Multicast, which NVSwitch
+        # has, is not needed, and others report that it fails on some machines.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         from torch.distributed import _symmetric_memory as symmetric
 

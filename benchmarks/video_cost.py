@@ -71,11 +71,12 @@ def ways(task: Task) -> tuple[dict[str, Work], dict[str, str]]:
     def times(video: int) -> set[int]:
         return set(store.pts[store.first[video] + plan.frames[video]].tolist())
 
-    memory = np.empty((plan.frames.shape[1], task.size, task.size, 3), dtype=np.float32)  # used again, as by the loader
+    # As by the loader: memory is used again, and what a batch needs is looked up at once.
+    memory = np.empty((plan.frames.shape[1], task.size, task.size, 3), dtype=np.float32)
+    table = kernels.parameters(plan, np.arange(len(index)), yuv=yuv)
 
     def ours(video: int) -> object:
-        table = kernels.parameters(plan, np.array([video]), yuv=yuv[[video]])
-        source.write(video, plan.frames[video], memory, table[0])
+        source.write(video, plan.frames[video], memory, table[video])
         return memory
 
     found: dict[str, Work] = {

@@ -1,4 +1,4 @@
-"""The loop over a video's packets in compiled code, without Python's lock: see ffmpeg.py, which opens the file.
+"""The frames of a video in compiled code, without Python's lock: see ffmpeg.py.
 
 Nothing here may be called before `ffmpeg.why_not` has told where FFmpeg's functions are: the process would end.
 """
@@ -9,12 +9,13 @@ Nothing here may be called before `ffmpeg.why_not` has told where FFmpeg's funct
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped, UInt8
 from numba import carray, types
 from numba.extending import overload
 
 from dali_pipes import planar
 from dali_pipes.compiling import njit, pointer
+from dali_pipes.ffmpeg_open import PREFIX, close_video, int32_at, int64_at, open_video, set_int32
 
 # Places of the fields that are read, in the structures of FFmpeg 8: libavcodec/packet.h and libavutil/frame.h.
 _PACKET_PTS, _PACKET_SIZE, _PACKET_STREAM, _PACKET_FLAGS = 8, 32, 36, 40  # AVPacket
@@ -28,7 +29,6 @@ _NOT_YET, _END = -11, -int.from_bytes(b"EOF ", "little")  # AVERROR(EAGAIN), AVE
 _BACKWARD = 1  # AVSEEK_FLAG_BACKWARD
 _YUV420P, _YUVJ420P, _FULL_RANGE, _UNSPECIFIED = 0, 12, 2, 2
 
-PREFIX = "dfer_"  # of the names under which compiled code finds the functions of PyAV's FFmpeg, not of another
 FUNCTIONS = {
     "avformat": ("av_read_frame", "av_seek_frame"),
     "avcodec": ("avcodec_send_packet", "avcodec_receive_frame", "avcodec_flush_buffers", "av_packet_unref"),
@@ -45,16 +45,20 @@ _side_data = types.ExternalFunction(PREFIX + "av_frame_get_side_data", types.int
 _memcpy = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 
-class Decoder(NamedTuple):
-    """Addresses of FFmpeg's objects for one file, and what is needed to use them."""
+class Videos(NamedTuple):
+    """N videos of an index."""
 
-    container: int
-    codec: int
-    packet: int
-    frame: int
-    stream: int  # number of it
-    skip_frame: int  # address of the decoder's setting
-    skip: int  # what it is for packets that nobody wants
+    paths: UInt8[np.ndarray, " _"]  # each ends with 0
+    path: Int64[np.ndarray, " N"]  # where in `paths` each begins
+    first: Int64[np.ndarray, " _"]  # (N + 1,); the frames of video i are those from first[i] to first[i + 1]
+    pts: Int64[np.ndarray, " F"]  # rising in each video
+    key: Bool[np.ndarray, " F"]
+    height: Int32[np.ndarray, " N"]
+    width: Int32[np.ndarray, " N"]
+    full_range: Bool[np.ndarray, " N"]
+    matrix: Int64[np.ndarray, " N"]  # rows of `matrices`
+    matrices: Bool[np.ndarray, "K _"]  # by FFmpeg's number of one: whether it is this
+    is_hdr: Bool[np.ndarray, " _"]  # by FFmpeg's number of a transfer function
 
 
 class Frames(NamedTuple):
@@ -70,7 +74,7 @@ class Frames(NamedTuple):
     width: int
     is_full_range: bool
     matrices: Bool[np.ndarray, " _"]  # by FFmpeg's number of one: whether it is the index's
-    is_hdr: Bool[np.ndarray, " _"]  # by FFmpeg's number of a transfer function
+    is_hdr: Bool[np.ndarray, " _"]  # as of Videos
 
 
 class Clip(NamedTuple):
@@ -83,10 +87,63 @@ class Clip(NamedTuple):
 
 
 @njit(nogil=True)
-def decode_clip(decoder, frames, pictures, place, parameters):
-    """Decode what the wanted frames need and make pictures of them, as `Clip` says; return as `decode`."""
-    resize = planar.resize_of(frames.height, frames.width, pictures.shape[1], parameters)
-    return decode(decoder, frames, Clip(pictures, place, resize, parameters))
+def read_clip(library, videos, video, numbers, pictures, parameters):
+    """Write what planar.fused makes of frames of a video to `pictures`; return False if that is for `read_frames`.
+
+    Args:
+        library: as of open_video.
+        videos: as `Videos` says.
+        video: its number.
+        numbers: (T,) int64, of frames.
+        pictures: (T, S, S, 3), as of planar.fused.
+        parameters: see there.
+    """
+    wanted, count = np.sort(numbers), 0
+    for number in wanted:
+        if count == 0 or wanted[count - 1] != number:
+            wanted[count] = number
+            count += 1
+    wanted = wanted[:count]
+    which, first = np.searchsorted(wanted, numbers), np.empty(count, np.int64)
+    for t in range(len(numbers) - 1, -1, -1):
+        first[which[t]] = t
+    resize = planar.resize_of(videos.height[video], videos.width[video], pictures.shape[1], parameters)
+    if not read(library, videos, video, wanted, Clip(pictures, first, resize, parameters)):
+        return False
+    for t in range(len(numbers)):
+        if first[which[t]] != t:
+            pictures[t] = pictures[first[which[t]]]
+    return True
+
+
+@njit(nogil=True)
+def read(library, videos, video, wanted, out):
+    """Read frames of a video, whose numbers rise, into `out` of `decode`; return False if that is for `read_frames`."""
+    height, width = np.int64(videos.height[video]), np.int64(videos.width[video])
+    begin, end = videos.first[video], videos.first[video + 1]
+    pts, key = videos.pts[begin:end], videos.key[begin:end]
+    if len(wanted) == 0 or not key.any() or height % 2 or width % 2:
+        return False
+    place = np.full(len(pts), -1)
+    place[wanted] = np.arange(len(wanted))
+    colours, seen, objects = np.zeros(4, np.int64), np.full(4, -1), np.zeros(6, np.int64)
+    decoder = open_video(library, videos.paths.ctypes.data + videos.path[video], objects, colours)
+    known = Frames(
+        pts,
+        key,
+        wanted,
+        place,
+        colours,
+        seen,
+        height,
+        width,
+        videos.full_range[video],
+        videos.matrices[videos.matrix[video]],
+        videos.is_hdr,
+    )
+    done = decoder.setting != 0 and decode(decoder, known, out)
+    close_video(objects)
+    return done
 
 
 @njit(nogil=True)
@@ -113,9 +170,9 @@ def decode(decoder, frames, out):
             if not at_start and not _next_packet(decoder):
                 return False
             at_start = False
-            number = _number_of(frames.pts, _int64(decoder.packet + _PACKET_PTS))
+            number = _number_of(frames.pts, int64_at(decoder.packet + _PACKET_PTS))
             place = frames.place[number] if number >= 0 else -1
-            _set_int32(decoder.skip_frame, 0 if place >= 0 else decoder.skip)
+            set_int32(decoder.setting, 0 if place >= 0 else decoder.skip)
             failed = _send(decoder.codec, decoder.packet)
             _drop_packet(decoder.packet)
             if failed or not _take_frames(decoder, frames, out, taken):
@@ -142,8 +199,8 @@ def _start_of(frames, number):
 def _next_packet(decoder):
     """Read the next packet of the stream; return False if there is none, or it is not whole."""
     while _read_packet(decoder.container, decoder.packet) >= 0:
-        if _int32(decoder.packet + _PACKET_STREAM) == decoder.stream:
-            if _int32(decoder.packet + _PACKET_SIZE) > 0 and not _int32(decoder.packet + _PACKET_FLAGS) & _CORRUPT:
+        if int32_at(decoder.packet + _PACKET_STREAM) == decoder.stream:
+            if int32_at(decoder.packet + _PACKET_SIZE) > 0 and not int32_at(decoder.packet + _PACKET_FLAGS) & _CORRUPT:
                 return True
             break  # an empty packet would tell the decoder that this is the end
         _drop_packet(decoder.packet)
@@ -158,7 +215,7 @@ def _go_to(decoder, pts):
         return False
     _flush(decoder.codec)
     while _next_packet(decoder):
-        time, is_key = _int64(decoder.packet + _PACKET_PTS), _int32(decoder.packet + _PACKET_FLAGS) & _KEY
+        time, is_key = int64_at(decoder.packet + _PACKET_PTS), int32_at(decoder.packet + _PACKET_FLAGS) & _KEY
         if is_key and time == pts:
             return True
         _drop_packet(decoder.packet)
@@ -187,18 +244,19 @@ def _take_frames(decoder, frames, out, taken):
 
 @njit(nogil=True)
 def _take(frame, frames, out, taken):
-    if _int32(frame + _ERRORS) != 0 or _int32(frame + _FLAGS) & _CORRUPT_FRAME:  # FFmpeg has patched over missing data
+    # FFmpeg has patched over missing data.
+    if int32_at(frame + _ERRORS) != 0 or int32_at(frame + _FLAGS) & _CORRUPT_FRAME:
         return False
-    number = _number_of(frames.pts, _int64(frame + _PTS))
+    number = _number_of(frames.pts, int64_at(frame + _PTS))
     place = frames.place[number] if number >= 0 else -1
     if place < 0:
         return True
-    if _int32(frame + _HEIGHT) != frames.height or _int32(frame + _WIDTH) != frames.width:
+    if int32_at(frame + _HEIGHT) != frames.height or int32_at(frame + _WIDTH) != frames.width:
         return False
     if not _is_plain(frame, frames):
         return False
     for plane in range(3):
-        if _int32(frame + _LINES + 4 * plane) < (frames.width if plane == 0 else frames.width // 2):
+        if int32_at(frame + _LINES + 4 * plane) < (frames.width if plane == 0 else frames.width // 2):
             return False  # lines that run upwards
     put(frame, frames.height, frames.width, out, place)
     taken[place] = True
@@ -215,7 +273,7 @@ def _put_as(frame, height, width, out, place):
         to = out[place].ctypes.data
         for plane in range(3):
             rows, columns = (height, width) if plane == 0 else (height // 2, width // 2)
-            line, step = _int64(frame + 8 * plane), _int32(frame + _LINES + 4 * plane)
+            line, step = int64_at(frame + 8 * plane), int32_at(frame + _LINES + 4 * plane)
             for _ in range(rows):
                 _memcpy(to, line, columns)
                 to += columns
@@ -231,20 +289,20 @@ def _put_as(frame, height, width, out, place):
 @njit(nogil=True)
 def _plane(frame, number, rows):
     """Return a plane of a frame where FFmpeg has it, with what fills its lines up."""
-    shape = rows, _int32(frame + _LINES + 4 * number)
-    return carray(pointer(_int64(frame + 8 * number)), shape, np.uint8)
+    shape = rows, int32_at(frame + _LINES + 4 * number)
+    return carray(pointer(int64_at(frame + 8 * number)), shape, np.uint8)
 
 
 @njit(nogil=True)
 def _is_plain(frame, frames):
     """Return whether a frame is planar, shown as it is stored, and in the colours of the index."""
-    kind = _int32(frame + _FORMAT)
+    kind = int32_at(frame + _FORMAT)
     if (kind != _YUV420P and kind != _YUVJ420P) or _side_data(frame, _DISPLAY_MATRIX) != 0:
         return False
     # What the stream does not state, the container may.
     colours = np.empty(4, np.int64)
     for i in range(4):
-        colours[i] = _int32(frame + _COLOURS + 4 * i)
+        colours[i] = int32_at(frame + _COLOURS + 4 * i)
         if frames.seen[i] != -1 and frames.seen[i] != colours[i]:
             return False
         frames.seen[i] = colours[i]
@@ -262,18 +320,3 @@ def _number_of(pts, time):
     """Return which frame is shown at a time, -1 if none is."""
     number = np.searchsorted(pts, time)
     return number if number < len(pts) and pts[number] == time else -1
-
-
-@njit(nogil=True)
-def _int64(address):
-    return carray(pointer(address), (1,), np.int64)[0]
-
-
-@njit(nogil=True)
-def _int32(address):
-    return np.int64(carray(pointer(address), (1,), np.int32)[0])
-
-
-@njit(nogil=True)
-def _set_int32(address, value):
-    carray(pointer(address), (1,), np.int32)[0] = value

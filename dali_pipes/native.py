@@ -10,6 +10,7 @@ function here says no more than that a clip is done or is not. Nothing is handed
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,12 @@ class Digests(NamedTuple):
 
 
 NO_DIGESTS = Digests(0, np.empty(0, np.uint8), np.empty(0, np.int64))
+
+
+def texts(parts: Iterable[str]) -> tuple[UInt8[np.ndarray, " _"], Int64[np.ndarray, " N"]]:
+    """Return texts as bytes that end with 0, and where each begins."""
+    data = np.frombuffer(os.fsencode("\0".join(parts)) + b"\0", dtype=np.uint8)
+    return data, np.concatenate([[0], np.flatnonzero(data == 0)[:-1] + 1])
 
 
 def sha256_address() -> int:

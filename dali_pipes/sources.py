@@ -151,8 +151,8 @@ class FrameFolders(Images):
         """Where all frames lie, for compiled code: 0.2 s and some 20 bytes for each of a million frames."""
         store = self.index.store
         assert isinstance(store, FrameFiles)
-        folders = _texts(os.fspath(record.path) for record in self.index.records)
-        names = _texts(itertools.chain.from_iterable(store.names))
+        folders = native.texts(os.fspath(record.path) for record in self.index.records)
+        names = native.texts(itertools.chain.from_iterable(store.names))
         first = np.concatenate([[0], np.cumsum([len(names) for names in store.names], dtype=np.int64)])
         return native.Files(*folders, *names, first)
 
@@ -254,9 +254,3 @@ def source_of(index: ClipIndex) -> Source:
     if index.source in ("shards", "raw"):
         return Shards(index)
     return VideoBytes(index)
-
-
-def _texts(texts: Iterable[str]) -> tuple[UInt8[np.ndarray, " _"], Int64[np.ndarray, " N"]]:
-    """Return texts as bytes that end with 0, and where each begins."""
-    data = np.frombuffer(os.fsencode("\0".join(texts)) + b"\0", dtype=np.uint8)
-    return data, np.concatenate([[0], np.flatnonzero(data == 0)[:-1] + 1])

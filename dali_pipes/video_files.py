@@ -32,6 +32,7 @@ class VideoFiles:
     def __init__(self, index: ClipIndex):
         assert isinstance(index.store, VideoStore)
         self.index, self.store = index, index.store
+        self._videos = ffmpeg.videos_of([record.path for record in index.records], index.store)
         self._unusual: set[int] = set()  # videos that compiled code has left to `others`, which could read them
 
     def fetch(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
@@ -76,16 +77,13 @@ class VideoFiles:
         self, read: Callable[..., Read], video: int, frames: Int64[np.ndarray, " T"], **more: Any
     ) -> Read | None:
         """Return what one of the functions of ffmpeg.py reads of a video; None if that is for `others` to do."""
-        store = self.store
         if video in self.index.bad:  # even if it was mended since: the index lacks its frames
             raise BadClip(self.index.bad[video])
         if self.index.hashes is not None:
             _read_video(self.index, video)
-        if video in self._unusual or (store.pixels is not None and store.pixels[video] not in PLANAR):
+        if video in self._unusual or (self.store.pixels is not None and self.store.pixels[video] not in PLANAR):
             return None
-        size = int(store.height[video]), int(store.width[video])
-        with self._named_errors(video):
-            return read(ffmpeg.Wanted(*self._scan(video), frames, size, *self._colours(video)), **more)
+        return read(self._videos, video, frames, **more)
 
     def others(self, video: int, frames: Int64[np.ndarray, " T"]) -> list[UInt8[np.ndarray, "H W C"]]:
         """Return what `fetch` does, of a video that compiled code has not read.

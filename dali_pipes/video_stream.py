@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float32, Int64, Shaped
 
 from dali_pipes import kernels
 from dali_pipes.bad_clips import BadClips
@@ -26,6 +26,7 @@ from dfer.plan.sampling import EpochPlan
 @dataclass(frozen=True)
 class _Clips(Begun):
     clips: Shaped[np.ndarray, "B T S S 3"]
+    parameters: Float32[np.ndarray, "B P"]  # of the kernel
 
 
 class VideoStream(Stream[_Clips]):
@@ -49,7 +50,9 @@ class VideoStream(Stream[_Clips]):
         return num_clips  # some take many times as long as others
 
     def _begun(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> _Clips:
-        return _Clips(rows, np.zeros(len(rows), np.uint8), self._memory(len(rows), plan.frames.shape[1]))
+        normalised = self._options.dtype != torch.uint8
+        table = kernels.parameters(plan, rows, yuv=self._yuv[plan.video[rows]], normalised=normalised)
+        return _Clips(rows, np.zeros(len(rows), np.uint8), self._memory(len(rows), plan.frames.shape[1]), table)
 
     def _memory(self, num_clips: int, length: int) -> Shaped[np.ndarray, "B T S S 3"]:
         """Return memory that nobody has any more: new memory takes as long to come as its clips to be resized."""
@@ -61,12 +64,11 @@ class VideoStream(Stream[_Clips]):
         return clips
 
     def _read_part(self, begun: _Clips, plan: EpochPlan, begin: int, end: int) -> None:
-        rows, normalised = begun.rows[begin:end], self._options.dtype != torch.uint8
-        table = kernels.parameters(plan, rows, yuv=self._yuv[plan.video[rows]], normalised=normalised)
-        for place, row, parameters in zip(range(begin, end), rows.tolist(), table, strict=True):
+        for place in range(begin, end):
+            row = begun.rows[place]
             begun.states[place] = READING
             try:
-                self._source.write(int(plan.video[row]), plan.frames[row], begun.clips[place], parameters)
+                self._source.write(int(plan.video[row]), plan.frames[row], begun.clips[place], begun.parameters[place])
             except BadClip as error:
                 begun.bad[place] = error.with_traceback(None)  # its frames hold the batch
             begun.states[place] = DONE

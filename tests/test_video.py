@@ -20,11 +20,13 @@ import pytest
 from PIL import Image
 
 from dali_pipes import ffmpeg, ffmpeg_loop, kernels
-from dali_pipes.ffmpeg import Wanted, read_clip, read_planar
+from dali_pipes.ffmpeg import read_clip, read_planar, videos_of
+from dali_pipes.ffmpeg_loop import Videos
 from dali_pipes.planar import fused
 from dali_pipes.video_files import VideoFiles
 from dfer.cli import say_once
 from dfer.lists.index import load_index
+from dfer.lists.scan import VideoFiles as VideoStore
 from dfer.video import random_access as ra
 from dfer.video.colour import EXACT, yuv_to_rgb
 from dfer.video.decode import BadVideo, decode, decode_frames
@@ -161,15 +163,21 @@ def sequential(path: Path) -> Iterator[np.ndarray]:
                 yield images[i]
 
 
+def videos_of_one(path: Path, scan: VideoScan) -> Videos:
+    first, number = np.array([0, len(scan.pts)]), np.ones(1, np.int32)
+    texts = np.array([scan.codec]), np.array([scan.matrix])
+    sides = number * scan.height, number * scan.width
+    return videos_of([path], VideoStore(first, scan.pts, scan.key, *sides, *texts, np.array([scan.full_range])))
+
+
 def read(path: Path, scan: VideoScan, frames: Sequence[int], compiled: bool = False) -> list[np.ndarray]:
     """By Python; what compiled code gives must be the same. `compiled`: and it must give something."""
-    asked = path, scan.pts, scan.key, np.array(frames, dtype=np.int64)
-    looks = (scan.height, scan.width), scan.matrix, scan.full_range
-    planar = read_planar(Wanted(*asked, *looks))
+    numbers, videos = np.array(frames, dtype=np.int64), videos_of_one(path, scan)
+    planar = read_planar(videos, 0, numbers)
     clip = np.full((len(frames), SIZE, SIZE, 3), np.nan, np.float32)
-    assert read_clip(Wanted(*asked, *looks), clip, PARAMETERS) == (planar is not None)
+    assert read_clip(videos, 0, numbers, clip, PARAMETERS) == (planar is not None)
     try:
-        found = read_frames(*asked, scan.matrix, scan.full_range)
+        found = read_frames(path, scan.pts, scan.key, numbers, scan.matrix, scan.full_range)
     except Exception:
         assert planar is None
         raise
@@ -482,7 +490,7 @@ def test_frames_of_lower_layers_are_not_skipped(tmp_path: Path, quick: None) -> 
         assert np.array_equal(found, expected)
     scan = scan_video(path)
     for frames in choices(F, seed=0):
-        assert_read(path, scan, truth, frames)
+        assert_read(path, scan, truth, frames, compiled=True)
     data[record + 21] -= 1 << 3  # a lie: this is what would come of it
     path.write_bytes(data)
     with pytest.raises(AssertionError):
@@ -795,14 +803,19 @@ def test_what_is_no_video_is_refused(tmp_path: Path, b_frames: Path) -> None:
         with pytest.raises(error):
             read(tmp_path / name, scan, [0, 5])
 
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "device.mp4").symlink_to("/dev/zero")
+    for name in ("pipe.mp4", "device.mp4"):  # which nobody may wait for
+        assert read_planar(videos_of_one(tmp_path / name, scan), 0, np.arange(3)) is None
+
 
 def test_compiled_code_says_why_it_is_not_used(
     b_frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """And Python reads the same."""
     scan = scan_video(b_frames)
-    asked = Wanted(b_frames, scan.pts, scan.key, np.arange(3), (H, W), scan.matrix, scan.full_range)
-    assert read_planar(asked) is not None
+    asked = videos_of_one(b_frames, scan), 0, np.arange(3)
+    assert read_planar(*asked) is not None
     monkeypatch.setattr(ffmpeg, "why_not", ffmpeg.why_not.__wrapped__)
     for place, name, value in (
         (ffmpeg, "_VERSIONS", {"avutil": 59}),
@@ -812,7 +825,7 @@ def test_compiled_code_says_why_it_is_not_used(
         say_once.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
-            assert read_planar(asked) is None and read_planar(asked) is None
+            assert read_planar(*asked) is None and read_planar(*asked) is None
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "PyAV's" in said and "Python's lock" in said, said
 
@@ -886,14 +899,15 @@ def test_what_compiled_code_leaves_is_not_tried_again(tmp_path: Path, monkeypatc
     write(tmp_path / "plain.mp4", pts=[0, 40, 80])
     write(tmp_path / "other.mp4", pts=[0, 40, 80], colorspace=7)  # SMPTE 240M
     (tmp_path / "list.txt").write_text("plain.mp4 3 0\nother.mp4 3 0\n")
+    names = ["plain", "other"]
     source, real, asked = VideoFiles(load_index(tmp_path / "list.txt")), ffmpeg.read_planar, []
-    monkeypatch.setattr(ffmpeg, "read_planar", lambda wanted, **k: asked.append(wanted.path.stem) or real(wanted, **k))
+    monkeypatch.setattr(ffmpeg, "read_planar", lambda *args: asked.append(names[args[1]]) or real(*args))
     for _ in range(3):
         shapes = [[frame.shape[2] for frame in source.fetch(video, np.arange(3))] for video in range(2)]
         assert shapes == [[1] * 3, [3] * 3]
     assert sorted(asked) == ["other", "plain", "plain", "plain"]
     source, real, clip, tried = VideoFiles(source.index), ffmpeg.read_clip, np.empty((3, SIZE, SIZE, 3), np.float32), []
-    monkeypatch.setattr(ffmpeg, "read_clip", lambda wanted, **k: tried.append(wanted.path.stem) or real(wanted, **k))
+    monkeypatch.setattr(ffmpeg, "read_clip", lambda *args, **more: tried.append(names[args[1]]) or real(*args, **more))
     for video in (0, 1) * 3:
         source.write(video, np.arange(3), clip, PARAMETERS)
     assert sorted(tried) == sorted(asked)
@@ -907,11 +921,10 @@ def test_compiled_code_keeps_no_file_and_no_memory(tmp_path: Path, b_frames: Pat
         path.write_bytes(content)
 
     def read_all() -> list[bool]:
-        asked = scan.pts, scan.key, np.arange(0, F, 3), (H, W), scan.matrix, scan.full_range
-        wanted = [Wanted(path, *asked) for path in names]
-        clip = np.empty((len(asked[2]), SIZE, SIZE, 3), np.float32)
-        read = [read_planar(one) is not None for one in wanted]
-        assert [read_clip(one, clip, PARAMETERS) for one in wanted] == read
+        asked, videos = np.arange(0, F, 3), [videos_of_one(path, scan) for path in names]
+        clip = np.empty((len(asked), SIZE, SIZE, 3), np.float32)
+        read = [read_planar(one, 0, asked) is not None for one in videos]
+        assert [read_clip(one, 0, asked, clip, PARAMETERS) for one in videos] == read
         return read
 
     def kept() -> tuple[int, int]:

@@ -53,7 +53,7 @@ _STORES_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _PACKET_IS_FRAME = ("h264", "hevc", "av1", "mjpeg")
 # Codecs where what is displayed of a frame is all that there is of it if no other frame refers to it: VP8 and VP9 hand
 # on probabilities and segment maps as well. AV1's decoder does not skip.
-_CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video")
+CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video")
 
 
 @dataclass(frozen=True)
@@ -394,6 +394,6 @@ def _is_before(start: int, packet: av.Packet) -> bool:
 def can_skip(codec: str, record: bytes) -> bool:
     """Return whether frames that a decoder takes for non-reference ones are such, by the codec and its `extradata`."""
     if codec != "hevc":
-        return codec in _CAN_SKIP
+        return codec in CAN_SKIP
     # In HEVC frames of a higher temporal layer may refer to them: the number of layers stands in the hvcC record.
     return len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1

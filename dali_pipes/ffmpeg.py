@@ -148,9 +148,9 @@ def read_planar(
     if not _is_there():
         return None
     height, width = int(videos.height[video]), int(videos.width[video])
-    wanted, which = np.unique(frames, return_inverse=True)
-    planar = allocate((len(wanted), height * 3 // 2, width, 1))
-    return (planar, which) if ffmpeg_loop.read(_library(), videos, video, wanted, planar) else None
+    numbers, which = np.unique(frames, return_inverse=True)
+    planes = allocate((len(numbers), height * 3 // 2, width, 1))
+    return (planes, which) if ffmpeg_loop.read_planar(_library(), videos, video, frames, planes) else None
 
 
 def read_clip(

@@ -87,60 +87,62 @@ class Clip(NamedTuple):
 
 
 @njit(nogil=True)
-def read_clip(library, videos, video, numbers, pictures, parameters):
-    """Write what planar.fused makes of frames of a video to `pictures`; return False if that is for `read_frames`.
+def read_planar(library, videos, video, numbers, planes):
+    """Read frames of a video, each once, in their order; return False if that is for `read_frames`.
 
     Args:
         library: as of open_video.
         videos: as `Videos` says.
         video: its number.
         numbers: (T,) int64, of frames.
-        pictures: (T, S, S, 3), as of planar.fused.
-        parameters: see there.
+        planes: (n, 3 H / 2, W, 1) uint8, for n different ones.
     """
-    wanted, count = np.sort(numbers), 0
-    for number in wanted:
-        if count == 0 or wanted[count - 1] != number:
-            wanted[count] = number
-            count += 1
-    wanted = wanted[:count]
-    which, first = np.searchsorted(wanted, numbers), np.empty(count, np.int64)
+    return _read(library, videos, video, *_wanted(numbers, videos, video), planes)
+
+
+@njit(nogil=True)
+def read_clip(library, videos, video, numbers, pictures, parameters):
+    """Write what planar.fused makes of frames of a video, (T, S, S, 3); else as `read_planar`."""
+    wanted, place = _wanted(numbers, videos, video)
+    first = np.empty(len(wanted), np.int64)
     for t in range(len(numbers) - 1, -1, -1):
-        first[which[t]] = t
+        first[place[numbers[t]]] = t
     resize = planar.resize_of(videos.height[video], videos.width[video], pictures.shape[1], parameters)
-    if not read(library, videos, video, wanted, Clip(pictures, first, resize, parameters)):
+    if not _read(library, videos, video, wanted, place, Clip(pictures, first, resize, parameters)):
         return False
+    begin, size = pictures.ctypes.data, pictures.itemsize * pictures.size // len(pictures)
     for t in range(len(numbers)):
-        if first[which[t]] != t:
-            pictures[t] = pictures[first[which[t]]]
+        known = first[place[numbers[t]]]
+        if known != t:
+            _memcpy(begin + size * t, begin + size * known, size)
     return True
 
 
 @njit(nogil=True)
-def read(library, videos, video, wanted, out):
-    """Read frames of a video, whose numbers rise, into `out` of `decode`; return False if that is for `read_frames`."""
+def _wanted(numbers, videos, video):
+    """Return which frames these are, each once and rising, and for each frame of the video its place there, else -1."""
+    place, wanted, count = np.full(videos.first[video + 1] - videos.first[video], -1), np.empty_like(numbers), 0
+    for number in numbers:
+        place[number] = 0
+    for number in range(len(place)):
+        if place[number] == 0:
+            wanted[count], place[number] = number, count
+            count += 1
+    return wanted[:count], place
+
+
+@njit(nogil=True)
+def _read(library, videos, video, wanted, place, out):
+    """Read frames of a video into `out` of `decode`; return False if that is for `read_frames`."""
     height, width = np.int64(videos.height[video]), np.int64(videos.width[video])
     begin, end = videos.first[video], videos.first[video + 1]
     pts, key = videos.pts[begin:end], videos.key[begin:end]
     if len(wanted) == 0 or not key.any() or height % 2 or width % 2:
         return False
-    place = np.full(len(pts), -1)
-    place[wanted] = np.arange(len(wanted))
     colours, seen, objects = np.zeros(4, np.int64), np.full(4, -1), np.zeros(6, np.int64)
     decoder = open_video(library, videos.paths.ctypes.data + videos.path[video], objects, colours)
-    known = Frames(
-        pts,
-        key,
-        wanted,
-        place,
-        colours,
-        seen,
-        height,
-        width,
-        videos.full_range[video],
-        videos.matrices[videos.matrix[video]],
-        videos.is_hdr,
-    )
+    looks = height, width, videos.full_range[video], videos.matrices[videos.matrix[video]], videos.is_hdr
+    known = Frames(pts, key, wanted, place, colours, seen, *looks)
     done = decoder.setting != 0 and decode(decoder, known, out)
     close_video(objects)
     return done

@@ -1,8 +1,8 @@
 """The CPU kernel for planar 4:2:0 YUV, as videos have it: what kernels.py does to RGB, one frame at a time.
 
 Each plane is resized at its own resolution: what interpolates chroma to the positions of luma, and what resizes that,
-are one sum for each output. Rows are blended with contiguous vector code; then columns, of eight lines at once, whose
-values lie side by side.
+are one sum for each output. A block of lines is made at a time: their rows are blended, and then lie side by side,
+value by value; so columns and colours are contiguous vector code too.
 """
 
 # The types of numba describe Python's side of compiled functions, not the functions.
@@ -11,12 +11,9 @@ values lie side by side.
 from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray
 
-from dali_pipes.compiling import njit
+from dali_pipes.compiling import njit, pointer
 from dali_pipes.kernels import (
     BOX,
     CHROMA_LEFT,
@@ -24,7 +21,6 @@ from dali_pipes.kernels import (
     FAST,
     MIRROR,
     YUV,
-    blend_rows,
     cut,
     erase,
     finish,
@@ -32,9 +28,7 @@ from dali_pipes.kernels import (
     touches_geometry,
     triangles,
 )
-
-_LANES = 8  # lines whose columns are blended together
-_VECTOR = ir.VectorType(ir.FloatType(), _LANES)
+from dali_pipes.planar_lanes import LANES, blend_lanes, blend_tile, deal_tile
 
 
 class Resize(NamedTuple):
@@ -46,14 +40,42 @@ class Resize(NamedTuple):
     columns: int
     begin: int  # first column of chroma that is needed
     samples: int  # columns of chroma that are needed
-    y: tuple[np.ndarray, np.ndarray]  # for each line of the output first line of luma, weights
-    x: tuple[np.ndarray, np.ndarray]
-    v: tuple[np.ndarray, np.ndarray]  # of chroma, as u
-    u: tuple[np.ndarray, np.ndarray]
-    line: np.ndarray
-    lanes: np.ndarray
-    planes: np.ndarray
+    y: tuple[np.ndarray, np.ndarray]  # rows of luma and their weights, as `_by_blocks` has them
+    x: tuple[np.ndarray, np.ndarray]  # for each column of the output first one of luma, weights
+    v: tuple[np.ndarray, np.ndarray]  # of chroma, as y
+    u: tuple[np.ndarray, np.ndarray]  # of chroma, as x
+    addresses: np.ndarray  # of a block's rows
+    lanes: np.ndarray  # a block of lines whose rows are blended
+    planes: np.ndarray  # and its columns
+    lines: np.ndarray  # as rows of pixels
     picture: np.ndarray
+
+
+# Inner functions are given addresses: whoever has an array counts it, and each count waits for all that was written.
+
+
+class _Plane(NamedTuple):
+    """A plane of a frame."""
+
+    start: int  # address of the first column that is needed, in the first row
+    pitch: int  # bytes from row to row
+    length: int  # columns that are needed
+
+
+class _Table(NamedTuple):
+    """Where y, x, v or u of a Resize lie."""
+
+    places: int  # address
+    weights: int  # address
+    number: int
+    taps: int
+
+
+class _Memory(NamedTuple):
+    """Where memory of a Resize lies."""
+
+    lanes: int
+    addresses: int
 
 
 @njit(**FAST)
@@ -66,13 +88,15 @@ def resize_of(height, width, size, p):
     u = _of_chroma(left + x[0], x[1], width // 2 - 1, p[CHROMA_LEFT] != 0)
     begin = max((left - 1) // 2, 0)
     samples = min((left + columns) // 2 + 1, width // 2) - begin
-    u[0][:] -= begin
-    longest = max(columns, samples)
-    line = np.empty((_LANES, longest), np.float32)
-    lanes = np.zeros((longest + max(x[1].shape[1], u[1].shape[1])) * _LANES, np.float32)
-    planes = np.empty((3, size * _LANES), np.float32)
+    for i in range(size):
+        u[0][i] -= begin
+    y, v = _by_blocks(top + y[0], y[1], height - 1), _by_blocks(v[0], v[1], height // 2 - 1)
+    addresses = np.empty(LANES * max(y[0].shape[1], v[0].shape[1]), np.int64)
+    longest = max(columns + x[1].shape[1], samples + u[1].shape[1])
+    lanes, planes = np.zeros(longest * LANES, np.float32), np.empty((3, size * LANES), np.float32)
+    lines = np.empty((LANES, 3 * size), np.float32)
     picture = np.empty((size if touches_geometry(p) else 0, 3 * size), np.float32)
-    return Resize(height, top, left, columns, begin, samples, y, x, v, u, line, lanes, planes, picture)
+    return Resize(height, top, left, columns, begin, samples, y, x, v, u, addresses, lanes, planes, lines, picture)
 
 
 @njit(**FAST)
@@ -90,30 +114,48 @@ def fused(out, pixels, p):
 @njit(**FAST)
 def write(out, luma, cb, cr, r, p):
     """Write one frame to `out` as `fused` does, from its planes, whose lines may be longer than the frame is wide."""
-    size, last = out.shape[0], r.height // 2 - 1
-    planes, line, lanes = r.planes, r.line, r.lanes
-    geometry = touches_geometry(p)
-    for y in range(0, size, _LANES):
-        count = min(_LANES, size - y)
-        for k in range(count):
-            blend_rows(line[k], luma, r.top + r.y[0][y + k], r.height - 1, r.left, r.columns, r.y[1][y + k])
-        _side_by_side(lanes, line, r.columns)
-        _blend_columns(planes[0], lanes, *r.x)
-        for plane in range(2):
-            source = cb if plane == 0 else cr
-            for k in range(count):
-                blend_rows(line[k], source, r.v[0][y + k], last, r.begin, r.samples, r.v[1][y + k])
-            _side_by_side(lanes, line, r.samples)
-            _blend_columns(planes[1 + plane], lanes, *r.u)
+    size, geometry = out.shape[0], touches_geometry(p)
+    y, x, v, u = _table(r.y), _table(r.x), _table(r.v), _table(r.u)
+    of_luma = _Plane(luma.ctypes.data + r.left, luma.shape[1], r.columns)
+    of_cb = _Plane(cb.ctypes.data + r.begin, cb.shape[1], r.samples)
+    of_cr = _Plane(cr.ctypes.data + r.begin, cr.shape[1], r.samples)
+    memory = _Memory(r.lanes.ctypes.data, r.addresses.ctypes.data)
+    planes, lines, plane = r.planes.ctypes.data, r.lines.ctypes.data, 4 * LANES * size
+    for first in range(0, size, LANES):
+        block, count = first // LANES, min(LANES, size - first)
+        _blend(planes, of_luma, y, block, x, memory)
+        for number in (1, 2):  # one call, as each takes time to compile
+            _blend(planes + number * plane, of_cb if number == 1 else of_cr, v, block, u, memory)
         if geometry:
-            _to_rgb(planes, p[YUV:CHROMA_LEFT])
-            _deal(r.picture[y : y + count], planes)
+            _to_rgb(r.planes, p[YUV:CHROMA_LEFT])
         else:
-            _to_colours(planes, p[YUV:CHROMA_LEFT], p[COLOUR:YUV])
-            _deal(out[y : y + count].reshape(count, 3 * size), planes)
+            _to_colours(r.planes, p[YUV:CHROMA_LEFT], p[COLOUR:YUV])
+        _deal(lines, planes, size)
+        if geometry:
+            _put_lines(r.picture, first, count, lines)
+        else:
+            _put_lines(out, first, count, lines)
     if geometry:
         finish(out, r.picture, p)
     erase(out, p)
+
+
+@njit(**FAST)
+def _put_lines(out, first, count, lines):
+    """Set `count` rows of `out` to lines of pixels, in its type."""
+    number = out.size // len(out)
+    for k in range(count):
+        row = carray(pointer(out.ctypes.data + out.itemsize * number * (first + k)), (number,), out.dtype)
+        line = carray(pointer(lines + 4 * number * k), (number,), np.float32)
+        for i in range(number):
+            put(row, i, line[i])
+
+
+@njit(**FAST)
+def _table(table):
+    """Return where a table of a Resize lies."""
+    places, weights = table
+    return _Table(places.ctypes.data, weights.ctypes.data, len(weights), weights.shape[1])
 
 
 @njit(**FAST)
@@ -140,67 +182,81 @@ def _of_chroma(first, weights, last, even):
 
 
 @njit(**FAST)
-def _side_by_side(out, lines, length):
-    """Set out[_LANES * i + k] to lines[k, i]; written out for eight, as only so it becomes vector code."""
-    a, b, c, d, e, f, g, h = lines[0], lines[1], lines[2], lines[3], lines[4], lines[5], lines[6], lines[7]
-    for i in range(length):
-        out[8 * i] = a[i]
-        out[8 * i + 1] = b[i]
-        out[8 * i + 2] = c[i]
-        out[8 * i + 3] = d[i]
-        out[8 * i + 4] = e[i]
-        out[8 * i + 5] = f[i]
-        out[8 * i + 6] = g[i]
-        out[8 * i + 7] = h[i]
+def _by_blocks(first, weights, last):
+    """Return the rows that are blended to each line, `last` at most, and their weights: both (blocks, taps, LANES).
+
+    What fills up the last block is as the last line.
+    """
+    blocks, taps = -(-len(first) // LANES), weights.shape[1]
+    rows, found = np.empty((blocks, taps, LANES), np.int64), np.empty((blocks, taps, LANES), np.float32)
+    for block in range(blocks):
+        for tap in range(taps):
+            for lane in range(LANES):
+                line = min(block * LANES + lane, len(first) - 1)
+                rows[block, tap, lane] = min(first[line] + tap, last)
+                found[block, tap, lane] = weights[line, tap]
+    return rows, found
 
 
 @njit(**FAST)
-def _blend_columns(out, source, first, weights):
-    """Set out[_LANES * x :], _LANES values, to weights[x] @ the samples of `source` from first[x] on."""
-    taps, flat = weights.shape[1], weights.reshape(weights.size)
-    if taps == 2:  # a constant number is compiled into straight code
-        for x in range(len(first)):
-            _blend_lanes(out, _LANES * x, source, _LANES * first[x], flat, 2 * x, 2)
-    elif taps == 4:
-        for x in range(len(first)):
-            _blend_lanes(out, _LANES * x, source, _LANES * first[x], flat, 4 * x, 4)
-    elif taps == 6:
-        for x in range(len(first)):
-            _blend_lanes(out, _LANES * x, source, _LANES * first[x], flat, 6 * x, 6)
+def _blend(to, plane, y, block, x, memory):
+    """Write a block of lines of a plane, resized: LANES values of each column side by side, column after column."""
+    number = LANES * y.taps
+    rows = carray(pointer(y.places + 8 * block * number), (number,), np.int64)
+    addresses = carray(pointer(memory.addresses), (number,), np.int64)
+    for i in range(number):
+        addresses[i] = plane.start + rows[i] * plane.pitch
+    weights = y.weights + 4 * block * number
+    _blend_rows(memory, weights, y.taps, plane.length)
+    if x.taps == 2:  # a constant number is compiled into straight code
+        _blend_columns(to, memory.lanes, x, 2)
+    elif x.taps == 4:
+        _blend_columns(to, memory.lanes, x, 4)
+    elif x.taps == 6:
+        _blend_columns(to, memory.lanes, x, 6)
     else:
-        for x in range(len(first)):
-            _blend_lanes(out, _LANES * x, source, _LANES * first[x], flat, taps * x, taps)
+        _blend_columns(to, memory.lanes, x, x.taps)
 
 
-@intrinsic
-def _blend_lanes(typingctx, out, o, source, j, weights, i, taps):
-    """Set _LANES values from out[o] on to the sum over k < taps of weights[i + k] * those from source[j + _LANES k] on.
+@njit(**FAST)
+def _blend_rows(memory, weights, taps, length):
+    """Set lanes[LANES * i + k] to column i of the rows of line k of a block, blended."""
+    if length >= LANES:
+        for i in range(0, length, LANES):  # the last one may overlap that before
+            blend_tile(memory.lanes, memory.addresses, weights, min(i, length - LANES), taps)
+        return
+    shape = taps, LANES
+    rows, shares = carray(pointer(memory.addresses), shape, np.int64), carray(pointer(weights), shape, np.float32)
+    out = carray(pointer(memory.lanes), (length, LANES), np.float32)
+    for i in range(length):
+        for k in range(LANES):
+            total = np.float32(0)
+            for tap in range(taps):
+                total += shares[tap, k] * np.float32(carray(pointer(rows[tap, k] + i), (1,), np.uint8)[0])
+            out[i, k] = total
 
-    All float32 and flat. What a target has no vectors for, LLVM makes of narrower ones.
-    """
 
-    def codegen(context, builder, signature, args):
-        def start(number: int) -> ir.Value:
-            array = context.make_array(signature.args[number])(context, builder, args[number])
-            return builder.gep(array.data, [args[number + 1]])
+@njit(**FAST, inline="always")
+def _blend_columns(to, lanes, table, taps):
+    """Write LANES values for each column of the output: the weighted sum of those of some columns."""
+    places = carray(pointer(table.places), (table.number,), np.int64)
+    for x in range(table.number):
+        blend_lanes(to + 4 * LANES * x, lanes + 4 * LANES * places[x], table.weights + 4 * taps * x, taps)
 
-        target, samples, weights = start(0), start(2), start(4)
-        total = cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [0.0] * _LANES))
-        undefined, zeros = ir.Constant(_VECTOR, ir.Undefined), ir.VectorType(ir.IntType(32), _LANES)
-        with cgutils.for_range(builder, args[6]) as loop:
-            weight = builder.load(builder.gep(weights, [loop.index]))
-            weight = builder.insert_element(undefined, weight, ir.IntType(32)(0))
-            weight = builder.shuffle_vector(weight, undefined, ir.Constant(zeros, [0] * _LANES))
-            place = builder.gep(samples, [builder.mul(loop.index, loop.index.type(_LANES))])
-            values = builder.load(builder.bitcast(place, _VECTOR.as_pointer()))
-            values.align = 4
-            product = builder.fmul(values, weight, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-        store = builder.store(builder.load(total), builder.bitcast(target, _VECTOR.as_pointer()))
-        store.align = 4
-        return context.get_dummy_value()
 
-    return types.void(out, o, source, j, weights, i, taps), codegen
+@njit(**FAST)
+def _deal(lines, planes, size):
+    """Write a block of lines, whose values lie side by side in three planes, as rows of pixels; all float32."""
+    if size >= LANES:
+        for x in range(0, size, LANES):
+            deal_tile(lines, planes, min(x, size - LANES), size)
+        return
+    out = carray(pointer(lines), (LANES, size, 3), np.float32)
+    values = carray(pointer(planes), (3, size, LANES), np.float32)
+    for k in range(LANES):
+        for x in range(size):
+            for c in range(3):
+                out[k, x, c] = values[c, x, k]
 
 
 @njit(**FAST)
@@ -228,15 +284,3 @@ def _to_colours(planes, m, n):
         a[i] = n[0] * red + n[1] * green + n[2] * blue + n[3]
         b[i] = n[4] * red + n[5] * green + n[6] * blue + n[7]
         c[i] = n[8] * red + n[9] * green + n[10] * blue + n[11]
-
-
-@njit(**FAST)
-def _deal(out, planes):
-    """Write lines that lie side by side as rows of pixels, (n, 3 S) in the type of `out`."""
-    a, b, c = planes[0], planes[1], planes[2]
-    for k in range(len(out)):
-        row = out[k]
-        for x in range(len(row) // 3):
-            put(row, 3 * x, a[_LANES * x + k])
-            put(row, 3 * x + 1, b[_LANES * x + k])
-            put(row, 3 * x + 2, c[_LANES * x + k])

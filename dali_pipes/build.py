@@ -47,6 +47,7 @@ def build_loader(config: Config, index: ClipIndex, mode: Literal["train", "eval"
         size=data.size,
         device="gpu" if gpu else "cpu",
         jpeg_engine=JPEG_ENGINE[data.jpeg_decoder],
+        halved=data.jpeg_decoder == "cores+sms",
         video_decoder=data.video_decoder,
         bad_clips=data.bad_clips if mode == "train" else "error",
         cached=data.cache in ("gpu", "shares"),

@@ -71,7 +71,7 @@ class _Sliced:
         if self._inputs or self._pipeline is None:
             self._pipeline = self._build()
         self._inputs = inputs  # behind the pipeline that may read those of before, and has ended
-        _schedule(self._pipeline, inputs)
+        schedule(self._pipeline, inputs)
 
     def pictures(self) -> np.ndarray:
         """Return the frames that were started.
@@ -81,7 +81,7 @@ class _Sliced:
         """
         assert self._pipeline is not None
         try:
-            with _refusals():
+            with refusals():
                 (pictures,) = self._pipeline.outputs()
         except Refused:
             self._pipeline = None
@@ -177,7 +177,7 @@ class Feed:
     def _started(self, pipeline: int, samples: Samples, rows: _Rows, epoch: Epoch) -> "_Started":
         samples = self._as_fed(samples)
         inputs, others = self._inputs(samples, rows, epoch), np.empty(0, np.int64)
-        _schedule(self._pipelines[pipeline], inputs)
+        schedule(self._pipelines[pipeline], inputs)
         if self._options.fused and isinstance(samples, Files) and self._has_others:
             others = jpeg.of_other_kinds(*samples)
         if len(others):
@@ -227,7 +227,7 @@ class Feed:
         device, epoch = self._options.torch_device, started.epoch
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         try:
-            with _refusals():
+            with refusals():
                 pictures, *refused = self._pipelines[started.pipeline].outputs(cuda_stream=stream)
         except Refused:
             self._pipelines[started.pipeline] = self._build()  # what one does after an error is not documented
@@ -287,7 +287,7 @@ class Feed:
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """Raise DALI's errors as Refused."""
     try:
         yield
@@ -324,7 +324,8 @@ def _crop_inputs(plan: EpochPlan, rows: _Rows, repeat: int) -> list[tuple[str, n
     return [("anchor", np.ascontiguousarray(box[:, :2])), ("shape", np.ascontiguousarray(box[:, 2:]))]
 
 
-def _schedule(pipeline: Pipeline, inputs: _Inputs) -> None:
+def schedule(pipeline: Pipeline, inputs: _Inputs) -> None:
+    """Start a pipeline on its inputs, which have to be held until its outputs are there."""
     for name, data in inputs:
         pipeline.feed_input(name, data)
     pipeline.schedule_run()

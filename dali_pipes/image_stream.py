@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 from numba import carray
 
 from dali_pipes import jpeg, pixels, torch_stages
@@ -34,13 +34,16 @@ OFFSET, PITCH, ROWS, COLUMNS = 0, 1, 2, 3  # of a table of crops; in pixels but 
 
 
 @dataclass(frozen=True)
-class _Crops(Begun):
+class Crops(Begun):
+    """A batch of images that threads read, and decode."""
+
     crops: Int64[np.ndarray, "B T 4"]  # OFFSET in the memory of the part that the clip is of
+    others: Bool[np.ndarray, "B T"]  # frames that are not decoded here
     parts: dict[int, torch.Tensor] = field(default_factory=dict)  # first place -> uint8, the crops of the part
     apart: dict[int, list[UInt8[np.ndarray, "H W 3"]]] = field(default_factory=dict)  # place -> its crops, elsewhere
 
 
-class ImageStream(PixelStream[_Crops]):
+class ImageStream(PixelStream[Crops]):
     """The clips of a source of images.
 
     Beside what Stream holds, each thread has room for the files of its part of a batch, of _LIMIT bytes at most.
@@ -59,8 +62,9 @@ class ImageStream(PixelStream[_Crops]):
         if isinstance(source, Shards):
             self._widen(int(source.store.length.max()))
 
-    def _begun(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> _Crops:
-        return _Crops(rows, np.zeros(len(rows), np.uint8), np.zeros((len(rows), plan.frames.shape[1], 4), np.int64))
+    def _begun(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Crops:
+        shape = len(rows), plan.frames.shape[1]
+        return Crops(rows, np.zeros(len(rows), np.uint8), np.zeros((*shape, 4), np.int64), np.zeros(shape, bool))
 
     def _widen(self, length: int) -> None:
         """Make rooms from now on as wide as a file of this length needs."""
@@ -76,21 +80,30 @@ class ImageStream(PixelStream[_Crops]):
             self._own.room = room
         return room
 
-    def _read_part(self, begun: _Crops, plan: EpochPlan, begin: int, end: int) -> None:
+    def _read_part(self, begun: Crops, plan: EpochPlan, begin: int, end: int) -> None:
         rows, states, crops = begun.rows[begin:end], begun.states[begin:end], begun.crops[begin:end]
+        others = begun.others[begin:end]
         videos, frames, box = plan.video[rows], plan.frames[rows], plan.box[rows].astype(np.float32)
         files = Files(*(array[: frames.size] for array in self._room(frames.size)))
         self._source.read(videos, frames, files, states)
-        size = find_crops(*files, box, crops, states)
+        size = find_crops(*files, box, crops, others, states)
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._gpu)
-        decode_crops(*files, box, crops, memory.data_ptr(), states)
+        decode_crops(*files, box, crops, others, memory.data_ptr(), states)
         begun.parts[begin] = memory
         for place in np.flatnonzero(states != DONE).tolist():
+            others[place] = False
             try:
                 begun.apart[begin + place] = self._decoded(int(videos[place]), frames[place], box[place])
             except BadClip as error:  # without its frames, which hold the batch
                 begun.bad[begin + place] = error.with_traceback(None)
             states[place] = DONE
+        self._keep(begun, begin, end, files)
+
+    def _keep(self, begun: Crops, begin: int, end: int, files: Files) -> None:
+        """Keep what is needed of the files of a part for frames that are not decoded here."""
+
+    def _find_others(self, cuts: Int64[np.ndarray, "B T 4"], begun: Crops, plan: EpochPlan) -> None:
+        """Set where frames lie that were not decoded here."""
 
     def _decoded(
         self, video: int, frames: Int64[np.ndarray, " T"], box: Float32[np.ndarray, " 4"]
@@ -115,7 +128,7 @@ class ImageStream(PixelStream[_Crops]):
         return found
 
     def _frames(
-        self, begun: _Crops, plan: EpochPlan, places: Int64[np.ndarray, " B"]
+        self, begun: Crops, plan: EpochPlan, places: Int64[np.ndarray, " B"]
     ) -> tuple[pixels.Frames, Int64[torch.Tensor, " B"]]:
         cuts, firsts = begun.crops.copy(), sorted(begun.parts)
         memory = [begun.parts[first] for first in firsts]
@@ -132,6 +145,7 @@ class ImageStream(PixelStream[_Crops]):
             sizes = np.array([crop.shape[:2] for crop in crops])
             offsets = np.cumsum(3 * sizes.prod(1)) - 3 * sizes.prod(1)
             cuts[place] = np.stack([there.data_ptr() + start + offsets, 3 * sizes[:, 1], *sizes.T], axis=1)
+        self._find_others(cuts, begun, plan)
         words = pixels.pack(cuts[places], pixels.parameters(plan, begun.rows[places]))
         table = there[: words.nbytes]  # a view, which keeps the pixels until the kernel is queued behind the copies
         table.copy_(torch_stages.pinned(words.view(np.uint8), self._device), non_blocking=True)
@@ -139,7 +153,7 @@ class ImageStream(PixelStream[_Crops]):
 
 
 @njit(nogil=True)
-def find_crops(data, lengths, box, crops, states):
+def find_crops(data, lengths, box, crops, others, states):
     """Find out where the crops of some clips will lie, one behind the other; return their bytes.
 
     Args:
@@ -147,6 +161,7 @@ def find_crops(data, lengths, box, crops, states):
         lengths: (B * T, 1) int32, of the files.
         box: (B, 4) float32, as of jpeg.decode_crop.
         crops: (B, T, 4) int64; OFFSET becomes that of a crop's first pixel.
+        others: (B, T) bool, frames that take no room.
         states: (B,) uint8; what is DONE, but has a frame that is not for jpeg.py, becomes ODD.
     """
     size = 0
@@ -156,21 +171,24 @@ def find_crops(data, lengths, box, crops, states):
                 break
             row = clip * crops.shape[1] + t
             rows, width, first, columns = jpeg.crop_shape(data[row, : lengths[row, 0]], box[clip])
-            crop = crops[clip, t]
-            crop[OFFSET], crop[PITCH], crop[ROWS], crop[COLUMNS] = size + 3 * first, 3 * width, rows, columns
-            size += 3 * width * rows
             if rows == 0:
                 states[clip] = ODD
+            elif not others[clip, t]:
+                crop = crops[clip, t]
+                crop[OFFSET], crop[PITCH], crop[ROWS], crop[COLUMNS] = size + 3 * first, 3 * width, rows, columns
+                size += 3 * width * rows
     return size
 
 
 @njit(nogil=True)
-def decode_crops(data, lengths, box, crops, address, states):
+def decode_crops(data, lengths, box, crops, others, address, states):
     """Decode the crops of some clips into memory at an address. As `find_crops`; ODD becomes what is damaged."""
     for clip in range(len(states)):
         for t in range(crops.shape[1]):
             if states[clip] != DONE:
                 break
+            if others[clip, t]:
+                continue
             row = clip * crops.shape[1] + t
             file = data[row, : lengths[row, 0]]
             rows, width, first, _ = jpeg.crop_shape(file, box[clip])

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from dali_pipes import pixels, torch_stages
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.feeding import Epoch, Refused
+from dali_pipes.halved_stream import HalvedStream
 from dali_pipes.image_stream import ImageStream
 from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.readers import Readers
@@ -111,7 +112,9 @@ class ClipLoader:
                 self._stream = VideoStream(index, self._source.frames, self._bad, options)
             else:
                 assert isinstance(self._source, FrameFolders | Shards), index.source
-                self._stream = ImageStream(index, self._source, self._bad, options)
+                of_images = index, self._source, self._bad, options
+                halved = options.halved
+                self._stream = HalvedStream(*of_images, sampler.clip_length) if halved else ImageStream(*of_images)
         else:
             self._feed = feed_of(index, self._source, sampler.clip_length, options)
         longest = int(index.store.length.max()) if isinstance(index.store, Packed) else None

@@ -31,6 +31,7 @@ class LoaderOptions:
     # Share of the images for the GPU's JPEG engine, if it has one; its SMs do the others. 0 until a card has shown that
     # it does not mix the pixels of two batches (benchmarks/gpu.py). None: the machine's cores decode.
     jpeg_engine: float | None = 0.0
+    halved: bool = False  # the cores decode every other image, whatever is said above of the others
     # What decodes videos for a GPU: the cores, or NVDEC those that it takes; "auto" is the cores.
     video_decoder: Literal["auto", "cores", "nvdec"] = "auto"
     # Of NVDEC, beside each other: sessions x depth DALI pipelines. Only benchmarks/gpu.py sets it; a run has one.
@@ -60,7 +61,7 @@ class LoaderOptions:
             return self.graph or "fused"
         if source == "video":
             return "operators"
-        return "streamed" if source == "raw" or self.jpeg_engine is None else "decoded"
+        return "streamed" if source == "raw" or self.jpeg_engine is None or self.halved else "decoded"
 
     @property
     def depth(self) -> int:

@@ -32,6 +32,10 @@ _PARAMETER_WORDS = kernels.NUM_PARAMETERS // 2  # of 8 bytes
 class Decoded(Protocol):
     """Decoded frames, each without gaps: a TensorList of DALI that a pipeline has returned."""
 
+    def shape(self) -> list[tuple[int, ...]]:
+        """Return height, width and channels of each."""
+        ...
+
     def as_reshaped_tensor(self, shape: list[int]) -> Any:
         """Return all of them as one tensor, which has a `data_ptr`; a RuntimeError if they do not lie one by one."""
         ...
@@ -121,6 +125,16 @@ def clips(
     return torch.from_numpy(out).to(dtype)
 
 
+def addresses(decoded: Decoded, sizes: Int64[np.ndarray, "F 3"]) -> Int64[np.ndarray, " F"]:
+    """Return where decoded frames lie, of which `sizes` are height, width and 3."""
+    ends = np.cumsum(sizes.prod(1))
+    try:
+        first = decoded.as_reshaped_tensor([int(ends[-1])]).data_ptr()
+    except RuntimeError:  # they lie apart, as DALI does not promise that they never do: a call for each of them
+        return np.array([decoded[place].data_ptr() for place in range(len(ends))])
+    return first + ends - sizes.prod(1)
+
+
 def of_decoded(
     decoded: Decoded,
     sizes: Int64[np.ndarray, "B T 3"],
@@ -136,13 +150,7 @@ def of_decoded(
     On a GPU they are being made when this returns: `decoded` has to be held until the current stream has come so far.
     `sizes` are height, width and 3 of each frame.
     """
-    ends = np.cumsum(sizes.prod(2)).reshape(sizes.shape[:2])
-    try:
-        first = decoded.as_reshaped_tensor([int(ends[-1, -1])]).data_ptr()
-    except RuntimeError:  # they lie apart, as DALI does not promise that they never do: a call for each of them
-        address = np.array([decoded[place].data_ptr() for place in range(ends.size)]).reshape(ends.shape)
-    else:
-        address = first + ends - sizes.prod(2)
+    address = addresses(decoded, sizes.reshape(-1, 3)).reshape(sizes.shape[:2])
     cuts = cut_out(address, sizes[:, :, 0], sizes[:, :, 1], plan.box[rows])
     words = torch_stages.upload(pack(cuts, parameters(plan, rows)), device)
     return clips(*Frames.unpack(words, len(rows), sizes.shape[1]), stages, size, dtype)

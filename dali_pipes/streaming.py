@@ -112,6 +112,9 @@ class Stream(abc.ABC, Generic[Read]):
         """Return into how many jobs a batch is divided."""
         return min(num_clips, self.num_threads)
 
+    def start(self, begun: Read) -> None:
+        """Start what this thread has to start for a batch, once that is read. Called again and again."""
+
     @abc.abstractmethod
     def _begun(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Read:
         """Return a batch of which nothing is read."""
@@ -284,6 +287,8 @@ class StreamedEpoch:
     def _read_on(self) -> None:
         rows = islice(self._left, AHEAD - len(self._ahead))
         self._ahead.extend(self._stream.read(self._readers, self._plan, batch) for batch in rows)
+        for begun in self._ahead:
+            self._stream.start(begun)
 
     def make_ahead(self) -> None:
         """Start to make the next batch, if nothing about it has to be waited for, or told."""

@@ -23,7 +23,7 @@ from PIL import Image
 
 import dali_pipes.bad_clips
 import dfer.video.random_access
-from dali_pipes import pixels
+from dali_pipes import halved_stream, pixels
 from dali_pipes.feeding import Refused
 from dali_pipes.headers import claimed_pixels, refusal
 from dali_pipes.loader import ClipLoader
@@ -228,6 +228,16 @@ def test_a_bad_image_in_other_graphs(beside, kind, graph, capsys):
     make, reason = BAD_IMAGES[kind]
     index = put(beside, "frames", make())
     check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph=graph)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("kind", ["huffman tables", "truncated"])
+def test_a_bad_image_of_either_half(beside, kind, half, capsys, monkeypatch):
+    """In the second one the decoder of the other half refuses the batch, and it alone."""
+    make, reason = BAD_IMAGES[kind]
+    index = put(beside, "frames", make())
+    monkeypatch.setattr(halved_stream, "by_nvjpeg", lambda videos, frames: (videos[:, None] + frames) % 2 == half)
+    check_policies(beside, "frames", index, reason, "3.jpg of clip 2", capsys, graph="streamed", halved=True)
 
 
 @pytest.mark.parametrize(

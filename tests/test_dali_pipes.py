@@ -417,13 +417,13 @@ def test_raw_clips_on_a_gpu_are_those_of_the_cpu(indexes, augmentation, cached):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("source", ["frames", "frames by the cores", "shards", "raw", "held", "video"])
+@pytest.mark.parametrize("source", ["frames", "frames by the cores", "halved", "shards", "raw", "held", "video"])
 def test_making_a_batch_waits_for_nothing_that_the_gpu_does(indexes, source, tmp_path):
     """But for DALI, of whose waiting torch does not hear."""
-    stored = {"held": "raw", "frames by the cores": "frames"}.get(source, source)
+    stored = {"held": "raw", "frames by the cores": "frames", "halved": "frames"}.get(source, source)
     index = write_videos(tmp_path / "videos", "h264", 1) if source == "video" else indexes[stored, "train"]
     options = {"augmentation": EVERYTHING, "batch_size": 2, "cached": source == "held"}
-    options["jpeg_engine"] = None if source == "frames by the cores" else 0.0
+    options |= {"jpeg_engine": None if source == "frames by the cores" else 0.0, "halved": source == "halved"}
     batches = loader(index, device="gpu", device_id=0, **options)(1)
     next(batches)  # compiles
     with no_waiting():
@@ -492,15 +492,20 @@ def test_decoded_clips_are_right_while_the_gpu_is_busy(indexes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("source", ["frames", "raw"])
-def test_streamed_clips_are_right_while_the_gpu_is_busy(indexes, source):
+@pytest.mark.parametrize(("source", "halved"), [("frames", False), ("frames", True), ("raw", False)])
+def test_streamed_clips_are_right_while_the_gpu_is_busy(indexes, source, halved):
     """Whoever takes a batch late, or keeps it, finds it as it was made."""
     index, big = indexes[source, "train"], torch.randn(4096, 4096, device="cuda")
-    options = {"augmentation": EVERYTHING, "batch_size": 2}
+    options, gpu = {"augmentation": EVERYTHING, "batch_size": 2}, {"device": "gpu", "device_id": 0, "halved": halved}
     want = [batch.clips for batch in loader(index, **options)(1)]
     held = []
-    for batch in loader(index, graph="streamed", device="gpu", device_id=0, **options)(1):
+    for batch in loader(index, graph="streamed", **gpu, **options)(1):
         for _ in range(8):
             big = (big @ big).clamp(-1, 1)
         held.append(batch.clips + 0 * big[0, 0])
-    assert max((a - b.cpu()).abs().max() for a, b in zip(want, held, strict=True)) < 5e-3
+    if halved:  # nvJPEG's pixels are not the CPU's, but the same each time
+        again = [batch.clips for batch in loader(index, graph="streamed", **gpu, **options)(1)]
+        assert all(map(torch.equal, again, held))
+        assert max((a - b.cpu()).abs().mean() for a, b in zip(want, held, strict=True)) < 0.05
+    else:
+        assert max((a - b.cpu()).abs().max() for a, b in zip(want, held, strict=True)) < 5e-3

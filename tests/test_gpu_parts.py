@@ -74,7 +74,8 @@ def test_what_trains_is_the_step_that_a_run_takes():
         assert how == plan.FAST == {"graph": True, "fused": "all", "crf_backend": "triton", "cudnn_benchmark": True}
         if case.function in ("alone", "from_source", "clips_against_cpu", "both") and "nvdec" not in case.options:
             source, cached = case.options.get("source", "frames"), case.options.get("held", False)
-            card = LoaderOptions(16, 112, device="gpu", jpeg_engine=case.options.get("engine", 0.0))
+            engine = case.options.get("engine", 0.0)
+            card = LoaderOptions(16, 112, device="gpu", jpeg_engine=engine, halved=engine == "half")
             route = case.options.get("graph", "operators")
             assert cached or route == card.route({"raw128": "raw", "shards144": "shards"}.get(source, source)), case
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
-from dali_pipes import image_stream
+from dali_pipes import halved_stream, image_stream
 from dali_pipes.options import LoaderOptions
 from dfer.cli import UserError
 from dfer.lists.index import ClipIndex, load_index
@@ -39,7 +39,7 @@ def indexes(tmp_path_factory) -> dict[str, ClipIndex]:
         count, (height, width) = int(rng.integers(2, 10)), rng.integers(20, 150, 2).tolist()
         (root / str(clip)).mkdir()
         for frame in range(count):
-            picture = image(rng, height, width, "waves" if clip % 2 else "edges")
+            picture = ImageChops.offset(image(rng, height, width, "waves" if clip % 2 else "edges"), 3 * frame)
             data = jpeg(picture, progressive=clip == 3, **list(KINDS.values())[clip % 3])
             if (clip, frame) in ((5, 1), (6, 0)):
                 data = png(picture) if clip == 5 else inserted(data, app1_exif(exif(3)))
@@ -55,13 +55,16 @@ def indexes(tmp_path_factory) -> dict[str, ClipIndex]:
     ("mode", "options"),
     [
         ("train", {}),
+        ("train", {"halved": True, "num_threads": 3}),
+        ("train", {"halved": True, "frames_per_segment": 2, "batch_size": CLIPS}),
         ("train", {"dtype": torch.bfloat16, "frames_per_segment": 2, "balance": "full"}),
         ("train", {"augmentation": replace(EVERYTHING, mixup=0.8, cutmix=1.0), "num_threads": 7, "batch_size": 10}),
         ("eval", {"rank": 1, "world_size": 2, "batch_size": 5, "num_threads": 1}),
     ],
-    ids=["train", "pairs of frames", "mixed", "ranks"],
+    ids=["train", "halved", "halved pairs", "pairs of frames", "mixed", "ranks"],
 )
 def test_batches_are_those_of_the_cpus_graph(indexes, source, mode, options):
+    """The decoders of both halves round alike on a CPU."""
     streamed, fused = (loader(indexes[source], graph, mode, **options) for graph in ("streamed", "fused"))
     for epoch in (0, 3):
         assert check_same(streamed(epoch), fused(epoch)) == len(fused) > 0
@@ -116,7 +119,7 @@ def test_a_clip_that_is_left_out_holds_no_memory(indexes, tmp_path):
     try:
         for _ in range(3):
             assert sum(int((~batch.valid).sum()) for batch in streamed(0)) == 1
-        assert not [held for held in gc.get_objects() if type(held) is image_stream._Crops]
+        assert not [held for held in gc.get_objects() if type(held) is image_stream.Crops]
     finally:
         gc.enable()
 
@@ -135,6 +138,47 @@ def test_pictures_of_all_sizes_and_boxes_are_cut_alike(tmp_path):
         assert check_same(loader(index)(epoch), loader(index, "fused")(epoch)) == 4
 
 
-def test_the_cores_decode_for_a_gpu_where_they_are_asked_to():
-    gpu = LoaderOptions(2, 16, device="gpu", jpeg_engine=None)
+@pytest.mark.parametrize("options", [{"jpeg_engine": None}, {"halved": True}], ids=str)
+def test_the_cores_decode_for_a_gpu_where_they_are_asked_to(options):
+    gpu = LoaderOptions(2, 16, device="gpu", **options)
     assert [gpu.route(source) for source in ("frames", "shards", "video")] == ["streamed", "streamed", "operators"]
+
+
+def test_halves_are_decoded_apart(indexes, monkeypatch):
+    """Of each clip the frames whose number and the video's make an even sum, in whatever batch they are."""
+    index, decoded, real = indexes["frames"], [], halved_stream.HalvedStream._schedule
+    files_of = {file.read_bytes(): file for record in index.records for file in record.path.iterdir()}
+
+    def watch(stream, number, files):
+        for data, length in zip(files.data, files.lengths[:, 0], strict=True):
+            file = files_of[data[:length].tobytes()]
+            decoded.append((int(file.parent.name), int(file.stem)))
+        real(stream, number, files)
+
+    monkeypatch.setattr(halved_stream.HalvedStream, "_schedule", watch)
+    for batch_size in (3, CLIPS):
+        decoded.clear()
+        halved = loader(index, halved=True, batch_size=batch_size, mode="eval")
+        list(halved(0))
+        plan = halved.sampler.plan(0, index.num_frames, index.labels)
+        asked = {(video, frame) for video, frames in enumerate(plan.frames.tolist()) for frame in frames}
+        plain = {clip for clip in range(CLIPS) if clip not in (3, 5)}  # these are not for compiled code
+        assert {*decoded} == {(video, frame) for video, frame in asked if video in plain and (video + frame) % 2 == 0}
+
+
+def test_an_epoch_that_is_left_gives_its_pipelines_back(indexes):
+    index = indexes["frames"]
+    halved, fused = loader(index, halved=True), loader(index, "fused")
+    stream, plan = halved._stream, halved._plan(0)
+    for _ in range(3):
+        epoch = stream.begin(plan, halved._shard(plan)[0])
+        for begun in epoch._ahead:
+            assert all(job.result() is None for job in begun.jobs)
+            stream.start(begun)
+        assert not stream._idle  # both are decoding
+        epoch.close()
+        del epoch, begun
+        gc.collect()
+        assert sorted(stream._dropped) == [0, 1]
+    assert check_same(halved(9), fused(9)) == 3
+    assert sorted(stream._idle) == [0, 1] and not stream._dropped

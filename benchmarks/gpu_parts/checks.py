@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu_parts.project import (
     IMAGENET_STD,
+    Engine,
     Graph,
     Route,
     Step,
@@ -41,7 +42,7 @@ def clips_against_cpu(
     setting: Setting,
     source: str,
     held: bool = False,
-    engine: float | None = 0.0,
+    engine: Engine = 0.0,
     nvdec: int = 0,
     graph: Graph = "operators",
 ) -> Iterator[Row]:

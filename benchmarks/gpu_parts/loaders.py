@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_parts.decoders import fed_pipeline, jpeg, jpeg_files
-from benchmarks.gpu_parts.project import Graph, Route, batches, boxes, clip_loader, index_of, source_of
+from benchmarks.gpu_parts.project import Engine, Graph, Route, batches, boxes, clip_loader, index_of, source_of
 from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import repeated
@@ -20,7 +20,7 @@ def alone(
     setting: Setting,
     source: str,
     where: Literal["card", "cpu"] = "card",
-    engine: float | None = 0.0,
+    engine: Engine = 0.0,
     held: bool = False,
     batch: int | None = None,
     nvdec: int = 0,

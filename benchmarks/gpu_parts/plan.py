@@ -46,6 +46,8 @@ ROUTES = {
     "frames": {"source": "frames", "graph": "decoded"},
     "frames by the cores": {"source": "frames", "graph": "streamed", "engine": None},
     "shards144 by the cores": {"source": "shards144", "graph": "streamed", "engine": None},
+    "frames by cores and SMs": {"source": "frames", "graph": "streamed", "engine": "half"},
+    "shards144 by cores and SMs": {"source": "shards144", "graph": "streamed", "engine": "half"},
     "shards144": {"source": "shards144", "graph": "decoded"},
     "raw128": {"source": "raw128", "graph": "streamed"},
     "raw128 held": {"source": "raw128", "held": True},

@@ -72,17 +72,24 @@ def sampler_of(setting: Setting) -> ClipSampler:
     return ClipSampler(0, setting.frames, augmentation=Augmentation(min_crop_area=0.08))
 
 
+# Share of the JPEG engine; None: the cores decode; "half": one half of the images, and SMs the other.
+Engine = float | Literal["half"] | None
+
+
 class Route(NamedTuple):
     """How a loader decodes and makes clips on the card."""
 
-    engine: float | None = 0.0  # share of the JPEG engine; None: the cores decode
+    engine: Engine = 0.0
     nvdec: int = 0  # sessions; 0: the cores decode videos
     graph: Graph = "operators"
     dtype: torch.dtype = torch.float32  # of the clips; the trainer has bf16 on a card
 
     def told(self) -> str:
         """The route in words, for the name of a figure."""
-        images = "" if self.engine == 0 else f", engine {self.engine:g}" if self.engine else ", decoded on the cores"
+        if isinstance(self.engine, float):
+            images = f", engine {self.engine:g}" if self.engine else ""
+        else:
+            images = ", decoded on the cores" + (" and SMs" if self.engine else "")
         videos = f", NVDEC, sessions: {self.nvdec}" if self.nvdec else ""
         return images + (videos or (f", {self.graph}" if self.graph != "operators" else ""))
 
@@ -110,7 +117,8 @@ def clip_loader(
         dtype=route.dtype,
         device="gpu" if gpu else "cpu",
         graph=route.graph if card else "fused",
-        jpeg_engine=route.engine,
+        jpeg_engine=0.0 if route.engine == "half" else route.engine,
+        halved=route.engine == "half",
         video_decoder="nvdec" if route.nvdec else "cores",
         nvdec_sessions=route.nvdec or 1,
         cached=held,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_parts.card import cuda
-from benchmarks.gpu_parts.project import Graph, Route, batches, clip_loader, training_step
+from benchmarks.gpu_parts.project import Engine, Graph, Route, batches, clip_loader, training_step
 from benchmarks.gpu_parts.rows import Row, figure
 from benchmarks.gpu_parts.setting import Setting
 from benchmarks.gpu_parts.timing import in_turns, ratios, wait
@@ -29,7 +29,7 @@ def from_source(
     batch: int | None = None,
     nvdec: int = 0,
     graph: Graph = "operators",
-    engine: float | None = 0.0,
+    engine: Engine = 0.0,
 ) -> Iterator[Row]:
     """The step, taken so, on what the loader brings, and on the first batch of it again and again."""
     route = Route(engine, nvdec, graph, torch.bfloat16)

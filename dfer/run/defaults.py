@@ -40,7 +40,14 @@ ON_A_CPU: dict[str, tuple[str, ...]] = {
 }
 
 # Share of the images that a GPU's JPEG engine decodes, where it has one, its SMs the others; None: the cores decode.
-JPEG_ENGINE: dict[str, float | None] = {"auto": 0.0, "cores": None, "sms": 0.0, "engine": 1.0, "mixed": 0.65}
+JPEG_ENGINE: dict[str, float | None] = {
+    "auto": 0.0,
+    "cores": None,
+    "sms": 0.0,
+    "cores+sms": 0.0,
+    "engine": 1.0,
+    "mixed": 0.65,
+}
 
 # Whoever types one of these chooses the step: nothing of it is then made to suit a card.
 STEP_FLAGS = {"--data.batch-size", "--optim.lr", "--optim.accumulate", "--recipe"}

@@ -109,10 +109,10 @@ def _library() -> Library:
 def videos_of(paths: Sequence[Path], store: VideoStore) -> Videos:
     """Return videos, and what is known of them, as compiled code takes them."""
     names, matrix = np.unique(store.matrix, return_inverse=True)
-    numbers = range(max(MATRICES) + 1)
+    numbers, here = range(max(MATRICES) + 1), os.getcwd()
     return Videos(
         # FFmpeg takes "a:b.mp4" for a protocol.
-        *texts(os.path.abspath(path) for path in paths),
+        *texts(os.path.join(here, path) for path in paths),
         first=store.first.astype(np.int64),
         pts=np.ascontiguousarray(store.pts, np.int64),
         key=np.ascontiguousarray(store.key),

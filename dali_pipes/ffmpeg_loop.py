@@ -123,6 +123,8 @@ def _wanted(numbers, videos, video):
     """Return which frames these are, each once and rising, and for each frame of the video its place there, else -1."""
     place, wanted, count = np.full(videos.first[video + 1] - videos.first[video], -1), np.empty_like(numbers), 0
     for number in numbers:
+        if not 0 <= number < len(place):
+            raise IndexError("the video has no such frame")
         place[number] = 0
     for number in range(len(place)):
         if place[number] == 0:

@@ -58,7 +58,9 @@ _open = types.ExternalFunction("open", _int(types.uintp, _int))
 _pread = types.ExternalFunction("pread", types.intp(_int, types.uintp, types.uintp, types.int64))
 _close = types.ExternalFunction("close", _int(_int))
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe is not waited for
-_FTYP, _EBML = (int.from_bytes(mark, "little") for mark in (b"ftyp", b"\x1a\x45\xdf\xa3"))
+# What MP4 and QuickTime files begin with, behind four bytes, and Matroska files.
+_ATOMS = tuple(int.from_bytes(name, "little") for name in (b"ftyp", b"moov", b"mdat", b"wide", b"skip", b"free"))
+_EBML = int.from_bytes(b"\x1a\x45\xdf\xa3", "little")
 
 
 class Library(NamedTuple):
@@ -156,8 +158,9 @@ def _format_of(library, path, memory):
     _close(file)
     if length != 8:  # also of a pipe
         return 0
-    if int32_at(memory + 4) == _FTYP:
-        return library.mov
+    for atom in _ATOMS:
+        if int32_at(memory + 4) == atom:
+            return library.mov
     return library.matroska if int32_at(memory) & 0xFFFFFFFF == _EBML else 0
 
 

@@ -8,12 +8,16 @@ The pixels do not depend on how many that are, to the bit.
 
 from typing import Any  # llvmlite has no types
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+# By what is compiled for, as numba's cache of machine code tells targets apart, not machines.
+_TARGET: Any = cpu_target.target_context
+_FEATURES = str(_TARGET.codegen().magic_tuple()[2]).split(",")
+LANES = 16 if "+avx512f" in _FEATURES else 8
 _VECTOR, _INTEGER = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
 
 

@@ -744,6 +744,24 @@ def test_sound_does_not_mislead(tmp_path: Path, quick: None) -> None:
         assert_read(path, scan, truth, frames, compiled=True)
 
 
+@pytest.mark.parametrize("atom", [b"wide", b"skip", b"free"])
+def test_a_file_need_not_begin_with_its_type(atom: bytes, b_frames: Path, tmp_path: Path) -> None:
+    """As those of old QuickTime do not."""
+    path, data = tmp_path / "v.mov", b_frames.read_bytes()
+    path.write_bytes(data[:4] + atom + data[8:])
+    scan, truth = scan_video(path), list(sequential(b_frames))
+    assert_read(path, scan, truth, [0, 3, 20], compiled=True)
+
+
+def test_a_frame_that_does_not_exist_is_an_error(b_frames: Path) -> None:
+    videos, clip = videos_of_one(b_frames, scan_video(b_frames)), np.empty((2, SIZE, SIZE, 3), np.float32)
+    for number in (F, -1, 10**9):
+        with pytest.raises(IndexError, match="the video has no such frame"):
+            read_clip(videos, 0, np.array([1, number]), clip, PARAMETERS)
+        with pytest.raises(IndexError):
+            read_planar(videos, 0, np.array([1, number]))
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_of_several_pictures_the_best_is_taken(suffix: str, tmp_path: Path, b_frames: Path) -> None:
     """FFmpeg finds out which it is by decoding ahead."""

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt8
 
 from dali_pipes import graphs, pixels
 from dali_pipes.bad_clips import BadClips
 from dali_pipes.feeding import Held, Refused, refusals, schedule
-from dali_pipes.image_stream import Crops, ImageStream
+from dali_pipes.image_stream import Crops, ImageStream, alone
 from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.reading import Files
 from dali_pipes.sources import FrameFolders, Shards
@@ -48,12 +48,17 @@ class _Halves(Crops):
     files: dict[int, Files] = field(default_factory=dict)  # first place of a part -> those that nvJPEG decodes
     runs: list[_Run] = field(default_factory=list)  # one, once it is started
     decoded: list[_Decoded] = field(default_factory=list)
+    refused: list[bool] = field(default_factory=list)  # True, if nvJPEG does not decode all
+
+    def all_files(self) -> Files:
+        """Return the files of all parts as one."""
+        return _together([self.files[first] for first in sorted(self.files)])
 
 
 class HalvedStream(ImageStream):
     """The clips of a source of images: every other frame of a clip is decoded by nvJPEG, on the SMs.
 
-    On a CPU, for the tests, by DALI's own decoder. Clips that the cores leave to Python, it decodes whole.
+    On a CPU, for the tests, by DALI's own decoder.
 
     Args:
         index: the videos.
@@ -82,7 +87,17 @@ class HalvedStream(ImageStream):
     def _keep(self, begun: Crops, begin: int, end: int, files: Files) -> None:
         assert isinstance(begun, _Halves)
         rows = np.flatnonzero(begun.others[begin:end])
-        if len(rows):
+        if not len(rows):
+            return
+        if any(begin <= place < end for place in begun.kept):
+            places, kept = begin + rows // begun.others.shape[1], {place: iter(k) for place, k in begun.kept.items()}
+            begun.files[begin] = _side_by_side(
+                [
+                    next(kept[place]) if place in kept else files.data[row, : files.lengths[row, 0]]
+                    for place, row in zip(places.tolist(), rows.tolist(), strict=True)
+                ]
+            )
+        else:
             longest = int(files.lengths[rows].max())
             begun.files[begin] = Files(files.data[rows, :longest], files.lengths[rows])
 
@@ -94,55 +109,86 @@ class HalvedStream(ImageStream):
             with contextlib.suppress(Refused):
                 self._pictures(number)
             self._idle.append(number)
-        if self._idle and not begun.runs and begun.files and all(job.done() for job in begun.jobs):
+        is_new = begun.files and not (begun.runs or begun.decoded or begun.refused)
+        if self._idle and is_new and all(job.done() for job in begun.jobs):
             run = _Run(self._idle.popleft(), self._dropped)
-            self._schedule(run.number, _together([begun.files[first] for first in sorted(begun.files)]))
+            self._schedule(run.number, begun.all_files())
             begun.runs.append(run)
+
+    def is_ready(self, begun: Crops) -> bool:
+        """As Stream's. What nvJPEG has begun to decode is waited for; what it refuses is left for its turn."""
+        assert isinstance(begun, _Halves)
+        if not begun.fine:
+            return False
+        self.start(begun)
+        self._take(begun)
+        return not (begun.runs or begun.refused) and bool(begun.decoded or not begun.files)
 
     def _find_bad(self, begun: Crops, plan: EpochPlan) -> dict[int, BadClip]:
         assert isinstance(begun, _Halves)
-        if begun.files:
-            frames = np.flatnonzero(begun.others)
-            try:
-                begun.decoded.append(self._decoded_by(begun, frames))
-            except Refused:  # the batch, as a whole
+        self._take(begun)
+        if begun.files and not begun.decoded:
+            whole = None if begun.refused else self._alone(np.flatnonzero(begun.others), begun.all_files())
+            if whole is None:
                 self._decode_one_by_one(begun, plan)
+            else:
+                begun.decoded.append(whole)
         return begun.bad
 
-    def _decoded_by(self, begun: _Halves, frames: Int64[np.ndarray, " n"]) -> _Decoded:
-        """Return what nvJPEG makes of its half of a batch, which may have been started.
-
-        Raises:
-            Refused: if it refuses one of the files.
-        """
-        if not begun.runs:
-            self._schedule(AHEAD, _together([begun.files[first] for first in sorted(begun.files)]))
-            return self._of(frames, AHEAD)
-        run = begun.runs.pop()
-        run.taken()
-        try:
-            return self._of(frames, run.number)
-        finally:
-            self._idle.append(run.number)
+    def _take(self, begun: _Halves) -> None:
+        """Take the pictures of a batch that was started; remember it if it was refused."""
+        if begun.runs:
+            run = begun.runs.pop()
+            run.taken()
+            try:
+                begun.decoded.append(self._of(np.flatnonzero(begun.others), run.number))
+            except Refused:  # the batch, as a whole
+                begun.refused.append(True)
+            finally:
+                self._idle.append(run.number)
 
     def _decode_one_by_one(self, begun: _Halves, plan: EpochPlan) -> None:
-        """Decode the clips of a batch that was refused. What nvJPEG refuses of one, Python tries."""
-        length = begun.others.shape[1]
-        files = _together([begun.files[first] for first in sorted(begun.files)])
-        frames = np.flatnonzero(begun.others)
+        """Decode the clips of a batch that was refused, and of a clip that is refused its frames."""
+        frames, files, length = np.flatnonzero(begun.others), begun.all_files(), begun.others.shape[1]
         for place in np.unique(frames // length).tolist():
-            of_clip = frames // length == place
-            self._schedule(AHEAD, Files(files.data[of_clip], files.lengths[of_clip]))
+            rows = np.flatnonzero(frames // length == place)
+            clip = self._alone(frames[rows], Files(files.data[rows], files.lengths[rows]))
+            if clip is not None:
+                begun.decoded.append(clip)
+                continue
+            for row in rows.tolist():
+                found = self._decode_frame(begun, plan, int(frames[row]), files.data[row, : files.lengths[row, 0]])
+                if isinstance(found, BadClip):
+                    begun.bad[place] = found
+                    break
+                begun.decoded.append(found)
+
+    def _decode_frame(
+        self, begun: _Halves, plan: EpochPlan, frame: int, data: UInt8[np.ndarray, " _"]
+    ) -> _Decoded | BadClip:
+        """Return a frame, of all B * T, or why there is none. What nvJPEG refuses, Python decodes from now on."""
+        place, t = divmod(frame, begun.others.shape[1])
+        row, frames = begun.rows[place], np.array([frame])
+        video, number = int(plan.video[row]), int(plan.frames[row, t])
+        found = self._alone(frames, _side_by_side([data]))
+        if found is None:
             try:
-                begun.decoded.append(self._of(frames[of_clip], AHEAD))
-            except Refused:
-                row = begun.rows[place]
-                try:
-                    begun.apart[place] = self._decoded(int(plan.video[row]), plan.frames[row], plan.box[row])
-                except BadClip as error:
-                    begun.bad[place] = error.with_traceback(None)
+                found = self._alone(frames, _side_by_side([self._source.refused(video, number, data)]))
+            except BadClip as error:
+                return alone(error)
+        return found or BadClip(f"{self._source.name(video, number)}: cannot be decoded")
+
+    def _alone(self, frames: Int64[np.ndarray, " n"], files: Files) -> _Decoded | None:
+        """Return some frames of a batch, beside what was started; None if nvJPEG refuses one."""
+        self._schedule(AHEAD, files)
+        try:
+            return self._of(frames, AHEAD)
+        except Refused:
+            return None
 
     def _schedule(self, number: int, files: Files) -> None:
+        if self._inputs[number] is not None:  # nobody took what it was started on, because of an error
+            self._pipelines[number] = self._build()
         self._inputs[number] = files
         schedule(self._pipelines[number], [("source", files.data), ("length", files.lengths)])
 
@@ -156,12 +202,11 @@ class HalvedStream(ImageStream):
         Raises:
             Refused: if there is one that it does not decode.
         """
+        stream = None if self._stream is None else self._stream.cuda_stream
         try:
             with refusals():
-                (pictures,) = self._pipelines[number].outputs(
-                    cuda_stream=None if self._stream is None else self._stream.cuda_stream
-                )
-        except Refused:
+                (pictures,) = self._pipelines[number].outputs(cuda_stream=stream)
+        except BaseException:
             self._pipelines[number] = self._build()  # what one does after an error is not documented
             raise
         finally:
@@ -189,6 +234,15 @@ class HalvedStream(ImageStream):
 def by_nvjpeg(videos: Int64[np.ndarray, " B"], frames: Int64[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
     """Return which frames nvJPEG decodes: every other one of a video."""
     return (videos[:, None] + frames) % 2 == 0
+
+
+def _side_by_side(files: list[UInt8[np.ndarray, " _"]]) -> Files:
+    """Return some files as one array."""
+    lengths = np.array([[len(file)] for file in files], dtype=np.int32)
+    data = np.empty((len(files), int(lengths.max())), np.uint8)
+    for row, file in zip(data, files, strict=True):
+        row[: len(file)] = file
+    return Files(data, lengths)
 
 
 def _together(parts: list[Files]) -> Files:

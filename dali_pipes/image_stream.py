@@ -41,6 +41,7 @@ class Crops(Begun):
     others: Bool[np.ndarray, "B T"]  # frames that are not decoded here
     parts: dict[int, torch.Tensor] = field(default_factory=dict)  # first place -> uint8, the crops of the part
     apart: dict[int, list[UInt8[np.ndarray, "H W 3"]]] = field(default_factory=dict)  # place -> its crops, elsewhere
+    kept: dict[int, list[UInt8[np.ndarray, " _"]]] = field(default_factory=dict)  # the same places -> files of `others`
 
 
 class ImageStream(PixelStream[Crops]):
@@ -91,11 +92,10 @@ class ImageStream(PixelStream[Crops]):
         decode_crops(*files, box, crops, others, memory.data_ptr(), states)
         begun.parts[begin] = memory
         for place in np.flatnonzero(states != DONE).tolist():
-            others[place] = False
             try:
-                begun.apart[begin + place] = self._decoded(int(videos[place]), frames[place], box[place])
-            except BadClip as error:  # without its frames, which hold the batch
-                begun.bad[begin + place] = error.with_traceback(None)
+                self._decode(begun, begin + place, int(videos[place]), frames[place], box[place])
+            except BadClip as error:
+                begun.bad[begin + place], others[place] = alone(error), False
             states[place] = DONE
         self._keep(begun, begin, end, files)
 
@@ -105,27 +105,31 @@ class ImageStream(PixelStream[Crops]):
     def _find_others(self, cuts: Int64[np.ndarray, "B T 4"], begun: Crops, plan: EpochPlan) -> None:
         """Set where frames lie that were not decoded here."""
 
-    def _decoded(
-        self, video: int, frames: Int64[np.ndarray, " T"], box: Float32[np.ndarray, " 4"]
-    ) -> list[UInt8[np.ndarray, "H W 3"]]:
-        """Return the crops of a clip that compiled code does not read or decode.
+    def _decode(
+        self, begun: Crops, place: int, video: int, frames: Int64[np.ndarray, " T"], box: Float32[np.ndarray, " 4"]
+    ) -> None:
+        """Decode a clip that compiled code does not read or decode: what is decoded here of it.
 
         Raises:
             BadClip: if there is no such clip.
         """
-        found, stored = [], self._source.stored(video, frames)
+        found, kept, stored = [], [], self._source.stored(video, frames)
         self._widen(max(map(len, stored)))
         files = self._source.for_dali(video, frames, stored)
-        for frame, data in zip(frames.tolist(), files, strict=True):
+        for frame, data, is_other in zip(frames.tolist(), files, begun.others[place].tolist(), strict=True):
+            if is_other:
+                found.append(np.empty((0, 0, 3), np.uint8))
+                kept.append(data)
+                continue
             try:
                 picture = np.asarray(decode_image(data.tobytes()))
             except BadImage as error:
                 raise BadClip(f"{self._source.name(video, frame)}: cannot be decoded ({error})") from None
             sides = (np.array([[side]]) for side in picture.shape[:2])
-            ((place, pitch, rows, columns),) = pixels.cut_out(np.zeros((1, 1), np.int64), *sides, box[None])[0].tolist()
-            top, left = place // pitch, place % pitch // 3
+            ((first, pitch, rows, columns),) = pixels.cut_out(np.zeros((1, 1), np.int64), *sides, box[None])[0].tolist()
+            top, left = first // pitch, first % pitch // 3
             found.append(np.ascontiguousarray(picture[top : top + rows, left : left + columns]))
-        return found
+        begun.apart[place], begun.kept[place] = found, kept
 
     def _frames(
         self, begun: Crops, plan: EpochPlan, places: Int64[np.ndarray, " B"]
@@ -152,6 +156,12 @@ class ImageStream(PixelStream[Crops]):
         return pixels.Frames.unpack(table.view(torch.int64), len(places), cuts.shape[1])
 
 
+def alone(error: BadClip) -> BadClip:
+    """Return an error without the frames that it has seen, which hold the batch."""
+    error.__context__ = None
+    return error.with_traceback(None)
+
+
 @njit(nogil=True)
 def find_crops(data, lengths, box, crops, others, states):
     """Find out where the crops of some clips will lie, one behind the other; return their bytes.
@@ -170,13 +180,14 @@ def find_crops(data, lengths, box, crops, others, states):
             if states[clip] != DONE:
                 break
             row = clip * crops.shape[1] + t
+            if others[clip, t]:
+                continue
             rows, width, first, columns = jpeg.crop_shape(data[row, : lengths[row, 0]], box[clip])
+            crop = crops[clip, t]
+            crop[OFFSET], crop[PITCH], crop[ROWS], crop[COLUMNS] = size + 3 * first, 3 * width, rows, columns
+            size += 3 * width * rows
             if rows == 0:
                 states[clip] = ODD
-            elif not others[clip, t]:
-                crop = crops[clip, t]
-                crop[OFFSET], crop[PITCH], crop[ROWS], crop[COLUMNS] = size + 3 * first, 3 * width, rows, columns
-                size += 3 * width * rows
     return size
 
 

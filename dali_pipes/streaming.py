@@ -115,6 +115,10 @@ class Stream(abc.ABC, Generic[Read]):
     def start(self, begun: Read) -> None:
         """Start what this thread has to start for a batch, once that is read. Called again and again."""
 
+    def is_ready(self, begun: Read) -> bool:
+        """Return whether nothing about a batch has to be waited for, or told."""
+        return begun.fine
+
     @abc.abstractmethod
     def _begun(self, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Read:
         """Return a batch of which nothing is read."""
@@ -292,7 +296,7 @@ class StreamedEpoch:
 
     def make_ahead(self) -> None:
         """Start to make the next batch, if nothing about it has to be waited for, or told."""
-        if self._made is None and self._ahead and self._ahead[0].fine:
+        if self._made is None and self._ahead and self._stream.is_ready(self._ahead[0]):
             self._made = self._stream.make(self._ahead.popleft(), self._plan, self._stages)
             self._read_on()
 

@@ -25,7 +25,7 @@ from nvidia.dali.pipeline import Pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.storage import files_of, prepare, prepare_frames, warm
+from benchmarks.storage import chill, files_of, prepare, prepare_frames, warm
 from dali_pipes import graphs, native
 from dali_pipes.compiling import cfunc
 from dali_pipes.feeding import Feed
@@ -148,7 +148,9 @@ def main(args: argparse.Namespace) -> int:
     lists = {}
     for source in SOURCES:
         prepare(folder, source)
-        warm(files_of(folder, source))
+        files = [*files_of(folder, source)]
+        chill(files)  # what was just written may lie in small pieces, which take longer to copy
+        warm(files)
         lists[source] = folder / "frames.txt" if source == "frames" else folder / source / "frames.txt"
     rows: dict[str, list[dict[str, float]]] = {source: [] for source in SOURCES}
     for _ in range(args.rounds):

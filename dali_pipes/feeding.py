@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from nvidia.dali.pipeline import Pipeline
-from torch.profiler import record_function
+from torch._C._profiler import _RecordFunctionFast
 
 from dali_pipes import graphs, jpeg, kernels, pixels
 from dali_pipes.options import LoaderOptions
@@ -212,16 +212,16 @@ class Feed:
         addressed = self._options.fused and self.source.kind == "pixels"
         return Pictures.of(samples) if addressed and isinstance(samples, list) else samples
 
-    @record_function("DALI")
     def pictures(self) -> torch.Tensor:
         """Return the pictures of the batch that was started, (F, S, S, 3) or (B, T, S, S, 3), once they are done.
 
         Raises:
             Refused: if DALI refuses the batch, which it does as a whole; the pipeline is built anew.
         """
-        started = self._in_flight.popleft()
-        self._idle.append(started.pipeline)
-        return self._outputs(started)
+        with _RecordFunctionFast("DALI"):
+            started = self._in_flight.popleft()
+            self._idle.append(started.pipeline)
+            return self._outputs(started)
 
     def _outputs(self, started: "_Started") -> torch.Tensor:
         device, epoch = self._options.torch_device, started.epoch

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int64, UInt8
 from dali_pipes import graphs, pixels
 from dali_pipes.bad_clips import BadClips
 from dali_pipes.feeding import Held, Refused, refusals, schedule
-from dali_pipes.image_stream import Crops, ImageStream, alone
+from dali_pipes.image_stream import Crops, ImageStream
 from dali_pipes.options import AHEAD, LoaderOptions
 from dali_pipes.reading import Files
 from dali_pipes.sources import FrameFolders, Shards
@@ -89,8 +89,10 @@ class HalvedStream(ImageStream):
         rows = np.flatnonzero(begun.others[begin:end])
         if not len(rows):
             return
-        if any(begin <= place < end for place in begun.kept):
-            places, kept = begin + rows // begun.others.shape[1], {place: iter(k) for place, k in begun.kept.items()}
+        # Not all that there are: other threads add theirs.
+        kept = {place: iter(begun.kept[place]) for place in range(begin, end) if place in begun.kept}
+        if kept:
+            places = begin + rows // begun.others.shape[1]
             begun.files[begin] = _side_by_side(
                 [
                     next(kept[place]) if place in kept else files.data[row, : files.lengths[row, 0]]
@@ -175,7 +177,7 @@ class HalvedStream(ImageStream):
             try:
                 found = self._alone(frames, _side_by_side([self._source.refused(video, number, data)]))
             except BadClip as error:
-                return alone(error)
+                return error.alone()
         return found or BadClip(f"{self._source.name(video, number)}: cannot be decoded")
 
     def _alone(self, frames: Int64[np.ndarray, " n"], files: Files) -> _Decoded | None:

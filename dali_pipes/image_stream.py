@@ -95,7 +95,7 @@ class ImageStream(PixelStream[Crops]):
             try:
                 self._decode(begun, begin + place, int(videos[place]), frames[place], box[place])
             except BadClip as error:
-                begun.bad[begin + place], others[place] = alone(error), False
+                begun.bad[begin + place], others[place] = error.alone(), False
             states[place] = DONE
         self._keep(begun, begin, end, files)
 
@@ -154,12 +154,6 @@ class ImageStream(PixelStream[Crops]):
         table = there[: words.nbytes]  # a view, which keeps the pixels until the kernel is queued behind the copies
         table.copy_(torch_stages.pinned(words.view(np.uint8), self._device), non_blocking=True)
         return pixels.Frames.unpack(table.view(torch.int64), len(places), cuts.shape[1])
-
-
-def alone(error: BadClip) -> BadClip:
-    """Return an error without the frames that it has seen, which hold the batch."""
-    error.__context__ = None
-    return error.with_traceback(None)
 
 
 @njit(nogil=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
-from torch.profiler import record_function
+from torch._C._profiler import _RecordFunctionFast
 
 from dali_pipes import pixels, torch_stages
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
@@ -260,10 +260,10 @@ class ClipLoader:
                 if video not in self.bad_clips:
                     self._bad.add(video, BadClip(reason), tell=False)
 
-    @record_function("reading")
     def _schedule(self, reading: Reading, rows: Int64[np.ndarray, " B"], drawn: Epoch) -> Bool[np.ndarray, " B"]:
         """Start decoding a batch, in which another clip stands in for each that cannot be read; return which can."""
-        late = reading.wait(self.options.patience)
+        with _RecordFunctionFast("reading"):
+            late = reading.wait(self.options.patience)
         if late is not None:
             video, missing = int(drawn.plan.video[rows[late]]), max(reading.num_late(), 1)  # all may have come since
             raise hung(self.index, video, missing, len(rows), self.options.patience)

@@ -3,11 +3,17 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any, TypeVar, TypeVarTuple
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
+
+
+def parts_of(num_clips: int, number: int) -> list[tuple[int, int]]:
+    """Return first clip and end of each of `number` parts of a batch."""
+    return [*pairwise(num_clips * part // number for part in range(number + 1))] if number else []
 
 
 class Readers:

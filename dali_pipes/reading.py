@@ -6,7 +6,6 @@ read, is fetched by Python. Of videos each clip is a part.
 
 from collections import deque
 from concurrent.futures import Future
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from dali_pipes import native
-from dali_pipes.readers import Readers
+from dali_pipes.readers import Readers, parts_of
 from dali_pipes.stored import BadClip
 
 _LIMIT = 2**30  # bytes of the files of a batch that lie side by side; what needs more is handed over file by file
@@ -124,19 +123,21 @@ class Reading:
         self._apart: dict[int, list[Any]] = {}  # place in the batch -> what was fetched, where it is in no room
         self.bad: dict[int, BadClip] = {}  # place -> why it cannot be read
         num_parts = len(videos) if listed else min(readers.num_threads, len(videos))
-        self._ends = np.linspace(0, len(videos), num_parts + 1).astype(int).tolist()
-        self._parts: list[Future[None]] = [readers.submit(self._read, *part) for part in pairwise(self._ends)]
+        self._parts = parts_of(len(videos), num_parts)
+        self._jobs: list[Future[None]] = [readers.submit(self._read, *part) for part in self._parts]
 
     def _read(self, begin: int, end: int) -> None:
-        states, part, rows = self._states, slice(begin, end), slice(*np.multiply((begin, end), self._frames.shape[1]))
+        # Little Python and numpy: of what it takes to run them, the files that are read leave nothing in the caches.
+        states, part, length = self._states, slice(begin, end), self._frames.shape[1]
         if not self._listed:
-            out = self._pictures[rows] if self.room is None else Files(*(array[rows] for array in self.room))
+            rows, room = slice(begin * length, end * length), self.room
+            out = self._pictures[rows] if room is None else Files(room.data[rows], room.lengths[rows])
             self._source.read(self._videos[part], self._frames[part], out, states[part])
-        for place in (begin + np.flatnonzero(states[begin:end] != native.DONE)).tolist():
+        for place in [place for place, state in enumerate(states[part].tolist(), begin) if state != native.DONE]:
             try:
                 arrays = self._source.fetch(int(self._videos[place]), self._frames[place])
             except BadClip as error:
-                self.bad[place] = error.with_traceback(None)  # its frames hold the batch
+                self.bad[place] = error.alone()
             else:
                 self._put(place, arrays)
             states[place] = native.DONE
@@ -160,9 +161,9 @@ class Reading:
 
         `patience` is in seconds, for each part of the batch.
         """
-        for (begin, _), part in zip(pairwise(self._ends), self._parts, strict=True):
+        for (begin, _), job in zip(self._parts, self._jobs, strict=True):
             try:
-                part.result(patience)
+                job.result(patience)
             except TimeoutError:
                 late = np.flatnonzero(self._states != native.DONE)
                 begun = late[self._states[late] != native.WAITING]
@@ -172,7 +173,7 @@ class Reading:
     @property
     def done(self) -> bool:
         """Return whether there is nothing to wait for."""
-        return all(part.done() for part in self._parts)
+        return all(job.done() for job in self._jobs)
 
     def num_late(self) -> int:
         """Return how many clips are not there."""

@@ -18,6 +18,11 @@ _CHUNK = 65536  # bytes
 class BadClip(UserError):
     """A clip that cannot be read, or must not be decoded. The message is one line that names its row and its file."""
 
+    def alone(self) -> "BadClip":
+        """Return it without the frames that it, and what it stands for, have seen: they hold the batch."""
+        self.__context__ = None
+        return self.with_traceback(None)
+
 
 def changed(index: ClipIndex, video: int, frame: int, data: UInt8[np.ndarray, " _"]) -> str | None:
     """Return what is wrong with bytes whose hash differs from the one beside the list, else None."""

@@ -17,21 +17,21 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from numba import types
-from torch.profiler import record_function
+from torch._C._profiler import _RecordFunctionFast
 
 from dali_pipes import pixels
 from dali_pipes.bad_clips import BadClips, hung, stand_ins
 from dali_pipes.compiling import njit
 from dali_pipes.native import DONE, ODD, READING, WAITING, check_hashes
 from dali_pipes.options import AHEAD, LoaderOptions
-from dali_pipes.readers import Readers
+from dali_pipes.readers import Readers, parts_of
 from dali_pipes.sources import Shards
 from dali_pipes.stored import BadClip
 from dali_pipes.torch_stages import Stages
@@ -104,7 +104,7 @@ class Stream(abc.ABC, Generic[Read]):
     def read(self, readers: Readers, plan: EpochPlan, rows: Int64[np.ndarray, " B"]) -> Read:
         """Start to read a batch."""
         begun = self._begun(plan, rows)
-        for begin, end in _parts(len(rows), self._num_parts(len(rows))):
+        for begin, end in parts_of(len(rows), self._num_parts(len(rows))):
             begun.jobs.append(readers.submit(self._read_part, begun, plan, begin, end))
         return begun
 
@@ -135,11 +135,10 @@ class Stream(abc.ABC, Generic[Read]):
     def _clips(self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"], stages: Stages) -> torch.Tensor:
         """Start to make a batch of the clips in these places, (B, T, S, S, 3)."""
 
-    @record_function("reading")
     def _wait(self, begun: Read, plan: EpochPlan) -> Bool[np.ndarray, " B"]:
         """Return which clips of a batch are good, once it is read."""
         videos = plan.video[begun.rows]
-        for (begin, end), job in zip(_parts(len(videos), len(begun.jobs)), begun.jobs, strict=True):
+        for (begin, end), job in zip(parts_of(len(videos), len(begun.jobs)), begun.jobs, strict=True):
             try:
                 job.result(self._options.patience)
             except TimeoutError:
@@ -158,7 +157,8 @@ class Stream(abc.ABC, Generic[Read]):
 
     def make(self, begun: Read, plan: EpochPlan, stages: Stages) -> _Made:
         """Start the copy of a batch and its kernel, once it is read."""
-        good, options = self._wait(begun, plan), self._options
+        with _RecordFunctionFast("reading"):
+            good, options = self._wait(begun, plan), self._options
         batch, length, dtype = len(begun.rows), plan.frames.shape[1], options.dtype
         if not good.any():
             shape = (batch, length, options.size, options.size, 3)
@@ -180,11 +180,6 @@ class PixelStream(Stream[Read]):
     def _clips(self, begun: Read, plan: EpochPlan, places: Int64[np.ndarray, " B"], stages: Stages) -> torch.Tensor:
         table = self._frames(begun, plan, places)
         return pixels.clips(*table, stages, self._options.size, self._options.dtype)
-
-
-def _parts(num_clips: int, number: int) -> list[tuple[int, int]]:
-    """Return first clip and end of each part of a batch."""
-    return [*pairwise(np.linspace(0, num_clips, number + 1).astype(int).tolist())]
 
 
 class RawStream(PixelStream[_Raw]):

@@ -70,7 +70,7 @@ class VideoStream(Stream[_Clips]):
             try:
                 self._source.write(int(plan.video[row]), plan.frames[row], begun.clips[place], begun.parameters[place])
             except BadClip as error:
-                begun.bad[place] = error.with_traceback(None)  # its frames hold the batch
+                begun.bad[place] = error.alone()
             begun.states[place] = DONE
 
     def _clips(self, begun: _Clips, plan: EpochPlan, places: Int64[np.ndarray, " B"], stages: Stages) -> torch.Tensor:

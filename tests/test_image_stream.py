@@ -8,6 +8,7 @@ import contextlib
 import gc
 import os
 import shutil
+import sys
 import threading
 from dataclasses import replace
 
@@ -172,6 +173,29 @@ def test_halves_are_decoded_apart(indexes, monkeypatch):
         asked = {(video, frame) for video, frames in enumerate(plan.frames.tolist()) for frame in frames}
         assert {*decoded} == {(video, frame) for video, frame in asked if (video + frame) % 2 == 0}
         assert {3, 5, 6} < {video for video, _ in decoded}  # clips with a frame that is not for compiled code
+
+
+def test_threads_that_keep_files_do_not_meet(tmp_path):
+    """Each for the parts of one batch, of which all frames are odd."""
+    rng, rows = np.random.default_rng(2), []
+    for clip in range(64):
+        (tmp_path / str(clip)).mkdir()
+        for frame in range(2):
+            picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            (tmp_path / str(clip) / f"{frame}.jpg").write_bytes(jpeg(picture, progressive=True))
+        rows.append(f"{clip} 2 {clip % 7}\n")
+    (tmp_path / "list.txt").write_text("".join(rows))
+    index, options = load_index(tmp_path / "list.txt"), {"batch_size": 64, "num_threads": 16}
+    halved, fused = loader(index, halved=True, **options), loader(index, "fused", **options)
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        for epoch in range(30):
+            (batch,) = halved(epoch)
+            assert batch.valid.all()
+    finally:
+        sys.setswitchinterval(interval)
+    assert check_same(halved(40), fused(40)) == 1
 
 
 def test_an_epoch_that_is_left_gives_its_pipelines_back(indexes):

@@ -19,14 +19,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dali_pipes import ffmpeg, ffmpeg_loop, kernels
+from dali_pipes import ffmpeg, ffmpeg_loop, kernels, video_stream
 from dali_pipes.ffmpeg import read_clip, read_planar, videos_of
 from dali_pipes.ffmpeg_loop import Videos
+from dali_pipes.loader import ClipLoader
+from dali_pipes.options import LoaderOptions
 from dali_pipes.planar import fused
 from dali_pipes.video_files import VideoFiles
 from dfer.cli import say_once
 from dfer.lists.index import load_index
 from dfer.lists.scan import VideoFiles as VideoStore
+from dfer.plan.sampling import ClipSampler
 from dfer.video import random_access as ra
 from dfer.video.colour import EXACT, yuv_to_rgb
 from dfer.video.decode import BadVideo, decode, decode_frames
@@ -955,3 +958,17 @@ def test_compiled_code_keeps_no_file_and_no_memory(tmp_path: Path, b_frames: Pat
     for _ in range(300):  # of a decoder some 100 kB would stay each time
         read_all()
     assert kept()[0] == files and kept()[1] - memory < 8e6
+
+
+def test_a_video_that_is_left_out_holds_no_memory(tmp_path: Path) -> None:
+    rows = [f"{write(tmp_path / f'{i}.mp4', pts=range(0, 400, 40)).name} 10 {i}" for i in range(3)]
+    (tmp_path / "list.txt").write_text("\n".join(rows) + "\n")
+    loader = ClipLoader(load_index(tmp_path / "list.txt"), ClipSampler(0, 2), LoaderOptions(3, SIZE, bad_clips="skip"))
+    (tmp_path / "1.mp4").write_bytes(b"no video")
+    gc.collect()
+    gc.disable()
+    try:
+        assert [int(batch.valid.sum()) for epoch in range(3) for batch in loader(epoch)] == [2] * 3
+        assert not [held for held in gc.get_objects() if type(held) is video_stream._Clips]
+    finally:
+        gc.enable()

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
+from torch._C._profiler import _RecordFunctionFast
 
 from dfer.config import RunConfig
 from dfer.files import reason
@@ -164,7 +164,7 @@ class Graphs:
         if self._backend is None:
             function()
         elif self.captured(name):
-            with record_function("graph"):
+            with _RecordFunctionFast("graph"):
                 self._replays[name]()
         elif not warm:
             self._backend.warm_up(function)

@@ -41,7 +41,8 @@ RANGES = {
 class Profiler:
     """Record a trace of one process, once: of `num_steps` steps in a row of one epoch, after WARM_UP others.
 
-    What is named in the trace uses torch's `record_function`, which costs microseconds where nothing is recorded.
+    What is named in the trace uses torch's `record_function`; what each step of a graph and each batch passes, its fast
+    one. Where nothing is recorded these take 130 and 15 us, when other code has filled the caches (warm 10 and 0.2).
 
     Args:
         num_steps: how many, 0 = none: then batches are passed through untouched.

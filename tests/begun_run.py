@@ -41,6 +41,12 @@ def start(checkout: Path, folder: Path, name: str, *words: str) -> subprocess.Po
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def processor() -> str:
+    """Return the model of this machine's processor: others of the same instructions round otherwise."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
 def how_it_ended(run: Path) -> dict:
     """Return the losses of a finished run's steps, its last evaluation, and its weights: a hash, and sums of each."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -48,7 +54,7 @@ def how_it_ended(run: Path) -> dict:
     weights = torch.load(last, map_location="cpu", weights_only=True)["model"]
     digest = hashlib.sha256(b"".join(weights[name].contiguous().numpy().tobytes() for name in sorted(weights)))
     return {
-        "machine": [str(torch.__version__), torch.backends.cpu.get_cpu_capability()],
+        "machine": [str(torch.__version__), torch.backends.cpu.get_cpu_capability(), processor()],
         "losses": {row["step"]: row["train/loss"] for row in rows if "train/loss" in row},
         "evaluation": [{k: row[k] for k in ("val/WAR", "val/UAR", "val/loss")} for row in rows if "val/WAR" in row],
         "sha256": digest.hexdigest(),

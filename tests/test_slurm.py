@@ -19,8 +19,9 @@ def job(tmp_path: Path, clips: Path, *words: str) -> subprocess.Popen:
     commands = tmp_path / "bin"
     commands.mkdir(exist_ok=True)
     for name, body in {
-        # As srun does, it runs the command and hands signals on.
-        "srun": 'shift; "$@" & trap "kill -TERM $!" TERM; wait $!; code=$?; wait $! && exit 0; exit $code',
+        # As srun does, it takes its own options, runs the command and hands signals on.
+        "srun": 'while [[ $1 == --* ]]; do shift; done; "$@" & '
+        'trap "kill -TERM $!" TERM; wait $!; code=$?; wait $! && exit 0; exit $code',
         "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/scontrol.txt',
     }.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")

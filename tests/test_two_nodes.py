@@ -121,7 +121,7 @@ def test_two_nodes_compute_what_one_does_and_end_and_continue_when_the_link_is_c
             time.sleep(0.1)
         assert not left, said()
         for side, path in enumerate(out):
-            lines = sorted(line for line in path.read_text().splitlines() if line.startswith("train.py: "))
+            lines = sorted(line for line in path.read_text().splitlines() if line.startswith("train.py: rank "))
             what = ("ranks 2, 3 of 4 died or did not answer", "neither a rank nor the store on 10.0.0.1")[side]
             assert len(lines) == 2 and all(what in line and "the same command continues" in line for line in lines)
             assert [line.split(": ")[1] for line in lines] == [f"rank {2 * side}", f"rank {2 * side + 1}"]

@@ -158,11 +158,11 @@ class Stream(abc.ABC, Generic[Read]):
     def make(self, begun: Read, plan: EpochPlan, stages: Stages) -> _Made:
         """Start the copy of a batch and its kernel, once it is read."""
         with _RecordFunctionFast("reading"):
-            good, options = self._wait(begun, plan), self._options
-        batch, length, dtype = len(begun.rows), plan.frames.shape[1], options.dtype
+            good = self._wait(begun, plan)
+        options, batch, length = self._options, len(begun.rows), plan.frames.shape[1]
         if not good.any():
             shape = (batch, length, options.size, options.size, 3)
-            return _Made(torch.zeros(shape, dtype=dtype, device=self._device), good, None)
+            return _Made(torch.zeros(shape, dtype=options.dtype, device=self._device), good, None)
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             clips = self._clips(begun, plan, stand_ins(np.arange(batch), good), stages)
             return _Made(clips, good, self._stream.record_event() if self._stream else None)

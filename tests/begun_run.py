@@ -34,10 +34,11 @@ WORDS = [
 KILLED_AFTER = 7  # steps
 
 
-def start(checkout: Path, folder: Path, name: str, *words: str) -> subprocess.Popen:
-    """Start train.py of a checkout in a folder that holds the clips."""
+def start(checkout: Path, folder: Path, name: str, *words: str, code: str | None = None) -> subprocess.Popen:
+    """Start train.py of a checkout, or code that starts it, in a folder that holds the clips."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    command = [sys.executable, str(checkout / "train.py"), *words, "--run.name", name]
+    program = [str(checkout / "train.py")] if code is None else ["-c", code]
+    command = [sys.executable, *program, *words, "--run.name", name]
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

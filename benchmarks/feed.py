@@ -3,8 +3,9 @@
 All that the loader does but decoding and pixels: plans, bytes read, headers checked, tables made, one batch handed over
 after the other. It is the limit that no decoder can pass, however fast. One core, the page cache warm; the sources take
 turns, medians are printed. Files are copied more slowly where a machine's memory has come to be in pieces: as root,
-`echo 1 > /proc/sys/vm/drop_caches` before it frees the page cache as a whole. "GIL": how long a clip keeps all other Python from running, which is what a second core
-cannot help; of it the share of a training step is what the loader takes from the trainer.
+`echo 1 > /proc/sys/vm/drop_caches` before it frees the page cache as a whole. "GIL": how long a clip keeps all other
+Python from running, which is what a second core cannot help; of it the share of a training step is what the loader
+takes from the trainer.
 """
 
 import argparse
